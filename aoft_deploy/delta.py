@@ -1,0 +1,303 @@
+"""What an update changes in an affine map, and the three ways to use it.
+
+A *delta* is the common form that every update's formula arrives at. It knows nothing of methods;
+it knows how to be used:
+
+``fold``   puts the change into (weight, bias). Differentiable, any dtype.
+``apply``  is training's forward: the folded map, with gradients that never cost more than the
+           update's own structure asks for.
+``mix``    applies a different delta to every sample of a batch, around the one shared weight.
+
+The laws: the three agree sample by sample, and a delta of zeros changes no bit of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Delta", "OutputDelta", "Rows", "WeightDelta", "apply_linear", "fold_rows"]
+
+Rows = tuple[int, int]
+"""First and one-past-last output row that a delta acts on."""
+
+
+class Delta(Protocol):
+    """The change that an update makes to x ↦ x Wᵀ + b."""
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W, b) with the change in it. weight: (out, …), bias: (out,)."""
+
+    def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """The changed map's output from its input x, its unchanged output y and W."""
+
+
+class _Tensors:
+    """Delta fields as a flat list of tensors, absent ones left out."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same delta with ``function`` applied to each of its tensors."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {k: function(t) for k, t in present.items() if t is not None}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that are present."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class WeightDelta(_Tensors):
+    """A change beside the map: y = x Wᵀ + b + δ(x).
+
+        ΔW = Σ_k left_kᵀ right_k + W ⊙ Σ_k gain_out_kᵀ gain_in_k,   ΔW_ii += diagonal_i (i < d),
+        Δb = shift.
+
+    Every field may carry leading task axes, which ``mix`` needs and ``fold`` does not take.
+
+    Attributes:
+        diagonal: (..., d), d ≤ min(out, in).
+        left: (..., r, out).
+        right: (..., r, in).
+        gain_out: (..., k, out).
+        gain_in: (..., k, in).
+        shift: (..., out); only for a map with a bias.
+    """
+
+    diagonal: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    gain_out: Tensor | None = None
+    gain_in: Tensor | None = None
+    shift: Tensor | None = None
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W + ΔW, b + Δb). weight: (out, in), bias: (out,) or None."""
+        folded = weight
+        if self.gain_out is not None and self.gain_in is not None:
+            folded = torch.addcmul(folded, weight, self.gain_out.mT @ self.gain_in)
+        if self.left is not None and self.right is not None:
+            folded = torch.addmm(folded, self.left.mT, self.right)
+        if self.diagonal is not None:
+            folded = folded.clone() if folded is weight else folded
+            folded.diagonal()[: self.diagonal.shape[-1]].add_(self.diagonal)
+        if self.shift is not None and bias is not None:
+            bias = bias + self.shift
+        return folded, bias
+
+    def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Y + δ(x) per sample.
+
+        Args:
+            x: Input of the map, (batch, tokens, in).
+            y: Its unchanged output x Wᵀ + b, (batch, tokens, out).
+            weight: W, (out, in), shared by all samples.
+
+        Returns:
+            (batch, tokens, out). Fields carry the leading axis ``batch``, or none at all.
+        """
+        if self.gain_out is not None and self.gain_in is not None:
+            for k in range(self.gain_out.shape[-2]):
+                scaled = F.linear(x * self.gain_in[..., k, None, :], weight)
+                y = y + self.gain_out[..., k, None, :] * scaled
+        if self.left is not None and self.right is not None:
+            y = y + (x @ self.right.mT) @ self.left
+        if self.diagonal is not None:
+            d = self.diagonal.shape[-1]
+            y = y + F.pad(x[..., :d] * self.diagonal[..., None, :], (0, y.shape[-1] - d))
+        return y if self.shift is None else y + self.shift[..., None, :]
+
+
+@dataclass(frozen=True)
+class OutputDelta(_Tensors):
+    """A change after the map: y ↦ y ⊙ (1 + scale) + shift, channel by channel.
+
+    Folds into whatever made y: a linear map, a convolution, or a norm's affine.
+
+    Attributes:
+        scale: (..., out).
+        shift: (..., out); only for a map with a bias.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W ⊙ (1 + scale), b ⊙ (1 + scale) + shift). weight: (out, …), bias: (out,) or None."""
+        if self.scale is not None:
+            channel = self.scale.view(-1, *([1] * (weight.dim() - 1)))
+            weight = torch.addcmul(weight, weight, channel)
+            bias = None if bias is None else torch.addcmul(bias, bias, self.scale)
+        if self.shift is not None and bias is not None:
+            bias = bias + self.shift
+        return weight, bias
+
+    def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Y ⊙ (1 + scale) + shift per sample. y: (batch, tokens, out); x and weight unused."""
+        if self.scale is not None:
+            y = torch.addcmul(y, y, self.scale[..., None, :])
+        return y if self.shift is None else y + self.shift[..., None, :]
+
+
+def fold_rows(
+    weight: Tensor, bias: Tensor | None, deltas: Sequence[tuple[Rows, Delta]]
+) -> tuple[Tensor, Tensor | None]:
+    """Fold several deltas, each into its own rows of one map.
+
+    Args:
+        weight: (out, …).
+        bias: (out,) or None.
+        deltas: Disjoint row ranges in ascending order, and the delta of each.
+
+    Returns:
+        New weight and bias; the arguments stay as they are.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    done = 0
+    for (start, stop), delta in deltas:
+        part, part_bias = delta.fold(weight[start:stop], None if bias is None else bias[start:stop])
+        weights += [weight[done:start], part]
+        if bias is not None and part_bias is not None:
+            biases += [bias[done:start], part_bias]
+        done = stop
+    weights.append(weight[done:])
+    if bias is not None:
+        bias = torch.cat([*biases, bias[done:]])
+    return (weights[1] if len(weights[1]) == len(weight) else torch.cat(weights)), bias
+
+
+def apply_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[tuple[Rows, WeightDelta]],
+) -> Tensor:
+    """Training's forward of a frozen linear map with deltas in it.
+
+    Folds the deltas into W first, which is cheap because W is small beside the activations of a
+    batch: the forward then costs what the plain map costs, whatever the update. The backward
+    recomputes the fold instead of keeping it and forms gradients from the delta's structure
+    (``WeightDelta.gradients``), so no dense weight gradient arises unless the update needs one.
+
+    Args:
+        x: (..., in).
+        weight: Frozen W, (out, in).
+        bias: Frozen b, (out,) or None.
+        deltas: Row ranges and their deltas.
+
+    Returns:
+        (..., out) in autocast's dtype where autocast is on, else in x's.
+    """
+    layout = [(rows, delta.names()) for rows, delta in deltas]
+    tensors = [getattr(delta, n) for _, delta in deltas for n in delta.names()]
+    result: Tensor = _FoldedLinear.apply(x, weight, bias, layout, *tensors)
+    return result
+
+
+def _rebuild(
+    layout: Sequence[tuple[Rows, tuple[str, ...]]], tensors: Sequence[Tensor]
+) -> list[tuple[Rows, WeightDelta]]:
+    remaining = iter(tensors)
+    return [(rows, WeightDelta(**{n: next(remaining) for n in names})) for rows, names in layout]
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """x ↦ x fold(W)ᵀ + fold(b) with structured gradients for the deltas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Any, *tensors: Tensor
+    ) -> Tensor:
+        kind = x.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            inputs = x.to(compute)
+            folded, bias = fold_rows(weight, bias, _rebuild(layout, tensors))
+            out = F.linear(inputs, folded.to(compute), None if bias is None else bias.to(compute))
+        ctx.save_for_backward(inputs, weight, *tensors)
+        ctx.layout, ctx.dtype = layout, x.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs, weight, *tensors = ctx.saved_tensors
+        deltas = _rebuild(ctx.layout, tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                folded, _ = fold_rows(weight, None, deltas)
+                grad_x = (grad @ folded.to(grad.dtype)).to(ctx.dtype)
+            parts = _gradients(inputs.flatten(0, -2), grad.flatten(0, -2), weight, deltas)
+            flat = [
+                parts[i][name].to(getattr(deltas[i][1], name).dtype)
+                for i, (_, names) in enumerate(ctx.layout)
+                for name in names
+            ]
+        return (grad_x, None, None, None, *flat)
+
+
+def _gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]]
+) -> list[dict[str, Tensor]]:
+    """Gradients of the deltas' fields, given those of the output.
+
+    The structure is used: only gains need a dense out × in product, and the low-rank parts of all
+    rows share four thin products.
+
+    Args:
+        x: Inputs, (tokens, in).
+        grad: Gradients of the outputs, (tokens, out).
+        weight: W, (out, in).
+        deltas: Row ranges and deltas.
+
+    Returns:
+        For each delta its fields' gradients by name, in float32 or wider.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    parts = _low_rank_gradients(x, grad, deltas, wide)
+    for ((start, stop), delta), part in zip(deltas, parts, strict=True):
+        rows = grad[:, start:stop]
+        if delta.diagonal is not None:
+            d = delta.diagonal.shape[-1]
+            part["diagonal"] = (rows[:, :d].to(wide) * x[:, :d].to(wide)).sum(0)
+        if delta.gain_out is not None and delta.gain_in is not None:
+            dense = (rows.mT @ x).to(wide) * weight[start:stop]
+            part["gain_out"] = delta.gain_in.to(wide) @ dense.mT
+            part["gain_in"] = delta.gain_out.to(wide) @ dense
+        if delta.shift is not None:
+            part["shift"] = rows.sum(0, dtype=wide)
+    return parts
+
+
+def _low_rank_gradients(
+    x: Tensor, grad: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]], wide: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """Gradients of every ``left`` and ``right``, formed together."""
+    pairs = [
+        (F.pad(delta.left, (start, grad.shape[-1] - stop)), delta.right)
+        for (start, stop), delta in deltas
+        if delta.left is not None and delta.right is not None
+    ]
+    if not pairs:
+        return [{} for _ in deltas]
+    left = torch.cat([left for left, _ in pairs]).to(grad.dtype)
+    right = torch.cat([right for _, right in pairs]).to(x.dtype)
+    grad_left = ((x @ right.mT).mT @ grad).to(wide)
+    grad_right = ((grad @ left.mT).mT @ x).to(wide)
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for (start, stop), delta in deltas:
+        rank = 0 if delta.left is None else len(delta.left)
+        chunk = slice(done, done + rank)
+        parts.append(
+            {"left": grad_left[chunk, start:stop], "right": grad_right[chunk]} if rank else {}
+        )
+        done += rank
+    return parts
