@@ -1,0 +1,242 @@
+"""model.ckpt: one safetensors file with a task's trained numbers and all that export needs.
+
+The tensors are ``update.SITE.PARAMETER`` and ``head.NAME``. The metadata's one entry, ``aoft``, is
+JSON with the format's version, the method and its settings, the backbone's identity, the classes
+and the preprocessing. Nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aoft_deploy.backbone import Backbone, create_backbone, image_size
+from aoft_deploy.errors import CheckpointError
+from aoft_deploy.files import replacing
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.published import is_published, published_preprocessing, read_published
+from aoft_deploy.tuned import TunedModel, attach
+
+__all__ = ["FORMAT", "Checkpoint", "load", "open_checkpoint", "read_checkpoint", "save"]
+
+FORMAT = 1
+"""Version of the layout that this code writes and reads."""
+
+KEYS = {
+    "format": int,
+    "method": str,
+    "settings": dict,
+    "backbone": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "training": dict,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A task, read from its file.
+
+    Attributes:
+        method: Name of the fine-tuning method.
+        settings: Its settings.
+        backbone: Identity of the backbone that it was trained on.
+        classes: Class names, in the order of the logits.
+        preprocessing: How an image becomes the model's input.
+        tensors: The trained numbers by name.
+        training: Figures of the training run, for information.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    backbone: Backbone
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    tensors: Mapping[str, Tensor]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(
+    tuned: TunedModel,
+    path: Path | str,
+    *,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a tuned model's trained numbers as a checkpoint, whole or not at all.
+
+    Args:
+        tuned: The model.
+        path: File to write.
+        classes: One name for each logit.
+        preprocessing: How images were prepared in training.
+        training: Figures of the run, JSON values.
+
+    Raises:
+        CheckpointError: The number of classes differs from the number of logits, or a trained
+            number is not finite.
+        OutputError: The file cannot be written.
+    """
+    if len(classes) != tuned.num_classes:
+        raise CheckpointError(
+            f"{len(classes)} classes are named, but the model has {tuned.num_classes} logits."
+        )
+    tensors = {n: p.detach().cpu().contiguous() for n, p in tuned.trained().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} holds values that are not finite: training diverged.")
+    metadata = {
+        "format": FORMAT,
+        "method": tuned.method,
+        "settings": tuned.settings,
+        "backbone": tuned.identity.to_dict(),
+        "classes": list(classes),
+        "preprocessing": preprocessing.to_dict(),
+        "training": dict(training or {}),
+    }
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"aoft": json.dumps(metadata)})
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint without its backbone.
+
+    Raises:
+        CheckpointError: The file is missing, no checkpoint, damaged, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = (file.metadata() or {}).get("aoft")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    if metadata is None:
+        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
+    return _parse(path, metadata, tensors)
+
+
+def load(
+    path: Path | str,
+    *,
+    backbone: str | None = None,
+    weights: Path | None = None,
+    force: bool = False,
+) -> TunedModel:
+    """The tuned model of a checkpoint, its backbone made by timm.
+
+    Args:
+        path: The checkpoint, or a published RLRR .pth.
+        backbone: timm name to use instead of the one in the checkpoint; a .pth needs it.
+        weights: File with the backbone's weights; None takes timm's own.
+        force: Accept a backbone whose weights differ from those trained on.
+
+    Raises:
+        CheckpointError: The file cannot be used, or was trained on other backbone weights.
+        BackboneError: The backbone's weights are missing or do not fit.
+    """
+    return open_checkpoint(path, backbone=backbone, weights=weights, force=force)[0]
+
+
+def open_checkpoint(
+    path: Path | str,
+    *,
+    backbone: str | None = None,
+    weights: Path | None = None,
+    force: bool = False,
+) -> tuple[TunedModel, Checkpoint]:
+    """As ``load``, with the checkpoint's description beside the model."""
+    path = Path(path)
+    if backbone is not None and is_published(path):
+        return _open_published(path, backbone, weights)
+    checkpoint = read_checkpoint(path)
+    trained_on = checkpoint.backbone
+    if weights is None and backbone is None and trained_on.origin != "timm":
+        source = trained_on.origin.removeprefix("file:")
+        raise CheckpointError(
+            f"{path} was trained on {trained_on.name} with weights that timm cannot load by name "
+            f"({source}): give them with --backbone-weights."
+        )
+    model, found = create_backbone(
+        backbone or trained_on.name,
+        num_classes=len(checkpoint.classes),
+        weights=weights,
+        **trained_on.args,
+    )
+    if found.digest != trained_on.digest and not force:
+        raise CheckpointError(
+            f"{path} was trained on {trained_on.name} with weights {trained_on.digest[:12]}, but "
+            f"these are {found.name} with weights {found.digest[:12]}: give the right ones, or "
+            "accept the difference with --force."
+        )
+    tuned = attach(model, checkpoint.method, backbone=found, **checkpoint.settings)
+    tuned.load_trained(checkpoint.tensors)
+    return tuned.eval(), checkpoint
+
+
+def _open_published(
+    path: Path, backbone: str, weights: Path | None
+) -> tuple[TunedModel, Checkpoint]:
+    """A published RLRR file on its backbone; it names neither classes nor preprocessing."""
+    tensors = read_published(path)
+    count = len(tensors["head.head.bias"])
+    model, identity = create_backbone(backbone, num_classes=count, weights=weights)
+    tuned = attach(model, "rlrr", backbone=identity)
+    tuned.load_trained(tensors)
+    size = image_size(model)
+    if size is None:
+        raise CheckpointError(f"{path} belongs on a plain Vision Transformer, not on {backbone}.")
+    checkpoint = Checkpoint(
+        tuned.method,
+        tuned.settings,
+        identity,
+        tuple(str(i) for i in range(count)),
+        published_preprocessing(size),
+        tensors,
+    )
+    return tuned.eval(), checkpoint
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if is_published(path):
+        return (
+            f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
+            "published RLRR .pth files where --backbone and --backbone-weights name their backbone."
+        )
+    return f"{path} is no checkpoint, or a truncated one ({error})."
+
+
+def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"The metadata of {path} is no JSON ({error}).") from error
+    version = metadata.get("format") if isinstance(metadata, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}, but this version reads up to {FORMAT}: "
+            "upgrade aoft-deploy."
+        )
+    for key, kind in KEYS.items():
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):
+            raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
+    try:
+        backbone = Backbone(**metadata["backbone"])
+    except TypeError as error:
+        raise CheckpointError(f"The metadata of {path} names no backbone ({error}).") from error
+    classes = tuple(str(name) for name in metadata["classes"])
+    preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
+    rest = {k: metadata[k] for k in ("method", "settings", "training")}
+    return Checkpoint(
+        backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **rest
+    )

@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aoft_deploy.errors import OutputError
+
+__all__ = ["file_digest", "replacing", "settle", "writable_folder", "write_json"]
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to a temporary file that takes ``path``'s name when the block ends well.
+
+    Args:
+        path: The final name; an existing file is replaced only at the end.
+
+    Yields:
+        A name in the same folder to write to. It is gone after a failure or an interrupt.
+
+    Raises:
+        OutputError: The folder does not exist or cannot be written, or the disk is full.
+    """
+    with writable_folder(path.parent) as folder:
+        name = folder / path.name
+        try:
+            yield name
+            settle(name)
+            name.replace(path)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def settle(path: Path) -> None:
+    """Force a finished file to disk, with the permissions of any new file.
+
+    Some writers create their files for the owner alone.
+    """
+    path.chmod(0o666 & ~UMASK)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+@contextmanager
+def writable_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder inside ``parent`` (made where missing), removed when the block ends.
+
+    Raises:
+        OutputError: ``parent`` cannot be made or written.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".aoft-", dir=parent)
+    except OSError as error:
+        raise OutputError(f"Cannot write into {parent}: {error.strerror}.") from error
+    with temporary as folder:
+        yield Path(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,192 @@
+"""From an RGB image to a backbone's input, exactly as timm's evaluation transform does it.
+
+Without torch, so that commands start fast and a server needs neither torch nor timm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from aoft_deploy.errors import CheckpointError, ImageError, SettingError
+
+__all__ = ["Preprocessing"]
+
+_CROP_MODES = ("border", "center", "squash")
+_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
+_MAX_RESIZED = 64_000_000  # pixels
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, centre crop and normalisation of one backbone.
+
+    Agrees bit by bit with ``timm.data.create_transform(is_training=False)`` in pixels.
+
+    Attributes:
+        size: Side of the square input, in pixels, 1 to 4096.
+        crop_pct: Share of the resized image that is kept; its side is ``floor(size / crop_pct)``.
+            Above 1, the image is smaller than the input and stands in a frame.
+        mean: Mean of each of the three channels, on the scale 0..1.
+        std: Standard deviation of each channel, on the scale 0..1.
+        interpolation: ``bicubic``, ``bilinear`` or ``lanczos``, always with anti-aliasing.
+        crop_mode: What is resized to that side: the shorter edge (``center``), both edges
+            (``squash``), or the longer edge (``border``, the rest filled with the mean).
+
+    Raises:
+        SettingError: A value outside its range.
+    """
+
+    size: int
+    crop_pct: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 1 <= self.size <= 4096:
+            raise SettingError(f"Input size is {self.size!r}: use a whole number from 1 to 4096.")
+        if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 2:
+            raise SettingError(f"crop_pct is {self.crop_pct!r}: use a number from 0.1 to 2.")
+        if not _is_triple(self.mean):
+            raise SettingError(f"mean is {self.mean!r}: use three numbers, one per channel.")
+        if not _is_triple(self.std) or min(self.std) <= 0:
+            raise SettingError(f"std is {self.std!r}: use three numbers above zero.")
+        for name, allowed in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
+            if getattr(self, name) not in allowed:
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}."
+                )
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> Self:
+        """Take over what ``timm.data.resolve_model_data_config(model)`` returns.
+
+        Raises:
+            SettingError: The input is not a square RGB image, or a value is outside its range.
+        """
+        channels, height, width = config["input_size"]
+        if channels != 3 or height != width:
+            raise SettingError(
+                f"Backbone input is {channels} x {height} x {width}: use a square RGB one."
+            )
+        return cls(
+            size=height,
+            crop_pct=config["crop_pct"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_mode=config["crop_mode"],
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: A key is missing or unknown, or a value is outside its range.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(data) != known:
+            raise CheckpointError(
+                f"Preprocessing has the keys {', '.join(sorted(data)) or 'none'}, "
+                f"expected {', '.join(sorted(known))}: the file comes from another version."
+            )
+        triples = {key: _tuple(data[key]) for key in ("mean", "std")}
+        try:
+            return cls(**{**data, **triples})
+        except SettingError as error:
+            raise CheckpointError(f"Preprocessing cannot be used: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists that JSON keeps exactly."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
+        """Turn an RGB image of any size into a normalised input.
+
+        Returns:
+            Shape ``(3, size, size)``: ``(pixels / 255 - mean) / std`` in float32.
+
+        Raises:
+            ImageError: The image is not of mode ``RGB``.
+        """
+        scaled = self.pixels(image).astype(np.float32) / np.float32(255)
+        mean, std = (np.asarray(triple, dtype=np.float32) for triple in (self.mean, self.std))
+        return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Turn an RGB image of any size into pixels, for graphs that normalise themselves.
+
+        Returns:
+            Shape ``(size, size, 3)``, values 0..255.
+
+        Raises:
+            ImageError: The image is not of mode ``RGB``.
+        """
+        if image.mode != "RGB":
+            raise ImageError(f"Image has mode {image.mode!r}, expected 'RGB': use read_image.")
+        resized = self._resized(image)
+        # Cut where the image is larger than the input, framed where it is smaller.
+        canvas = Image.new("RGB", (self.size, self.size), self._frame_colour())
+        canvas.paste(
+            resized, (-_start(resized.width, self.size), -_start(resized.height, self.size))
+        )
+        return np.array(canvas, dtype=np.uint8)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        width, height = self._resized_size(image.width, image.height)
+        resample = Image.Resampling[self.interpolation.upper()]
+        if width * height <= _MAX_RESIZED:
+            return image.resize((width, height), resample)
+        # A thread-like image would fill the memory: compute only the part that the crop keeps.
+        # Equal up to one level of 255, since the box is rounded.
+        kept = (min(width, self.size), min(height, self.size))
+        left, top = max(_start(width, self.size), 0), max(_start(height, self.size), 0)
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + kept[0]) * x, (top + kept[1]) * y)
+        return image.resize(kept, resample, box)
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        side = max(math.floor(self.size / self.crop_pct), 1)
+        if self.crop_mode == "squash":
+            return side, side
+        if self.crop_mode == "border":
+            ratio = max(width / side, height / side)
+            return max(round(width / ratio), 1), max(round(height / ratio), 1)
+        if width <= height:
+            return side, int(side * height / width)
+        return int(side * width / height), side
+
+    def _frame_colour(self) -> tuple[int, int, int]:
+        if self.crop_mode != "border":
+            return 0, 0, 0
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
+
+
+def _start(length: int, size: int) -> int:
+    """Where a centred window of ``size`` begins on an edge of ``length``; negative if it is wider.
+
+    The two roundings are torchvision's.
+    """
+    return -((size - length) // 2) if size > length else round((length - size) / 2)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_triple(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
