@@ -1,0 +1,85 @@
+"""aoft-export: merge a checkpoint into its backbone and write a verified artefact."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aoft_deploy.cli.command import run
+
+__all__ = ["main"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="aoft-export",
+        description="Merge a fine-tuned checkpoint into its backbone, export the plain model, and "
+        "verify the artefact against the unmerged model before it appears.",
+    )
+    options.add_argument(
+        "--merge",
+        required=True,
+        type=Path,
+        metavar="CKPT",
+        help="model.ckpt or published RLRR .pth",
+    )
+    options.add_argument("--to", default="onnx", metavar="NAME", help="onnx (default) or timm")
+    options.add_argument(
+        "-o", "--output", type=Path, help="artefact; default: beside the checkpoint"
+    )
+    options.add_argument(
+        "--uint8",
+        action="store_true",
+        help="take uint8 pixels [batch, H, W, 3] and normalise inside",
+    )
+    options.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
+    options.add_argument(
+        "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
+    )
+    options.add_argument(
+        "--images", type=Path, nargs="+", default=[], metavar="IMAGE", help="also verify with these"
+    )
+    options.add_argument(
+        "--force", action="store_true", help="accept other backbone weights than those trained on"
+    )
+    return options
+
+
+def export(options: argparse.Namespace) -> None:
+    """Export and print the figures."""
+    from aoft_deploy.export import export_merged
+
+    exported = export_merged(
+        options.merge,
+        options.output,
+        to=options.to,
+        uint8=options.uint8,
+        backbone=options.backbone,
+        weights=options.backbone_weights,
+        force=options.force,
+        images=options.images,
+        command=["aoft-export", *(options.argv or [])],
+    )
+    report = exported.report
+    print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
+    print(
+        f"verified on {report.images} images at batch sizes "
+        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
+        f"(allowed {report.tolerance:.1e}), top-1 agreement {report.agreement:.1%}"
+    )
+    print(f"manifest: {exported.manifest}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``aoft-export --help``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser()
+    options.set_defaults(argv=arguments)
+    return run(options, export, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""aoft-predict: classify image files with an exported artefact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aoft_deploy.cli.command import run
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from aoft_deploy.prediction import Classifier, Prediction
+
+__all__ = ["main"]
+
+BATCH = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="aoft-predict", description="Classify image files with an exported model."
+    )
+    options.add_argument("artefact", type=Path, metavar="ARTEFACT", help="what aoft-export wrote")
+    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    options.add_argument("--top", type=_positive, default=1, help="classes per image (default 1)")
+    options.add_argument("--json", action="store_true", help="one JSON object per image")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Classify what can be read; an unreadable image fails the command after the others."""
+    from aoft_deploy.errors import ImageError
+    from aoft_deploy.images import read_image
+    from aoft_deploy.prediction import load_classifier
+
+    classifier = load_classifier(options.artefact)
+    failures: list[str] = []
+    readable: list[tuple[Path, Image]] = []
+    for path in options.images:
+        try:
+            readable.append((path, read_image(path)))
+        except ImageError as error:
+            failures.append(str(error))
+        if len(readable) == BATCH:
+            _answer(classifier, readable, options)
+            readable = []
+    if readable:
+        _answer(classifier, readable, options)
+    if failures:
+        more = f" ({len(failures) - 1} more could not be read)" if len(failures) > 1 else ""
+        raise ImageError(failures[0] + more)
+
+
+def _answer(
+    classifier: Classifier, batch: list[tuple[Path, Image]], options: argparse.Namespace
+) -> None:
+    answers = classifier.classify([image for _, image in batch], options.top)
+    for (path, _), ranked in zip(batch, answers, strict=True):
+        print(_as_json(path, ranked) if options.json else _as_text(path, ranked))
+
+
+def _as_json(path: Path, ranked: list[Prediction]) -> str:
+    classes = [{"label": p.label, "probability": round(p.probability, 6)} for p in ranked]
+    return json.dumps({"image": str(path), "classes": classes}, ensure_ascii=False)
+
+
+def _as_text(path: Path, ranked: list[Prediction]) -> str:
+    return f"{path}  " + "  ".join(f"{p.label} {p.probability:.1%}" for p in ranked)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``aoft-predict --help``."""
+    return run(parser(), predict, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""What exporters and engines look like from outside, and where they are found.
+
+Exporters are found by the entry-point group ``aoft_deploy.exporters`` and never imported by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.errors import CheckpointError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Engine", "Exporter", "Recipe", "exporter_names", "get_exporter", "load_artefact"]
+
+GROUP = "aoft_deploy.exporters"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an exporter needs to know beside the model.
+
+    Attributes:
+        size: Side of the square input, in pixels.
+        uint8: Whether the artefact takes pixels, uint8 [batch, H, W, 3], instead of normalised
+            float32 [batch, 3, H, W].
+        mean: Mean of each channel, on the scale 0..1.
+        std: Standard deviation of each channel, on the scale 0..1.
+        metadata: Text values to store in the artefact where the format can.
+    """
+
+    size: int
+    uint8: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    metadata: Mapping[str, str]
+
+
+class Engine(Protocol):
+    """A loaded artefact."""
+
+    @property
+    def info(self) -> Mapping[str, str]:
+        """Metadata stored in the artefact."""
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether inputs are uint8 pixels instead of normalised float32."""
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits, (batch, classes), of a batch of inputs in the artefact's own form."""
+
+
+class Exporter(Protocol):
+    """A module that writes and runs one kind of artefact."""
+
+    SUFFIX: str
+    TOLERANCE: float
+
+    def export(self, model: nn.Module, path: Path, recipe: Recipe) -> None:
+        """Write ``model`` to ``path``."""
+
+    def load(self, path: Path) -> Engine:
+        """Open the artefact at ``path``."""
+
+
+def exporter_names() -> tuple[str, ...]:
+    """Names of the installed exporters, sorted."""
+    return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
+
+
+def get_exporter(name: str) -> Exporter:
+    """The exporter called ``name``.
+
+    Raises:
+        UnknownNameError: No installed exporter has that name.
+    """
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return cast(Exporter, entry.load())
+    raise UnknownNameError("exporter", name, exporter_names())
+
+
+def load_artefact(path: Path) -> Engine:
+    """An engine for an exported artefact, by its suffix.
+
+    Raises:
+        CheckpointError: No exporter writes files with this suffix.
+    """
+    for entry in entry_points(group=GROUP):
+        exporter = cast(Exporter, entry.load())
+        if path.suffix == exporter.SUFFIX:
+            return exporter.load(path)
+    raise CheckpointError(
+        f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge first."
+    )

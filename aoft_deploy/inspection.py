@@ -1,0 +1,123 @@
+"""What a checkpoint or an artefact holds, as JSON values."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from aoft_deploy.checkpoint import Checkpoint, read_checkpoint
+from aoft_deploy.errors import CheckpointError
+from aoft_deploy.files import file_digest
+from aoft_deploy.published import is_published, read_published
+
+__all__ = ["inspect_file"]
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Describe a file of this project.
+
+    Args:
+        path: A checkpoint, a published RLRR .pth, an ONNX artefact, or a manifest.
+
+    Returns:
+        JSON values; ``kind`` says what the file is.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or none of these.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    if path.suffix == ".onnx":
+        return {"kind": "ONNX artefact", **_common(path), **_onnx(path), **_manifest(path)}
+    if path.suffix == ".json":
+        return {"kind": "manifest", **_json(path)}
+    if is_published(path):
+        tensors = read_published(path)
+        return {"kind": "published RLRR checkpoint", **_common(path), **_tensors(tensors)}
+    checkpoint = read_checkpoint(path)
+    return {"kind": "checkpoint", **_common(path), **_checkpoint(checkpoint)}
+
+
+def _common(path: Path) -> dict[str, Any]:
+    return {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "method": checkpoint.method,
+        "settings": dict(checkpoint.settings),
+        "backbone": checkpoint.backbone.to_dict(),
+        "classes": list(checkpoint.classes),
+        "preprocessing": checkpoint.preprocessing.to_dict(),
+        "training": dict(checkpoint.training),
+        **_tensors(checkpoint.tensors),
+    }
+
+
+def _tensors(tensors: Any) -> dict[str, Any]:
+    sites: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        owner = name.removeprefix("update.").rpartition(".")[0]
+        sites["classifier" if name.startswith("head.") else owner] += tensor.numel()
+    return {
+        "trained_numbers": sum(sites.values()),
+        "update_numbers": sum(sites.values()) - sites["classifier"],
+        "sites": dict(sites),
+    }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    import onnx
+
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and the checker raise classes of their own
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path} is no valid ONNX model ({reason}).") from error
+    return {
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": [_value(value) for value in model.graph.input],
+        "outputs": [_value(value) for value in model.graph.output],
+        "nodes": len(model.graph.node),
+        "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        **{entry.key: _decoded(entry.value) for entry in model.metadata_props},
+    }
+
+
+def _value(value: Any) -> str:
+    from onnx import TensorProto
+
+    kind = value.type.tensor_type
+    shape = ", ".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
+    return f"{value.name} {TensorProto.DataType.Name(kind.elem_type).lower()} [{shape}]"
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON file ({error}).") from error
+    if not isinstance(value, dict) or "artefact" not in value:
+        raise CheckpointError(f"{path} is no manifest of aoft-export.")
+    return value
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The verification from the manifest beside an artefact, if it is of this very file."""
+    manifest = path.with_name(path.name + ".json")
+    if not manifest.is_file():
+        return {"manifest": "none"}
+    values = _json(manifest)
+    if values.get("sha256") != file_digest(path):
+        return {"manifest": "of another file: the artefact was changed after it was verified"}
+    return {"manifest": "matches", "verification": values.get("verification")}
