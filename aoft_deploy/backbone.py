@@ -9,8 +9,9 @@ import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import timm
 import torch
@@ -48,6 +49,32 @@ class Backbone:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict`` for data from a stranger's file.
+
+        Raises:
+            BackboneError: A key or value that ``to_dict`` does not write, or an argument that does
+                more than shape the model: with some, timm would read or download other files.
+        """
+        try:
+            backbone = cls(**data)
+        except TypeError as error:
+            raise BackboneError(f"{error}.") from error
+        texts = backbone.name, backbone.digest, backbone.origin
+        if not all(isinstance(text, str) for text in texts) or not isinstance(backbone.args, dict):
+            raise BackboneError(
+                f"Its name, digest and origin must be texts, its args a dict: {data}."
+            )
+        reserved = {
+            *signature(create_backbone).parameters,
+            *signature(timm.create_model).parameters,
+        }
+        for key, value in backbone.args.items():
+            if key in reserved or not isinstance(value, (bool, int, float, str)):
+                raise BackboneError(f"It must not be made with {key}={value!r}.")
+        return backbone
 
 
 def create_backbone(
@@ -175,7 +202,7 @@ def _load_file(model: nn.Module, path: Path) -> None:
 
 def _read_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """The file's tensors, renamed and resampled by timm's filter for this architecture."""
-    state = load_state_dict(str(path))
+    state = load_state_dict(str(path), weights_only=True)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return state if convert is None else dict(convert(state, model))
 
@@ -191,6 +218,8 @@ def _load_npz(model: nn.Module, path: Path) -> None:
     if len(found) != depth:
         raise BackboneError(f"{path} holds {len(found)} encoder blocks, but the model has {depth}.")
     load_pretrained(str(path))
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise BackboneError(f"{path} holds values that are not finite.")
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

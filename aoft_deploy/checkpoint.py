@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from aoft_deploy.backbone import Backbone, create_backbone, image_size
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
 from aoft_deploy.files import replacing
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.published import is_published, published_preprocessing, read_published
@@ -38,6 +39,8 @@ KEYS = {
     "preprocessing": dict,
     "training": dict,
 }
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ def save(
         "training": dict(training or {}),
     }
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={"aoft": json.dumps(metadata)})
+        try:
+            save_file(tensors, temporary, metadata={"aoft": json.dumps(metadata)})
+        except SafetensorError as error:
+            raise OutputError(f"Cannot write {path}: {error}.") from error
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
@@ -119,7 +125,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         with safe_open(path, "pt") as file:
             metadata = (file.metadata() or {}).get("aoft")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # beside its own error, safetensors raises what torch does
         raise CheckpointError(_unreadable(path, error)) from error
     if metadata is None:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
@@ -173,6 +179,11 @@ def open_checkpoint(
         weights=weights,
         **trained_on.args,
     )
+    size, fed = image_size(model), checkpoint.preprocessing.size
+    if size is not None and size != fed:
+        raise CheckpointError(
+            f"{path} prepares images of {fed} pixels, but {found.name} takes {size}."
+        )
     if found.digest != trained_on.digest and not force:
         raise CheckpointError(
             f"{path} was trained on {trained_on.name} with weights {trained_on.digest[:12]}, but "
@@ -189,7 +200,7 @@ def _open_published(
 ) -> tuple[TunedModel, Checkpoint]:
     """A published RLRR file on its backbone; it names neither classes nor preprocessing."""
     tensors = read_published(path)
-    count = len(tensors["head.head.bias"])
+    count = tensors["head.head.bias"].numel()
     model, identity = create_backbone(backbone, num_classes=count, weights=weights)
     tuned = attach(model, "rlrr", backbone=identity)
     tuned.load_trained(tensors)
@@ -219,7 +230,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
     try:
         metadata = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The metadata of {path} is no JSON ({error}).") from error
     version = metadata.get("format") if isinstance(metadata, dict) else None
     if isinstance(version, int) and version > FORMAT:
@@ -230,10 +241,13 @@ def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
     for key, kind in KEYS.items():
         if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):
             raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{name} in {path} is {tensor.dtype}, but must be a float type.")
     try:
-        backbone = Backbone(**metadata["backbone"])
-    except TypeError as error:
-        raise CheckpointError(f"The metadata of {path} names no backbone ({error}).") from error
+        backbone = Backbone.from_dict(metadata["backbone"])
+    except BackboneError as error:
+        raise CheckpointError(f"The metadata of {path} names no backbone: {error}") from error
     classes = tuple(str(name) for name in metadata["classes"])
     preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
     rest = {k: metadata[k] for k in ("method", "settings", "training")}

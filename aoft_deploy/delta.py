@@ -3,7 +3,7 @@
 A *delta* is the common form that every update's formula arrives at. It knows nothing of methods;
 it knows how to be used:
 
-``fold``   puts the change into (weight, bias). Differentiable, any dtype.
+``fold_``  puts the change into (weight, bias), in place. Differentiable, any dtype.
 ``apply``  is training's forward: the folded map, with gradients that never cost more than the
            update's own structure asks for.
 ``mix``    applies a different delta to every sample of a batch, around the one shared weight.
@@ -30,8 +30,11 @@ Rows = tuple[int, int]
 class Delta(Protocol):
     """The change that an update makes to x ↦ x Wᵀ + b."""
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(W, b) with the change in it. weight: (out, …), bias: (out,)."""
+    def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
+        """Put the change into W and b, or into a block of their rows that begins with ``first``.
+
+        weight: (out, …) and bias: (out,) or None are changed in place, differentiably.
+        """
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """The changed map's output from its input x, its unchanged output y and W."""
@@ -76,19 +79,18 @@ class WeightDelta(_Tensors):
     gain_in: Tensor | None = None
     shift: Tensor | None = None
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(W + ΔW, b + Δb). weight: (out, in), bias: (out,) or None."""
-        folded = weight
+    def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
+        """W += ΔW, b += Δb in the rows from ``first`` on. weight: (out, in), bias: (out,)."""
+        rows = slice(first, first + len(weight))
         if self.gain_out is not None and self.gain_in is not None:
-            folded = torch.addcmul(folded, weight, self.gain_out.mT @ self.gain_in)
+            weight.mul_(1 + self.gain_out[:, rows].mT @ self.gain_in)
         if self.left is not None and self.right is not None:
-            folded = torch.addmm(folded, self.left.mT, self.right)
-        if self.diagonal is not None:
-            folded = folded.clone() if folded is weight else folded
-            folded.diagonal()[: self.diagonal.shape[-1]].add_(self.diagonal)
+            weight.addmm_(self.left[:, rows].mT, self.right)
+        if self.diagonal is not None and first < self.diagonal.shape[-1]:
+            part = self.diagonal[rows]
+            weight.diagonal(first)[: len(part)].add_(part)
         if self.shift is not None and bias is not None:
-            bias = bias + self.shift
-        return folded, bias
+            bias.add_(self.shift[rows])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Y + δ(x) per sample.
@@ -127,15 +129,16 @@ class OutputDelta(_Tensors):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(W ⊙ (1 + scale), b ⊙ (1 + scale) + shift). weight: (out, …), bias: (out,) or None."""
+    def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
+        """W ⊙= 1 + scale, b = b ⊙ (1 + scale) + shift in the rows from ``first`` on."""
+        rows = slice(first, first + len(weight))
         if self.scale is not None:
-            channel = self.scale.view(-1, *([1] * (weight.dim() - 1)))
-            weight = torch.addcmul(weight, weight, channel)
-            bias = None if bias is None else torch.addcmul(bias, bias, self.scale)
+            factor = 1 + self.scale[rows]
+            weight.mul_(factor.view(-1, *([1] * (weight.dim() - 1))))
+            if bias is not None:
+                bias.mul_(factor)
         if self.shift is not None and bias is not None:
-            bias = bias + self.shift
-        return weight, bias
+            bias.add_(self.shift[rows])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Y ⊙ (1 + scale) + shift per sample. y: (batch, tokens, out); x and weight unused."""
@@ -152,24 +155,16 @@ def fold_rows(
     Args:
         weight: (out, …).
         bias: (out,) or None.
-        deltas: Disjoint row ranges in ascending order, and the delta of each.
+        deltas: Disjoint row ranges and the delta of each.
 
     Returns:
         New weight and bias; the arguments stay as they are.
     """
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    done = 0
+    weight = weight.clone()
+    bias = None if bias is None else bias.clone()
     for (start, stop), delta in deltas:
-        part, part_bias = delta.fold(weight[start:stop], None if bias is None else bias[start:stop])
-        weights += [weight[done:start], part]
-        if bias is not None and part_bias is not None:
-            biases += [bias[done:start], part_bias]
-        done = stop
-    weights.append(weight[done:])
-    if bias is not None:
-        bias = torch.cat([*biases, bias[done:]])
-    return (weights[1] if len(weights[1]) == len(weight) else torch.cat(weights)), bias
+        delta.fold_(weight[start:stop], None if bias is None else bias[start:stop])
+    return weight, bias
 
 
 def apply_linear(

@@ -23,8 +23,8 @@ from torch import nn
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
 from aoft_deploy.engines import Engine, Exporter, Recipe, get_exporter
-from aoft_deploy.errors import OutputError
-from aoft_deploy.files import file_digest, settle, writable_folder
+from aoft_deploy.errors import CheckpointError, OutputError
+from aoft_deploy.files import file_digest, json_text, settle, writable_folder
 from aoft_deploy.images import read_image
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, merge
@@ -89,8 +89,10 @@ def export_merged(
         AoftError: Anything wrong with the input, or answers that differ; no file is left then.
     """
     exporter = get_exporter(to)
-    output = output or checkpoint.with_suffix(exporter.SUFFIX)
-    _check_output(output, checkpoint)
+    if not checkpoint.is_file():
+        raise CheckpointError(f"There is no file {checkpoint}.")
+    output = output or checkpoint.parent / f"{checkpoint.stem}{exporter.SUFFIX}"
+    _check_output(output, exporter.SUFFIX, [checkpoint, *([weights] if weights else []), *images])
     pictures = [read_image(path) for path in images]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
     preprocessing = task.preprocessing
@@ -123,18 +125,23 @@ def export_merged(
         }
         size = draft.stat().st_size
         try:
-            draft_manifest.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
             _publish(draft, output, draft_manifest)
         except OSError as error:
             raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
     return Exported(output, manifest_path(output), report, size)
 
 
-def _check_output(output: Path, checkpoint: Path) -> None:
+def _check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
     if output.is_dir():
         raise OutputError(f"{output} is a folder: name a file with -o.")
-    if output.exists() and checkpoint.exists() and output.samefile(checkpoint):
-        raise OutputError(f"{output} is the checkpoint itself: name another file with -o.")
+    if output.suffix != suffix:
+        raise OutputError(f"{output} does not end in {suffix}: name such a file with -o.")
+    for path in (output, manifest_path(output)):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} exists and is no file: name another with -o.")
+        if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+            raise OutputError(f"{path} is an input of this export: name another file with -o.")
 
 
 def _publish(draft: Path, output: Path, draft_manifest: Path) -> None:
@@ -197,7 +204,7 @@ def _metadata(tuned: TunedModel, task: Checkpoint) -> dict[str, str]:
     """What stands in the artefact itself; texts, the structured ones as JSON."""
     return {
         "format": "aoft-deploy/1",
-        "classes": json.dumps(list(task.classes), ensure_ascii=False),
+        "classes": json_text(list(task.classes)),
         "preprocessing": json.dumps(task.preprocessing.to_dict()),
         "method": tuned.method,
         "settings": json.dumps(tuned.settings),

@@ -13,7 +13,7 @@ from typing import Any
 
 from aoft_deploy.errors import OutputError
 
-__all__ = ["file_digest", "replacing", "settle", "writable_folder", "write_json"]
+__all__ = ["file_digest", "json_text", "replacing", "settle", "writable_folder", "write_json"]
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -30,8 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
         A name in the same folder to write to. It is gone after a failure or an interrupt.
 
     Raises:
-        OutputError: The folder does not exist or cannot be written, or the disk is full.
+        OutputError: ``path`` is a folder or device, its folder cannot be made or written, or the
+            disk is full.
     """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"Cannot write {path}: it exists and is no file.")
     with writable_folder(path.parent) as folder:
         name = folder / path.name
         try:
@@ -77,7 +80,13 @@ def write_json(path: Path, value: Any) -> None:
         OutputError: It cannot be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json_text(value, indent=2) + "\n", "utf-8")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON with readable letters; bytes of a file name that are no text stand as escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def file_digest(path: Path) -> str:

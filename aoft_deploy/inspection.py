@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.checkpoint import Checkpoint, read_checkpoint
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest
-from aoft_deploy.published import is_published, read_published
+
+if TYPE_CHECKING:
+    from aoft_deploy.checkpoint import Checkpoint
 
 __all__ = ["inspect_file"]
 
@@ -33,6 +34,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return {"kind": "ONNX artefact", **_common(path), **_onnx(path), **_manifest(path)}
     if path.suffix == ".json":
         return {"kind": "manifest", **_json(path)}
+    from aoft_deploy.checkpoint import read_checkpoint
+    from aoft_deploy.published import is_published, read_published
+
     if is_published(path):
         tensors = read_published(path)
         return {"kind": "published RLRR checkpoint", **_common(path), **_tensors(tensors)}
@@ -98,14 +102,14 @@ def _value(value: Any) -> str:
 def _decoded(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON file ({error}).") from error
     if not isinstance(value, dict) or "artefact" not in value:
         raise CheckpointError(f"{path} is no manifest of aoft-export.")

@@ -25,14 +25,22 @@ from aoft_deploy.errors import SettingError
 __all__ = ["approximately_orthogonal", "factors", "project", "project_back"]
 
 SINGULARITY_GUARD = 1e-4
-"""Smallest |1 + q_0| that is divided by: Q is singular at q_0 = −1."""
+"""Q is singular at q_0 = −1: a q_0 closer to it than this is moved to this distance."""
 
 
-def _denominator(q: Tensor) -> Tensor:
-    """1 + q_0 kept away from zero, sign preserved. q: (..., N) → (..., 1)."""
-    one_plus = 1 + q[..., :1]
-    guard = torch.where(one_plus < 0, -SINGULARITY_GUARD, SINGULARITY_GUARD).to(q.dtype)
-    return torch.where(one_plus.abs() < SINGULARITY_GUARD, guard, one_plus)
+def guarded(q: Tensor) -> Tensor:
+    """The vector with q_0 kept away from −1. Gradients pass as if it had not been moved.
+
+    Args:
+        q: (..., N).
+
+    Returns:
+        (..., N).
+    """
+    distance = 1 + q[..., :1].detach()
+    side = torch.where(distance < 0, -1.0, 1.0).to(q.dtype)
+    move = side * (SINGULARITY_GUARD - distance.abs()).clamp(min=0)
+    return torch.cat([q[..., :1] + move, q[..., 1:]], dim=-1)
 
 
 def approximately_orthogonal(q: Tensor, d: int) -> Tensor:
@@ -50,11 +58,10 @@ def approximately_orthogonal(q: Tensor, d: int) -> Tensor:
     """
     n = q.shape[-1]
     if not 1 <= d <= n:
-        raise SettingError(
-            f"d is {d}, but AO(q) of a vector with {n} entries has 1 to {n} columns."
-        )
+        raise SettingError(f"d is {d}, but AO(q) of {n} entries has 1 to {n} columns.")
+    q = guarded(q)
     matrix = torch.eye(n, dtype=q.dtype, device=q.device).expand(*q.shape[:-1], n, n)
-    matrix = matrix - q[..., :, None] * q[..., None, :] / _denominator(q)[..., None]
+    matrix = matrix - q[..., :, None] * q[..., None, :] / (1 + q[..., :1, None])
     first_row = torch.cat([q[..., :1], -q[..., 1:]], dim=-1)
     matrix = torch.cat([q[..., :, None], matrix[..., :, 1:]], dim=-1)
     matrix = torch.cat([first_row[..., None, :], matrix[..., 1:, :]], dim=-2)
@@ -70,9 +77,10 @@ def factors(q: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (w, v), each (..., N).
     """
-    tail = q[..., 1:]
-    w = torch.cat([torch.ones_like(q[..., :1]), tail / _denominator(q)], dim=-1)
-    v = torch.cat([-1 - q[..., :1], tail], dim=-1)
+    q = guarded(q)
+    one_plus, tail = 1 + q[..., :1], q[..., 1:]
+    w = torch.cat([torch.ones_like(one_plus), tail / one_plus], dim=-1)
+    v = torch.cat([-one_plus, tail], dim=-1)
     return w, v
 
 

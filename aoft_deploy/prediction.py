@@ -47,6 +47,11 @@ class Classifier:
         """Probability of every class, (batch, classes), for upright RGB images."""
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
         logits = self.engine.run(np.stack([prepare(image) for image in images]))
+        if logits.shape != (len(images), len(self.classes)):
+            raise CheckpointError(
+                f"The artefact answers with shape {logits.shape} for {len(images)} images and "
+                f"{len(self.classes)} classes: it was not written by aoft-export."
+            )
         odds = np.exp(logits - logits.max(1, keepdims=True))
         result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
         return result
@@ -70,7 +75,9 @@ def load_classifier(path: Path) -> Classifier:
     try:
         classes = tuple(json.loads(engine.info["classes"]))
         preprocessing = Preprocessing.from_dict(json.loads(engine.info["preprocessing"]))
-    except (KeyError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} names no classes and preprocessing: it was not written by aoft-export."
         ) from error

@@ -70,7 +70,13 @@ def read_published(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping) or "head.bias" not in state:
         raise CheckpointError(f"{path} is no published RLRR checkpoint: it has no head.bias.")
-    return {_renamed(path, name): _reshaped(name, tensor) for name, tensor in state.items()}
+    for name, value in state.items():
+        plain = isinstance(value, Tensor) and value.layout is torch.strided
+        if not plain or not value.is_floating_point():
+            raise CheckpointError(
+                f"{path} is no published RLRR checkpoint: {name} is no tensor of numbers."
+            )
+    return {_renamed(path, str(name)): _reshaped(str(name), t) for name, t in state.items()}
 
 
 def published_preprocessing(size: int) -> Preprocessing:

@@ -8,8 +8,10 @@ state-dict keys, no extra operation.
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -107,9 +109,9 @@ class _UpdatedVector(nn.Module):
         self.order = order
 
     def forward(self, original: Tensor) -> Tensor:
+        folded = original.clone()
         delta: Delta = self.update.delta()
-        _, folded = delta.fold(original, original)
-        assert folded is not None
+        delta.fold_(torch.empty_like(folded), folded)
         return folded
 
 
@@ -121,6 +123,7 @@ class TunedModel(nn.Module):
         method: Name of the method.
         settings: Its settings, defaults filled in.
         identity: Name and hash of the backbone's frozen weights.
+        classifier: Names of the classifier's parameters in the backbone.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class TunedModel(nn.Module):
         self.settings = settings
         self.identity = identity
         self._updates = updates
-        self._classifier = classifier_names(backbone)
+        self.classifier = classifier_names(backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
@@ -151,7 +154,7 @@ class TunedModel(nn.Module):
             for site, update in self._updates.items()
             for name, parameter in update.named_parameters()
         }
-        head = {f"head.{n}": self.backbone.get_parameter(n) for n in self._classifier}
+        head = {f"head.{n}": self.backbone.get_parameter(n) for n in self.classifier}
         return named | head
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
@@ -172,7 +175,7 @@ class TunedModel(nn.Module):
     @property
     def num_classes(self) -> int:
         """Width of the logits."""
-        return len(self.backbone.get_parameter(self._classifier[0]))
+        return len(self.backbone.get_parameter(self.classifier[0]))
 
 
 def attach(
@@ -229,8 +232,9 @@ def attach(
 def merge(tuned: TunedModel) -> nn.Module:
     """A plain model with the updates folded into its weights.
 
-    Sums are formed in float64 and rounded once. The tuned model stays as it is and shares no
-    memory with the result. Weights that an update leaves alone keep every bit.
+    Sums are formed in float64 and rounded once. The tuned model stays as it is. Frozen weights that
+    no update touches are shared with it, not copied, so that many merged tasks of one backbone cost
+    little memory; ``copy.deepcopy`` the result to change it in place.
 
     Args:
         tuned: A model from ``attach`` or ``load``.
@@ -239,15 +243,24 @@ def merge(tuned: TunedModel) -> nn.Module:
         A new model of the backbone's own modules, in evaluation mode.
 
     Raises:
-        CheckpointError: An update or a folded weight is not finite.
+        CheckpointError: A folded weight is not finite.
     """
-    merged = copy.deepcopy(tuned.backbone)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, UpdatedModule):
-            merged.set_submodule(name, module.plain(), strict=True)
-        elif parametrize.is_parametrized(module):
+    trained = {id(tuned.backbone.get_parameter(name)) for name in tuned.classifier}
+    shared = {id(p): p for p in tuned.backbone.parameters() if id(p) not in trained}
+    merged = copy.deepcopy(tuned.backbone, shared)  # type: ignore[arg-type]
+    layers = {n: m for n, m in merged.named_modules() if isinstance(m, UpdatedModule)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, plain in zip(layers, pool.map(UpdatedModule.plain, layers.values()), strict=True):
+            merged.set_submodule(name, plain, strict=True)
+    for module in merged.modules():
+        if parametrize.is_parametrized(module):
             _fold_vectors(module)
     return merged.requires_grad_(False).eval()
+
+
+FOLDED_AT_ONCE = 2**15
+"""Weights folded at a time: their float64 sums stay in cache, and torch splits none over threads,
+which layers side by side use better."""
 
 
 @torch.no_grad()
@@ -268,26 +281,40 @@ def fold_exactly(
     Raises:
         CheckpointError: A folded value is not finite.
     """
-    wide = [u.formula(**{n: p.double() for n, p in u.named_parameters()}) for u in updates]
-    new_weight, new_bias = weight.clone(), None if bias is None else bias.clone()
-    for (start, stop), delta in zip(rows, wide, strict=True):
-        old = weight[start:stop].double(), None if bias is None else bias[start:stop].double()
-        folded, folded_bias = delta.fold(*old)
-        new_weight[start:stop] = _rounded(folded, old[0], weight)
-        if new_bias is not None and folded_bias is not None and old[1] is not None:
-            new_bias[start:stop] = _rounded(folded_bias, old[1], weight)
-    return new_weight, new_bias
+    new_weight, new_bias = torch.empty_like(weight), None if bias is None else bias.clone()
+    step = max(1, FOLDED_AT_ONCE * len(weight) // weight.numel())
+    done = 0
+    for (start, stop), update in zip(rows, updates, strict=True):
+        new_weight[done:start] = weight[done:start]
+        delta = update.formula(**{n: p.double() for n, p in update.named_parameters()})
+        for first in range(start, stop, step):
+            block = slice(first, min(first + step, stop))
+            wide = weight[block].to(torch.float64, copy=True)
+            wide_bias = None if bias is None else bias[block].to(torch.float64, copy=True)
+            delta.fold_(wide, wide_bias, first - start)
+            new_weight[block] = wide
+            if new_bias is not None and wide_bias is not None:
+                new_bias[block] = wide_bias
+        done = stop
+    new_weight[done:] = weight[done:]
+    return _checked(new_weight, weight), None if bias is None else _checked(new_bias, bias)
 
 
-def _rounded(folded: Tensor, old: Tensor, like: Tensor) -> Tensor:
-    """``folded`` in the type of ``like``, unchanged entries with the sign of their zero."""
-    rounded = torch.where(folded == old, old, folded).to(like.dtype)
-    if not rounded.isfinite().all():
+def _checked(new: Tensor | None, old: Tensor) -> Tensor:
+    """``new`` if it is finite; where it equals ``old``, its zeros keep their sign."""
+    assert new is not None
+    if not new.sum().isfinite() and not new.isfinite().all():
         raise CheckpointError(
-            f"Folding gives values that are not finite in {like.dtype}: the checkpoint's numbers "
+            f"Folding gives values that are not finite in {old.dtype}: the checkpoint's numbers "
             "are too large or damaged."
         )
-    return rounded
+    return torch.where(new == old, old, new) if _has_negative_zero(old) else new
+
+
+def _has_negative_zero(tensor: Tensor) -> bool:
+    """Whether −0.0 occurs: as an integer of the same width its bits are the smallest of all."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return bool(tensor.view(kind).amin() == torch.iinfo(kind).min)
 
 
 def _place(model: nn.Module, placed: list[tuple[Site, Update]]) -> None:

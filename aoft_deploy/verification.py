@@ -94,16 +94,20 @@ def verify(
         The figures, over all runs.
 
     Raises:
-        VerificationError: A difference above the tolerance, or an answer that is not finite or of
-            another shape. A top class that differs within the tolerance is a tie, and counts
-            against ``agreement`` only.
+        VerificationError: A difference above the tolerance, an answer that is not finite or of
+            another shape, or no answer. A top class that differs within the tolerance is a tie,
+            and counts against ``agreement`` only.
     """
     expected = np.concatenate([reference(batch) for batch in _batches(pixels, max(batch_sizes))])
+    if not np.isfinite(expected).all():
+        raise VerificationError(
+            "The unmerged model's own logits are not finite: nothing is written."
+        )
     largest = float(np.abs(expected).max())
     allowed = tolerance * max(1.0, largest)
     max_abs, agreeing, compared = 0.0, 0, 0
     for size in batch_sizes:
-        answers = np.concatenate([candidate(batch) for batch in _batches(pixels, size)])
+        answers = _answers(candidate, pixels, size)
         if answers.shape != expected.shape or not np.isfinite(answers).all():
             raise VerificationError(
                 f"At batch size {size} the artefact answers with shape {answers.shape} where "
@@ -125,6 +129,16 @@ def verify(
         agreement=agreeing / compared,
         tolerance=allowed,
     )
+
+
+def _answers(candidate: Run, pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
+    try:
+        return np.concatenate([candidate(batch) for batch in _batches(pixels, size)])
+    except Exception as error:  # every runtime raises classes of its own
+        reason = " ".join(str(error).split())[:160]
+        raise VerificationError(
+            f"At batch size {size} the artefact does not run ({reason}): it is not written."
+        ) from error
 
 
 def _batches(pixels: NDArray[np.uint8], size: int) -> Iterable[NDArray[np.uint8]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,21 +31,37 @@ def run(
         0, or 1 after one line on stderr: the input is at fault, or the command was interrupted.
     """
     options = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # any file's name can be printed
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         body(options)
-    except AoftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print("error: Interrupted; nothing unfinished was left.", file=sys.stderr)
-        return 1
+        return _failed("Interrupted; nothing unfinished was left.")
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone
+        _drop_output()  # whoever read our output has gone
         return 1
+    except (AoftError, OSError) as error:
+        _drop_output()
+        return _failed(str(error))
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _failed(message: str) -> int:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 1
+
+
+def _drop_output() -> None:
+    """Let go of printed text that nobody takes, which would fail again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
 """ONNX: one file that keeps timm's parameter names, run by ONNX Runtime.
 
 Input ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3];
-output ``logits`` float32 [batch, classes]; the batch is dynamic.
+output ``logits`` float32 [batch, classes]; the batch is dynamic. Weights of linear maps that run as
+MatMul are stored transposed, (in, out).
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def _trace(model: nn.Module, example: Any, input_name: str) -> Any:
             verbose=False,
         )
         assert program is not None
+        _store_transposed(program.model.graph)
         optimizer.optimize_ir(program.model)
     graph = program.model.graph
     for initializer in list(graph.initializers.values()):
@@ -94,7 +96,27 @@ def _trace(model: nn.Module, example: Any, input_name: str) -> Any:
     kept = [info for info in proto.graph.value_info if info.name not in names]
     del proto.graph.value_info[:]  # shapes of initialisers there break ONNX Runtime's quantiser
     proto.graph.value_info.extend(kept)
+    for entry in (*proto.graph.node, *proto.graph.value_info):
+        del entry.metadata_props[:]  # stack traces with paths of this machine
     return proto
+
+
+def _store_transposed(graph: Any) -> None:
+    """Transpose weights where they are stored, under their own names.
+
+    Constant folding does the same, but gives every weight a new name.
+    """
+    import onnx_ir
+
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.name not in graph.initializers or len(weight.uses()) > 1:
+            continue
+        transposed = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        weight.const_value = onnx_ir.tensor(np.ascontiguousarray(transposed), name=weight.name)
+        weight.shape = weight.const_value.shape
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
 
 
 def _pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -157,10 +179,10 @@ class OnnxEngine:
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+            self._input = self._session.get_inputs()[0]
         except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
-        self._input = self._session.get_inputs()[0]
 
     @property
     def info(self) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,13 +30,18 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
 
     Raises:
         SettingError: ``uint8`` is asked; a state dict has no input form.
+        OutputError: The file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if recipe.uint8:
         raise SettingError("--uint8 needs a graph: export with --to onnx.")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata=dict(recipe.metadata))
+    try:
+        save_file(tensors, path, metadata=dict(recipe.metadata))
+    except SafetensorError as error:
+        raise OutputError(f"{path.name} could not be written ({error}).") from error
 
 
 class TimmEngine:
@@ -57,23 +62,26 @@ class TimmEngine:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        import aoft_deploy.nano  # noqa: F401  (registers aoft_vit_nano with timm)
+        from aoft_deploy.backbone import Backbone
 
         try:
             with safe_open(path, "pt") as file:
                 self.info: Mapping[str, str] = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is no state dict of --to timm ({error}).") from error
-        if "backbone" not in self.info:
-            raise CheckpointError(f"{path} does not say which architecture it is of.")
-        backbone = json.loads(self.info["backbone"])
-        self._model = timm.create_model(
-            backbone["name"],
-            pretrained=False,
-            num_classes=len(json.loads(self.info["classes"])),
-            checkpoint_path=str(path),
-            **backbone["args"],
-        ).eval()
+        try:
+            backbone = Backbone.from_dict(json.loads(self.info["backbone"]))
+            classes = json.loads(self.info["classes"])
+            self._model = timm.create_model(
+                backbone.name,
+                pretrained=False,
+                num_classes=len(classes),
+                checkpoint_path=str(path),
+                **backbone.args,
+            ).eval()
+        except Exception as error:  # a doctored file makes timm raise anything
+            reason = " ".join(str(error).split())[:160]
+            raise CheckpointError(f"{path} is no state dict of --to timm ({reason}).") from error
         self._torch = torch
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
