@@ -6,16 +6,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aoft_deploy.backbone import create_backbone
+    from aoft_deploy.checkpoint import load, save
+    from aoft_deploy.export import export_merged
     from aoft_deploy.orthogonal import approximately_orthogonal
+    from aoft_deploy.preprocessing import Preprocessing
     from aoft_deploy.tuned import TunedModel, attach, merge
 
-__all__ = ["TunedModel", "approximately_orthogonal", "attach", "merge"]
+__all__ = [
+    "Preprocessing",
+    "TunedModel",
+    "approximately_orthogonal",
+    "attach",
+    "create_backbone",
+    "export_merged",
+    "load",
+    "merge",
+    "save",
+]
 
 _HOMES = {
+    "Preprocessing": "preprocessing",
     "TunedModel": "tuned",
     "approximately_orthogonal": "orthogonal",
     "attach": "tuned",
+    "create_backbone": "backbone",
+    "export_merged": "export",
+    "load": "checkpoint",
     "merge": "tuned",
+    "save": "checkpoint",
 }
 
 
