@@ -97,7 +97,7 @@ def _checked(method: str, name: str, value: Any, default: Any) -> Any:
         return roles
     if name == "init" and value not in INITS:
         raise UnknownNameError(f"init of {method}", str(value), INITS)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not type(default):
         raise SettingError(

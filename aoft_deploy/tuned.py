@@ -247,7 +247,7 @@ def merge(tuned: TunedModel) -> nn.Module:
     """
     trained = {id(tuned.backbone.get_parameter(name)) for name in tuned.classifier}
     shared = {id(p): p for p in tuned.backbone.parameters() if id(p) not in trained}
-    merged = copy.deepcopy(tuned.backbone, shared)  # type: ignore[arg-type]
+    merged = copy.deepcopy(tuned.backbone, shared)
     layers = {n: m for n, m in merged.named_modules() if isinstance(m, UpdatedModule)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, plain in zip(layers, pool.map(UpdatedModule.plain, layers.values()), strict=True):

@@ -12,7 +12,8 @@ from aoft_deploy.orthogonal import factors, project, project_back
 
 def vector(n: int, norm: float, seed: int = 0) -> torch.Tensor:
     q = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return q * (norm / q.norm())
+    scaled: torch.Tensor = q * (norm / q.norm())
+    return scaled
 
 
 def entry_by_entry(q: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def test_the_singularity_is_guarded_and_the_structure_still_matches(q0: float) -
     assert dense.isfinite().all()
     x = torch.randn(5, 8, dtype=torch.float64)
     assert torch.allclose(project(x, q, 4), x @ dense, rtol=1e-10)
-    dense.sum().backward()
+    torch.autograd.backward(dense.sum())
     assert q.grad is not None and q.grad.isfinite().all()
 
 

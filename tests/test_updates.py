@@ -104,7 +104,7 @@ def test_a_mixed_batch_gives_every_sample_its_own_tasks_answer(case: int) -> Non
     delta = tasks[0].formula(**{n: bank[n][chosen] for n in bank})
     mixed = delta.mix(x, x @ w.mT + b, w)
     for sample, task in enumerate(chosen.tolist()):
-        own = apply_linear(x[sample], w, b, [((0, OUT), tasks[task].delta())])  # type: ignore[list-item]
+        own = apply_linear(x[sample], w, b, [((0, OUT), tasks[task].delta())])
         assert (mixed[sample] - own).abs().max() < 1e-12
 
 
@@ -123,13 +123,14 @@ def test_structured_gradients_equal_those_of_the_dense_formula(case: int) -> Non
 
     assert torch.autograd.gradcheck(structured, (x, *named.values()))
     seed = torch.randn(2, 3, OUT, dtype=torch.float64)
-    structured(x, *named.values()).backward(seed)
+    torch.autograd.backward(structured(x, *named.values()), seed)
     copies = {n: p.detach().clone().requires_grad_() for n, p in named.items()}
     dense_w, dense_b = dense(copies, w, b)
-    (x.detach() @ dense_w.mT + dense_b).backward(seed)
+    torch.autograd.backward((x.detach() @ dense_w.mT + dense_b), seed)
     for name, parameter in named.items():
-        assert parameter.grad is not None and copies[name].grad is not None
-        assert torch.allclose(parameter.grad, copies[name].grad, atol=1e-10), name
+        ours, theirs = parameter.grad, copies[name].grad
+        assert ours is not None and theirs is not None
+        assert torch.allclose(ours, theirs, atol=1e-10), name
 
 
 def test_rows_beside_an_updates_own_are_left_alone_and_their_gradients_too() -> None:
@@ -139,8 +140,9 @@ def test_rows_beside_an_updates_own_are_left_alone_and_their_gradients_too() -> 
     )
     deltas = [((0, OUT), first.delta()), ((2 * OUT, 3 * OUT), last.delta())]
     folded, bias = fold_rows(w, b, deltas)
-    assert torch.equal(folded[OUT : 2 * OUT], w[OUT : 2 * OUT]) and torch.equal(bias, b)  # type: ignore[arg-type]
-    apply_linear(x, w, b, deltas)[:, OUT:].sum().backward()  # type: ignore[arg-type]
+    assert bias is not None and torch.equal(bias, b)
+    assert torch.equal(folded[OUT : 2 * OUT], w[OUT : 2 * OUT])
+    torch.autograd.backward(apply_linear(x, w, b, deltas)[:, OUT:].sum())  # type: ignore[arg-type]
     assert all(p.grad is not None and not p.grad.any() for p in first.parameters())
     assert any(p.grad is not None and p.grad.any() for p in last.parameters())
 
@@ -232,5 +234,5 @@ def test_autocast_computes_the_same_answer_as_a_plain_map_of_the_folded_weight()
     folded, _ = fold_rows(w, b, [((0, OUT), delta)])
     expected = torch.nn.functional.linear(x.bfloat16(), folded.bfloat16(), b.bfloat16())
     assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
-    got.float().sum().backward()
+    torch.autograd.backward(got.float().sum())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in update.parameters())

@@ -27,16 +27,15 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("artefact", type=Path, metavar="ARTEFACT", help="what aoft-export wrote")
     options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    options.add_argument("--top", type=_positive, default=1, help="classes per image (default 1)")
+    options.add_argument("--top", type=_count, default=1, help="classes per image (default 1)")
     options.add_argument("--json", action="store_true", help="one JSON object per image")
     return options
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def predict(options: argparse.Namespace) -> None:

@@ -1,0 +1,210 @@
+"""What the tests share: a backbone of 19,000 random weights, and tuned tasks on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import aoft_deploy.nano  # noqa: F401  (registers aoft_vit_nano with timm)
+from aoft_deploy.backbone import create_backbone
+from aoft_deploy.checkpoint import save
+from aoft_deploy.cli.export import main as export_main
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.tuned import TunedModel, attach
+
+NAME = "aoft_vit_nano"
+ARGS: dict[str, Any] = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}
+"""Five tokens, one block, width 32: every layer of a ViT and nothing else."""
+
+CLASSES = ("cat", "dog", "zürich", "two words", "日本")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSING = Preprocessing(ARGS["img_size"], crop_pct=0.9, mean=MEAN, std=STD)
+
+
+@torch.no_grad()
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Give every parameter its own values, so that nothing is zero or one by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.mul_(0.5).add_(noise * (0.15 if parameter.dim() > 1 else 0.3))
+
+
+@pytest.fixture(scope="session")
+def backbone_name() -> str:
+    return NAME
+
+
+@pytest.fixture(scope="session")
+def backbone_args() -> dict[str, Any]:
+    return dict(ARGS)
+
+
+@pytest.fixture(scope="session")
+def classes() -> tuple[str, ...]:
+    return CLASSES
+
+
+@pytest.fixture(scope="session")
+def backbone_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A safetensors file with the weights of the small backbone."""
+    model = timm.create_model(NAME, num_classes=0, **ARGS)
+    randomise(model, seed=1)
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tuned(backbone_weights: Path) -> Callable[..., TunedModel]:
+    """From a method and its settings to a model as if trained: no number is at its start."""
+
+    def make(method: str = "rlrr", seed: int = 2, **settings: Any) -> TunedModel:
+        model, identity = create_backbone(
+            NAME, num_classes=len(CLASSES), weights=backbone_weights, **ARGS
+        )
+        tuned = attach(model, method, seed=seed, backbone=identity, **settings)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in tuned.trained().items():
+                parameter.mul_(not name.startswith("head."))  # timm starts it with its own seed
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return tuned.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(
+    make_tuned: Callable[..., TunedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """From a method and its settings to the model.ckpt of ``make_tuned``'s model."""
+
+    def make(method: str = "rlrr", **settings: Any) -> Path:
+        path = tmp_path_factory.mktemp(method) / "model.ckpt"
+        tuned = make_tuned(method, **settings)
+        save(tuned, path, classes=CLASSES, preprocessing=PREPROCESSING, training={"epochs": 3})
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """The model.ckpt of an RLRR task, which updates every kind of site."""
+    return make_checkpoint("rlrr")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Nine image files of different shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [folder / f"photo {i}.png" for i in range(9)]
+    for i, path in enumerate(paths):
+        picture(20 + 3 * i, 37 - 2 * i, seed=i).save(path)
+    return paths
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Coarse random colours under fine noise, so that a shift or a turn changes the answer."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height)), np.float64)
+    noisy = smooth + generator.normal(0, 12, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> Callable[..., Image.Image]:
+    return picture
+
+
+@pytest.fixture(scope="session")
+def artefact(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The ONNX artefact of ``checkpoint``, exported by the command with real images."""
+    path = tmp_path_factory.mktemp("artefact") / "task.onnx"
+    options: list[Any] = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    options += ["-o", path, "--images", *photos]
+    assert export_main([str(option) for option in options]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixel_artefact(
+    checkpoint: Path, backbone_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """As ``artefact``, with ``--uint8``."""
+    path = tmp_path_factory.mktemp("artefact") / "pixels.onnx"
+    options: list[Any] = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    assert export_main([*map(str, options), "-o", str(path), "--uint8"]) == 0
+    return path
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file and folder below, with the content of each file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, str]]:
+    return listing
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must refuse its input in one line and leave the folder as it was.
+
+    Returns the line without ``error: ``.
+    """
+
+    def check(main: Callable[[Sequence[str]], int], *argv: object) -> str:
+        before = listing(tmp_path)
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        line = capsys.readouterr().err
+        assert code == 1
+        assert line.startswith("error: ")
+        assert line.endswith("\n")
+        assert len(line.splitlines()) == 1, line
+        assert listing(tmp_path) == before
+        return line.removeprefix("error: ").rstrip("\n")
+
+    return check
+
+
+def rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Copy a checkpoint with its metadata changed in place by ``change``."""
+    data = source.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = json.loads(header["__metadata__"]["aoft"])
+    change(metadata)
+    header["__metadata__"]["aoft"] = json.dumps(metadata)
+    text = json.dumps(header).encode()
+    target.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return target
+
+
+@pytest.fixture(scope="session")
+def with_metadata() -> Callable[..., Path]:
+    return rewrite

@@ -1,0 +1,107 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aoft_deploy.augmentation import (
+    crop_transform,
+    generator,
+    mirrored,
+    mix,
+    preserved_randomness,
+    reseed,
+)
+from aoft_deploy.errors import UnknownNameError
+from aoft_deploy.preprocessing import Preprocessing
+
+HALVES = (0.5, 0.5, 0.5)
+PREPROCESSING = Preprocessing(size=32, crop_pct=1.0, mean=HALVES, std=HALVES)
+
+
+def photo(seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("augment", ["crop", "rand"])
+def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> None:
+    transform = crop_transform(augment, PREPROCESSING)
+
+    def cropped(*key: int) -> np.ndarray:
+        reseed(*key)
+        return transform(photo())
+
+    first = cropped(1, 2, 3)
+    torch.rand(5), random.random(), np.random.rand()
+    assert first.shape == (3, 32, 32)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, cropped(1, 2, 3))
+    assert not np.array_equal(first, cropped(1, 2, 4))
+
+
+def test_every_draw_of_rand_augment_is_one_that_pillow_accepts() -> None:
+    transform = crop_transform("rand", PREPROCESSING)
+    for key in range(300):
+        reseed(key)
+        assert transform(photo()).shape == (3, 32, 32)
+
+
+def test_only_crops_have_a_crop_transform() -> None:
+    with pytest.raises(UnknownNameError, match="Unknown augmentation that crops 'flip'"):
+        crop_transform("flip", PREPROCESSING)
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 3, 4)
+    results = [mirrored(pixels, 0, i) for i in range(400)]
+    turned = sum(np.array_equal(r, pixels[..., ::-1]) for r in results)
+    assert turned + sum(np.array_equal(r, pixels) for r in results) == 400
+    assert 150 < turned < 250
+
+
+def test_generators_of_equal_keys_agree() -> None:
+    assert generator(1, 2).random() == generator(1, 2).random()
+    assert generator(1, 2).random() != generator(2, 1).random()
+
+
+def test_the_callers_generators_stay_as_they_were() -> None:
+    reseed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    reseed(5)
+    with preserved_randomness(torch.device("cpu")):
+        reseed(6)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_without_mixing_images_stay_the_same_object() -> None:
+    images = torch.rand(4, 3, 8, 8)
+    mixed, share = mix(images, 0, 0, generator(0))
+    assert mixed is images
+    assert share == 1
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_mixup_adds_an_image_and_its_partner_by_their_shares(count: int) -> None:
+    images = torch.rand(count, 3, 8, 8, dtype=torch.float64)
+    mixed, share = mix(images, 0.8, 0, generator(0))
+    assert 0.5 <= share < 1
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
+
+
+def test_cutmix_pastes_as_many_pixels_of_the_partner_as_its_share_says() -> None:
+    values = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    for seed in range(20):
+        mixed, share = mix(values, 0, 1.0, generator(seed))
+        assert 0.5 <= share <= 1
+        assert mixed[0].mean().item() == pytest.approx(1 - share, abs=1e-6)
+        assert mixed[1].mean().item() == pytest.approx(share, abs=1e-6)
+
+
+def test_with_both_alphas_each_is_used_at_times() -> None:
+    values = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    mixed = [mix(values, 1.0, 1.0, generator(seed))[0] for seed in range(20)]
+    pasted = [m for m in mixed if set(m.flatten().tolist()) <= {0.0, 1.0}]
+    assert pasted
+    assert len(pasted) < 20

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aoft_deploy.engines import exporter_names, get_exporter, load_artefact
+from aoft_deploy.errors import CheckpointError, UnknownNameError
+
+
+def test_the_exporters_of_this_repository_are_found() -> None:
+    assert {"onnx", "timm"} <= set(exporter_names())
+    assert list(exporter_names()) == sorted(exporter_names())
+
+
+@pytest.mark.parametrize("name", exporter_names())
+def test_every_exporter_has_the_same_verbs(name: str) -> None:
+    exporter = get_exporter(name)
+    assert exporter.SUFFIX.startswith(".")
+    assert 0 < exporter.TOLERANCE < 1
+    assert callable(exporter.export)
+    assert callable(exporter.load)
+
+
+def test_no_two_exporters_write_the_same_suffix() -> None:
+    suffixes = [get_exporter(name).SUFFIX for name in exporter_names()]
+    assert len(set(suffixes)) == len(suffixes)
+
+
+def test_a_close_name_is_suggested() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown exporter 'onx'\. Did you mean onnx"):
+        get_exporter("onx")
+
+
+@pytest.mark.parametrize("name", ["", "ONNX", "onnx "])
+def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="Known: onnx, timm"):
+        get_exporter(name)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model", "model.ONNX", "onnx"])
+def test_a_suffix_that_no_exporter_writes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="is no artefact of aoft-export"):
+        load_artefact(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_an_artefact_that_does_not_exist_is_refused(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(CheckpointError, match=r"(There is no file|No such file)"):
+        load_artefact(tmp_path / f"missing{suffix}")
+
+
+def test_an_onnx_artefact_opens_by_its_suffix(artefact: Path) -> None:
+    engine = load_artefact(artefact)
+    assert not engine.takes_pixels
+    assert engine.info["format"] == "aoft-deploy/1"
