@@ -106,20 +106,8 @@ def export_merged(
         draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
         report = _export_verified(tuned, exporter, draft, recipe, pixels, preprocessing)
         manifest = {
-            "artefact": output.name,
-            "sha256": file_digest(draft),
-            "bytes": draft.stat().st_size,
-            "exporter": to,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(command),
-            "checkpoint": {"name": checkpoint.name, "sha256": file_digest(checkpoint)},
-            "method": tuned.method,
-            "settings": tuned.settings,
-            "backbone": tuned.identity.to_dict(),
-            "forced": tuned.identity.digest != task.backbone.digest,
-            "input": _input_form(recipe),
-            "classes": list(task.classes),
-            "preprocessing": preprocessing.to_dict(),
+            **_provenance(draft, checkpoint, to, command),
+            **_contents(tuned, task, recipe),
             "verification": {**report.to_dict(), "real_images": len(pictures)},
             "versions": _versions(),
         }
@@ -130,6 +118,32 @@ def export_merged(
         except OSError as error:
             raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
     return Exported(output, manifest_path(output), report, size)
+
+
+def _provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
+    """Which file the manifest is of, and how it came to be."""
+    return {
+        "artefact": draft.name,
+        "sha256": file_digest(draft),
+        "bytes": draft.stat().st_size,
+        "exporter": to,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "checkpoint": {"name": checkpoint.name, "sha256": file_digest(checkpoint)},
+    }
+
+
+def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What the artefact computes, from what it was made, and what it takes."""
+    return {
+        "method": tuned.method,
+        "settings": tuned.settings,
+        "backbone": tuned.identity.to_dict(),
+        "forced": tuned.identity.digest != task.backbone.digest,
+        "input": _input_form(recipe),
+        "classes": list(task.classes),
+        "preprocessing": task.preprocessing.to_dict(),
+    }
 
 
 def _check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a file of this project.
 
     Args:
-        path: A checkpoint, a published RLRR .pth, an ONNX artefact, or a manifest.
+        path: A checkpoint, a published RLRR .pth, an ONNX or timm artefact, or a manifest.
 
     Returns:
         JSON values; ``kind`` says what the file is.
@@ -34,6 +34,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return {"kind": "ONNX artefact", **_common(path), **_onnx(path), **_manifest(path)}
     if path.suffix == ".json":
         return {"kind": "manifest", **_json(path)}
+    if path.suffix == ".safetensors" and (metadata := _timm(path)):
+        return {"kind": "timm artefact", **_common(path), **metadata, **_manifest(path)}
     from aoft_deploy.checkpoint import read_checkpoint
     from aoft_deploy.published import is_published, read_published
 
@@ -89,6 +91,20 @@ def _onnx(path: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         **{entry.key: _decoded(entry.value) for entry in model.metadata_props},
     }
+
+
+def _timm(path: Path) -> dict[str, Any]:
+    """Metadata of a state dict that aoft-export wrote, empty for any other safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            metadata, tensors = file.metadata() or {}, len(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}).") from error
+    if "format" not in metadata:
+        return {}
+    return {"tensors": tensors, **{key: _decoded(text) for key, text in metadata.items()}}
 
 
 def _value(value: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.export import export_merged
 from aoft_deploy.inspection import inspect_file
 
 
@@ -64,6 +65,24 @@ def test_an_artefact_changed_after_its_verification_says_so(artefact: Path, tmp_
     model.producer_name = "somebody"
     onnx.save(model, tmp_path / "a.onnx")
     assert "changed after it was verified" in inspect_file(tmp_path / "a.onnx")["manifest"]
+
+
+def test_a_timm_artefact_tells_its_task(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.safetensors"
+    export_merged(checkpoint, path, to="timm", weights=backbone_weights)
+    found = inspect_file(path)
+    assert found["kind"] == "timm artefact"
+    assert found["tensors"] == len(load_file(path))
+    assert found["method"] == "rlrr"
+    assert found["manifest"] == "matches"
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        inspect_file(tmp_path / "a.safetensors")
 
 
 def test_a_manifest_is_shown_as_it_is(artefact: Path) -> None:
