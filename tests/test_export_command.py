@@ -111,8 +111,11 @@ def test_an_image_whose_name_is_no_text_stands_in_the_manifest(
 
 
 def running(command: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    code = f"import sys; from aoft_deploy.cli.{command} import main; sys.exit(main())"
+    """The command in a process of its own, which SIGINT reaches even if it is ignored here."""
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from aoft_deploy.cli.{command} import main; sys.exit(main())"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=options.pop("stdout", subprocess.PIPE),
