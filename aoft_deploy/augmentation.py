@@ -18,15 +18,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomAffine
 
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.hyperparameters import AUGMENTATIONS
 from aoft_deploy.preprocessing import Preprocessing
 
-__all__ = ["crop_transform", "generator", "mirrored", "mix", "preserved_randomness", "reseed"]
+__all__ = ["generator", "image_transform", "mirrored", "mix", "preserved_randomness", "reseed"]
 
 CROP_SCALE = (0.5, 1.0)
 """Share of an image's area that a random crop keeps."""
+
+DEGREES, SHIFT, SCALE = 10.0, (0.08, 0.08), (0.9, 1.1)
+"""Largest turn either way, largest shift as a share of the side, and range of the scale."""
+
+BILINEAR = InterpolationMode.BILINEAR
 
 RAND_AUGMENT = "rand-m9-inc1"
 """timm's notation: two operations of strength 9. At 10, its posterize keeps no bit, which Pillow
@@ -63,15 +69,18 @@ def preserved_randomness(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def crop_transform(
+def image_transform(
     augment: str, preprocessing: Preprocessing
 ) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """Random resized crop and mirroring, with RandAugment where ``augment`` is ``rand``.
+    """Random changes of a whole image, before it becomes pixels.
+
+    ``affine`` turns, shifts and scales a little and never mirrors, for classes such as digits;
+    ``crop`` is a random resized crop, mirrored in half of all cases; ``rand`` adds RandAugment.
 
     Draws from the global generators: ``reseed`` before each call.
 
     Args:
-        augment: ``crop`` or ``rand``.
+        augment: ``affine``, ``crop`` or ``rand``.
         preprocessing: Says the size, the interpolation and the colour of filled corners.
 
     Returns:
@@ -80,8 +89,12 @@ def crop_transform(
     Raises:
         UnknownNameError: Another ``augment``.
     """
-    if augment not in ("crop", "rand"):
-        raise UnknownNameError("augmentation that crops", augment, AUGMENTATIONS[2:])
+    if augment not in AUGMENTATIONS[2:]:
+        raise UnknownNameError("augmentation of whole images", augment, AUGMENTATIONS[2:])
+    if augment == "affine":
+        fill = [round(255 * mean) for mean in preprocessing.mean]
+        turned = RandomAffine(DEGREES, SHIFT, SCALE, interpolation=BILINEAR, fill=fill)  # type: ignore[no-untyped-call]
+        return partial(_affine_pixels, turned, preprocessing)
     transform = create_transform(
         preprocessing.size,
         is_training=True,
@@ -94,6 +107,14 @@ def crop_transform(
         use_prefetcher=True,  # stops at uint8
     )
     return partial(_pixels, transform)
+
+
+def _affine_pixels(
+    turned: RandomAffine, preprocessing: Preprocessing, image: Image.Image
+) -> NDArray[np.uint8]:
+    """The evaluation's pixels, turned, shifted and scaled."""
+    changed = turned(Image.fromarray(preprocessing.pixels(image)))
+    return np.asarray(changed).transpose(2, 0, 1)
 
 
 def _pixels(transform: Callable[[Image.Image], object], image: Image.Image) -> NDArray[np.uint8]:

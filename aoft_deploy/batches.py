@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aoft_deploy.augmentation import crop_transform, generator, mirrored, reseed
+from aoft_deploy.augmentation import generator, image_transform, mirrored, reseed
 from aoft_deploy.data import ImageList
 from aoft_deploy.errors import ImageError
 from aoft_deploy.preprocessing import Preprocessing
@@ -99,8 +99,8 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         self.augment, self.seed = augment, seed
         self.labels = torch.tensor(images.labels, dtype=torch.long)
         self.transform = None
-        if augment in ("crop", "rand"):
-            self.transform = crop_transform(augment, preprocessing)
+        if augment in ("affine", "crop", "rand"):
+            self.transform = image_transform(augment, preprocessing)
         needed = 3 * preprocessing.size**2 * len(images)
         self.kept: NDArray[np.uint8] | None = None
         if self.transform is None and needed <= MEMORY:

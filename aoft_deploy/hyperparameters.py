@@ -12,7 +12,7 @@ from aoft_deploy.errors import SettingError
 
 __all__ = ["AUGMENTATIONS", "LEARNING_RATES", "PRECISIONS", "TRAIN_ON", "TrainingSettings"]
 
-AUGMENTATIONS = ("none", "flip", "crop", "rand")
+AUGMENTATIONS = ("none", "flip", "affine", "crop", "rand")
 PRECISIONS = ("auto", "fp32", "bf16")
 TRAIN_ON = ("train", "train+val")
 
@@ -49,6 +49,7 @@ class TrainingSettings:
         weight_decay: AdamW's decay of trained matrices; vectors are never decayed.
         clip_norm: Largest norm of the gradient; 0 for no limit.
         augment: ``none`` for the evaluation's preprocessing, ``flip`` to mirror half the images,
+            ``affine`` to turn, shift and scale a little without mirroring, as suits digits,
             ``crop`` for random resized crops that are mirrored too, ``rand`` for RandAugment on
             top of these.
         mixup: Alpha of mixup; 0 for none.

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from aoft_deploy.augmentation import (
-    crop_transform,
     generator,
+    image_transform,
     mirrored,
     mix,
     preserved_randomness,
@@ -25,9 +25,9 @@ def photo(seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("augment", ["crop", "rand"])
+@pytest.mark.parametrize("augment", ["affine", "crop", "rand"])
 def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> None:
-    transform = crop_transform(augment, PREPROCESSING)
+    transform = image_transform(augment, PREPROCESSING)
 
     def cropped(*key: int) -> np.ndarray:
         reseed(*key)
@@ -42,15 +42,15 @@ def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> Non
 
 
 def test_every_draw_of_rand_augment_is_one_that_pillow_accepts() -> None:
-    transform = crop_transform("rand", PREPROCESSING)
+    transform = image_transform("rand", PREPROCESSING)
     for key in range(300):
         reseed(key)
         assert transform(photo()).shape == (3, 32, 32)
 
 
-def test_only_crops_have_a_crop_transform() -> None:
-    with pytest.raises(UnknownNameError, match="Unknown augmentation that crops 'flip'"):
-        crop_transform("flip", PREPROCESSING)
+def test_only_some_augmentations_change_whole_images() -> None:
+    with pytest.raises(UnknownNameError, match="Unknown augmentation of whole images 'flip'"):
+        image_transform("flip", PREPROCESSING)
 
 
 def test_half_of_the_images_are_mirrored() -> None:
