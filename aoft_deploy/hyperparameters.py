@@ -20,7 +20,7 @@ LEARNING_RATES = {
     "aoft-lora": 5e-3,
     "aoft-lora-star": 1e-2,
     "lora": 5e-3,
-    "rlrr": 5e-3,
+    "rlrr": 1e-2,
 }
 """Peak learning rate of each method's updates where none is given; other methods take 1e-3."""
 

@@ -24,21 +24,25 @@ from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.tasks import load_task
 from aoft_deploy.training import train
 
-RUNS = {
-    "linear, random weights": ("linear", True),
-    "linear": ("linear", False),
-    "lora": ("lora", False),
-    "aoft-lora": ("aoft-lora", False),
-    "aoft-lora-star": ("aoft-lora-star", False),
-    "rlrr": ("rlrr", False),
+WIDE = {"rank": 64, "targets": ["q", "v", "fc1", "fc2"]}
+
+RUNS: dict[str, tuple[str, dict[str, object], bool]] = {
+    "linear, random weights": ("linear", {}, True),
+    "linear": ("linear", {}, False),
+    "lora": ("lora", {}, False),
+    "aoft-lora": ("aoft-lora", {}, False),
+    "aoft-lora-star": ("aoft-lora-star", {}, False),
+    "aoft-lora-star, wide": ("aoft-lora-star", WIDE, False),
+    "rlrr": ("rlrr", {}, False),
 }
+"""Method, its settings, and whether the backbone's weights are random."""
 
 
 def main() -> None:
     """Train everything, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="digits")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path)
@@ -50,13 +54,14 @@ def main() -> None:
         random = folder / "random.safetensors"
         save_file(timm.create_model("aoft_vit_nano", num_classes=0).state_dict(), random)
         for name in options.runs:
-            method, is_random = RUNS[name]
+            method, method_settings, is_random = RUNS[name]
             results = [
                 train(
                     load_task(options.task, seed=seed),
                     folder / f"{name}-{seed}",
                     TrainingSettings(
                         method=method,
+                        method_settings=method_settings,
                         epochs=options.epochs,
                         seed=seed,
                         backbone_weights=random if is_random else None,

@@ -123,7 +123,8 @@ def main() -> None:
     start = time.perf_counter()
     if out.exists():
         shutil.rmtree(out)
-    arguments = ("--data", TASK, "--method", METHOD, "--epochs", options.epochs, "--out", out)
+    method = ("--method", METHOD, "--rank", 64, "--targets", "q", "v", "fc1", "fc2")
+    arguments = ("--data", TASK, *method, "--epochs", options.epochs, "--out", out)
     command(train_command.main, "aoft-train", *arguments)
     command(export_command.main, "aoft-export", "--merge", out / "model.ckpt")
     test = load_task(TASK).test
