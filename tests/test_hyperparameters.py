@@ -22,7 +22,7 @@ from aoft_deploy.methods import get_method, method_names
         ({"drop_path": 1.0}, "drop_path is 1.0: use a number from 0 below 1"),
         ({"warmup_epochs": 3, "epochs": 2}, "warmup_epochs is 3, but there are 2 epochs"),
         ({"accumulate": 5, "batch_size": 4}, "accumulate is 5, but a batch has 4 images"),
-        ({"augment": "blur"}, "augment is 'blur': use one of none, flip, crop, rand"),
+        ({"augment": "blur"}, "augment is 'blur': use one of none, flip, affine, crop, rand"),
         ({"precision": "fp16"}, "precision is 'fp16': use one of auto, fp32, bf16"),
         ({"train_on": "test"}, "train_on is 'test': use one of train, train"),
     ],
