@@ -13,9 +13,9 @@ The laws: the three agree sample by sample, and a delta of zeros changes no bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,12 +42,6 @@ class Delta(Protocol):
 
 class _Tensors:
     """Delta fields as a flat list of tensors, absent ones left out."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same delta with ``function`` applied to each of its tensors."""
-        present = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        changed = {k: function(t) for k, t in present.items() if t is not None}
-        return replace(self, **changed)  # type: ignore[type-var]
 
     def names(self) -> tuple[str, ...]:
         """Names of the fields that are present."""
