@@ -1,8 +1,9 @@
 """One fine-tuning step against PEFT's LoRA on the same sites: time and peak memory.
 
 Each variant lives in a process of its own that imports the same packages; the parent asks them for
-one step each in turn, so that a drift of the machine's speed hits all alike. Time is the median
-over rounds, memory the peak resident set of the variant's process.
+one step each in turn, every other round in the opposite order, so that a drift of the machine's
+speed hits all alike. Time is the median over rounds, memory the peak resident set of the variant's
+process.
 
     python benchmarks/training_step.py --out benchmarks/results/training_step.json
 """
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import psutil
@@ -81,7 +83,7 @@ def serve(variant: str, options: argparse.Namespace) -> None:
         print(json.dumps([seconds, int(peak) / 1024]), flush=True)
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Median seconds and peak MiB of every variant, and their ratios to PEFT's."""
     arguments = [
         f"--{k}={v}" for k, v in vars(options).items() if k in ("model", "batch", "precision")
@@ -98,7 +100,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {v: [] for v in workers}
     peak: dict[str, float] = {}
     for turn in range(options.rounds + 1):
-        for variant, worker in workers.items():
+        order = list(workers.items())
+        for variant, worker in reversed(order) if turn % 2 else order:
             assert worker.stdin is not None and worker.stdout is not None
             worker.stdin.write("\n")
             worker.stdin.flush()
@@ -112,6 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         v: {
             "seconds": statistics.median(times),
             "time_ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
+            "all_seconds": times,
             "peak_mib": peak[v],
             "memory_ratio": peak[v] / peak["peft-lora-8"],
         }
