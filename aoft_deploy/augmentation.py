@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -75,12 +76,14 @@ def image_transform(
     """Random changes of a whole image, before it becomes pixels.
 
     ``affine`` turns, shifts and scales a little and never mirrors, for classes such as digits;
-    ``crop`` is a random resized crop, mirrored in half of all cases; ``rand`` adds RandAugment.
+    ``window`` resizes as the evaluation does, and cuts at random where that cuts from the centre;
+    ``crop`` is a random resized crop; both mirror half of the images. ``rand`` adds RandAugment to
+    ``crop``.
 
     Draws from the global generators: ``reseed`` before each call.
 
     Args:
-        augment: ``affine``, ``crop`` or ``rand``.
+        augment: ``affine``, ``window``, ``crop`` or ``rand``.
         preprocessing: Says the size, the interpolation and the colour of filled corners.
 
     Returns:
@@ -95,6 +98,12 @@ def image_transform(
         fill = [round(255 * mean) for mean in preprocessing.mean]
         turned = RandomAffine(DEGREES, SHIFT, SCALE, interpolation=BILINEAR, fill=fill)  # type: ignore[no-untyped-call]
         return partial(_affine_pixels, turned, preprocessing)
+    if augment == "window":
+        whole = preprocessing
+        if whole.crop_pct <= 1:
+            side = math.floor(whole.size / whole.crop_pct)
+            whole = replace(whole, size=side, crop_pct=1.0)
+        return partial(_window_pixels, whole, preprocessing.size)
     transform = create_transform(
         preprocessing.size,
         is_training=True,
@@ -115,6 +124,13 @@ def _affine_pixels(
     """The evaluation's pixels, turned, shifted and scaled."""
     changed = turned(Image.fromarray(preprocessing.pixels(image)))
     return np.asarray(changed).transpose(2, 0, 1)
+
+
+def _window_pixels(whole: Preprocessing, size: int, image: Image.Image) -> NDArray[np.uint8]:
+    """A square of the side ``size`` at a random place of the resized image."""
+    top, left = (random.randint(0, whole.size - size) for _ in range(2))
+    window = whole.pixels(image)[top : top + size, left : left + size].transpose(2, 0, 1)
+    return window[..., ::-1] if random.random() < 0.5 else window
 
 
 def _pixels(transform: Callable[[Image.Image], object], image: Image.Image) -> NDArray[np.uint8]:

@@ -99,7 +99,7 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         self.augment, self.seed = augment, seed
         self.labels = torch.tensor(images.labels, dtype=torch.long)
         self.transform = None
-        if augment in ("affine", "crop", "rand"):
+        if augment not in ("none", "flip"):
             self.transform = image_transform(augment, preprocessing)
         needed = 3 * preprocessing.size**2 * len(images)
         self.kept: NDArray[np.uint8] | None = None

@@ -16,7 +16,7 @@ from PIL import Image
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
 from aoft_deploy.images import IMAGE_SUFFIXES, read_image, read_size
 
-__all__ = ["ImageList", "Splits", "check_images", "load_data", "load_folder"]
+__all__ = ["ImageList", "Splits", "check_images", "cut_parts", "load_data", "load_folder"]
 
 _VAL_NAMES = ("val", "valid", "validation")
 _SPLIT_NAMES = {"train", "test", *_VAL_NAMES}
@@ -54,7 +54,7 @@ class Splits:
         train: Images to fit.
         val: Images to choose settings and epochs by.
         test: Images to report on once, or None.
-        classes: Class names in the order of the labels, sorted.
+        classes: Class names in the order of the labels; those of folders are sorted.
     """
 
     train: ImageList
@@ -126,7 +126,7 @@ def load_folder(
     classes = tuple(sorted(parts["train"]))
     if "val" not in parts:
         shares = {"val": val_fraction, "test": 0 if "test" in parts else test_fraction}
-        parts |= _cut(parts["train"], {k: v for k, v in shares.items() if v}, seed)
+        parts |= cut_parts(parts["train"], {k: v for k, v in shares.items() if v}, seed)
     lists = {part: _listed(folder, classes, part) for part, folder in parts.items()}
     return Splits(lists["train"], lists["val"], lists.get("test"), classes)
 
@@ -212,8 +212,19 @@ def _check_train(train: _Folder, root: Path) -> None:
         raise DataError(f"Data folder {str(root)!r} has one class, {min(train)!r}: use at least 2.")
 
 
-def _cut(train: _Folder, shares: dict[str, float], seed: int) -> dict[str, _Folder]:
-    """Take ``shares`` of each class away; what is left stands as ``train`` in the result."""
+def cut_parts(
+    train: dict[str, list[Path]], shares: dict[str, float], seed: int
+) -> dict[str, dict[str, list[Path]]]:
+    """Take ``shares`` of each class away; what is left stands as ``train`` in the result.
+
+    Args:
+        train: Images of each class.
+        shares: Part and its share, above 0; each part gets at least one image of each class.
+        seed: Seed of the split, from 0.
+
+    Raises:
+        DataError: A class has too few images.
+    """
     parts: dict[str, _Folder] = {part: {} for part in ("train", *shares)}
     for name, images in train.items():
         if len(images) <= len(shares):

@@ -15,13 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Delta", "OutputDelta", "Rows", "WeightDelta", "apply_linear", "fold_rows"]
+__all__ = [
+    "Delta",
+    "OutputDelta",
+    "PromptDelta",
+    "Rows",
+    "WeightDelta",
+    "apply_linear",
+    "fold_rows",
+    "matrix_shape",
+]
 
 Rows = tuple[int, int]
 """First and one-past-last output row that a delta acts on."""
@@ -29,6 +38,13 @@ Rows = tuple[int, int]
 
 class Delta(Protocol):
     """The change that an update makes to x ↦ x Wᵀ + b."""
+
+    def __getitem__(self, index: Any) -> Self:
+        """The delta of one task, or of several, picked along the leading axis."""
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row of the folded weight depends on other rows than its own."""
 
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
         """Put the change into W and b, or into a block of their rows that begins with ``first``.
@@ -42,6 +58,10 @@ class Delta(Protocol):
 
 class _Tensors:
     """Delta fields as a flat list of tensors, absent ones left out."""
+
+    def __getitem__(self, index: Any) -> Self:
+        """The delta of one task, or of several, picked along the fields' first axis."""
+        return type(self)(**{n: getattr(self, n)[index] for n in self.names()})
 
     def names(self) -> tuple[str, ...]:
         """Names of the fields that are present."""
@@ -73,8 +93,29 @@ class WeightDelta(_Tensors):
     gain_in: Tensor | None = None
     shift: Tensor | None = None
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Every row changes by itself."""
+        return False
+
+    def after_map(self, residual: bool) -> OutputDelta:
+        """The same change, made to the map's output: y ↦ y (+ y if residual) + y ΔWᵀ.
+
+        Only for a square ΔW without gains; ``residual`` keeps y itself.
+        """
+        scale = None if residual else torch.full_like(self.right[..., 0, :], -1)  # type: ignore[index]
+        if self.diagonal is not None:
+            assert self.right is not None
+            wide = F.pad(self.diagonal, (0, self.right.shape[-1] - self.diagonal.shape[-1]))
+            scale = wide if scale is None else scale + wide
+        return OutputDelta(scale=scale, left=self.left, right=self.right)
+
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
-        """W += ΔW, b += Δb in the rows from ``first`` on. weight: (out, in), bias: (out,)."""
+        """W += ΔW, b += Δb in the rows from ``first`` on.
+
+        weight: (out, in), or a whole convolution's (O, I, kh, kw); bias: (out,).
+        """
+        weight = weight.view(matrix_shape(weight))
         rows = slice(first, first + len(weight))
         if self.gain_out is not None and self.gain_in is not None:
             weight.mul_(1 + self.gain_out[:, rows].mT @ self.gain_in)
@@ -84,7 +125,7 @@ class WeightDelta(_Tensors):
             part = self.diagonal[rows]
             weight.diagonal(first)[: len(part)].add_(part)
         if self.shift is not None and bias is not None:
-            bias.add_(self.shift[rows])
+            bias.add_(self.shift[first : first + len(bias)])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Y + δ(x) per sample.
@@ -111,34 +152,88 @@ class WeightDelta(_Tensors):
 
 @dataclass(frozen=True)
 class OutputDelta(_Tensors):
-    """A change after the map: y ↦ y ⊙ (1 + scale) + shift, channel by channel.
+    """A change after the map: y ↦ y ⊙ (1 + scale) + Σ_k (y · right_k) left_k + shift.
 
-    Folds into whatever made y: a linear map, a convolution, or a norm's affine.
+    Folds into whatever made y: a linear map, a convolution, or (without left and right) a norm's
+    affine.
 
     Attributes:
         scale: (..., out).
+        left: (..., r, out).
+        right: (..., r, out).
         shift: (..., out); only for a map with a bias.
     """
 
     scale: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
     shift: Tensor | None = None
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row of the folded weight depends on other rows than its own."""
+        return self.left is not None
+
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
-        """W ⊙= 1 + scale, b = b ⊙ (1 + scale) + shift in the rows from ``first`` on."""
-        rows = slice(first, first + len(weight))
-        if self.scale is not None:
-            factor = 1 + self.scale[rows]
-            weight.mul_(factor.view(-1, *([1] * (weight.dim() - 1))))
-            if bias is not None:
-                bias.mul_(factor)
+        """Put the change into the rows from ``first`` on; into all at once if rows mix."""
+        for tensor in (weight, bias):
+            if tensor is None:
+                continue
+            mixed = None
+            if self.left is not None and self.right is not None:
+                matrix = tensor.reshape(len(tensor), -1).clone()
+                mixed = (self.left.mT @ (self.right @ matrix)).view_as(tensor)
+            if self.scale is not None:
+                factor = 1 + self.scale[first : first + len(tensor)]
+                tensor.mul_(factor.view(-1, *[1] * (tensor.dim() - 1)))
+            if mixed is not None:
+                tensor.add_(mixed)
         if self.shift is not None and bias is not None:
-            bias.add_(self.shift[rows])
+            bias.add_(self.shift[first : first + len(bias)])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Y ⊙ (1 + scale) + shift per sample. y: (batch, tokens, out); x and weight unused."""
+        """The changed y per sample. y: (batch, tokens, out); x and weight are not used."""
+        result = y
         if self.scale is not None:
-            y = torch.addcmul(y, y, self.scale[..., None, :])
-        return y if self.shift is None else y + self.shift[..., None, :]
+            result = torch.addcmul(y, y, self.scale[..., None, :].to(y.dtype))
+        if self.left is not None and self.right is not None:
+            result = result + (y @ self.right.mT.to(y.dtype)) @ self.left.to(y.dtype)
+        return result if self.shift is None else result + self.shift[..., None, :].to(y.dtype)
+
+
+@dataclass(frozen=True)
+class PromptDelta(_Tensors):
+    """Tokens put before a transformer block's own; they cannot be folded into a weight.
+
+    Attributes:
+        tokens: (..., prompts, width).
+    """
+
+    tokens: Tensor
+
+    def before(self, x: Tensor, prefix: int) -> Tensor:
+        """X with the prompts after its first ``prefix`` tokens (class token, registers).
+
+        Args:
+            x: (batch, tokens, width).
+            prefix: Tokens that stay in front.
+
+        Returns:
+            (batch, tokens + prompts, width); each sample has its own prompts where ``tokens`` has
+            a leading axis ``batch``.
+        """
+        prompts = self.tokens.to(x.dtype).expand(len(x), *self.tokens.shape[-2:])
+        return torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Shape that methods see a weight in: (out, in), or (O·kh, I·kw) of a convolution.
+
+    The convolution's is that of the published RLRR code, a plain view of (O, I, kh, kw).
+    """
+    if weight.dim() < 4:
+        return weight.shape[0], weight[0].numel()
+    return weight.shape[0] * weight.shape[2], weight.shape[1] * weight.shape[3]
 
 
 def fold_rows(
@@ -154,7 +249,7 @@ def fold_rows(
     Returns:
         New weight and bias; the arguments stay as they are.
     """
-    weight = weight.clone()
+    weight = weight.clone(memory_format=torch.contiguous_format)  # channels_last has no matrix view
     bias = None if bias is None else bias.clone()
     for (start, stop), delta in deltas:
         delta.fold_(weight[start:stop], None if bias is None else bias[start:stop])

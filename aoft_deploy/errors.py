@@ -3,6 +3,7 @@
     AoftError
     ├── UnknownNameError    (LookupError)       a method, backbone, task … that does not exist
     ├── SettingError        (ValueError)        a setting outside its range
+    │   └── DivergedError                       settings that training diverges with
     ├── AttachError         (TypeError)         a model that a method cannot attach to
     ├── BackboneError       (ValueError)        missing, wrong-shaped or foreign backbone weights
     ├── CheckpointError     (ValueError)        a file that is no checkpoint, or does not fit
@@ -26,6 +27,7 @@ __all__ = [
     "BackboneError",
     "CheckpointError",
     "DataError",
+    "DivergedError",
     "ImageError",
     "MissingExtraError",
     "OutputError",
@@ -61,6 +63,10 @@ class UnknownNameError(AoftError, LookupError):
 
 class SettingError(AoftError, ValueError):
     """A setting outside its allowed range."""
+
+
+class DivergedError(SettingError):
+    """Settings that make training diverge: its numbers are not finite."""
 
 
 class AttachError(AoftError, TypeError):

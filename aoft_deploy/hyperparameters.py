@@ -12,15 +12,24 @@ from aoft_deploy.errors import SettingError
 
 __all__ = ["AUGMENTATIONS", "LEARNING_RATES", "PRECISIONS", "TRAIN_ON", "TrainingSettings"]
 
-AUGMENTATIONS = ("none", "flip", "affine", "crop", "rand")
+AUGMENTATIONS = ("none", "flip", "affine", "window", "crop", "rand")
 PRECISIONS = ("auto", "fp32", "bf16")
 TRAIN_ON = ("train", "train+val")
 
 LEARNING_RATES = {
+    "adapter": 5e-3,
+    "aoft-adapter": 5e-3,
+    "aoft-adapter-star": 1e-2,
     "aoft-lora": 5e-3,
     "aoft-lora-star": 1e-2,
+    "aoft-vpt": 1e-2,
+    "aoft-vpt-star": 1e-2,
+    "bitfit": 5e-3,
+    "full": 3e-4,
     "lora": 5e-3,
     "rlrr": 1e-2,
+    "ssf": 5e-3,
+    "vpt": 1e-2,
 }
 """Peak learning rate of each method's updates where none is given; other methods take 1e-3."""
 
@@ -36,9 +45,13 @@ class TrainingSettings:
         backbone: timm name.
         backbone_weights: File with its weights; None takes timm's own.
         img_size: Side of the input in pixels; None takes the backbone's own.
+        crop_mode: How images are resized, ``center``, ``squash`` or ``border``, see
+            ``Preprocessing``; None takes the backbone's own.
+        crop_pct: Share of the resized image that is kept; None takes the backbone's own.
         method: Name of the fine-tuning method.
         method_settings: Its settings, such as ``{"rank": 16}``.
         epochs: Passes over the training images.
+        stop_after: Epochs to do of these, with the learning rates of all; None does all.
         batch_size: Images of one optimiser step, over all processes and accumulated parts. An
             epoch is cut into equal steps of at most this size.
         accumulate: Parts that each step is computed in, one after the other, to save memory.
@@ -50,6 +63,7 @@ class TrainingSettings:
         clip_norm: Largest norm of the gradient; 0 for no limit.
         augment: ``none`` for the evaluation's preprocessing, ``flip`` to mirror half the images,
             ``affine`` to turn, shift and scale a little without mirroring, as suits digits,
+            ``window`` to move the window that evaluation cuts from the resized image, and mirror,
             ``crop`` for random resized crops that are mirrored too, ``rand`` for RandAugment on
             top of these.
         mixup: Alpha of mixup; 0 for none.
@@ -68,9 +82,12 @@ class TrainingSettings:
     backbone: str = "aoft_vit_nano"
     backbone_weights: Path | None = None
     img_size: int | None = None
+    crop_mode: str | None = None
+    crop_pct: float | None = None
     method: str = "aoft-lora-star"
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 20
+    stop_after: int | None = None
     batch_size: int = 32
     accumulate: int = 1
     lr: float | None = None
@@ -89,7 +106,7 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "img_size"):
+        for name in ("epochs", "stop_after", "batch_size", "accumulate", "img_size"):
             self._check(name, whole=True, least=1)
         self._check("seed", whole=True, least=0)
         for name in ("lr", "head_lr"):
@@ -101,6 +118,11 @@ class TrainingSettings:
         if self.warmup_epochs > self.epochs:
             raise SettingError(
                 f"warmup_epochs is {self.warmup_epochs}, but there are {self.epochs} epochs: "
+                "use at most as many."
+            )
+        if self.epochs_done > self.epochs:
+            raise SettingError(
+                f"stop_after is {self.stop_after}, but there are {self.epochs} epochs: "
                 "use at most as many."
             )
         if self.accumulate > self.batch_size:
@@ -137,6 +159,11 @@ class TrainingSettings:
                 if math.isfinite(bound):
                     rule += f" {word} {bound}"
             raise SettingError(f"{name} is {value!r}: use {rule}.")
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that a whole run does."""
+        return self.epochs if self.stop_after is None else self.stop_after
 
     def peak_rates(self) -> tuple[float, float]:
         """Peak learning rates of the updates and of the classifier."""

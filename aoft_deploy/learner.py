@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from aoft_deploy.augmentation import generator, mix, reseed
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.batches import Loader, Part
-from aoft_deploy.errors import SettingError
+from aoft_deploy.errors import DivergedError, SettingError
 from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.methods import get_method
 from aoft_deploy.optimisation import make_optimiser, set_rate
@@ -54,7 +54,7 @@ def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
     """
     method = get_method(settings.method)
     values = method.settings(settings.method_settings)
-    if method.build is None and settings.lr is not None:
+    if method.build is None and not method.everything and settings.lr is not None:
         raise SettingError(
             f"{method.name} has no updates, so lr means nothing to it: set the classifier's with "
             "--head-lr."
@@ -131,7 +131,7 @@ class Learner:
             Last learning rate, mean loss, accuracy.
 
         Raises:
-            SettingError: The gradient is not finite.
+            DivergedError: The gradient is not finite.
         """
         only_depth_is_random(self.tuned)
         sums = torch.zeros(3, device=self.device)
@@ -226,10 +226,10 @@ def fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def diverged(epoch: int, settings: TrainingSettings) -> SettingError:
+def diverged(epoch: int, settings: TrainingSettings) -> DivergedError:
     """The error for an epoch, from 0, with numbers that are not finite."""
     rates = " and ".join(f"{rate:g}" for rate in settings.peak_rates())
-    return SettingError(
+    return DivergedError(
         f"Training diverged in epoch {epoch + 1}, its numbers are not finite: use lower learning "
         f"rates than {rates} (--lr, --head-lr)."
     )
@@ -258,12 +258,18 @@ def only_depth_is_random(model: nn.Module) -> None:
             module.train()
 
 
-def model_preprocessing(tuned: TunedModel, img_size: int | None) -> Preprocessing:
-    """What the backbone's authors prepared images with, at another size where one is given.
+def model_preprocessing(tuned: TunedModel, settings: TrainingSettings) -> Preprocessing:
+    """What the backbone's authors prepared images with, changed as the settings say.
 
     Raises:
-        SettingError: The backbone's input is not a square RGB image.
+        SettingError: The backbone's input is not a square RGB image, or a change is outside its
+            range.
     """
     config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]
-    preprocessing = Preprocessing.from_timm(config)
-    return preprocessing if img_size is None else replace(preprocessing, size=img_size)
+    changes = {
+        "size": settings.img_size,
+        "crop_mode": settings.crop_mode,
+        "crop_pct": settings.crop_pct,
+    }
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    return replace(Preprocessing.from_timm(config), **given)

@@ -68,15 +68,18 @@ def approximately_orthogonal(q: Tensor, d: int) -> Tensor:
     return matrix[..., :, :d]
 
 
-def factors(q: Tensor) -> tuple[Tensor, Tensor]:
+def factors(q: Tensor, *, strict: bool = False) -> tuple[Tensor, Tensor]:
     """The vectors w and v with AO(q) = D[:, :d] − w v[:d]ᵀ.
 
     Args:
         q: The generating vector, (..., N).
+        strict: Take q/‖q‖ in place of q, so that AO(q)'s columns are exactly orthonormal.
 
     Returns:
         (w, v), each (..., N).
     """
+    if strict:
+        q = q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp(min=1e-12)
     q = guarded(q)
     one_plus, tail = 1 + q[..., :1], q[..., 1:]
     w = torch.cat([torch.ones_like(one_plus), tail / one_plus], dim=-1)

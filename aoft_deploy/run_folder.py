@@ -15,7 +15,7 @@ from torch import Tensor
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.files import replacing
 
-__all__ = ["Progress", "RunFolder"]
+__all__ = ["Progress", "RunFolder", "check_same"]
 
 
 @dataclass
@@ -92,22 +92,13 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.state} cannot be read ({error}): start again in another folder."
             ) from error
-        self._check_same(state["run"])
+        check_same(self.path, state["run"], self.run)
         if progress.result is not None and not self.checkpoint.exists():
             raise CheckpointError(
                 f"The run in {self.path} is complete, but its {self.checkpoint.name} is gone: "
                 "train again in another folder."
             )
         return progress
-
-    def _check_same(self, before: Mapping[str, Any]) -> None:
-        for key in sorted(self.run.keys() | before.keys()):
-            old, new = before.get(key), self.run.get(key)
-            if old != new:
-                raise SettingError(
-                    f"{self.path} was begun with {_phrase(key, old)}, but now it is "
-                    f"{_short(new)}: continue with the same, or name another folder."
-                )
 
     def save(self, progress: Progress) -> None:
         """Write the progress, whole or not at all.
@@ -145,6 +136,26 @@ class RunFolder:
                 file.write(_line(line))
         except OSError as error:
             raise OutputError(f"Cannot write {self.metrics}: {error.strerror}.") from error
+
+
+def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings or data than a folder's run was begun with.
+
+    Args:
+        path: The folder.
+        before: What decided its numbers, JSON values.
+        now: What would decide them now.
+
+    Raises:
+        SettingError: A value differs.
+    """
+    for key in sorted(now.keys() | before.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise SettingError(
+                f"{path} was begun with {_phrase(key, old)}, but now it is "
+                f"{_short(new)}: continue with the same, or name another folder."
+            )
 
 
 def _line(values: Mapping[str, Any]) -> str:

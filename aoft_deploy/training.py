@@ -23,6 +23,7 @@ from accelerate.accelerator import Accelerator
 from tqdm import tqdm
 
 from aoft_deploy import checkpoint
+from aoft_deploy.analysis import orthogonality
 from aoft_deploy.augmentation import preserved_randomness
 from aoft_deploy.batches import (
     Loader,
@@ -52,7 +53,8 @@ class Result:
         head_parameters: Trained numbers of the classifier.
         epochs: Epochs that were trained.
         best_epoch: The chosen one, from 1.
-        val_accuracy: Its share of right answers on the validation images; None if trained on them.
+        val_loss: Its mean loss on the validation images; None if trained on them.
+        val_accuracy: Its share of right answers on these; None too.
         test_accuracy: The same on the test images; None where there are none.
         checkpoint: Where the checkpoint is.
         checkpoint_bytes: Its size.
@@ -64,6 +66,7 @@ class Result:
     head_parameters: int
     epochs: int
     best_epoch: int
+    val_loss: float | None
     val_accuracy: float | None
     test_accuracy: float | None
     checkpoint: Path
@@ -99,8 +102,9 @@ def train(
     Raises:
         UnknownNameError: Unknown backbone, method or method setting.
         BackboneError: The backbone's weights are missing or do not fit.
-        SettingError: A setting outside its range, a loss that is not finite, or a run in ``out``
-            that had other settings or data.
+        SettingError: A setting outside its range, or a run in ``out`` that had other settings or
+            data.
+        DivergedError: A loss or gradient is not finite.
         DataError: An image cannot be used.
         OutputError: ``out`` cannot be written, or holds a run and ``resume`` is false.
         MissingExtraError: TensorBoard is wanted and not installed.
@@ -117,7 +121,7 @@ def train(
         accelerator.wait_for_everyone()  # nobody writes before all have looked
         run.restore(state)
         with _tensorboard(out, len(state.lines), tensorboard and run.writes) as log:
-            for epoch in range(len(state.lines), settings.epochs):
+            for epoch in range(len(state.lines), settings.epochs_done):
                 log(run.do_epoch(state, epoch))
         if state.result is None:
             run.finish(state)
@@ -150,7 +154,7 @@ class _Run:
             self.fitted = ImageList([*splits.train.images, *splits.val.images], labels)
         self.steps = math.ceil(len(self.fitted) / settings.batch_size)
         self.tuned = create_model(settings, len(splits.classes))
-        self.preprocessing = model_preprocessing(self.tuned, settings.img_size)
+        self.preprocessing = model_preprocessing(self.tuned, settings)
         self.learner = Learner(accelerator, self.tuned, self.preprocessing, settings, self.steps)
         self.folder = RunFolder(out, self._record())
 
@@ -212,7 +216,7 @@ class _Run:
     def do_epoch(self, state: Progress, epoch: int) -> dict[str, Any]:
         """Train and validate an epoch, write it down, and return its metrics."""
         start = time.perf_counter()
-        name = f"epoch {epoch + 1}/{self.settings.epochs}"
+        name = f"epoch {epoch + 1}/{self.settings.epochs_done}"
         hidden = None if self.tells else True  # None: hidden where stderr is no terminal
         with tqdm(total=self.steps, desc=name, disable=hidden, leave=False) as bar:
             rate, loss, accuracy = self.learner.fit(self.train_loader, epoch, bar.update)
@@ -231,10 +235,11 @@ class _Run:
             "val_accuracy": val_accuracy,
             "seconds": time.perf_counter() - start,
             "images_per_second": len(self.fitted) / (fitted - start),
+            **orthogonality(self.tuned),
         }
         self._keep(state, line)
         if self.tells:
-            print(_told(line, self.settings.epochs), file=sys.stderr)
+            print(_told(line, self.settings.epochs_done), file=sys.stderr)
         return line
 
     def _keep(self, state: Progress, line: dict[str, Any]) -> None:
@@ -259,7 +264,7 @@ class _Run:
 
     def _save_checkpoint(self, figures: Mapping[str, Any]) -> None:
         chosen = {**self.settings.to_dict(), "precision": self.learner.precision}
-        for key in ("backbone", "img_size", "method", "method_settings"):
+        for key in ("backbone", "img_size", "crop_mode", "crop_pct", "method", "method_settings"):
             del chosen[key]  # they stand elsewhere in the checkpoint
         checkpoint.save(
             self.tuned,
@@ -289,8 +294,9 @@ class _Run:
             "method": self.tuned.method,
             "update_parameters": sum(sizes.values()) - head,
             "head_parameters": head,
-            "epochs": self.settings.epochs,
+            "epochs": self.settings.epochs_done,
             "best_epoch": state.best["epoch"],
+            "val_loss": state.best["val_loss"],
             "val_accuracy": state.best["val_accuracy"],
             "test_accuracy": accuracy,
             "checkpoint_bytes": self.folder.checkpoint.stat().st_size,

@@ -8,6 +8,7 @@ state-dict keys, no extra operation.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,13 +20,21 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from aoft_deploy.backbone import Backbone, identify
-from aoft_deploy.delta import Delta, Rows, WeightDelta, apply_linear, fold_rows
+from aoft_deploy.delta import (
+    Delta,
+    OutputDelta,
+    PromptDelta,
+    Rows,
+    WeightDelta,
+    apply_linear,
+    fold_rows,
+)
 from aoft_deploy.errors import AttachError, CheckpointError
-from aoft_deploy.methods import get_method
+from aoft_deploy.methods import Build, get_method
 from aoft_deploy.sites import Site, classifier_names, find_sites
 from aoft_deploy.updates import Update
 
-__all__ = ["TunedModel", "attach", "merge"]
+__all__ = ["Prompted", "TunedModel", "attach", "merge"]
 
 
 class UpdatedModule(nn.Module):
@@ -37,12 +46,16 @@ class UpdatedModule(nn.Module):
     Args:
         base: The frozen layer; has a weight (out, …) and maybe a bias (out,).
         updates: Row ranges, disjoint and ascending, and the update of each.
+        absorber: Path of the norm before a layer without bias, whose bias takes the shift when
+            the updates are folded.
     """
 
-    def __init__(self, base: nn.Module, updates: Iterable[tuple[Rows, Update]]) -> None:
+    def __init__(
+        self, base: nn.Module, updates: Iterable[tuple[Rows, Update]], absorber: str = ""
+    ) -> None:
         super().__init__()
         pairs = list(updates)
-        self.base = base
+        self.base, self.absorber = base, absorber
         self.rows = [rows for rows, _ in pairs]
         self.updates = nn.ModuleList(update for _, update in pairs)
 
@@ -62,7 +75,8 @@ class UpdatedModule(nn.Module):
 
     @property
     def _base_bias(self) -> Tensor | None:
-        return self.base._parameters.get("bias")
+        bias = self.base._parameters.get("bias")
+        return self._base_weight.new_zeros(len(self._base_weight)) if self.absorber else bias
 
     @property
     def weight(self) -> Tensor:
@@ -77,21 +91,73 @@ class UpdatedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for x with the updates applied."""
         deltas = self.deltas()
-        linear = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
-        if type(self.base) is nn.Linear and len(linear) == len(deltas):
-            return apply_linear(x, self._base_weight, self._base_bias, linear)
+        if isinstance(self.base, nn.Linear):
+            linear = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
+            if len(linear) == len(deltas):
+                return apply_linear(x, self._base_weight, self._base_bias, linear)
+            if len(deltas) == 1:
+                return deltas[0][1].mix(x, self.base(x), self._base_weight)
         weight, bias = fold_rows(self._base_weight, self._base_bias, deltas)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         result: Tensor = functional_call(self.base, tensors, (x,))
         return result
 
-    def plain(self) -> nn.Module:
-        """A copy of the base layer with the updates folded in exactly."""
-        old = {"weight": self._base_weight, "bias": self._base_bias}
-        new = fold_exactly(self._base_weight, self._base_bias, self.rows, self.updates)  # type: ignore[arg-type]
-        pairs = zip(old.values(), new, strict=True)
-        memo = {id(o): nn.Parameter(n, requires_grad=False) for o, n in pairs if n is not None}
-        return copy.deepcopy(self.base, memo)
+    def plain(
+        self, deltas: Mapping[Update, Any], in_place: bool
+    ) -> tuple[nn.Module, Tensor | None]:
+        """A copy of the base layer with the updates' float64 deltas folded in exactly.
+
+        Beside it comes the folded bias of a layer that has none, for the absorber.
+        """
+        placed = [(r, deltas[u]) for r, u in zip(self.rows, self.updates, strict=True)]  # type: ignore[index]
+        weight, bias = fold_exactly(self._base_weight, self._base_bias, placed, in_place)
+        memo: dict[int, Any] = {id(self._base_weight): nn.Parameter(weight, requires_grad=False)}
+        if bias is not None and not self.absorber:
+            memo[id(self._base_bias)] = nn.Parameter(bias, requires_grad=False)
+        return _twin(self.base, memo), bias if self.absorber else None
+
+
+class FixedPrompts(nn.Module):
+    """Prompts as constants of a merged model.
+
+    Args:
+        tokens: (prompts, width).
+    """
+
+    tokens: Tensor
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tokens", tokens)
+
+    def delta(self) -> PromptDelta:
+        """The prompts."""
+        return PromptDelta(self.tokens)
+
+
+class Prompted(nn.Module):
+    """Mixed into a block's class: prompts come in before the block, or are dropped after it.
+
+    The block keeps its parameters' names; ``prompts`` is one more child where prompts come in.
+    """
+
+    prefix: int
+    dropped: int
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The block's output for x, (batch, tokens, width)."""
+        prompts = self._modules.get("prompts")
+        if prompts is not None:
+            x = prompts.delta().before(x, self.prefix)  # type: ignore[operator]
+        y: Tensor = super().forward(x, *args, **options)
+        if self.dropped:
+            y = torch.cat([y[:, : self.prefix], y[:, self.prefix + self.dropped :]], dim=1)
+        return y
+
+
+@functools.cache
+def _prompted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Prompted{cls.__name__}", (Prompted, cls), {"__module__": __name__})
 
 
 class _UpdatedVector(nn.Module):
@@ -109,7 +175,8 @@ class _UpdatedVector(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         folded = original.clone()
-        delta: Delta = self.update.delta()
+        delta = self.update.delta()
+        assert isinstance(delta, OutputDelta)
         delta.fold_(torch.empty_like(folded), folded)
         return folded
 
@@ -121,8 +188,10 @@ class TunedModel(nn.Module):
         backbone: The timm model, with updates at its sites.
         method: Name of the method.
         settings: Its settings, defaults filled in.
-        identity: Name and hash of the backbone's frozen weights.
+        identity: Name and hash of the backbone's weights before training.
         classifier: Names of the classifier's parameters in the backbone.
+        direct: Names of all parameters of the backbone that are trained as they are.
+        updates: The update of every site by the site's name.
     """
 
     def __init__(
@@ -132,14 +201,17 @@ class TunedModel(nn.Module):
         settings: dict[str, Any],
         updates: dict[str, Update],
         identity: Backbone,
+        everything: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.method = method
         self.settings = settings
         self.identity = identity
-        self._updates = updates
+        self.updates = updates
         self.classifier = classifier_names(backbone)
+        every = [name for name, _ in backbone.named_parameters()]
+        self.direct = every if everything else self.classifier
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
@@ -147,14 +219,19 @@ class TunedModel(nn.Module):
         return logits
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by checkpoint name: ``update.SITE.PARAMETER``, ``head.NAME``."""
+        """The trained parameters by name in the checkpoint.
+
+        ``update.SITE.PARAMETER``, ``head.NAME``; ``backbone.NAME`` in full fine-tuning.
+        """
         named = {
             f"update.{site}.{name}": parameter
-            for site, update in self._updates.items()
+            for site, update in self.updates.items()
             for name, parameter in update.named_parameters()
         }
-        head = {f"head.{n}": self.backbone.get_parameter(n) for n in self.classifier}
-        return named | head
+        for name in self.direct:
+            kind = "head" if name in self.classifier else "backbone"
+            named[f"{kind}.{name}"] = self.backbone.get_parameter(name)
+        return named
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors into the trained parameters.
@@ -208,27 +285,39 @@ def attach(
     chosen = get_method(method)
     values = chosen.settings(settings)
     classifier = classifier_names(model)
-    generator = torch.Generator().manual_seed(seed)
     placed: list[tuple[Site, Update]] = []
     if chosen.build is not None:
-        for site in find_sites(model):
-            update = chosen.build(site, values, generator)
-            if update is not None:
-                placed.append((site, update))
+        sites = find_sites(model)
+        values = chosen.resolved(values, sites)
+        placed = _build(chosen.build, sites, values, torch.Generator().manual_seed(seed))
         if not placed:
+            known = ", ".join(sorted({site.role for site in sites} - {"other"}))
+            wanted = " or ".join(values.get("targets", ["block"]))
             raise AttachError(
-                f"{method} found none of its targets {values.get('targets', '')} "
-                f"in {type(model).__name__}."
+                f"{method} found no {wanted} in {type(model).__name__}, which has {known}."
             )
     identity = backbone or identify(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in classifier)
+        parameter.requires_grad_(chosen.everything or name in classifier)
     _place(model, placed)
     updates = {site.name: update for site, update in placed}
-    return TunedModel(model, method, values, updates, identity)
+    return TunedModel(model, method, values, updates, identity, chosen.everything)
 
 
-def merge(tuned: TunedModel) -> nn.Module:
+def _build(
+    build: Build, sites: Iterable[Site], settings: Mapping[str, Any], generator: torch.Generator
+) -> list[tuple[Site, Update]]:
+    placed = []
+    for site in sites:
+        update = build(site, settings, generator)
+        if update is not None:
+            if site.refusal:
+                raise AttachError(site.refusal)
+            placed.append((site, update))
+    return placed
+
+
+def merge(tuned: TunedModel, *, in_place: bool = False) -> nn.Module:
     """A plain model with the updates folded into its weights.
 
     Sums are formed in float64 and rounded once. The tuned model stays as it is. Frozen weights that
@@ -237,23 +326,113 @@ def merge(tuned: TunedModel) -> nn.Module:
 
     Args:
         tuned: A model from ``attach`` or ``load``.
+        in_place: Write into the tuned model's own weights, which takes no new memory and half the
+            time. The tuned model cannot be used afterwards, not even after an error.
 
     Returns:
         A new model of the backbone's own modules, in evaluation mode.
 
     Raises:
-        CheckpointError: A folded weight is not finite.
+        CheckpointError: A folded weight is not finite, a shift has no place to go, or the model was
+            merged in place before.
     """
-    trained = {id(tuned.backbone.get_parameter(name)) for name in tuned.classifier}
-    twins: dict[int, Any] = {id(p): p for p in tuned.backbone.parameters() if id(p) not in trained}
-    for module in tuned.backbone.modules():
+    backbone, deltas = tuned.backbone, exact_deltas(tuned.updates.values())
+    if isinstance(backbone, _Spent):
+        raise CheckpointError(_Spent.MESSAGE)
+    if in_place:
+        tuned.backbone = _Spent()
+    folded: dict[str, nn.Module] = {}
+    shifts: list[tuple[str, str, Tensor]] = []
+    for path, module in backbone.named_modules():
         if isinstance(module, UpdatedModule):
-            twins[id(module)] = module.plain()
-    merged = copy.deepcopy(tuned.backbone, twins)
-    for module in merged.modules():
+            folded[path], shift = module.plain(deltas, in_place)
+            if shift is not None:
+                shifts.append((module.absorber, path, shift))
+        elif isinstance(module, Prompted) and "prompts" in module._modules:
+            prompts = module.get_submodule("prompts")
+            exact: Tensor = deltas[prompts].tokens  # type: ignore[index]
+            tokens = exact.to(next(prompts.parameters()).dtype)
+            _store(exact, tokens, tokens)
+            folded[f"{path}.prompts"] = FixedPrompts(tokens)
+    merged = _unwrapped(backbone, folded) if in_place else _copied(tuned, folded)
+    for module in list(merged.modules()):
         if parametrize.is_parametrized(module):
             _fold_vectors(module)
+    for absorber, path, shift in shifts:
+        _absorb(merged.get_submodule(absorber), merged.get_submodule(path), shift)
     return merged.requires_grad_(False).eval()
+
+
+def _copied(tuned: TunedModel, folded: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of the backbone with folded modules in it, sharing all frozen parameters."""
+    trained = {id(tuned.backbone.get_parameter(name)) for name in tuned.direct}
+    twins: dict[int, Any] = {id(p): p for p in tuned.backbone.parameters() if id(p) not in trained}
+    twins |= {id(tuned.backbone.get_submodule(path)): module for path, module in folded.items()}
+    return _twin(tuned.backbone, twins)
+
+
+def _unwrapped(backbone: nn.Module, folded: Mapping[str, nn.Module]) -> nn.Module:
+    """The backbone itself with folded modules in it."""
+    for path, module in folded.items():
+        backbone.set_submodule(path, module)
+    return backbone
+
+
+class _Spent(nn.Module):
+    """What is left of a tuned model whose weights were given to a merged one."""
+
+    MESSAGE = "This tuned model was merged in place and is gone: load its checkpoint again."
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise CheckpointError(self.MESSAGE)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        raise CheckpointError(self.MESSAGE)
+
+
+@torch.no_grad()
+def _absorb(norm: nn.Module, layer: nn.Module, shift: Tensor) -> None:
+    """Give the norm before a wide linear layer without bias the layer's shift s.
+
+    W (n + δ) = W n + s for δ = Wᵀ (W Wᵀ)⁻¹ s, which exists since W has more columns than rows.
+    """
+    if not shift.any():
+        return
+    weight, bias = layer.get_parameter("weight").double(), norm.get_parameter("bias")
+    solution, singular = torch.linalg.solve_ex(weight @ weight.mT, shift.double())
+    change = weight.mT @ solution
+    if singular or not torch.allclose(weight @ change, shift.double(), rtol=1e-9, atol=1e-12):
+        raise CheckpointError(
+            "Folding fails: a patch merging's weight is singular, so the norm before it cannot "
+            "take its shift."
+        )
+    new_bias = torch.empty_like(bias)
+    _store(bias.double() + change, new_bias, bias)
+    _set(norm, "bias", new_bias)
+
+
+_ATOMS = (bool, int, float, str, type(None))
+
+
+def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy(module, memo)`` in a fifth of its time, which is spent on empty dicts."""
+    if id(module) in memo:
+        known: nn.Module = memo[id(module)]
+        return known
+    if hasattr(module, "__deepcopy__"):
+        own: nn.Module = copy.deepcopy(module, memo)
+        return own
+    twin = memo[id(module)] = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            twin.__dict__[name] = {n: c and _twin(c, memo) for n, c in value.items()}
+        elif isinstance(value, _ATOMS):
+            twin.__dict__[name] = value
+        elif isinstance(value, (dict, set)) and not value:
+            twin.__dict__[name] = type(value)()
+        else:
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    return twin
 
 
 FOLDED_AT_ONCE = 2**18
@@ -261,16 +440,36 @@ FOLDED_AT_ONCE = 2**18
 
 
 @torch.no_grad()
+def exact_deltas(updates: Iterable[Update]) -> dict[Update, Any]:
+    """The float64 delta of every update; those that are alike share one call of their formula."""
+    alike: dict[Any, list[Update]] = defaultdict(list)
+    for update in updates:
+        alike[update.kind()].append(update)
+    deltas: dict[Update, Any] = {}
+    for group in alike.values():
+        stacked = {
+            name: torch.stack([u.get_parameter(name) for u in group]).double()
+            for name, _ in group[0].named_parameters()
+        }
+        delta = group[0].formula(**stacked)
+        deltas |= {update: delta[i] for i, update in enumerate(group)}
+    return deltas
+
+
+@torch.no_grad()
 def fold_exactly(
-    weight: Tensor, bias: Tensor | None, rows: list[Rows], updates: Iterable[Update]
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Iterable[tuple[Rows, Delta]],
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Fold in float64 and round once to the weight's own type.
 
     Args:
         weight: (out, …).
         bias: (out,) or None.
-        rows: Disjoint, ascending row ranges.
-        updates: The update of each.
+        deltas: Disjoint, ascending row ranges and the float64 delta of each.
+        in_place: Write into ``weight`` itself.
 
     Returns:
         New weight and bias; entries that the updates do not change keep their bits.
@@ -278,24 +477,29 @@ def fold_exactly(
     Raises:
         CheckpointError: A folded value is not finite.
     """
-    new_weight, new_bias = _new_memory(weight), None if bias is None else bias.clone()
+    new_weight = weight if in_place else _new_memory(weight)
+    new_bias = None if bias is None else bias.clone()
+    deltas = list(deltas)
     step = max(1, FOLDED_AT_ONCE * len(weight) // weight.numel())
+    if weight.dim() > 2 or any(delta.mixes_rows for _, delta in deltas):
+        step = len(weight)
     buffer = torch.empty((step, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
     done = 0
-    for (start, stop), update in zip(rows, updates, strict=True):
-        new_weight[done:start] = weight[done:start]
-        delta = update.formula(**{n: p.double() for n, p in update.named_parameters()})
+    for (start, stop), delta in deltas:
+        if not in_place:
+            new_weight[done:start] = weight[done:start]
         for first in range(start, stop, step):
             block = slice(first, min(first + step, stop))
             wide = buffer[: block.stop - first].copy_(weight[block])
             wide_bias = None if bias is None else bias[block].to(torch.float64, copy=True)
             delta.fold_(wide, wide_bias, first - start)
-            new_weight[block] = wide
-            if new_bias is not None and wide_bias is not None:
-                new_bias[block] = wide_bias
+            _store(wide, new_weight[block], weight[block])
+            if bias is not None and wide_bias is not None and new_bias is not None:
+                _store(wide_bias, new_bias[block], bias[block])
         done = stop
-    new_weight[done:] = weight[done:]
-    return _checked(new_weight, weight), None if bias is None else _checked(new_bias, bias)
+    if not in_place:
+        new_weight[done:] = weight[done:]
+    return new_weight, new_bias
 
 
 def _new_memory(like: Tensor) -> Tensor:
@@ -306,15 +510,16 @@ def _new_memory(like: Tensor) -> Tensor:
     return data.view(like.dtype).view(like.shape)
 
 
-def _checked(new: Tensor | None, old: Tensor) -> Tensor:
-    """``new`` if it is finite; where it equals ``old``, its zeros keep their sign."""
-    assert new is not None
+def _store(wide: Tensor, new: Tensor, old: Tensor) -> None:
+    """Round ``wide`` into ``new``; where that equals ``old``, zeros keep their sign."""
+    if _has_negative_zero(old):
+        wide = wide.copysign(torch.where(wide == old, old, wide))
+    new.copy_(wide)
     if not new.sum().isfinite() and not new.isfinite().all():
         raise CheckpointError(
             f"Folding gives values that are not finite in {old.dtype}: the checkpoint's numbers "
             "are too large or damaged."
         )
-    return torch.where(new == old, old, new) if _has_negative_zero(old) else new
 
 
 def _has_negative_zero(tensor: Tensor) -> bool:
@@ -325,19 +530,46 @@ def _has_negative_zero(tensor: Tensor) -> bool:
 
 def _place(model: nn.Module, placed: list[tuple[Site, Update]]) -> None:
     """Wrap the layers that own the sites."""
-    layers: dict[str, list[tuple[Rows, Update]]] = defaultdict(list)
+    layers: dict[str, list[tuple[Site, Update]]] = defaultdict(list)
     orders: dict[str, tuple[str, ...]] = {}
+    prompted: list[tuple[Site, Update]] = []
     for site, update in placed:
         if site.tensor == "weight":
-            layers[site.module].append((site.rows, update))
+            layers[site.module].append((site, update))
+        elif site.tensor == "tokens":
+            prompted.append((site, update))
         else:
             owner = model.get_submodule(site.module)
             order = orders.setdefault(site.module, tuple(owner._parameters))
             vector = _UpdatedVector(update, order)
             parametrize.register_parametrization(owner, site.tensor, vector)
-    for path, updates in layers.items():
-        layer = UpdatedModule(model.get_submodule(path), updates)
-        model.set_submodule(path, layer, strict=True)
+    for path, pairs in layers.items():
+        base = model.get_submodule(path)
+        whole = (0, len(base.weight))  # type: ignore[arg-type]
+        updates = [(site.rows if site.part else whole, update) for site, update in pairs]
+        model.set_submodule(path, UpdatedModule(base, updates, pairs[0][0].absorber), strict=True)
+    _place_prompts(model, prompted)
+
+
+def _place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> None:
+    """Let prompts come in before their blocks; each block's are dropped before the next ones."""
+    count = 0
+    blocks = list(model.get_submodule("blocks").children()) if prompted else []
+    places = {site.index: update for site, update in prompted}
+    for index, block in enumerate(blocks):
+        update = places.get(index)
+        if update is not None:
+            delta = update.delta()
+            assert isinstance(delta, PromptDelta)
+            count = len(delta.tokens)
+        last = index + 1 == len(blocks) or index + 1 in places
+        if update is not None or last:
+            block.__class__ = _prompted_class(type(block))  # type: ignore[arg-type]
+            assert isinstance(block, Prompted)
+            block.prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+            block.dropped = count if last else 0
+            if update is not None:
+                block.add_module("prompts", update)
 
 
 def _fold_vectors(module: nn.Module) -> None:
@@ -347,7 +579,9 @@ def _fold_vectors(module: nn.Module) -> None:
     entries: dict[str, Any] = dict(parametrizations.items())
     for name, entry in entries.items():
         original = entry.original.detach()
-        folded = fold_exactly(original, original, [(0, len(original))], [entry[0].update])[1]
+        deltas = exact_deltas([entry[0].update])
+        rows = (0, len(original))
+        folded = fold_exactly(original, original, [(rows, d) for d in deltas.values()])[1]
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         assert folded is not None
         _set(module, name, folded)

@@ -1,8 +1,9 @@
 """Merging ViT-B/16 against PEFT's merge_and_unload on the same sites.
 
-Ours forms sums in float64, checks that they are finite and returns a new model beside the tuned
-one. PEFT's changes its model in place and unchecked by default; it is timed so, with its finiteness
-check, and with the copy that leaves the tuned model usable, as ours does. All in turn.
+Ours forms sums in float64 and checks that they are finite; it returns a new model beside the tuned
+one, or with ``in_place`` consumes the tuned one. PEFT's changes its model in place and unchecked by
+default; it is timed so, with its finiteness check, and with the copy that leaves the tuned model
+usable. All in turn.
 
     python benchmarks/merging.py --out benchmarks/results/merging.json
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -54,11 +56,13 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     for turn in range(options.rounds + 1):
         models = [peft_model(base) for _ in range(3)]
+        own = copy.deepcopy(tuned)
         row = {
             "peft merge_and_unload": seconds(models[0].merge_and_unload),
             "peft safe_merge": seconds(lambda m=models[1]: m.merge_and_unload(safe_merge=True)),
             "peft copy and merge": seconds(lambda m=models[2]: copy.deepcopy(m).merge_and_unload()),
-            **{m: seconds(lambda m=m: merge(tuned[m])) for m in methods},
+            **{f"{m}, new model": seconds(lambda m=m: merge(tuned[m])) for m in methods},
+            **{f"{m}, in place": seconds(partial(merge, own[m], in_place=True)) for m in methods},
         }
         if turn:
             for name, value in row.items():
@@ -66,9 +70,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = medians["peft merge_and_unload"]
     result = {n: {"seconds": s, "ratio": s / reference} for n, s in medians.items()}
-    print(f"{'variant':24}{'seconds':>9}{'x PEFT':>9}")
+    print(f"{'variant':28}{'seconds':>9}{'x PEFT':>9}")
     for name, row in result.items():
-        print(f"{name:24}{row['seconds']:9.3f}{row['ratio']:9.2f}")
+        print(f"{name:28}{row['seconds']:9.3f}{row['ratio']:9.2f}")
     if options.out:
         report = {
             "command": "python benchmarks/merging.py " + " ".join(sys.argv[1:]),

@@ -208,3 +208,53 @@ def rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], objec
 @pytest.fixture(scope="session")
 def with_metadata() -> Callable[..., Path]:
     return rewrite
+
+
+def _colours(path: Path, label: int, number: int) -> None:
+    """A small JPEG whose hue says its class."""
+    rng = np.random.default_rng([label, number])
+    base = np.array([40 + 60 * (label % 4), 200 - 60 * (label % 4), 30 * (label % 7)])
+    noisy = base + rng.normal(0, 15, (10, 12, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def write_vtab() -> Callable[..., Path]:
+    """From a root, a task's name, sizes and a number of classes to small data in VTAB's layout."""
+
+    def write(
+        root: Path, name: str, train: int = 8, val: int = 6, test: int = 6, classes: int = 2
+    ) -> Path:
+        sizes = {"train800": train, "val200": val, "test": test}
+        lists = {
+            part: [(f"images/{part}/{i:06}.jpg", i % classes) for i in range(count)]
+            for part, count in sizes.items()
+        }
+        both = [label for part in ("train800", "val200") for _, label in lists[part]]
+        lists["train800val200"] = [
+            (f"images/train800val200/{i:06}.jpg", label) for i, label in enumerate(both)
+        ]
+        for number, (part, entries) in enumerate(lists.items()):
+            for i, (image, label) in enumerate(entries):
+                _colours(root / name / image, label, 1000 * number + i)
+            text = "".join(f"{image} {label}\n" for image, label in entries)
+            (root / name / f"{part}.txt").write_text(text)
+        return root / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_fgvc() -> Callable[..., Path]:
+    """From a root, a data set's name and lists of class ids to small data in VPT's layout."""
+
+    def write(root: Path, name: str, images: str = "", **parts: Sequence[int | str]) -> Path:
+        for part, ids in parts.items():
+            entries = {f"{value}/{part}{i}.jpg": value for i, value in enumerate(ids)}
+            for i, (image, value) in enumerate(entries.items()):
+                _colours(root / name / images / image, len(str(value)) + ord(str(value)[-1]), i)
+            (root / name / f"{part}.json").write_text(json.dumps(entries))
+        return root / name
+
+    return write

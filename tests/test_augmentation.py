@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ def photo(seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("augment", ["affine", "crop", "rand"])
+@pytest.mark.parametrize("augment", ["affine", "window", "crop", "rand"])
 def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> None:
-    transform = image_transform(augment, PREPROCESSING)
+    transform = image_transform(augment, replace(PREPROCESSING, crop_pct=0.8))
 
     def cropped(*key: int) -> np.ndarray:
         reseed(*key)
@@ -46,6 +47,35 @@ def test_every_draw_of_rand_augment_is_one_that_pillow_accepts() -> None:
     for key in range(300):
         reseed(key)
         assert transform(photo()).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_a_window_is_cut_from_the_image_that_evaluation_resizes(mode: str) -> None:
+    preprocessing = replace(PREPROCESSING, crop_pct=0.8, crop_mode=mode)
+    whole = replace(preprocessing, size=40, crop_pct=1.0).pixels(photo()).transpose(2, 0, 1)
+    windows = {
+        whole[:, top : top + 32, left : left + 32][..., ::step].tobytes(): (top, left, step)
+        for top in range(9)
+        for left in range(9)
+        for step in (1, -1)
+    }
+    transform, found = image_transform("window", preprocessing), set()
+    for key in range(300):
+        reseed(key)
+        found.add(windows[np.ascontiguousarray(transform(photo())).tobytes()])
+    for axis, values in enumerate((set(range(9)), set(range(9)), {1, -1})):
+        assert {place[axis] for place in found} == values
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 1.2])
+def test_where_evaluation_cuts_nothing_a_window_is_its_image_or_the_mirror(crop_pct: float) -> None:
+    preprocessing = replace(PREPROCESSING, crop_pct=crop_pct)
+    pixels = preprocessing.pixels(photo()).transpose(2, 0, 1)
+    transform = image_transform("window", preprocessing)
+    for key in range(20):
+        reseed(key)
+        window = transform(photo())
+        assert any(np.array_equal(window, each) for each in (pixels, pixels[..., ::-1]))
 
 
 def test_only_some_augmentations_change_whole_images() -> None:

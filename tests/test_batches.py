@@ -81,7 +81,7 @@ def test_pixels_are_those_of_preprocessing(memory: int, monkeypatch: pytest.Monk
         assert np.array_equal(image.numpy(), expected)
 
 
-@pytest.mark.parametrize("augment", ["flip", "affine", "crop", "rand"])
+@pytest.mark.parametrize("augment", ["flip", "affine", "window", "crop", "rand"])
 def test_augmented_pixels_depend_on_the_epoch_and_on_nothing_before(augment: str) -> None:
     batches = PixelBatches(DIGITS, PREPROCESSING, augment, seed=3)
     first, later = batches[whole(0)][0], batches[whole(1)][0]

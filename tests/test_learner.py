@@ -66,6 +66,19 @@ def test_preprocessing_is_the_backbones_at_the_size_that_was_asked_for(
     given: int | None, size: int
 ) -> None:
     settings = replace(SMALL, img_size=given)
-    preprocessing = model_preprocessing(create_model(settings, 3), given)
+    preprocessing = model_preprocessing(create_model(settings, 3), settings)
     assert preprocessing.size == size
     assert preprocessing.mean == (0.5, 0.5, 0.5)
+    assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("center", 1.0)
+
+
+def test_how_images_are_resized_can_be_changed() -> None:
+    settings = replace(SMALL, crop_mode="squash", crop_pct=0.875)
+    preprocessing = model_preprocessing(create_model(settings, 3), settings)
+    assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("squash", 0.875)
+    wrong = replace(SMALL, crop_mode="stretch")
+    with pytest.raises(SettingError, match="crop_mode is 'stretch': use one of border, center, sq"):
+        model_preprocessing(create_model(wrong, 3), wrong)
+    wrong = replace(SMALL, crop_pct=0.0)
+    with pytest.raises(SettingError, match=r"crop_pct is 0\.0: use a number from 0\.1 to 2"):
+        model_preprocessing(create_model(wrong, 3), wrong)

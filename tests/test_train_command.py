@@ -1,13 +1,16 @@
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from aoft_deploy.checkpoint import read_checkpoint
 from aoft_deploy.cli.train import main, parser
+from aoft_deploy.cli.train_options import given_settings
 from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.tasks import load_task, write_folder
 
@@ -43,12 +46,21 @@ def test_help_costs_less_than_a_third_of_a_second() -> None:
     assert used - before.children_user - before.children_system < 0.3
 
 
-def test_options_default_to_the_settings_of_the_library() -> None:
-    options = vars(parser().parse_args(["--data", "digits", "--out", "x"]))
-    fields = vars(TrainingSettings())
-    for name in fields.keys() & options.keys():
-        assert options[name] == fields[name], name
-    assert fields.keys() - options.keys() == {"method_settings"}
+def test_only_given_options_are_settings_so_that_the_rest_are_the_librarys() -> None:
+    options = parser().parse_args(["--data", "digits", "--out", "x"])
+    assert given_settings(options) == {"method_settings": {}}
+    options = parser().parse_args(["--data", "digits", "--out", "x", "--lr", "1", "--set", "a=2"])
+    assert given_settings(options) == {"lr": 1.0, "method_settings": {"a": 2}}
+
+
+def test_every_setting_of_the_library_has_an_option_that_names_its_default() -> None:
+    text = " ".join(parser().format_help().partition("options:")[2].split())
+    for name, value in vars(TrainingSettings()).items():
+        if name != "method_settings":
+            option = "--" + name.replace("_", "-")
+            after = text.partition(f" {option} ")[2]
+            assert after, name
+            assert value is None or f"({value})" in after.partition(" --")[0], name
 
 
 def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
@@ -58,7 +70,8 @@ def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
     assert main(["--data", str(folder), "--out", str(tmp_path / "run"), *SMALL, *options]) == 0
     printed = capsys.readouterr()
     checkpoint = read_checkpoint(tmp_path / "run" / "model.ckpt")
-    assert checkpoint.settings == {"rank": 3, "scale": 0.5, "targets": ["k", "fc1"]}
+    given = {"rank": 3, "scale": 0.5, "targets": ["k", "fc1"]}
+    assert given.items() <= checkpoint.settings.items()
     assert checkpoint.classes == SHAPES.classes
     for name in ("method", "trained numbers", "chosen epoch", "val accuracy", "test accuracy"):
         assert re.search(rf"^{name} +\S", printed.out, re.MULTILINE)
@@ -111,6 +124,96 @@ def test_a_mistake_is_one_line(
 def test_wrong_usage_exits_with_2(options: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--data", "digits", "--out", "x", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "vtab/kitti", "--suite", "vtab"], "not allowed with argument"),
+        (["--suite", "vtap"], "argument --suite: invalid choice: 'vtap'"),
+        (["--seeds", "2"], "--seeds and --tasks need --suite"),
+        (["--recipe", "vtab/kitti", "--seeds", "2"], "--seeds and --tasks need --suite"),
+        (["--recipe", "vtab/kitti", "--tasks", "kitti"], "--seeds and --tasks need --suite"),
+        (["--suite", "vtab", "--seeds", "0"], "--seeds must be 1 or more"),
+        (["--suite", "vtab", "--seed", "1"], "give --seeds instead of --seed"),
+        (["--any-size"], "--any-size needs --recipe or --suite"),
+        (["--recipe", "vtab/kitti", "--train-on", "train"], "decide --train-on and --stop-after"),
+        (["--suite", "vtab", "--stop-after", "1"], "decide --train-on and --stop-after"),
+    ],
+)
+def test_options_that_do_not_go_together_exit_with_2(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--data", "digits", "--out", "x", *options])
+    assert message in capsys.readouterr().err
+
+
+BENCHMARK = ["--backbone", "aoft_vit_nano", "--img-size", "16", "--epochs", "1", "--quiet"]
+BENCHMARK += ["--any-size", "--method", "linear", "--head-lr", "0.03"]
+
+
+@pytest.fixture(scope="module")
+def vtab(tmp_path_factory: pytest.TempPathFactory, write_vtab: Callable[..., Path]) -> Path:
+    root = tmp_path_factory.mktemp("vtab")
+    for name in ("kitti", "eurosat"):
+        write_vtab(root, name)
+    return root
+
+
+def test_a_recipe_prints_what_was_chosen_and_what_deviates(
+    vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--recipe", "vtab/kitti", "--data", str(vtab), "--out", str(tmp_path / "run")]
+    assert main([*command, *BENCHMARK]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert re.search(r"^task +vtab/kitti$", printed.out, re.MULTILINE)
+    assert re.search(r"^chosen rate +0\.03$", printed.out, re.MULTILINE)
+    assert re.search(r"^chosen epoch +1$", printed.out, re.MULTILINE)
+    assert re.search(r"^deviation +train has 8 images instead of 800$", printed.out, re.MULTILINE)
+    assert read_checkpoint(tmp_path / "run/model.ckpt").training["images"] == 14
+    assert main([*command, *BENCHMARK]) == 1
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert main([*command, *BENCHMARK, "--resume"]) == 0
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_suite_prints_its_averages_and_where_the_table_is(
+    vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--suite", "vtab", "--data", str(vtab), "--out", str(tmp_path), *BENCHMARK]
+    assert main([*command, "--seeds", "1", "--tasks", "kitti", "eurosat"]) == 0
+    printed = capsys.readouterr().out
+    mean = json.loads((tmp_path / "results.json").read_text())["mean of 2 of 19 tasks"]
+    assert re.search(rf"^mean of 2 of 19 tasks +{mean:.2f}%$", printed, re.MULTILINE)
+    assert re.search(r"^other sizes +vtab/eurosat, vtab/kitti$", printed, re.MULTILINE)
+    assert "group means" not in printed
+    assert re.search(r"^table +\S+table\.md$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "vtab/kity"], "Unknown task of a benchmark 'vtab/kity'. Did you mean"),
+        (["--recipe", "vtab/dtd"], "There is no folder "),
+        (["--recipe", "vtab/kitti"], "{vtab}/kitti/train800.txt lists 8 images instead of the"),
+        (["--suite", "vtab", "--tasks", "kity"], "Unknown task of vtab 'kity'. Did you mean kitti"),
+        (["--suite", "vtab", "--tasks", "dtd"], "There is no folder {vtab}/dtd with VTAB-1k's dtd"),
+    ],
+)
+def test_a_mistake_about_a_benchmark_is_one_line(
+    vtab: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert main(["--data", str(vtab), "--out", str(tmp_path / "run"), *options]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {message.format(vtab=vtab)}")
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_and_out_are_needed() -> None:

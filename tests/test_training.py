@@ -21,6 +21,7 @@ from aoft_deploy.data import ImageList, load_folder
 from aoft_deploy.errors import (
     BackboneError,
     DataError,
+    DivergedError,
     MissingExtraError,
     OutputError,
     SettingError,
@@ -88,6 +89,10 @@ def test_each_epoch_has_a_line_and_the_test_has_the_last(finished: Path) -> None
             "val_accuracy",
             "seconds",
             "images_per_second",
+            "deviation_down_mean",
+            "deviation_down_max",
+            "deviation_up_mean",
+            "deviation_up_max",
         ]
     assert {"epoch", "test_loss", "test_accuracy"} <= set(last)
 
@@ -98,6 +103,7 @@ def test_the_checkpoint_gives_the_figures_that_were_reported(tmp_path: Path) -> 
     lines = metrics(tmp_path / "run")
     assert result.val_accuracy == max(line["val_accuracy"] for line in lines)
     assert result.val_accuracy == lines[result.best_epoch - 1]["val_accuracy"]
+    assert result.val_loss == lines[result.best_epoch - 1]["val_loss"]
     assert accuracy(result.checkpoint, DIGITS.val) == pytest.approx(result.val_accuracy)
     assert DIGITS.test is not None
     assert accuracy(result.checkpoint, DIGITS.test) == pytest.approx(result.test_accuracy)
@@ -230,10 +236,31 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished: Path) -> 
 def test_training_on_all_images_keeps_the_last_epoch(tmp_path: Path) -> None:
     result = train(DIGITS, tmp_path / "run", replace(SMALL, train_on="train+val"))
     assert result.best_epoch == 2
-    assert result.val_accuracy is None
+    assert result.val_accuracy is result.val_loss is None
     assert result.test_accuracy is not None
     assert metrics(tmp_path / "run")[0]["val_loss"] is None
     assert read_checkpoint(result.checkpoint).training["images"] == 52
+
+
+def test_a_run_can_stop_early_with_the_learning_rates_of_all_epochs(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=4, train_on="train+val")
+    train(DIGITS, tmp_path / "whole", settings)
+    result = train(DIGITS, tmp_path / "early", replace(settings, stop_after=2))
+    assert (result.epochs, result.best_epoch) == (2, 2)
+    assert metrics(tmp_path / "early")[:2] == metrics(tmp_path / "whole")[:2]
+    assert len(metrics(tmp_path / "early")) == 3
+    assert read_checkpoint(result.checkpoint).training["settings"]["stop_after"] == 2
+
+
+def test_images_are_resized_as_asked_and_the_checkpoint_says_so(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=1, crop_mode="squash", crop_pct=0.8, augment="window")
+    checkpoint = read_checkpoint(train(DIGITS, tmp_path / "run", settings).checkpoint)
+    assert checkpoint.preprocessing.crop_mode == "squash"
+    assert checkpoint.preprocessing.crop_pct == 0.8
+    assert not {"crop_mode", "crop_pct"} & checkpoint.training["settings"].keys()
+    with pytest.raises(SettingError, match="crop_mode is 'stretch': use one of"):
+        train(DIGITS, tmp_path / "other", replace(SMALL, crop_mode="stretch"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_test_images_there_is_no_test_accuracy(tmp_path: Path) -> None:
@@ -262,7 +289,7 @@ def test_regularisers_and_bf16_train_to_finite_losses(tmp_path: Path) -> None:
 def test_training_that_diverges_stops_and_keeps_what_was_good(tmp_path: Path) -> None:
     # Such a decay multiplies the classifier's weights by −10⁶ in each step, until they overflow.
     settings = replace(SMALL, method="linear", head_lr=1e-2, weight_decay=1e8, epochs=9)
-    with pytest.raises(SettingError, match=r"diverged in epoch .* use lower learning rates than"):
+    with pytest.raises(DivergedError, match=r"diverged in epoch .* use lower learning rates than"):
         train(DIGITS, tmp_path / "run", settings)
     lines = metrics(tmp_path / "run")
     assert all(np.isfinite(line["val_loss"]) for line in lines)

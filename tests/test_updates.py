@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from aoft_deploy import approximately_orthogonal
-from aoft_deploy.delta import OutputDelta, WeightDelta, apply_linear, fold_rows
+from aoft_deploy.delta import Delta, OutputDelta, Rows, WeightDelta, apply_linear, fold_rows
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuned import fold_exactly
-from aoft_deploy.updates import AoftLowRank, LowRank, Rescale, ScaleShift, Shift, Update
+from aoft_deploy.tuned import exact_deltas, fold_exactly
+from aoft_deploy.updates import Aoft, AoftLowRank, LowRank, Rescale, ScaleShift, Shift, Update
 
 IN, OUT, RANK = 12, 10, 4
 Dense = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,10 +44,10 @@ def generator() -> torch.Generator:
 def cases() -> list[tuple[Update, Dense]]:
     return [
         (LowRank(IN, OUT, RANK, 0.5, generator()), dense_lora),
-        (AoftLowRank(IN, OUT, RANK, 0.5, False, generator()), dense_aoft),
-        (AoftLowRank(IN, OUT, RANK, 0.5, True, generator()), dense_aoft),
-        (Rescale(IN, OUT, 1, True, "published", generator()), dense_rlrr),
-        (Rescale(IN, OUT, 3, True, "published", generator()), dense_rlrr),
+        (AoftLowRank(IN, OUT, Aoft(RANK, 0.5), generator()), dense_aoft),
+        (AoftLowRank(IN, OUT, Aoft(RANK, 0.5, True), generator()), dense_aoft),
+        (Rescale(IN, OUT, 1, OUT, "published", generator()), dense_rlrr),
+        (Rescale(IN, OUT, 3, OUT, "published", generator()), dense_rlrr),
     ]
 
 
@@ -70,6 +70,10 @@ def map_and_input() -> tuple[Tensor, Tensor, Tensor]:
     return w, b, x
 
 
+def exact(rows: Rows, update: Update) -> list[tuple[Rows, Delta]]:
+    return [(rows, delta) for delta in exact_deltas([update]).values()]
+
+
 def parameters(update: Update) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in update.named_parameters()}
 
@@ -88,7 +92,7 @@ def test_all_three_faces_equal_the_dense_formula(case: int) -> None:
     assert torch.allclose(got_w, folded_w, atol=1e-12) and torch.allclose(got_b, folded_b)
     applied = apply_linear(x, w, b, [((0, OUT), delta)])
     mixed = delta.mix(x, x @ w.mT + b, w)
-    exact_w, exact_b = fold_exactly(w, b, [(0, OUT)], [update])
+    exact_w, exact_b = fold_exactly(w, b, exact((0, OUT), update))
     assert exact_b is not None
     for answer in (applied, mixed, x @ exact_w.mT + exact_b):
         assert (answer - expected).abs().max() < 1e-12
@@ -136,7 +140,7 @@ def test_structured_gradients_equal_those_of_the_dense_formula(case: int) -> Non
 def test_rows_beside_an_updates_own_are_left_alone_and_their_gradients_too() -> None:
     w, b, x = (torch.randn(s, dtype=torch.float64) for s in ((3 * OUT, IN), (3 * OUT,), (5, IN)))
     first, last = (
-        randomised(AoftLowRank(IN, OUT, RANK, 1.0, True, generator()), s) for s in (1, 2)
+        randomised(AoftLowRank(IN, OUT, Aoft(RANK, 1.0, True), generator()), s) for s in (1, 2)
     )
     deltas = [((0, OUT), first.delta()), ((2 * OUT, 3 * OUT), last.delta())]
     folded, bias = fold_rows(w, b, deltas)
@@ -151,22 +155,22 @@ def test_rows_beside_an_updates_own_are_left_alone_and_their_gradients_too() -> 
     "update",
     [
         LowRank(IN, OUT, RANK, 1.0, generator()),
-        AoftLowRank(IN, OUT, RANK, 1.0, True, generator()),
-        Rescale(IN, OUT, 2, True, "identity", generator()),
+        AoftLowRank(IN, OUT, Aoft(RANK, 1.0, True), generator()),
+        Rescale(IN, OUT, 2, OUT, "identity", generator()),
     ],
     ids=["lora", "aoft-star", "rlrr"],
 )
 def test_an_update_that_starts_at_zero_changes_no_bit(update: Update) -> None:
     w, b = torch.randn(OUT, IN), torch.randn(OUT)
     w[0, 0], w[3, 3], b[1] = -0.0, 0.0, -0.0
-    folded, bias = fold_exactly(w, b, [(0, OUT)], [update])
+    folded, bias = fold_exactly(w, b, exact((0, OUT), update))
     assert bias is not None
     assert torch.equal(folded.view(torch.int32), w.view(torch.int32))
     assert torch.equal(bias.view(torch.int32), b.view(torch.int32))
 
 
 def test_plain_aoft_cannot_start_at_zero_and_its_size_is_about_the_root_of_its_rank() -> None:
-    update = AoftLowRank(768, 768, 16, 1.0, False, generator())
+    update = AoftLowRank(768, 768, Aoft(16), generator())
     change, _ = fold_rows(torch.zeros(768, 768), None, [((0, 768), update.delta())])
     assert change.norm().item() == pytest.approx(4.0, rel=0.1)
 
@@ -174,7 +178,7 @@ def test_plain_aoft_cannot_start_at_zero_and_its_size_is_about_the_root_of_its_r
 def test_trained_numbers_of_aoft_do_not_grow_with_its_rank() -> None:
     counts = {
         rank: sum(
-            p.numel() for p in AoftLowRank(64, 48, rank, 1.0, False, generator()).parameters()
+            p.numel() for p in AoftLowRank(64, 48, Aoft(rank), generator()).parameters()
         )
         for rank in (1, 8, 48)
     }
@@ -183,9 +187,9 @@ def test_trained_numbers_of_aoft_do_not_grow_with_its_rank() -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 3, 2, 2)], ids=["norm", "linear", "conv"])
 def test_ssf_folds_into_whatever_made_the_output(shape: tuple[int, ...]) -> None:
-    update = randomised(ScaleShift(6, True, "published", generator()))
+    update = randomised(ScaleShift(6, True, 0.02, generator()))
     w, b = torch.randn(shape, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    got, bias = fold_exactly(w, b, [(0, 6)], [update])
+    got, bias = fold_exactly(w, b, exact((0, 6), update))
     scale, shift = parameters(update)["scale"], parameters(update)["shift"]
     assert torch.allclose(got, w * scale.view(-1, *[1] * (len(shape) - 1)), atol=1e-14)
     assert bias is not None and torch.allclose(bias, b * scale + shift, atol=1e-14)
@@ -195,9 +199,9 @@ def test_ssf_folds_into_whatever_made_the_output(shape: tuple[int, ...]) -> None
 
 
 def test_without_a_bias_nothing_is_shifted() -> None:
-    names = {n for n, _ in Rescale(IN, OUT, 1, False, "published", generator()).named_parameters()}
+    names = {n for n, _ in Rescale(IN, OUT, 1, 0, "published", generator()).named_parameters()}
     assert names == {"scale_in", "scale_out"}
-    assert [n for n, _ in ScaleShift(6, False, "identity", generator()).named_parameters()] == [
+    assert [n for n, _ in ScaleShift(6, False, 0.0, generator()).named_parameters()] == [
         "scale"
     ]
 
@@ -216,8 +220,8 @@ def test_a_shift_moves_a_vector_and_nothing_else() -> None:
 def test_a_rank_that_no_matrix_can_have_is_refused(rank: int) -> None:
     for make in (
         lambda: LowRank(IN, OUT, rank, 1.0, generator()),
-        lambda: AoftLowRank(IN, OUT, rank, 1.0, False, generator()),
-        lambda: Rescale(IN, OUT, rank, True, "published", generator()),
+        lambda: AoftLowRank(IN, OUT, Aoft(rank), generator()),
+        lambda: Rescale(IN, OUT, rank, OUT, "published", generator()),
     ):
         with pytest.raises(
             SettingError, match=f"rank is {rank}, but a 10 × 12 weight allows 1 to 10"
@@ -226,7 +230,7 @@ def test_a_rank_that_no_matrix_can_have_is_refused(rank: int) -> None:
 
 
 def test_autocast_computes_the_same_answer_as_a_plain_map_of_the_folded_weight() -> None:
-    update = randomised(AoftLowRank(IN, OUT, RANK, 1.0, False, generator())).float()
+    update = randomised(AoftLowRank(IN, OUT, Aoft(RANK), generator())).float()
     w, b, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(4, IN)
     delta = update.delta()
     with torch.autocast("cpu", torch.bfloat16):

@@ -24,9 +24,11 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="CKPT",
-        help="model.ckpt or published RLRR .pth",
+        help="model.ckpt, published RLRR .pth, or PEFT LoRA folder",
     )
-    options.add_argument("--to", default="onnx", metavar="NAME", help="onnx (default) or timm")
+    options.add_argument(
+        "--to", default="onnx", metavar="NAME", help="onnx (default), timm or peft"
+    )
     options.add_argument(
         "-o", "--output", type=Path, help="artefact; default: beside the checkpoint"
     )

@@ -1,11 +1,12 @@
-"""aoft-inspect: show what a checkpoint or artefact holds."""
+"""aoft-inspect: show what a checkpoint or artefact holds, or draw its geometry."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from aoft_deploy.cli.command import run
@@ -15,19 +16,48 @@ __all__ = ["main"]
 SHOWN = 12
 """Entries of a long list or table that the text form shows."""
 
+KINDS = {
+    "rows": "rows of W",
+    "columns": "columns of W",
+    "weight": "W",
+    "change": "ΔW",
+    "down": "down",
+    "up": "up",
+    "prompts": "prompts",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
-        prog="aoft-inspect", description="Show what a checkpoint, ONNX artefact or manifest holds."
+        prog="aoft-inspect",
+        description="Show what a checkpoint, ONNX artefact or manifest holds; with --plots, draw "
+        "the angles between the vectors of a checkpoint's matrices, their spectral norms and their "
+        "deviation from orthogonality.",
     )
-    options.add_argument("file", type=Path, metavar="FILE")
+    options.add_argument("file", type=Path, metavar="FILE", help="with --plots also a run's folder")
     options.add_argument("--json", action="store_true", help="everything, as JSON")
+    plots = options.add_argument_group("pictures (needs the backbone's weights)")
+    plots.add_argument(
+        "--plots", type=Path, metavar="DIR", help="write PNGs and analysis.json into this folder"
+    )
+    plots.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
+    plots.add_argument(
+        "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
+    )
+    plots.add_argument(
+        "--force", action="store_true", help="accept other backbone weights than those trained on"
+    )
     return options
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print the description."""
+    """Print the description, or write and print the analysis."""
+    if options.plots is not None:
+        _analyse(options)
+        return
+    if options.backbone or options.backbone_weights or options.force:
+        parser().error("--backbone, --backbone-weights and --force need --plots")
     from aoft_deploy.inspection import inspect_file
 
     description = inspect_file(options.file)
@@ -36,6 +66,55 @@ def inspect(options: argparse.Namespace) -> None:
         return
     for key, value in description.items():
         print(f"{key.replace('_', ' '):18}{_text(value)}")
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from aoft_deploy.plots import check_matplotlib, write_analysis
+
+    check_matplotlib()
+    from aoft_deploy.analysis import analyse_file
+
+    analysis = analyse_file(
+        options.file,
+        backbone=options.backbone,
+        weights=options.backbone_weights,
+        force=options.force,
+    )
+    files = write_analysis(analysis, options.plots)
+    if options.json:
+        print(json.dumps(analysis, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(_table(analysis)))
+    print(f"wrote {', '.join(file.name for file in files)} into {options.plots}")
+
+
+def _table(analysis: Mapping[str, Any]) -> list[str]:
+    """The figures of all layers together, a line for each kind of matrix."""
+    lines = ["angles (degrees)    mean      sd  random sd  farthest from 90"]
+    for kind, a in analysis["angles"].items():
+        figures = (
+            f"{a['mean']:8.2f}{a['sd']:8.2f}{a['random_sd']:11.2f}{a['farthest_from_90']:18.2f}"
+        )
+        lines.append(f"  {KINDS[kind]:14}{figures}")
+    columns = "       least    median   largest"
+    lines.append(f"spectral norms {columns}")
+    changed = [x for x in analysis["layers"] if x["spectral_norms"].keys() - {"weight"}]
+    for kind in ("weight", "change", "down", "up", "prompts"):
+        lines += _spread(KINDS[kind], [x["spectral_norms"].get(kind) for x in changed])
+    lines += _spread("ΔW / W", [x["change_ratio"] for x in changed])
+    rows = []
+    for kind in ("down", "up", "prompts"):
+        rows += _spread(KINDS[kind], [x["deviations"].get(kind) for x in changed])
+    lines += [f"max |AOᵀAO − I| {columns[1:]}", *rows] if rows else []
+    return lines + [f"note: {note}" for note in analysis["notes"]]
+
+
+def _spread(name: str, values: Sequence[float | None]) -> list[str]:
+    found = [value for value in values if value is not None]
+    if not found:
+        return []
+    figures = "".join(f"{f(found):10.3g}" for f in (min, median, max))
+    return [f"  {name:15}{figures}"]
 
 
 def _text(value: Any) -> str:

@@ -1,184 +1,99 @@
-"""aoft-train: fine-tune a backbone on a folder of images."""
+"""aoft-train: fine-tune a backbone on a folder of images, or on the papers' benchmarks."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.cli.command import run
-from aoft_deploy.hyperparameters import (
-    AUGMENTATIONS,
-    PRECISIONS,
-    TRAIN_ON,
-    TrainingSettings,
-)
+from aoft_deploy.cli.train_options import check_usage, given_settings, parser
+from aoft_deploy.hyperparameters import TrainingSettings
 
 if TYPE_CHECKING:
+    from aoft_deploy.benchmark_run import Outcome
+    from aoft_deploy.results_table import Summary
     from aoft_deploy.training import Result
 
 __all__ = ["main", "parser"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    default = TrainingSettings()
-    p = argparse.ArgumentParser(
-        prog="aoft-train",
-        description="Fine-tune a pre-trained Vision Transformer on labelled images. Writes "
-        "model.ckpt (the trained numbers alone) and metrics.jsonl (one line per epoch).",
-        epilog="Several GPUs: accelerate launch -m aoft_deploy.cli.train OPTIONS.",
-    )
-    add = p.add_argument
-    add("--data", required=True, metavar="DIR|NAME", help="image folder, or an offline task")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--quiet", action="store_true", help="show no progress")
-    add("--tensorboard", action="store_true", help="write metrics for TensorBoard into --out too")
-    add("--workers", type=int, metavar="N", help="processes that load images (0 on a CPU, else 8)")
-
-    add = p.add_argument_group("model").add_argument
-    add("--backbone", metavar="NAME", default=default.backbone, help="timm name (%(default)s)")
-    add(
-        "--backbone-weights",
-        type=Path,
-        metavar="FILE",
-        help=".safetensors, .pth, .bin or .npz; timm's own if not given",
-    )
-    add("--img-size", type=int, metavar="N", help="side of the input in pixels")
-    add("--method", metavar="NAME", default=default.method, help="how to fine-tune (%(default)s)")
-    add("--rank", type=int, metavar="D", help="rank of the method's updates")
-    add("--targets", nargs="+", metavar="MAP", help="linear maps to update, such as q v fc1")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        type=_setting,
-        metavar="NAME=VALUE",
-        help="another setting of the method, as JSON; may be repeated",
-    )
-
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, metavar="N", default=default.epochs, help="(%(default)s)")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        default=default.batch_size,
-        help="images of a step, over all GPUs and accumulated parts (%(default)s)",
-    )
-    add(
-        "--accumulate",
-        type=int,
-        metavar="N",
-        default=default.accumulate,
-        help="compute each step in N parts, to save memory (%(default)s)",
-    )
-    add("--lr", type=float, metavar="X", help="peak learning rate (depends on the method)")
-    add(
-        "--head-lr",
-        type=float,
-        metavar="X",
-        help="peak learning rate of the classifier (depends on the method)",
-    )
-    add("--min-lr", type=float, metavar="X", default=default.min_lr, help="last one (%(default)s)")
-    add(
-        "--warmup-epochs",
-        type=float,
-        metavar="N",
-        default=default.warmup_epochs,
-        help="epochs of rising learning rate (%(default)s)",
-    )
-    add(
-        "--weight-decay",
-        type=float,
-        metavar="X",
-        default=default.weight_decay,
-        help="of trained matrices (%(default)s)",
-    )
-    add(
-        "--clip-norm",
-        type=float,
-        metavar="X",
-        default=default.clip_norm,
-        help="largest gradient norm, 0 for no limit (%(default)s)",
-    )
-    add("--precision", choices=PRECISIONS, default=default.precision, help="(%(default)s)")
-    add("--seed", type=int, metavar="N", default=default.seed, help="(%(default)s)")
-
-    add = p.add_argument_group("data and regularisation").add_argument
-    add(
-        "--train-on",
-        choices=TRAIN_ON,
-        default=default.train_on,
-        help="train+val trains on both and keeps the last epoch (%(default)s)",
-    )
-    add("--augment", choices=AUGMENTATIONS, default=default.augment, help="(%(default)s)")
-    for name, meaning in (
-        ("mixup", "alpha of mixup"),
-        ("cutmix", "alpha of CutMix"),
-        ("label-smoothing", "share of the target spread over all classes"),
-        ("drop-path", "rate of stochastic depth"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        add(f"--{name}", type=float, metavar="X", default=value, help=f"{meaning} (%(default)s)")
-    return p
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(parser(), _body, argv)
+    p = parser()
+    return run(p, partial(_body, p), argv)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value  # a word needs no quotes
-
-
-def _body(options: argparse.Namespace) -> None:
-    values = vars(options)
-    method_settings = dict(values.pop("set"))
-    for name in ("rank", "targets"):
-        value = values.pop(name)
-        if value is not None:
-            method_settings[name] = value
-    data, out, resume, quiet, tensorboard, workers = (
-        values.pop(name) for name in ("data", "out", "resume", "quiet", "tensorboard", "workers")
-    )
-    settings = TrainingSettings(method_settings=method_settings, **values)
+def _body(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    settings = given_settings(options)
+    check_usage(p, options, settings)
 
     from accelerate.state import PartialState
+
+    try:
+        if options.suite:
+            lines = _suite_lines(_run_suite(options, settings), options.out)
+        elif options.recipe:
+            lines = _recipe_lines(_run_recipe(options, settings), options.out)
+        else:
+            lines = _lines(_run_plain(options, settings))
+    except KeyboardInterrupt:
+        how = "the same command goes on" if options.suite else "go on with --resume"
+        print(f"Finished epochs are in {options.out}: {how}.", file=sys.stderr)
+        raise
+    if PartialState().is_main_process:
+        width = max(18, *(len(name) + 2 for name, _ in lines))
+        for name, value in lines:
+            print(f"{name:<{width}}{value}")
+
+
+def _loop(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that change no number."""
+    return {
+        "workers": options.workers,
+        "progress": not options.quiet,
+        "tensorboard": options.tensorboard,
+    }
+
+
+def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
+    settings = TrainingSettings(**given)
 
     from aoft_deploy.data import load_data
     from aoft_deploy.training import train
 
-    try:
-        result = train(
-            load_data(data, seed=settings.seed),
-            out,
-            settings,
-            resume=resume,
-            workers=workers,
-            progress=not quiet,
-            tensorboard=tensorboard,
-        )
-    except KeyboardInterrupt:
-        print(f"Finished epochs are in {out}: go on with --resume.", file=sys.stderr)
-        raise
-    if PartialState().is_main_process:
-        for name, value in _table(result):
-            print(f"{name:<18}{value}")
+    splits = load_data(options.data, seed=settings.seed)
+    return train(splits, options.out, settings, resume=options.resume, **_loop(options))
 
 
-def _table(result: Result) -> list[tuple[str, str]]:
+def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> Outcome:
+    from aoft_deploy.benchmark_run import load_splits, run_recipe
+    from aoft_deploy.recipes import get_recipe
+
+    recipe = get_recipe(options.recipe, given)
+    splits = load_splits(recipe, Path(options.data), strict=not options.any_size)
+    return run_recipe(recipe, splits, options.out, resume=options.resume, **_loop(options))
+
+
+def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> Summary:
+    from aoft_deploy.suite import run_suite
+
+    return run_suite(
+        options.suite,
+        Path(options.data),
+        options.out,
+        seeds=options.seeds or 3,
+        tasks=options.tasks,
+        given=given,
+        strict=not options.any_size,
+        **_loop(options),
+    )
+
+
+def _lines(result: Result) -> list[tuple[str, str]]:
     return [
         ("method", result.method),
         ("trained numbers", f"{result.update_parameters:,} + {result.head_parameters:,} (head)"),
@@ -187,6 +102,33 @@ def _table(result: Result) -> list[tuple[str, str]]:
         ("test accuracy", _percent(result.test_accuracy)),
         ("seconds", f"{result.seconds:.1f}"),
         ("checkpoint", f"{result.checkpoint} ({result.checkpoint_bytes:,} bytes)"),
+    ]
+
+
+def _recipe_lines(outcome: Outcome, out: Path) -> list[tuple[str, str]]:
+    update, head = outcome.update_parameters, outcome.head_parameters
+    return [
+        ("task", outcome.task),
+        ("method", outcome.method),
+        ("trained numbers", f"{update:,} + {head:,} (head)"),
+        ("chosen rate", f"{outcome.lr:g}"),
+        ("chosen epoch", str(outcome.epoch)),
+        ("val accuracy", f"{_percent(outcome.val_accuracy)}, when these were chosen"),
+        ("test accuracy", f"{_percent(outcome.test_accuracy)}, trained on train and val"),
+        *(("deviation", deviation) for deviation in outcome.deviations),
+        ("seconds", f"{outcome.seconds:.1f}"),
+        ("checkpoint", str(out / "model.ckpt")),
+    ]
+
+
+def _suite_lines(summary: Summary, out: Path) -> list[tuple[str, str]]:
+    means = [(summary.tasks_name, summary.mean_tasks), (summary.groups_name, summary.mean_groups)]
+    changed = sorted({o.task for o in summary.outcomes if o.deviations})
+    return [
+        *((name, f"{mean:.2f}%") for name, mean in means if mean is not None),
+        ("runs", f"{len(summary.outcomes)} of {summary.wanted}"),
+        *[("other sizes", ", ".join(changed))][: len(changed)],
+        ("table", str(out / "table.md")),
     ]
 
 

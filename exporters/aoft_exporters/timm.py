@@ -29,14 +29,22 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     """Write a plain model's state dict.
 
     Raises:
-        SettingError: ``uint8`` is asked; a state dict has no input form.
+        SettingError: ``uint8`` is asked, but a state dict has no input form; or the model has
+            prompts, for which timm's architecture has no place.
         OutputError: The file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from aoft_deploy.tuned import Prompted
+
     if recipe.uint8:
         raise SettingError("--uint8 needs a graph: export with --to onnx.")
+    if any(isinstance(module, Prompted) for module in model.modules()):
+        raise SettingError(
+            "Prompts are tokens of the graph, which timm's architecture has no place for: export "
+            "with --to onnx."
+        )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     try:
         save_file(tensors, path, metadata=dict(recipe.metadata))

@@ -1,0 +1,147 @@
+"""PEFT: AOFT-LoRA and LoRA as a LoRA folder, for ``peft.PeftModel.from_pretrained``.
+
+The folder holds adapter_config.json and adapter_model.safetensors: two matrices for every changed
+layer and the classifier. PEFT puts LoRA into whole layers only, so q and v of a fused qkv stand
+beside each other in one pair, v's columns of B below q's and zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_deploy.errors import OutputError, SettingError
+
+if TYPE_CHECKING:
+    from aoft_deploy.tuned import TunedModel
+
+__all__ = ["MARKER", "SUFFIX", "TAKES", "TOLERANCE", "PeftEngine", "export", "load"]
+
+SUFFIX = ".peft"
+MARKER = "adapter_config.json"
+TAKES = "tuned"
+TOLERANCE = 1e-5
+
+
+def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
+    """Write a tuned model's updates and classifier.
+
+    Args:
+        model: The model before any merge; it is not changed.
+        path: Folder to make.
+        recipe: Input form and description of the task.
+
+    Raises:
+        SettingError: ``uint8`` is asked, the method is no low-rank change of linear maps, or PEFT
+            would leave out a part of it.
+        OutputError: The folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from aoft_deploy.checkpoint import description
+    from aoft_deploy.low_rank import bypassed_layers, low_rank_factors
+    from aoft_deploy.peft_folder import CONFIG, PREFIX, WEIGHTS
+    from aoft_deploy.preprocessing import Preprocessing
+
+    if recipe.uint8:
+        raise SettingError("--uint8 needs a graph: export with --to onnx.")
+    factors = low_rank_factors(model)
+    for layer in bypassed_layers(model, recipe.size):
+        raise SettingError(
+            f"{type(model.backbone).__name__} reads the weight of {layer} without calling the "
+            "layer, so PEFT's LoRA would have no effect there: export with --to timm."
+        )
+    tensors = {
+        f"{PREFIX}{layer}.lora_{letter}.weight": matrix.float().contiguous()
+        for layer, pair in factors.items()
+        for letter, matrix in zip("AB", pair, strict=True)
+    }
+    for name in model.classifier:
+        tensors[PREFIX + name] = model.backbone.get_parameter(name).detach().float().contiguous()
+    ranks = {layer: len(a) for layer, (a, _) in factors.items()}
+    classes = json.loads(recipe.metadata["classes"])
+    preprocessing = Preprocessing.from_dict(json.loads(recipe.metadata["preprocessing"]))
+    metadata = {"format": "pt", "aoft": description(model, classes, preprocessing)}
+    try:
+        path.mkdir()
+        config = json.dumps(_config(ranks, model.classifier), indent=2)
+        (path / CONFIG).write_text(config + "\n", "utf-8")
+        save_file(tensors, path / WEIGHTS, metadata=metadata)
+    except SafetensorError as error:
+        raise OutputError(f"{path.name} could not be written ({error}).") from error
+
+
+def _config(ranks: Mapping[str, int], classifier: list[str]) -> dict[str, Any]:
+    """adapter_config.json: alpha = r everywhere, so that nothing is scaled."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "target_modules": list(ranks),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in classifier}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+class PeftEngine:
+    """A folder merged into its backbone, in PyTorch on the CPU.
+
+    Attributes:
+        info: Classes, preprocessing and backbone, as JSON.
+        takes_pixels: False; inputs are normalised.
+
+    Args:
+        path: The folder.
+        weights: File with the backbone's weights; None takes timm's own.
+
+    Raises:
+        CheckpointError: The folder cannot be used, or does not say which backbone it belongs to.
+        BackboneError: The backbone's weights cannot be had.
+    """
+
+    takes_pixels = False
+
+    def __init__(self, path: Path, weights: Path | None = None) -> None:
+        import torch
+
+        from aoft_deploy.checkpoint import open_checkpoint
+        from aoft_deploy.tuned import merge
+
+        tuned, task = open_checkpoint(path, weights=weights)
+        self.info: Mapping[str, str] = {
+            "classes": json.dumps(list(task.classes)),
+            "preprocessing": json.dumps(task.preprocessing.to_dict()),
+            "backbone": json.dumps(task.backbone.to_dict()),
+        }
+        self._model = merge(tuned, in_place=True)
+        self._torch = torch
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits of normalised images, float32 [batch, 3, H, W]."""
+        with self._torch.inference_mode():
+            logits: NDArray[np.float32] = self._model(self._torch.from_numpy(images)).numpy()
+        return logits
+
+
+def load(path: Path, *, weights: Path | None = None) -> PeftEngine:
+    """Open a folder for inference; see ``PeftEngine``."""
+    return PeftEngine(Path(path), weights)
