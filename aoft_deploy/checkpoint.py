@@ -9,23 +9,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from timm.data.config import resolve_model_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
 
 from aoft_deploy.backbone import Backbone, create_backbone, image_size
-from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
+from aoft_deploy.errors import BackboneError, CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.files import replacing
+from aoft_deploy.low_rank import bypassed_layers
+from aoft_deploy.peft_folder import PeftFolder, read_peft_folder
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.published import is_published, published_preprocessing, read_published
+from aoft_deploy.sites import classifier_names
 from aoft_deploy.tuned import TunedModel, attach
 
-__all__ = ["FORMAT", "Checkpoint", "load", "open_checkpoint", "read_checkpoint", "save"]
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "description",
+    "load",
+    "open_checkpoint",
+    "read_checkpoint",
+    "save",
+]
 
 FORMAT = 1
 """Version of the layout that this code writes and reads."""
@@ -96,6 +110,21 @@ def save(
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite: training diverged.")
+    text = description(tuned, classes, preprocessing, training)
+    with replacing(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"aoft": text})
+        except SafetensorError as error:
+            raise OutputError(f"Cannot write {path}: {error}.") from error
+
+
+def description(
+    tuned: TunedModel,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    training: Mapping[str, Any] | None = None,
+) -> str:
+    """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``."""
     metadata = {
         "format": FORMAT,
         "method": tuned.method,
@@ -105,11 +134,7 @@ def save(
         "preprocessing": preprocessing.to_dict(),
         "training": dict(training or {}),
     }
-    with replacing(Path(path)) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"aoft": json.dumps(metadata)})
-        except SafetensorError as error:
-            raise OutputError(f"Cannot write {path}: {error}.") from error
+    return json.dumps(metadata)
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
@@ -142,8 +167,9 @@ def load(
     """The tuned model of a checkpoint, its backbone made by timm.
 
     Args:
-        path: The checkpoint, or a published RLRR .pth.
-        backbone: timm name to use instead of the one in the checkpoint; a .pth needs it.
+        path: The checkpoint, a published RLRR .pth, or a PEFT LoRA folder.
+        backbone: timm name to use instead of the one in the checkpoint; a .pth needs it, and a
+            folder that PEFT wrote.
         weights: File with the backbone's weights; None takes timm's own.
         force: Accept a backbone whose weights differ from those trained on.
 
@@ -163,9 +189,21 @@ def open_checkpoint(
 ) -> tuple[TunedModel, Checkpoint]:
     """As ``load``, with the checkpoint's description beside the model."""
     path = Path(path)
+    if path.is_dir():
+        return _open_peft(path, backbone, weights, force)
     if backbone is not None and is_published(path):
         return _open_published(path, backbone, weights)
     checkpoint = read_checkpoint(path)
+    model, found = _trained_backbone(path, checkpoint, backbone, weights, force)
+    tuned = attach(model, checkpoint.method, backbone=found, **checkpoint.settings)
+    tuned.load_trained(checkpoint.tensors)
+    return tuned.eval(), checkpoint
+
+
+def _trained_backbone(
+    path: Path, checkpoint: Checkpoint, backbone: str | None, weights: Path | None, force: bool
+) -> tuple[nn.Module, Backbone]:
+    """The backbone that a checkpoint was trained on, with a classifier of its width."""
     trained_on = checkpoint.backbone
     if weights is None and backbone is None and trained_on.origin != "timm":
         source = trained_on.origin.removeprefix("file:")
@@ -190,9 +228,7 @@ def open_checkpoint(
             f"these are {found.name} with weights {found.digest[:12]}: give the right ones, or "
             "accept the difference with --force."
         )
-    tuned = attach(model, checkpoint.method, backbone=found, **checkpoint.settings)
-    tuned.load_trained(checkpoint.tensors)
-    return tuned.eval(), checkpoint
+    return model, found
 
 
 def _open_published(
@@ -216,6 +252,84 @@ def _open_published(
         tensors,
     )
     return tuned.eval(), checkpoint
+
+
+def _open_peft(
+    path: Path, backbone: str | None, weights: Path | None, force: bool
+) -> tuple[TunedModel, Checkpoint]:
+    """A PEFT LoRA folder on its backbone, as our own method ``lora``."""
+    folder = read_peft_folder(path)
+    if "aoft" in folder.metadata:
+        checkpoint = _parse(path, folder.metadata["aoft"], {})
+        model, found = _trained_backbone(path, checkpoint, backbone, weights, force)
+    elif backbone is not None:
+        model, found = _named_backbone(folder, backbone, weights)
+        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        count = len(model.get_parameter(classifier_names(model)[0]))
+        classes = tuple(str(i) for i in range(count))
+        checkpoint = Checkpoint("lora", {}, found, classes, Preprocessing.from_timm(config), {})
+    else:
+        raise CheckpointError(
+            f"{path} does not say which timm model it belongs to: name it with --backbone."
+        )
+    ranks, tensors = folder.placed(model)
+    if not ranks:
+        raise CheckpointError(f"{path} changes the classifier alone: it has nothing to merge.")
+    tuned = attach(model, "lora", backbone=found, ranks=ranks)
+    tuned.load_trained(tensors)
+    for layer in bypassed_layers(tuned, checkpoint.preprocessing.size):
+        if tensors[f"update.{layer}.b"].any():
+            raise CheckpointError(
+                f"{path} changes {layer}, whose weight {type(model).__name__} reads without "
+                "calling the layer: PEFT's own answers leave that change out until it is merged."
+            )
+    own = replace(checkpoint, method=tuned.method, settings=tuned.settings, tensors=tensors)
+    return tuned.eval(), own
+
+
+def _named_backbone(
+    folder: PeftFolder, name: str, weights: Path | None
+) -> tuple[nn.Module, Backbone]:
+    """The backbone of a folder that does not describe its task.
+
+    Where it holds no classifier, the pre-trained one stays, as it does in PEFT's model.
+    """
+    if folder.num_classes is not None:
+        return create_backbone(name, num_classes=folder.num_classes, weights=weights)
+    head: dict[str, Tensor] = {}
+    if weights is None:
+        count = _pretrained_width(name)
+    else:
+        head = _pretrained_classifier(
+            create_backbone(name, num_classes=1, weights=weights)[0], weights
+        )
+        count = len(next(iter(head.values()), ()))
+    if not count:
+        raise CheckpointError(
+            f"{folder.path} holds no classifier (modules_to_save), and {weights or name} none "
+            "either: train one and save it with the adapter."
+        )
+    model, identity = create_backbone(name, num_classes=count, weights=weights)
+    model.load_state_dict(head, strict=False)
+    return model, identity
+
+
+def _pretrained_width(name: str) -> int:
+    """Number of classes that a timm model was pre-trained with; 0 where it has no classifier."""
+    if not timm.is_model(name.partition(".")[0]):
+        raise UnknownNameError("backbone", name, timm.list_models())
+    config = timm.get_pretrained_cfg(name)
+    return int(config.num_classes) if config is not None else 0
+
+
+def _pretrained_classifier(model: nn.Module, weights: Path) -> dict[str, Tensor]:
+    """The classifier in a file of backbone weights, empty where there is none under its names."""
+    names = classifier_names(model)
+    try:
+        state = load_state_dict(str(weights), weights_only=True)
+        return {name: state[name] for name in names}
+    except Exception:  # such as an .npz, or a layout that timm renames on reading
+        return {}
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,16 @@ from aoft_deploy.errors import CheckpointError, UnknownNameError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Engine", "Exporter", "Recipe", "exporter_names", "get_exporter", "load_artefact"]
+__all__ = [
+    "Engine",
+    "Exporter",
+    "FolderExporter",
+    "Recipe",
+    "TunedExporter",
+    "exporter_names",
+    "get_exporter",
+    "load_artefact",
+]
 
 GROUP = "aoft_deploy.exporters"
 
@@ -72,6 +81,31 @@ class Exporter(Protocol):
         """Open the artefact at ``path``."""
 
 
+@runtime_checkable
+class FolderExporter(Exporter, Protocol):
+    """An exporter whose artefacts are folders, of any name.
+
+    Attributes:
+        MARKER: A file that every such folder holds, and no other folder.
+    """
+
+    MARKER: str
+
+
+@runtime_checkable
+class TunedExporter(Exporter, Protocol):
+    """An exporter of the updates alone: its ``export`` takes the model before any merge.
+
+    Attributes:
+        TAKES: ``"tuned"``.
+    """
+
+    TAKES: str
+
+    def load(self, path: Path, *, weights: Path | None = None) -> Engine:
+        """Open the artefact at ``path`` on its backbone, whose weights are a file's or timm's."""
+
+
 def exporter_names() -> tuple[str, ...]:
     """Names of the installed exporters, sorted."""
     return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
@@ -90,14 +124,15 @@ def get_exporter(name: str) -> Exporter:
 
 
 def load_artefact(path: Path) -> Engine:
-    """An engine for an exported artefact, by its suffix.
+    """An engine for an exported artefact: a file by its suffix, a folder by what it holds.
 
     Raises:
-        CheckpointError: No exporter writes files with this suffix.
+        CheckpointError: No exporter writes such files or folders.
     """
     for entry in entry_points(group=GROUP):
         exporter = cast(Exporter, entry.load())
-        if path.suffix == exporter.SUFFIX:
+        marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
+        if path.suffix == exporter.SUFFIX or marked:
             return exporter.load(path)
     raise CheckpointError(
         f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge first."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,10 +22,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
-from aoft_deploy.engines import Engine, Exporter, Recipe, get_exporter
+from aoft_deploy.engines import (
+    Engine,
+    Exporter,
+    FolderExporter,
+    Recipe,
+    TunedExporter,
+    get_exporter,
+)
 from aoft_deploy.errors import CheckpointError, OutputError
-from aoft_deploy.files import file_digest, json_text, settle, writable_folder
+from aoft_deploy.files import file_digest, folder_digest, json_text, settle, writable_folder
 from aoft_deploy.images import read_image
+from aoft_deploy.peft_folder import FILES
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_deploy.verification import BATCH_SIZES, Report, random_pixels, verify
@@ -40,7 +48,7 @@ class Exported:
     """A finished export.
 
     Attributes:
-        path: The artefact.
+        path: The artefact, a file or a folder.
         manifest: Its manifest, beside it.
         report: What the verification found.
         size: Bytes of the artefact.
@@ -72,7 +80,7 @@ def export_merged(
     """Merge a checkpoint into its backbone and export the result, verified.
 
     Args:
-        checkpoint: A ``model.ckpt``, or a published RLRR .pth.
+        checkpoint: A ``model.ckpt``, a published RLRR .pth, or a PEFT LoRA folder.
         output: The artefact; None puts it beside the checkpoint.
         to: Name of an exporter.
         uint8: Let the artefact take pixels and normalise them itself.
@@ -89,10 +97,15 @@ def export_merged(
         AoftError: Anything wrong with the input, or answers that differ; no file is left then.
     """
     exporter = get_exporter(to)
-    if not checkpoint.is_file():
+    if not checkpoint.is_file() and not checkpoint.is_dir():
         raise CheckpointError(f"There is no file {checkpoint}.")
-    output = output or checkpoint.parent / f"{checkpoint.stem}{exporter.SUFFIX}"
-    _check_output(output, exporter.SUFFIX, [checkpoint, *([weights] if weights else []), *images])
+    source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
+    output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"
+    if isinstance(exporter, FolderExporter):
+        _check_output_folder(output)
+    else:
+        inputs = [checkpoint, *([weights] if weights else []), *images]
+        _check_output(output, exporter.SUFFIX, inputs)
     pictures = [read_image(path) for path in images]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
     preprocessing = task.preprocessing
@@ -104,14 +117,20 @@ def export_merged(
     )
     with writable_folder(output.parent) as folder:
         draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
-        report = _export_verified(tuned, exporter, draft, recipe, pixels, preprocessing)
+        engine = _exported(tuned, exporter, draft, recipe, weights)
+        report = verify(
+            lambda batch: _logits(tuned, _normalised(batch, preprocessing)),
+            lambda batch: _answers(engine, batch, recipe.uint8, preprocessing),
+            pixels,
+            tolerance=exporter.TOLERANCE,
+        )
         manifest = {
             **_provenance(draft, checkpoint, to, command),
             **_contents(tuned, task, recipe),
             "verification": {**report.to_dict(), "real_images": len(pictures)},
             "versions": _versions(),
         }
-        size = draft.stat().st_size
+        size = _size(draft)
         try:
             draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
             _publish(draft, output, draft_manifest)
@@ -124,13 +143,29 @@ def _provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) 
     """Which file the manifest is of, and how it came to be."""
     return {
         "artefact": draft.name,
-        "sha256": file_digest(draft),
-        "bytes": draft.stat().st_size,
+        "sha256": _digest(draft, [str(path.relative_to(draft)) for path in _files(draft)]),
+        "bytes": _size(draft),
         "exporter": to,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "checkpoint": {"name": checkpoint.name, "sha256": file_digest(checkpoint)},
+        "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
     }
+
+
+def _files(artefact: Path) -> list[Path]:
+    """The file itself, or all files of a folder."""
+    if not artefact.is_dir():
+        return [artefact]
+    return sorted(path for path in artefact.rglob("*") if path.is_file())
+
+
+def _size(artefact: Path) -> int:
+    return sum(path.stat().st_size for path in _files(artefact))
+
+
+def _digest(path: Path, names: Iterable[str]) -> str:
+    """Of a file, or of the named files of a folder."""
+    return folder_digest(path, names) if path.is_dir() else file_digest(path)
 
 
 def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -158,11 +193,21 @@ def _check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
             raise OutputError(f"{path} is an input of this export: name another file with -o.")
 
 
+def _check_output_folder(output: Path) -> None:
+    if output.name in ("", "..") or output.is_symlink():
+        raise OutputError(f"{output} cannot become a folder: name a new one with -o.")
+    manifest = manifest_path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists and is no empty folder: name a new one with -o.")
+    if manifest.exists() and not manifest.is_file():
+        raise OutputError(f"{manifest} exists and is no file: name another folder with -o.")
+
+
 def _publish(draft: Path, output: Path, draft_manifest: Path) -> None:
     """Give both files their names; the artefact is never there without its manifest."""
     manifest = manifest_path(output)
-    settle(draft)
-    settle(draft_manifest)
+    for path in (*_files(draft), draft_manifest):
+        settle(path)
     draft_manifest.replace(manifest)
     try:
         draft.replace(output)
@@ -171,28 +216,19 @@ def _publish(draft: Path, output: Path, draft_manifest: Path) -> None:
         raise
 
 
-def _export_verified(
-    tuned: TunedModel,
-    exporter: Exporter,
-    draft: Path,
-    recipe: Recipe,
-    pixels: NDArray[np.uint8],
-    preprocessing: Preprocessing,
-) -> Report:
+def _exported(
+    tuned: TunedModel, exporter: Exporter, draft: Path, recipe: Recipe, weights: Path | None
+) -> Engine:
+    """Write the artefact, and open what was written."""
+    alone = exporter if isinstance(exporter, TunedExporter) else None
     try:
-        exporter.export(merge(tuned), draft, recipe)
+        exporter.export(tuned if alone else merge(tuned), draft, recipe)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OutputError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise OutputError(f"The export could not be written ({reason}).") from error
-    engine = exporter.load(draft)
-    return verify(
-        lambda batch: _logits(tuned, _normalised(batch, preprocessing)),
-        lambda batch: _answers(engine, batch, recipe.uint8, preprocessing),
-        pixels,
-        tolerance=exporter.TOLERANCE,
-    )
+    return alone.load(draft, weights=weights) if alone else exporter.load(draft)
 
 
 def _logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -6,14 +6,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aoft_deploy.errors import OutputError
 
-__all__ = ["file_digest", "json_text", "replacing", "settle", "writable_folder", "write_json"]
+__all__ = [
+    "file_digest",
+    "folder_digest",
+    "json_text",
+    "replacing",
+    "settle",
+    "writable_folder",
+    "write_json",
+]
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -93,3 +101,14 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over files of a folder: that of what ``sha256sum NAMES`` prints there.
+
+    Args:
+        folder: The folder.
+        names: The files that count; their order does not.
+    """
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in sorted(names)]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

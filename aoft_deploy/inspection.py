@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.files import file_digest
+from aoft_deploy.files import file_digest, folder_digest
 
 if TYPE_CHECKING:
     from aoft_deploy.checkpoint import Checkpoint
@@ -20,7 +20,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a file of this project.
 
     Args:
-        path: A checkpoint, a published RLRR .pth, an ONNX or timm artefact, or a manifest.
+        path: A checkpoint, a published RLRR .pth, a PEFT LoRA folder, an ONNX or timm artefact, or
+            a manifest.
 
     Returns:
         JSON values; ``kind`` says what the file is.
@@ -28,6 +29,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, damaged, or none of these.
     """
+    if path.is_dir():
+        return _peft(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     if path.suffix == ".onnx":
@@ -71,6 +74,28 @@ def _tensors(tensors: Any) -> dict[str, Any]:
         "trained_numbers": sum(sites.values()),
         "update_numbers": sum(sites.values()) - sites["classifier"],
         "sites": dict(sites),
+    }
+
+
+def _peft(path: Path) -> dict[str, Any]:
+    from aoft_deploy.peft_folder import FILES, read_peft_folder
+
+    folder = read_peft_folder(path)
+    digest = folder_digest(path, FILES)
+    matrices = {f"head.{name}": tensor for name, tensor in folder.saved.items()}
+    for module, (a, b) in folder.pairs.items():
+        matrices |= {f"{module}.a": a, f"{module}.b": b}
+    written = _decoded(folder.metadata.get("aoft", "{}"))
+    return {
+        "kind": "PEFT LoRA folder",
+        "file": str(path),
+        "bytes": sum((path / name).stat().st_size for name in FILES),
+        "sha256": digest,
+        **(written if isinstance(written, dict) else {}),
+        "ranks": {module: len(a) for module, (a, _) in folder.pairs.items()},
+        "factors": {module: folder.config.scaling(module) for module in folder.pairs},
+        **_tensors(matrices),
+        **_manifest(path, digest),
     }
 
 
@@ -132,12 +157,13 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """The verification from the manifest beside an artefact, if it is of this very file."""
+def _manifest(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """The verification from the manifest beside an artefact, if it is of this very one."""
+    path = path.resolve() if path.is_dir() else path
     manifest = path.with_name(path.name + ".json")
     if not manifest.is_file():
         return {"manifest": "none"}
     values = _json(manifest)
-    if values.get("sha256") != file_digest(path):
+    if values.get("sha256") != (digest or file_digest(path)):
         return {"manifest": "of another file: the artefact was changed after it was verified"}
     return {"manifest": "matches", "verification": values.get("verification")}

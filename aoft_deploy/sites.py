@@ -1,12 +1,17 @@
 """Where updates go in a timm model: its linear maps, norms and patch embedding, by role.
 
-A fused qkv linear is three sites, one for each third of its rows, because its methods treat q, k
-and v apart. That needs to know how the rows are laid out, so fused attention is taken only from
-classes whose layout is known; any other is named in the error instead of guessed at.
+A fused qkv map is three sites, one for each third of its rows, beside one for the whole, because
+methods treat q, k and v apart. That needs to know how the rows lie (``layouts``).
+
+What a method would have to update but cannot is a site with a refusal, so that it fails when it is
+attached. Left as they are, without a refusal: ``layouts.LEFT_ALONE``, convolutions of a block that
+stand beside its attention and MLP, and what stands outside the blocks of a transformer besides
+patch embedding, patch merging and final norm, such as the convolutional stages of a hybrid.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,19 +19,17 @@ from torch import Tensor, nn
 
 from aoft_deploy.delta import Rows, matrix_shape
 from aoft_deploy.errors import AttachError
+from aoft_deploy.layouts import (
+    LEAF_ROLES,
+    LEFT_ALONE,
+    OTHER_MAPS,
+    class_of,
+    fused_parts,
+    is_attention,
+    parts_refusal,
+)
 
 __all__ = ["LINEAR_ROLES", "Site", "classifier_names", "find_sites"]
-
-FUSED_QKV = {
-    ("timm.layers.attention", "Attention"),
-    ("timm.layers.attention", "AttentionRope"),
-    ("timm.models.beit", "Attention"),
-    ("timm.models.eva", "EvaAttention"),
-    ("timm.models.swin_transformer", "WindowAttention"),
-    ("timm.models.swin_transformer_v2", "WindowAttention"),
-    ("timm.models.vision_transformer_relpos", "RelPosAttention"),
-}
-"""Attention classes whose fused qkv rows are (q, k, v), each (heads, head width)."""
 
 ANY_LENGTH = {("timm.layers.attention", "Attention")}
 """Attention classes that take any number of tokens, so that prompts can stand beside them."""
@@ -34,26 +37,17 @@ ANY_LENGTH = {("timm.layers.attention", "Attention")}
 CONVOLUTIONAL = {("timm.models.convnext", "ConvNeXt"), ("timm.models.resnet", "ResNet")}
 """Convolutional nets whose every convolution, MLP and norm is a site."""
 
+MAPS = (nn.Linear, nn.Conv2d)
+"""Layers that are linear maps, or convolutions seen as the map of their (O·kh, I·kw) matrix."""
+
+NOT_AS_IT_STANDS = "which may not use its weight as it stands."
+"""Why a subclass of ``MAPS`` is refused, such as a convolution that standardises its weight."""
+
 LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "gate", "fc1", "fc2", "reduction", "conv")
 """Roles of linear maps. fc1 includes the gate of a gated MLP; qkv is a fused map as a whole."""
 
 NORM_ROLES = ("norm", "reduction_norm", "batch_norm", "patch")
 """Roles of outputs that are scaled and shifted channel by channel."""
-
-LEAF_ROLES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "proj": "proj",
-    "gate": "gate",
-    "fc1": "fc1",
-    "fc1_g": "fc1",
-    "fc1_x": "fc1",
-    "fc2": "fc2",
-}
-
-POSITION_MAPS = ("cpb_mlp", "rel_pos")
-"""Parts of an attention that make its position bias, which no method updates."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Site:
         rows: Output rows that belong to this site, of the weight as a matrix.
         in_features: Width of the input; 1 where the tensor is a vector; a block's token width.
         bias: Whether there is a bias to shift.
-        part: Whether it is a third of a fused map, beside a site for the whole.
+        part: Whether it is a part of a fused map, beside a site for the whole.
         absorber: Path of the norm before a map without bias, whose bias can take the shift.
         index: Number of a block.
         patch: Side of the patches in pixels, of a block.
@@ -113,35 +107,36 @@ def find_sites(model: nn.Module) -> list[Site]:
         and of the patch embedding; or of every convolution and norm.
 
     Raises:
-        AttachError: The model has no transformer blocks and is no net of ``CONVOLUTIONAL``.
+        AttachError: The model has no transformer blocks and is no net of ``CONVOLUTIONAL``, or part
+            of its attention is of a class that is not known.
     """
-    if _class(model) in CONVOLUTIONAL:
-        return list(_convolutional_sites(model))
+    if class_of(model) in CONVOLUTIONAL:
+        return _without_tied(model, list(_convolutional_sites(model)))
     blocks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "attn", None), nn.Module)
-        and isinstance(getattr(module, "mlp", None), nn.Module)
+        (path, module)
+        for path, module in model.named_modules()
+        if _branches(module) and not _is_left_alone(path)
     ]
-    if not blocks:
+    if not any(_attentions(block) for _, block in blocks):
         raise AttachError(
-            f"{type(model).__name__} has no transformer blocks (modules with attn and mlp): "
-            "give a timm Vision Transformer, such as vit_base_patch16_224."
+            f"{type(model).__name__} has no transformer blocks of a known kind (attention and "
+            "MLP): give a timm Vision Transformer, such as vit_base_patch16_224, or use linear."
         )
-    sites = list(_patch_sites(model))
-    for index, (name, block) in enumerate(blocks):
-        sites.append(_block_site(model, name, block, index))
-        sites += _norm_sites(block, name, ("norm1", "norm2"))
-        sites += _attention_sites(block.get_submodule("attn"), f"{name}.attn")
-        sites += _linear_sites(block.get_submodule("mlp"), f"{name}.mlp")
-    for name, module in model.named_modules():
+    _refuse_unknown_attention(model, blocks)
+    trunk = "encoder." if hasattr(model, "encoder") else ""
+    sites = list(_patch_sites(model, trunk))
+    for index, (path, block) in enumerate(blocks):
+        sites += _block_sites(model, path, block, index)
+    for path, module in model.named_modules():
         if isinstance(getattr(module, "reduction", None), nn.Linear):
-            sites += _reduction_sites(module, name)
-    return sites + list(_norm_sites(model, "", ("norm", "fc_norm")))
+            sites += _reduction_sites(module, path)
+    for name in ("norm", "fc_norm", "head.norm"):
+        sites += _norm_sites(model, f"{trunk}{name}")
+    return _without_tied(model, [*sites, *_outside_sites(model, sites)])
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the classifier's parameters; a distilled model has two classifiers.
+    """Names of the classifier's parameters; distilled and token-labelled models have two.
 
     Args:
         model: A timm model.
@@ -152,6 +147,7 @@ def classifier_names(model: nn.Module) -> list[str]:
     get = getattr(model, "get_classifier", None)
     heads = get() if get is not None else ()
     heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    heads = [h for h in (*heads, getattr(model, "aux_head", None)) if isinstance(h, nn.Module)]
     owned = {id(p) for head in heads for p in head.parameters()}
     names = [name for name, p in model.named_parameters() if id(p) in owned]
     if not names:
@@ -161,73 +157,146 @@ def classifier_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _class(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__name__
+def _attentions(block: nn.Module) -> list[str]:
+    """Names of a block's children that are attention: of a known class, or attn beside mlp."""
+    named = isinstance(getattr(block, "mlp", None), nn.Module)
+    return [
+        name
+        for name, child in block.named_children()
+        if is_attention(child) or (named and name == "attn")
+    ]
 
 
-def _block_site(model: nn.Module, path: str, block: nn.Module, index: int) -> Site:
+def _branches(module: nn.Module) -> list[str]:
+    """Names of a block's attentions and MLPs; none where the module is no block."""
+    mlps = (n for n, c in module.named_children() if n.startswith("mlp") and any(c.children()))
+    return [*_attentions(module), *mlps]
+
+
+def _refuse_unknown_attention(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a model part of whose attention is not understood, so that none is left out."""
+    known = {id(block.get_submodule(name)) for _, block in blocks for name in _attentions(block)}
+    for path, module in model.named_modules():
+        called = type(module).__name__
+        if "Att" not in called or any(word in called for word in ("Block", "Partition", "Pool")):
+            continue
+        maps = any(isinstance(getattr(module, n, None), MAPS) for n in ("qkv", "q", "q_proj", "v"))
+        if id(module) not in known or not (maps or is_attention(module)):
+            raise AttachError(
+                f"{path} is a {'.'.join(class_of(module))}, an attention whose maps are not known: "
+                f"{type(model).__name__} takes only linear and full."
+            )
+
+
+def _block_sites(model: nn.Module, path: str, block: nn.Module, index: int) -> Iterator[Site]:
+    attentions = _attentions(block)
+    if attentions:
+        yield _token_site(model, path, block.get_submodule(attentions[0]), index)
+    for name, _ in block.named_children():
+        if name.startswith("norm"):
+            yield from _norm_sites(model, f"{path}.{name}")
+    for name in _branches(block):
+        branch, full = block.get_submodule(name), f"{path}.{name}"
+        yield from (
+            _attention_sites(branch, full) if name in attentions else _linear_sites(branch, full)
+        )
+    for name, child in block.named_children():
+        if isinstance(child, nn.Linear):
+            refusal = "" if name in OTHER_MAPS else f"{path}.{name} is a map with no known role."
+            yield replace(_map_site(f"{path}.{name}", "other", child), refusal=refusal)
+
+
+def _token_site(model: nn.Module, path: str, attention: nn.Module, index: int) -> Site:
     """A block as a place for prompts."""
-    attention = block.get_submodule("attn")
-    plain = _class(attention) in ANY_LENGTH
-    refusal = (
-        ""
-        if plain and path == f"blocks.{index}"
-        else f"The attention of {type(model).__name__} is bound to its number of tokens "
-        f"({'.'.join(_class(attention))}): prompts cannot stand beside them."
-    )
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (0,))
-    width = getattr(model, "embed_dim", 0)
-    width = width if isinstance(width, int) else 0
-    rows = (0, width)
-    return Site(
-        path,
-        "block",
-        path,
-        "tokens",
-        rows,
-        width,
-        False,
-        index=index,
-        patch=patch[0],
-        refusal=refusal,
-    )
+    refusal = ""
+    if class_of(attention) not in ANY_LENGTH:
+        refusal = (
+            f"The attention of {type(model).__name__} is bound to its number of tokens "
+            f"({'.'.join(class_of(attention))}): prompts cannot stand beside them."
+        )
+    elif path != f"blocks.{index}" or not hasattr(model, "num_prefix_tokens"):
+        refusal = (
+            f"The blocks of {type(model).__name__} are not one list that all tokens go through: "
+            "prompts cannot stand beside them."
+        )
+    embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
+    patch = getattr(embed, "patch_size", None) or 0
+    width = getattr(model, "embed_dim", None)
+    rows = (0, width if isinstance(width, int) else int(getattr(model, "num_features", 1)))
+    site = Site(path, "block", path, "tokens", rows, rows[1], False, refusal=refusal)
+    return replace(site, index=index, patch=patch if isinstance(patch, int) else patch[0])
 
 
 def _attention_sites(attention: nn.Module, path: str) -> Iterator[Site]:
-    fused = getattr(attention, "qkv", None)
-    if isinstance(fused, nn.Linear):
-        yield from _fused_sites(attention, fused, path)
+    fused = [n for n, c in attention.named_children() if fused_parts(attention, n) and _is_map(c)]
+    for name in fused:
+        yield from _fused_sites(attention, name, path)
     for name in ("q_bias", "v_bias"):
         vector = attention._parameters.get(name)
         if vector is not None:
             yield Site(f"{path}.{name}", name, path, name, (0, len(vector)), 1, True)
-    yield from _linear_sites(attention, path, skip=("qkv",))
+    yield from _linear_sites(attention, path, skip=tuple(fused))
 
 
-def _fused_sites(attention: nn.Module, fused: nn.Linear, path: str) -> Iterator[Site]:
-    refusal = (
-        ""
-        if _class(attention) in FUSED_QKV
-        else f"{path} is a {'.'.join(_class(attention))}, whose fused qkv layout is not known: q, "
-        "k and v cannot be updated apart."
-    )
-    yield _map_site(f"{path}.qkv", "qkv", fused)
-    width = fused.out_features // 3
-    for i, role in enumerate("qkv"):
-        rows = (i * width, (i + 1) * width)
-        whole = _map_site(f"{path}.qkv", role, fused)
-        yield replace(whole, name=f"{path}.qkv.{role}", rows=rows, part=True, refusal=refusal)
+def _fused_sites(attention: nn.Module, name: str, path: str) -> Iterator[Site]:
+    """The whole of a fused map, and each of its parts."""
+    fused, roles = attention.get_submodule(name), fused_parts(attention, name)
+    assert isinstance(fused, MAPS)
+    whole = _map_site(f"{path}.{name}", "qkv", fused)
+    yield whole
+    width = whole.out_features // len(roles)
+    refusal = parts_refusal(attention, path)
+    for i, role in enumerate(roles):
+        part = replace(whole, name=f"{path}.{name}.{role}", role=role, part=True, refusal=refusal)
+        yield replace(part, rows=(i * width, (i + 1) * width))
 
 
 def _linear_sites(parent: nn.Module, path: str, skip: tuple[str, ...] = ()) -> Iterator[Site]:
     for name, module in parent.named_modules():
-        if name in skip or any(part in POSITION_MAPS for part in name.split(".")):
+        if name in skip or _is_left_alone(name) or not isinstance(module, MAPS):
             continue
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            role = LEAF_ROLES.get(name.rpartition(".")[2], "other")
-            refusal = f"{path}.{name} is a map with no known role in a block."
-            site = _map_site(f"{path}.{name}", role, module)
-            yield replace(site, refusal=refusal if role == "other" else "")
+        leaf = name.removesuffix(".linear").rpartition(".")[2]
+        role = LEAF_ROLES.get(leaf, "other")
+        refusal = f"{path}.{name} is a map with no known role in a block."
+        if not _is_map(module):
+            refusal = f"{path}.{name} is a {type(module).__name__}, " + NOT_AS_IT_STANDS
+        elif role != "other" or name in OTHER_MAPS:
+            refusal = ""
+        yield replace(_map_site(f"{path}.{name}", role, module), refusal=refusal)
+
+
+def _outside_sites(model: nn.Module, sites: list[Site]) -> Iterator[Site]:
+    """Linear maps that no block has: a role for none, a refusal for those not known."""
+    known = {site.module for site in sites}
+    known |= {name.rpartition(".")[0] for name in classifier_names(model)}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path not in known and not _is_left_alone(path):
+            refusal = f"{path} is a linear map outside the blocks with no known role."
+            refusal = "" if any(part in OTHER_MAPS for part in path.split(".")) else refusal
+            yield replace(_map_site(path, "other", module), refusal=refusal)
+
+
+def _without_tied(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Refuse what is used in two places: an update would reach one of them only."""
+    uses: Counter[int] = Counter()
+    for module in model.modules():
+        uses.update(id(child) for child in module._modules.values())
+        uses.update(id(tensor) for tensor in module._parameters.values() if tensor is not None)
+    checked = []
+    for site in sites:
+        owner = model.get_submodule(site.module)
+        tied = max((uses[id(t)] for t in (owner, *owner.parameters(recurse=False))), default=0)
+        refusal = f"{site.module} is used in {tied} places: an update would reach one of them only."
+        checked.append(replace(site, refusal=refusal) if tied > 1 else site)
+    return checked
+
+
+def _is_map(module: nn.Module) -> bool:
+    return type(module) in MAPS
+
+
+def _is_left_alone(path: str) -> bool:
+    return any(part in LEFT_ALONE for part in path.split("."))
 
 
 def _map_site(path: str, role: str, module: nn.Linear | nn.Conv2d) -> Site:
@@ -246,43 +315,48 @@ def _reduction_sites(merging: nn.Module, path: str) -> Iterator[Site]:
     if before and reduction.bias is None:
         site = replace(site, bias=True, absorber=f"{path}.norm")
     yield site
-    yield from _norm_sites(merging, path, ("norm",), role="reduction_norm")
+    if isinstance(norm, nn.Module):
+        yield _output_site(f"{path}.norm", "reduction_norm", norm)
 
 
 def _convolutional_sites(model: nn.Module) -> Iterator[Site]:
     head = {name.rpartition(".")[0] for name in classifier_names(model)}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if name in head or weight is None:
+        if name in head or weight is None or "se" in name.split("."):
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             leaf = name.rpartition(".")[2]
             role = LEAF_ROLES.get(leaf, "conv" if isinstance(module, nn.Conv2d) else "other")
-            plain = type(module) in (nn.Linear, nn.Conv2d)
-            refusal = "" if plain and role != "other" else f"{name} is a {type(module).__name__}, "
-            refusal = refusal and refusal + "whose weight is not used as it stands."
+            refusal = f"{name} is a {type(module).__name__}, " + NOT_AS_IT_STANDS
+            refusal = "" if _is_map(module) and role != "other" else refusal
             yield replace(_map_site(name, role, module), refusal=refusal)
         elif weight.dim() == 1:
             batch_norm = isinstance(module, nn.BatchNorm2d)
             yield _output_site(name, "batch_norm" if batch_norm else "norm", module)
 
 
-def _norm_sites(
-    parent: nn.Module, path: str, names: tuple[str, ...], role: str = "norm"
-) -> Iterator[Site]:
-    for name in names:
-        norm = getattr(parent, name, None)
-        if isinstance(norm, nn.Module) and isinstance(norm._parameters.get("weight"), Tensor):
-            yield _output_site(f"{path}.{name}".lstrip("."), role, norm)
+def _norm_sites(model: nn.Module, path: str) -> Iterator[Site]:
+    """The norms at a path: one, several in a list, or none."""
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        return
+    for name, norm in found.named_modules(prefix=path):
+        if isinstance(norm._parameters.get("weight"), Tensor):
+            is_batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            yield _output_site(name, "batch_norm" if is_batch else "norm", norm)
 
 
-def _patch_sites(model: nn.Module) -> Iterator[Site]:
-    embed = getattr(model, "patch_embed", None)
-    last = getattr(embed, "norm", None)
-    if isinstance(last, nn.Module) and last._parameters.get("weight") is not None:
-        yield _output_site("patch_embed.norm", "patch", last)
-    elif isinstance(getattr(embed, "proj", None), (nn.Conv2d, nn.Linear)):
-        yield _output_site("patch_embed.proj", "patch", embed.proj)  # type: ignore[union-attr]
+def _patch_sites(model: nn.Module, trunk: str) -> Iterator[Site]:
+    """The last layer of the patch embedding."""
+    paths = [f"{trunk}{embed}" for embed in ("patch_embed", "embeds")]
+    modules = dict(model.named_modules())
+    for path in (f"{p}.{name}" for p in paths for name in ("norm", "proj", "input_proj")):
+        module = modules.get(path)
+        if module is not None and module._parameters.get("weight") is not None:
+            yield _output_site(path, "patch", module)
+            return
 
 
 def _output_site(path: str, role: str, module: nn.Module) -> Site:

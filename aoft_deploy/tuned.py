@@ -251,7 +251,7 @@ class TunedModel(nn.Module):
     @property
     def num_classes(self) -> int:
         """Width of the logits."""
-        return len(self.backbone.get_parameter(self.classifier[0]))
+        return len(self.backbone.get_parameter(self.classifier[-1]))
 
 
 def attach(
@@ -292,7 +292,8 @@ def attach(
         placed = _build(chosen.build, sites, values, torch.Generator().manual_seed(seed))
         if not placed:
             known = ", ".join(sorted({site.role for site in sites} - {"other"}))
-            wanted = " or ".join(values.get("targets", ["block"]))
+            other = ["block"] if "deep" in values else ["bias"]
+            wanted = " or ".join(values.get("targets", other))
             raise AttachError(
                 f"{method} found no {wanted} in {type(model).__name__}, which has {known}."
             )
@@ -573,16 +574,20 @@ def _place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> Non
 
 
 def _fold_vectors(module: nn.Module) -> None:
-    """Replace a module's parametrised vectors by folded plain parameters, in their old order."""
+    """Replace a module's parametrised vectors by folded plain parameters, in their old order.
+
+    ``remove_parametrizations`` would change the class, which the tuned model's module shares.
+    """
     parametrizations = module.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
     entries: dict[str, Any] = dict(parametrizations.items())
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
     for name, entry in entries.items():
         original = entry.original.detach()
         deltas = exact_deltas([entry[0].update])
         rows = (0, len(original))
         folded = fold_exactly(original, original, [(rows, d) for d in deltas.values()])[1]
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         assert folded is not None
         _set(module, name, folded)
     order = next(iter(entries.values()))[0].order

@@ -50,7 +50,9 @@ def test_importing_the_package_needs_no_heavy_library() -> None:
 
 
 def test_importing_the_exporters_needs_no_heavy_library_but_numpy() -> None:
-    assert imported("import aoft_exporters.onnx, aoft_exporters.timm") <= {"numpy"}
+    assert imported("import aoft_exporters.onnx, aoft_exporters.peft, aoft_exporters.timm") <= {
+        "numpy"
+    }
 
 
 def test_predicting_with_an_onnx_artefact_needs_neither_torch_nor_timm(

@@ -7,7 +7,7 @@ import torch
 
 from aoft_deploy import approximately_orthogonal
 from aoft_deploy.errors import SettingError
-from aoft_deploy.orthogonal import factors, project, project_back
+from aoft_deploy.orthogonal import SINGULARITY_GUARD, factors, guarded, project, project_back
 
 
 def vector(n: int, norm: float, seed: int = 0) -> torch.Tensor:
@@ -57,6 +57,31 @@ def test_the_factors_give_a_slice_minus_a_rank_one_term(norm: float) -> None:
     assert torch.allclose(slice_ - w[:, None] * v[None, :d], expected, atol=1e-14)
 
 
+@pytest.mark.parametrize("norm", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(("n", "d"), [(8, 8), (64, 16), (768, 8)])
+def test_strict_factors_have_exactly_orthonormal_columns_whatever_the_norm(
+    n: int, d: int, norm: float
+) -> None:
+    q = vector(n, norm)
+    w, v = factors(q, strict=True)
+    matrix = torch.eye(n, d, dtype=torch.float64)
+    matrix[0, 0] = -1
+    matrix = matrix - w[:, None] * v[None, :d]
+    assert (matrix.mT @ matrix - torch.eye(d, dtype=torch.float64)).abs().max() < 1e-13
+    assert torch.allclose(matrix, approximately_orthogonal(q / q.norm(), d), atol=1e-14)
+
+
+def test_a_strict_vector_of_zeros_stays_finite() -> None:
+    for factor in factors(torch.zeros(5), strict=True):
+        assert factor.isfinite().all()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_gradients_of_the_factors_are_those_of_their_formula(strict: bool) -> None:
+    q = vector(7, 1.3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: factors(q, strict=strict), (q,))
+
+
 def test_products_with_the_structure_equal_products_with_the_dense_matrix() -> None:
     q, d = vector(64, 1.5), 9
     dense = approximately_orthogonal(q, d)
@@ -90,3 +115,21 @@ def test_the_singularity_is_guarded_and_the_structure_still_matches(q0: float) -
 def test_an_impossible_number_of_columns_is_refused(d: int) -> None:
     with pytest.raises(SettingError, match=f"d is {d}, but AO\\(q\\) of 8 entries has 1 to 8"):
         approximately_orthogonal(vector(8, 1.0), d)
+
+
+@pytest.mark.parametrize("q0", [-1.0, -1 + 1e-9, -1 - 1e-9])
+def test_the_guard_moves_the_first_entry_to_its_own_side_and_passes_gradients(q0: float) -> None:
+    q = vector(4, 0.5)
+    q[0] = q0
+    q.requires_grad_()
+    moved = guarded(q)
+    side = -1 if q0 < -1 else 1
+    assert moved[0].item() + 1 == pytest.approx(side * SINGULARITY_GUARD, rel=1e-6)
+    assert torch.equal(moved[1:], q[1:])
+    torch.autograd.backward(moved.sum())
+    assert q.grad is not None and torch.equal(q.grad, torch.ones(4, dtype=torch.float64))
+
+
+def test_a_vector_away_from_the_singularity_is_not_moved() -> None:
+    q = vector(6, 1.0)
+    assert torch.equal(guarded(q), q)

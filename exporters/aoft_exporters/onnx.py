@@ -8,6 +8,7 @@ MatMul are stored transposed, (in, out).
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -18,17 +19,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import AttachError, CheckpointError, MissingExtraError, OutputError
+from aoft_deploy.errors import (
+    AttachError,
+    CheckpointError,
+    MissingExtraError,
+    OutputError,
+    SettingError,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["SUFFIX", "TOLERANCE", "OnnxEngine", "export", "load"]
+    from aoft_deploy.mixed import MixedModel
+
+__all__ = ["SUFFIX", "TOLERANCE", "OnnxEngine", "export", "export_fleet", "load"]
 
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
 OPSET = 20
 """LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
+
+FLEET_TABLES = {
+    "bank": "tasks",
+    "heads": "rows",
+    "first": "tasks",
+    "count": "tasks",
+    "columns": "classes",
+}
+"""What a fleet knows of its tasks, and what the first axis of each table counts."""
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Bytes of weights that a single ONNX file can hold (a protobuf message ends at 2 GiB)."""
@@ -60,14 +78,66 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         example = torch.zeros(2, recipe.size, recipe.size, 3, dtype=torch.uint8)
     else:
         example = torch.zeros(2, 3, recipe.size, recipe.size)
-    proto = _trace(model, example, "image" if recipe.uint8 else "pixel_values")
+    name = "image" if recipe.uint8 else "pixel_values"
+    proto = _trace(model, {name: (example, "batch")})
     onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
 
-def _trace(model: nn.Module, example: Any, input_name: str) -> Any:
-    """The model as an optimised ONNX protobuf with timm's names on its initialisers."""
+def export_fleet(
+    model: MixedModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a mixed model and its tasks as an ONNX file.
+
+    Inputs ``pixel_values`` and ``task`` int64 [batch]; output ``logits`` float32 [batch, classes],
+    −inf beyond a task's own classes.
+
+    Args:
+        model: The model that all tasks share; it is not changed.
+        path: File to write.
+        recipe: Size of the input and metadata; pixels are not taken.
+        tables: ``bank``, ``heads``, ``first``, ``count`` and ``columns`` of
+            ``MixedModel.forward``, stored as initialisers under these names.
+
+    Raises:
+        OutputError: Weights and tables do not fit into a single ONNX file.
+        SettingError: ``uint8`` is asked.
+    """
+    if recipe.uint8:
+        raise SettingError("A fleet takes normalised pixel_values: export it without --uint8.")
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    size += sum(table.nbytes for table in tables.values())
+    if size > SINGLE_FILE_LIMIT:
+        raise OutputError(
+            f"Backbone and tasks take {size / 2**30:.1f} GiB, but one ONNX file holds 2 GiB: "
+            "export fewer tasks and add the others to the running fleet."
+        )
+    import onnx
+    import torch
+
+    examples = {
+        "pixel_values": (torch.zeros(2, 3, recipe.size, recipe.size), "batch"),
+        "task": (torch.zeros(2, dtype=torch.int64), "batch"),
+    }
+    for name, axis in FLEET_TABLES.items():  # several rows, since one would be taken for fixed
+        few = np.zeros((len(examples) + 1, *tables[name].shape[1:]), tables[name].dtype)
+        examples[name] = torch.from_numpy(few), axis
+    proto = _trace(model, examples)
+    inputs = {value.name: value for value in proto.graph.input}
+    for name in FLEET_TABLES:
+        proto.graph.input.remove(inputs[name])
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
+    onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+
+
+def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
+    """The model as an optimised ONNX protobuf with timm's names on its initialisers.
+
+    Each input is an example and the name of its first axis, which is dynamic.
+    """
     import torch
     from onnxscript import optimizer
 
@@ -76,11 +146,11 @@ def _trace(model: nn.Module, example: Any, input_name: str) -> Any:
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
             model,
-            (example,),
+            tuple(example for example, _ in examples.values()),
             dynamo=True,
-            input_names=[input_name],
+            input_names=list(examples),
             output_names=["logits"],
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=tuple({0: axis} for _, axis in examples.values()),
             opset_version=OPSET,
             optimize=False,  # it renames every linear weight that it transposes
             verbose=False,
@@ -90,7 +160,7 @@ def _trace(model: nn.Module, example: Any, input_name: str) -> Any:
         optimizer.optimize_ir(program.model)
     graph = program.model.graph
     for initializer in list(graph.initializers.values()):
-        initializer.name = str(initializer.name).removeprefix("model.")
+        initializer.name = str(initializer.name).removeprefix("model.").removeprefix("backbone.")
     proto = program.model_proto
     names = {initializer.name for initializer in proto.graph.initializer}
     kept = [info for info in proto.graph.value_info if info.name not in names]
@@ -199,9 +269,37 @@ class OnnxEngine:
         """``pixel_values`` or ``image``."""
         return str(self._input.name)
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits of a batch in the file's own input form."""
-        logits: Any = self._session.run(["logits"], {self.input_name: images})[0]
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether the file is a fleet, which needs a task for each image."""
+        return any(value.name == "task" for value in self._session.get_inputs())
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the file's own input form.
+
+        Args:
+            images: The batch.
+            task: A fleet's task for each image, int64 [batch].
+
+        Raises:
+            SettingError: A fleet is run without tasks, a single model with them, or a task is
+                outside the fleet.
+        """
+        feed: dict[str, Any] = {self.input_name: images}
+        if (task is not None) is not self.takes_tasks:
+            missing = "needs a task for each image" if self.takes_tasks else "holds a single task"
+            raise SettingError(f"This artefact {missing}.")
+        if task is not None:
+            tasks = len(json.loads(self.info.get("tasks", "[]")))
+            if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():
+                raise SettingError(
+                    f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to "
+                    f"{tasks - 1} for each."
+                )
+            feed["task"] = np.asarray(task, np.int64)
+        logits: Any = self._session.run(["logits"], feed)[0]
         return np.asarray(logits, np.float32)
 
 

@@ -57,7 +57,7 @@ def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
     for layer in bypassed_layers(model, recipe.size):
         raise SettingError(
             f"{type(model.backbone).__name__} reads the weight of {layer} without calling the "
-            "layer, so PEFT's LoRA would have no effect there: export with --to timm."
+            "layer, so PEFT's LoRA would have no effect there: export with --to onnx."
         )
     tensors = {
         f"{PREFIX}{layer}.lora_{letter}.weight": matrix.float().contiguous()

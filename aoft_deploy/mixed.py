@@ -1,0 +1,281 @@
+"""One backbone that answers every sample of a batch with that sample's own task.
+
+A task is a row of numbers: its updates' parameters, in an order that ``Layout`` fixes. The rows of
+all tasks are a *bank*; a batch gathers its samples' rows, every formula is called once for all
+samples and all sites that are alike, and each layer adds its samples' deltas to what the shared
+weight gives (``mix``). Classifiers of any width stand in a second bank, one row for each class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from aoft_deploy.delta import Rows, WeightDelta, mix_linear
+from aoft_deploy.errors import AttachError, CheckpointError
+from aoft_deploy.tuned import Prompted, TunedModel, UpdatedModule
+from aoft_deploy.updates import Update
+
+__all__ = ["Layout", "MixedModel"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites whose updates are alike: one call of the formula serves them all.
+
+    Attributes:
+        update: Any of their updates; only its constants are used.
+        sites: Their names.
+        fields: Name, first number and shape of each parameter, of one site.
+    """
+
+    update: Update
+    sites: tuple[str, ...]
+    fields: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class Layout:
+    """Where the numbers of a task's updates stand in its row.
+
+    Attributes:
+        numbers: Length of a row.
+        groups: Alike sites.
+
+    Args:
+        updates: The update of every site by the site's name.
+    """
+
+    def __init__(self, updates: Mapping[str, Update]) -> None:
+        alike: dict[Any, list[str]] = defaultdict(list)
+        for site, update in updates.items():
+            alike[update.kind()].append(site)
+        self.numbers, self.groups = 0, list[Group]()
+        for sites in alike.values():
+            fields = []
+            for name, parameter in updates[sites[0]].named_parameters():
+                fields.append((name, self.numbers, tuple(parameter.shape)))
+                self.numbers += len(sites) * parameter.numel()
+            self.groups.append(Group(updates[sites[0]], tuple(sites), tuple(fields)))
+
+    def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A task's numbers in order.
+
+        Args:
+            tensors: As ``TunedModel.trained`` names them; others are ignored.
+
+        Returns:
+            (numbers,), float32.
+
+        Raises:
+            CheckpointError: A tensor is missing or has another shape.
+        """
+        parts = []
+        for group in self.groups:
+            for name, _, shape in group.fields:
+                for site in group.sites:
+                    tensor = tensors.get(f"update.{site}.{name}")
+                    if tensor is None or tuple(tensor.shape) != shape:
+                        raise CheckpointError(
+                            f"The task's update.{site}.{name} must have shape {shape}: it was "
+                            "trained with another method or other settings than the fleet's."
+                        )
+                    parts.append(tensor.detach().float().reshape(-1))
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def deltas(self, rows: Tensor) -> dict[str, Any]:
+        """Every site's delta for the samples of a batch.
+
+        Args:
+            rows: (batch, numbers).
+
+        Returns:
+            Deltas by site, their fields with the leading axis ``batch``.
+        """
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            count = len(group.sites)
+            values = {
+                name: rows[:, start : start + count * _size(shape)].reshape(len(rows), count, *shape)
+                for name, start, shape in group.fields
+            }
+            delta = group.update.formula(**values)
+            found |= {site: delta[:, i] for i, site in enumerate(group.sites)}
+        return found
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+class _Batch:
+    """The deltas of the batch that is under way, and which of them were asked for."""
+
+    def __init__(self) -> None:
+        self.deltas: dict[str, Any] = {}
+        self.used: set[str] = set()
+
+    def take(self, site: str) -> Any:
+        self.used.add(site)
+        return self.deltas[site]
+
+
+class Mixed(nn.Module):
+    """Mixed into a layer's class: what the layer gives, changed for each sample by its own task."""
+
+    batch: _Batch
+    places: list[tuple[Rows, str]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for x, (batch, …)."""
+        y: Tensor = super().forward(x)
+        deltas = [(rows, self.batch.take(site)) for rows, site in self.places]
+        samples = self.batch.deltas[self.places[0][1]].samples()
+        channels_first = isinstance(self, (nn.Conv2d, nn.BatchNorm2d, LayerNorm2d))
+        if channels_first:
+            y = y.movedim(1, -1)
+        flat = y.reshape(samples, -1, y.shape[-1])
+        if isinstance(self, nn.Linear):
+            tokens = x.reshape(samples, -1, x.shape[-1])
+            mixed = mix_linear(tokens, flat, self.weight, deltas)
+        else:
+            mixed = deltas[0][1].mix(flat, flat, flat)
+        mixed = mixed.reshape(y.shape)
+        return mixed.movedim(-1, 1) if channels_first else mixed
+
+
+class MixedPrompts(nn.Module):
+    """Prompts of each sample's own task.
+
+    Args:
+        batch: Holds the deltas.
+        site: The block.
+    """
+
+    def __init__(self, batch: _Batch, site: str) -> None:
+        super().__init__()
+        self.batch, self.site = batch, site
+
+    def delta(self) -> Any:
+        """The prompts, (batch, prompts, width)."""
+        return self.batch.take(self.site)
+
+
+@functools.cache
+def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Mixed{cls.__name__}", (Mixed, cls), {"__module__": __name__})
+
+
+class MixedModel(nn.Module):
+    """A backbone for mixed batches, made from one tuned model, which it takes over.
+
+    Attributes:
+        layout: Order of a task's numbers.
+        width: Width of the features that classifiers take.
+
+    Args:
+        tuned: A model of the method, settings and backbone that all tasks share.
+
+    Raises:
+        AttachError: The model cannot answer a mixed batch, with the reason.
+    """
+
+    def __init__(self, tuned: TunedModel) -> None:
+        super().__init__()
+        _check(tuned)
+        self.backbone, self.layout, self._batch = tuned.backbone, Layout(tuned.updates), _Batch()
+        names = {update: site for site, update in tuned.updates.items()}
+        for path, module in list(self.backbone.named_modules()):
+            if isinstance(module, UpdatedModule):
+                places = [
+                    (rows, names[update])  # type: ignore[index]
+                    for rows, update in zip(module.rows, module.updates, strict=True)
+                ]
+                layer = module.base
+                layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
+                layer.__dict__.update(batch=self._batch, places=places)
+                self.backbone.set_submodule(path, layer)
+            elif isinstance(module, Prompted) and "prompts" in module._modules:
+                site = names[module.get_submodule("prompts")]  # type: ignore[index]
+                module.add_module("prompts", MixedPrompts(self._batch, site))
+        self.width = self.backbone.get_parameter(tuned.classifier[0]).shape[1]
+        self.backbone.reset_classifier(0)  # type: ignore[operator]
+        self.requires_grad_(False).eval()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        task: Tensor,
+        bank: Tensor,
+        heads: Tensor,
+        first: Tensor,
+        count: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        """Each sample's logits by its own task.
+
+        Args:
+            pixel_values: (batch, 3, H, W).
+            task: Row of the bank for each sample, int64 (batch,).
+            bank: Updates of all tasks, (tasks, numbers).
+            heads: Classifier rows of all tasks, weight and bias, (rows, width + 1).
+            first: First row of each task's classifier, int64 (tasks,).
+            count: Number of its classes, int64 (tasks,).
+            columns: 0, 1, … up to the widest classifier, int64 (classes,).
+
+        Returns:
+            (batch, classes); −inf beyond a task's own classes.
+        """
+        self._batch.deltas, self._batch.used = self.layout.deltas(bank[task]), set()
+        body: Any = self.backbone
+        features = body.forward_head(body.forward_features(pixel_values), pre_logits=True)
+        self._check_used()
+        own = columns < count[task][:, None]
+        rows = torch.where(own, first[task][:, None] + columns, 0)
+        chosen = heads[rows]
+        logits = (chosen[..., :-1] @ features[..., None])[..., 0] + chosen[..., -1]
+        return torch.where(own, logits, float("-inf"))
+
+    def _check_used(self) -> None:
+        """Every site must have been asked for its delta, or tasks would be mixed up silently."""
+        missed = sorted(set(self._batch.deltas) - self._batch.used)
+        self._batch.deltas = {}
+        if missed:
+            raise AttachError(
+                f"{missed[0]} is read by its parent instead of called, so samples of one batch "
+                "cannot have different updates there: export each task by itself."
+            )
+
+
+def classifier_rows(tuned: TunedModel) -> Tensor:
+    """A task's classifier as rows of weight and bias, (classes, width + 1), float32."""
+    weight, *rest = (tuned.backbone.get_parameter(name).detach() for name in tuned.classifier)
+    bias = rest[0] if rest else weight.new_zeros(len(weight))
+    return torch.cat([weight, bias[:, None]], dim=1).float()
+
+
+def _check(tuned: TunedModel) -> None:
+    """Refuse what cannot be mixed."""
+    name = type(tuned.backbone).__name__
+    if tuned.direct != tuned.classifier:
+        raise AttachError(f"{tuned.method} changes every weight: its tasks share no backbone.")
+    shapes = [tuned.backbone.get_parameter(n).dim() for n in tuned.classifier]
+    if shapes not in ([2], [2, 1]):
+        raise AttachError(f"{name} has no single linear classifier: its tasks cannot be mixed.")
+    for path, module in tuned.backbone.named_modules():
+        if parametrize.is_parametrized(module):
+            raise AttachError(
+                f"{path} holds biases outside its linear map, which cannot differ within a batch."
+            )
+        if isinstance(module, UpdatedModule) and isinstance(module.base, nn.Conv2d):
+            if any(type(delta).__name__ == "WeightDelta" for _, delta in module.deltas()):
+                raise AttachError(
+                    f"{path} is a convolution, whose weight cannot differ in a batch."
+                )
