@@ -238,11 +238,11 @@ def _open_published(
     tensors = read_published(path)
     count = tensors["head.head.bias"].numel()
     model, identity = create_backbone(backbone, num_classes=count, weights=weights)
-    tuned = attach(model, "rlrr", backbone=identity)
-    tuned.load_trained(tensors)
     size = image_size(model)
     if size is None:
         raise CheckpointError(f"{path} belongs on a plain Vision Transformer, not on {backbone}.")
+    tuned = attach(model, "rlrr", backbone=identity)
+    tuned.load_trained(tensors)
     checkpoint = Checkpoint(
         tuned.method,
         tuned.settings,

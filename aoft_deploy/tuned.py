@@ -11,12 +11,13 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from aoft_deploy.backbone import Backbone, identify
@@ -217,6 +218,14 @@ class TunedModel(nn.Module):
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
         logits: Tensor = self.backbone(x)
         return logits
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, but leave BatchNorm's statistics as the backbone's."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name in the checkpoint.

@@ -129,7 +129,7 @@ METADATA: dict[str, tuple[Change, str]] = {
     "rank as text": (inside("settings", "rank", "1"), "rank of rlrr is '1'"),
     "rank of zero": (inside("settings", "rank", 0), "rank is 0"),
     "rank of a billion": (inside("settings", "rank", 10**9), "rank is 1000000000"),
-    "unknown init": (inside("settings", "init", "zero"), "Unknown init of rlrr 'zero'"),
+    "unknown init": (inside("settings", "init", "one"), "Unknown init of rlrr 'one'"),
     "unknown method": (replaced("method", "rlr"), "Unknown method 'rlr'. Did you mean rlrr"),
     "other method": (replaced("method", "lora"), "init"),
     "preprocessing as list": (replaced("preprocessing", []), "lacks preprocessing as dict"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from aoft_deploy.checkpoint import load, open_checkpoint, read_checkpoint
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export import export_merged, manifest_path
+from aoft_deploy.methods import get_method
 from aoft_deploy.tuned import TunedModel
 from aoft_exporters import onnx as onnx_exporter
 
@@ -46,7 +47,7 @@ def test_the_manifest_describes_the_task(
     manifest: dict[str, Any], classes: tuple[str, ...], backbone_args: dict[str, Any]
 ) -> None:
     assert manifest["method"] == "rlrr"
-    assert manifest["settings"] == {"rank": 1, "init": "published"}
+    assert manifest["settings"] == get_method("rlrr").settings({})
     assert manifest["classes"] == list(classes)
     assert manifest["backbone"]["args"] == backbone_args
     assert manifest["input"] == {

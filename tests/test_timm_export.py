@@ -33,7 +33,21 @@ def artefact(
     return path
 
 
-@pytest.mark.parametrize("method", method_names())
+PROMPTS = ("aoft-vpt", "aoft-vpt-star", "vpt")
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_prompts_have_no_place_in_timms_architecture(
+    method: str,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    refused: Callable[..., str],
+) -> None:
+    options = ["--merge", make_checkpoint(method), "--backbone-weights", backbone_weights]
+    assert "Prompts are tokens of the graph" in refused(main, *options, "--to", "timm")
+
+
+@pytest.mark.parametrize("method", [m for m in method_names() if m not in PROMPTS])
 def test_timm_loads_every_methods_export_strictly_and_gives_the_unmerged_logits(
     method: str,
     make_checkpoint: Callable[..., Path],

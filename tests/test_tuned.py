@@ -717,3 +717,12 @@ def test_an_exported_graph_with_prompts_answers_as_the_tuned_model(
         (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
             assert (torch.from_numpy(answer) - tuned(x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["rlrr", "full"])
+def test_training_leaves_the_statistics_of_batch_norms_as_they_are(method: str) -> None:
+    tuned = attach(timm.create_model("resnet10t", num_classes=3), method).train()
+    before = {name: buffer.clone() for name, buffer in tuned.named_buffers()}
+    tuned(torch.randn(4, 3, 32, 32))
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tuned.named_buffers())

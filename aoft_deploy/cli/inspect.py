@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-inspect",
-        description="Show what a checkpoint, ONNX artefact or manifest holds; with --plots, draw "
+        description="Show what a checkpoint, artefact, manifest or PEFT LoRA folder holds; with --plots, draw "
         "the angles between the vectors of a checkpoint's matrices, their spectral norms and their "
         "deviation from orthogonality.",
     )
