@@ -294,7 +294,7 @@ def apply_linear(
 
 
 ONE_PRODUCT = 16
-"""Largest diagonal that ``mix_linear`` puts into the low-rank product; others get their own pass."""
+"""Longest diagonal that ``mix_linear`` puts into the low-rank product instead of a pass."""
 
 
 def mix_linear(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Engine",
     "Exporter",
+    "FleetEngine",
     "FolderExporter",
     "Recipe",
     "TunedExporter",
@@ -66,6 +67,15 @@ class Engine(Protocol):
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Logits, (batch, classes), of a batch of inputs in the artefact's own form."""
+
+
+class FleetEngine(Engine, Protocol):
+    """A loaded fleet."""
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits, [batch, classes], −inf beyond each task's own; task is int64 [batch]."""
 
 
 class Exporter(Protocol):

@@ -105,7 +105,7 @@ def export_merged(
         _check_output_folder(output)
     else:
         inputs = [checkpoint, *([weights] if weights else []), *images]
-        _check_output(output, exporter.SUFFIX, inputs)
+        check_output(output, exporter.SUFFIX, inputs)
     pictures = [read_image(path) for path in images]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
     preprocessing = task.preprocessing
@@ -119,27 +119,27 @@ def export_merged(
         draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
         engine = _exported(tuned, exporter, draft, recipe, weights)
         report = verify(
-            lambda batch: _logits(tuned, _normalised(batch, preprocessing)),
+            lambda batch: logits(tuned, normalised(batch, preprocessing)),
             lambda batch: _answers(engine, batch, recipe.uint8, preprocessing),
             pixels,
             tolerance=exporter.TOLERANCE,
         )
         manifest = {
-            **_provenance(draft, checkpoint, to, command),
+            **provenance(draft, checkpoint, to, command),
             **_contents(tuned, task, recipe),
             "verification": {**report.to_dict(), "real_images": len(pictures)},
-            "versions": _versions(),
+            "versions": versions(),
         }
         size = _size(draft)
         try:
             draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
-            _publish(draft, output, draft_manifest)
+            publish(draft, output, draft_manifest)
         except OSError as error:
             raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
     return Exported(output, manifest_path(output), report, size)
 
 
-def _provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
+def provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
     """Which file the manifest is of, and how it came to be."""
     return {
         "artefact": draft.name,
@@ -181,7 +181,7 @@ def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, 
     }
 
 
-def _check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
+def check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
     if output.is_dir():
         raise OutputError(f"{output} is a folder: name a file with -o.")
     if output.suffix != suffix:
@@ -203,7 +203,7 @@ def _check_output_folder(output: Path) -> None:
         raise OutputError(f"{manifest} exists and is no file: name another folder with -o.")
 
 
-def _publish(draft: Path, output: Path, draft_manifest: Path) -> None:
+def publish(draft: Path, output: Path, draft_manifest: Path) -> None:
     """Give both files their names; the artefact is never there without its manifest."""
     manifest = manifest_path(output)
     for path in (*_files(draft), draft_manifest):
@@ -231,7 +231,7 @@ def _exported(
     return alone.load(draft, weights=weights) if alone else exporter.load(draft)
 
 
-def _logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     with torch.inference_mode():
         logits: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return logits
@@ -240,10 +240,10 @@ def _logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32
 def _answers(
     engine: Engine, batch: NDArray[np.uint8], uint8: bool, preprocessing: Preprocessing
 ) -> NDArray[np.float32]:
-    return engine.run(batch if uint8 else _normalised(batch, preprocessing))
+    return engine.run(batch if uint8 else normalised(batch, preprocessing))
 
 
-def _normalised(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+def normalised(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """uint8 [batch, H, W, 3] → float32 [batch, 3, H, W]."""
     mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
     scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
@@ -269,7 +269,7 @@ def _input_form(recipe: Recipe) -> Mapping[str, Any]:
     return {"name": "pixel_values", "type": "float32", "shape": ["batch", 3, side, side]}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

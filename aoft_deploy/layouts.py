@@ -90,9 +90,12 @@ LEAF_ROLES = {
 }
 """Roles of maps inside attention and MLP by name; ``.linear`` in a wrapper has the wrapper's."""
 
-OTHER_MAPS = ("attn", "proj", "projs", "pool", "revert_projs", "shortcut_proj_attn")
-"""Linear maps without a role of their own, updated by methods that update every map: outlook
-attention's weights; a block's shortcut; what carries tokens between branches, scales or stages."""
+OTHER_MAPS = (
+    "attn",  # gives outlook attention's weights
+    *("proj", "shortcut_proj_attn", "shortcut_proj_mlp"),  # widen a block's shortcut
+    *("aligner", "merger", "pool", "projs", "revert_projs"),  # between branches or stages
+)
+"""Linear maps without a role of their own, for methods that update every map."""
 
 LEFT_ALONE = (
     *("cpb_mlp", "crpe", "meta_mlp", "pos_proj", "rel_pos"),  # make a bias from positions

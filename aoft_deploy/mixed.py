@@ -9,6 +9,7 @@ weight gives (``mix``). Classifiers of any width stand in a second bank, one row
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from aoft_deploy.delta import Rows, WeightDelta, mix_linear
+from aoft_deploy.delta import Rows, mix_linear
 from aoft_deploy.errors import AttachError, CheckpointError
 from aoft_deploy.tuned import Prompted, TunedModel, UpdatedModule
 from aoft_deploy.updates import Update
 
-__all__ = ["Layout", "MixedModel"]
+__all__ = ["Layout", "MixedModel", "classifier_rows"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ class Layout:
                 self.numbers += len(sites) * parameter.numel()
             self.groups.append(Group(updates[sites[0]], tuple(sites), tuple(fields)))
 
+    def order(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names, as ``TunedModel.trained`` has them, and shapes of a row's tensors."""
+        return [
+            (f"update.{site}.{name}", shape)
+            for group in self.groups
+            for name, _, shape in group.fields
+            for site in group.sites
+        ]
+
     def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A task's numbers in order.
 
@@ -78,16 +88,14 @@ class Layout:
             CheckpointError: A tensor is missing or has another shape.
         """
         parts = []
-        for group in self.groups:
-            for name, _, shape in group.fields:
-                for site in group.sites:
-                    tensor = tensors.get(f"update.{site}.{name}")
-                    if tensor is None or tuple(tensor.shape) != shape:
-                        raise CheckpointError(
-                            f"The task's update.{site}.{name} must have shape {shape}: it was "
-                            "trained with another method or other settings than the fleet's."
-                        )
-                    parts.append(tensor.detach().float().reshape(-1))
+        for name, shape in self.order():
+            tensor = tensors.get(name)
+            if tensor is None or tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"The task's {name} must have shape {shape}: it was trained with another "
+                    "method or other settings than the fleet's."
+                )
+            parts.append(tensor.detach().float().reshape(-1))
         return torch.cat(parts) if parts else torch.empty(0)
 
     def deltas(self, rows: Tensor) -> dict[str, Any]:
@@ -102,17 +110,13 @@ class Layout:
         found: dict[str, Any] = {}
         for group in self.groups:
             count = len(group.sites)
-            values = {
-                name: rows[:, start : start + count * _size(shape)].reshape(len(rows), count, *shape)
-                for name, start, shape in group.fields
-            }
+            values = {}
+            for name, start, shape in group.fields:
+                numbers = rows[:, start : start + count * math.prod(shape)]
+                values[name] = numbers.reshape(len(rows), count, *shape)
             delta = group.update.formula(**values)
             found |= {site: delta[:, i] for i, site in enumerate(group.sites)}
         return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
 class _Batch:

@@ -9,14 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.engines import Engine, load_artefact
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.engines import Engine, FleetEngine, load_artefact
+from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.preprocessing import Preprocessing
 
 __all__ = ["Classifier", "Prediction", "load_classifier"]
@@ -37,16 +37,23 @@ class Classifier:
         engine: What computes the logits.
         classes: Class names, in the order of the logits.
         preprocessing: How an image becomes the engine's input.
+        task: Index of the task in a fleet; None where the artefact holds a single one.
     """
 
     engine: Engine
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    task: int | None = None
 
     def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Probability of every class, (batch, classes), for upright RGB images."""
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
-        logits = self.engine.run(np.stack([prepare(image) for image in images]))
+        batch = np.stack([prepare(image) for image in images])
+        if self.task is None:
+            logits = self.engine.run(batch)
+        else:
+            tasks = np.full(len(images), self.task)
+            logits = cast(FleetEngine, self.engine).run(batch, tasks)[:, : len(self.classes)]
         if logits.shape != (len(images), len(self.classes)):
             raise CheckpointError(
                 f"The artefact answers with shape {logits.shape} for {len(images)} images and "
@@ -65,20 +72,37 @@ class Classifier:
         return ranked
 
 
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: Path, task: str | None = None) -> Classifier:
     """Open an exported artefact.
+
+    Args:
+        path: What aoft-export wrote.
+        task: Name of a fleet's task; a single model has none.
 
     Raises:
         CheckpointError: The file is no artefact, damaged, or lacks classes or preprocessing.
+        UnknownNameError: The fleet has no such task.
+        SettingError: A fleet without a task named, or a single model with one.
     """
     engine = load_artefact(path)
     try:
-        classes = tuple(json.loads(engine.info["classes"]))
         preprocessing = Preprocessing.from_dict(json.loads(engine.info["preprocessing"]))
+        if "tasks" in engine.info:
+            tasks = {entry["name"]: entry["classes"] for entry in json.loads(engine.info["tasks"])}
+        else:
+            classes = tuple(json.loads(engine.info["classes"]))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} names no classes and preprocessing: it was not written by aoft-export."
         ) from error
-    return Classifier(engine, classes, preprocessing)
+    if "tasks" not in engine.info:
+        if task is not None:
+            raise SettingError(f"{path} holds a single task: leave the task out.")
+        return Classifier(engine, classes, preprocessing)
+    if task is None:
+        raise SettingError(f"{path} is a fleet of {len(tasks)} tasks: name one with --task.")
+    if task not in tasks:
+        raise UnknownNameError("task", task, tasks)
+    return Classifier(engine, tuple(tasks[task]), preprocessing, list(tasks).index(task))

@@ -34,11 +34,29 @@ __all__ = ["LINEAR_ROLES", "Site", "classifier_names", "find_sites"]
 ANY_LENGTH = {("timm.layers.attention", "Attention")}
 """Attention classes that take any number of tokens, so that prompts can stand beside them."""
 
+WITHOUT_POSITIONS = {
+    ("timm.layers.diff_attention", "DiffAttention"),
+    ("timm.models.cait", "ClassAttn"),
+    ("timm.models.cait", "TalkingHeadAttn"),
+    ("timm.models.convit", "MHSA"),
+    ("timm.models.crossvit", "CrossAttention"),
+    ("timm.models.davit", "ChannelAttention"),
+    ("timm.models.davit", "ChannelAttentionV2"),
+    ("timm.models.edgenext", "CrossCovarianceAttn"),
+    ("timm.models.metaformer", "Attention"),
+    ("timm.models.tnt", "Attention"),
+    ("timm.models.xcit", "XCA"),
+}
+"""Attention classes that would take any number of tokens too, but in blocks that would not."""
+
 CONVOLUTIONAL = {("timm.models.convnext", "ConvNeXt"), ("timm.models.resnet", "ResNet")}
 """Convolutional nets whose every convolution, MLP and norm is a site."""
 
 MAPS = (nn.Linear, nn.Conv2d)
 """Layers that are linear maps, or convolutions seen as the map of their (O·kh, I·kw) matrix."""
+
+QKV = ("qkv", "q", "q_proj")
+"""Names by which an attention of an unknown class is taken for one."""
 
 NOT_AS_IT_STANDS = "which may not use its weight as it stands."
 """Why a subclass of ``MAPS`` is refused, such as a convolution that standardises its weight."""
@@ -117,12 +135,12 @@ def find_sites(model: nn.Module) -> list[Site]:
         for path, module in model.named_modules()
         if _branches(module) and not _is_left_alone(path)
     ]
+    _refuse_unknown_attention(model, blocks)
     if not any(_attentions(block) for _, block in blocks):
         raise AttachError(
             f"{type(model).__name__} has no transformer blocks of a known kind (attention and "
             "MLP): give a timm Vision Transformer, such as vit_base_patch16_224, or use linear."
         )
-    _refuse_unknown_attention(model, blocks)
     trunk = "encoder." if hasattr(model, "encoder") else ""
     sites = list(_patch_sites(model, trunk))
     for index, (path, block) in enumerate(blocks):
@@ -158,12 +176,17 @@ def classifier_names(model: nn.Module) -> list[str]:
 
 
 def _attentions(block: nn.Module) -> list[str]:
-    """Names of a block's children that are attention: of a known class, or attn beside mlp."""
-    named = isinstance(getattr(block, "mlp", None), nn.Module)
+    """Names of a block's attentions: of a known class, or attn beside mlp with a map of its own."""
+    beside = isinstance(getattr(block, "mlp", None), nn.Module)
     return [
         name
         for name, child in block.named_children()
-        if is_attention(child) or (named and name == "attn")
+        if is_attention(child)
+        or (
+            beside
+            and name == "attn"
+            and any(isinstance(getattr(child, n, None), MAPS) for n in QKV)
+        )
     ]
 
 
@@ -180,8 +203,7 @@ def _refuse_unknown_attention(model: nn.Module, blocks: list[tuple[str, nn.Modul
         called = type(module).__name__
         if "Att" not in called or any(word in called for word in ("Block", "Partition", "Pool")):
             continue
-        maps = any(isinstance(getattr(module, n, None), MAPS) for n in ("qkv", "q", "q_proj", "v"))
-        if id(module) not in known or not (maps or is_attention(module)):
+        if id(module) not in known:
             raise AttachError(
                 f"{path} is a {'.'.join(class_of(module))}, an attention whose maps are not known: "
                 f"{type(model).__name__} takes only linear and full."
@@ -208,16 +230,20 @@ def _block_sites(model: nn.Module, path: str, block: nn.Module, index: int) -> I
 
 def _token_site(model: nn.Module, path: str, attention: nn.Module, index: int) -> Site:
     """A block as a place for prompts."""
-    refusal = ""
-    if class_of(attention) not in ANY_LENGTH:
+    kind, refusal = ".".join(class_of(attention)), ""
+    if class_of(attention) not in ANY_LENGTH | WITHOUT_POSITIONS:
         refusal = (
-            f"The attention of {type(model).__name__} is bound to its number of tokens "
-            f"({'.'.join(class_of(attention))}): prompts cannot stand beside them."
-        )
-    elif path != f"blocks.{index}" or not hasattr(model, "num_prefix_tokens"):
-        refusal = (
-            f"The blocks of {type(model).__name__} are not one list that all tokens go through: "
+            f"The attention of {type(model).__name__} is bound to its number of tokens ({kind}): "
             "prompts cannot stand beside them."
+        )
+    elif (
+        class_of(attention) not in ANY_LENGTH
+        or path != f"blocks.{index}"
+        or not hasattr(model, "num_prefix_tokens")
+    ):
+        refusal = (
+            f"The blocks of {type(model).__name__} are not one list of plain blocks for all tokens "
+            f"({kind}): prompts cannot stand beside them."
         )
     embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
     patch = getattr(embed, "patch_size", None) or 0
@@ -323,7 +349,7 @@ def _convolutional_sites(model: nn.Module) -> Iterator[Site]:
     head = {name.rpartition(".")[0] for name in classifier_names(model)}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if name in head or weight is None or "se" in name.split("."):
+        if name in head or weight is None or {"se", "pre_logits"}.intersection(name.split(".")):
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             leaf = name.rpartition(".")[2]

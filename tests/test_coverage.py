@@ -94,7 +94,8 @@ def products(
     for norm in (m for m in attention.modules() if isinstance(m, nn.LayerNorm)):
         norm.weight.zero_()
         norm.bias.fill_(1.0)
-    with Products() as record:
+    record = Products()
+    with record:
         attention(torch.ones(shape), *rest)
     return record.operands
 
@@ -271,6 +272,13 @@ def test_a_family_with_an_attention_that_is_not_known_is_refused(script: ModuleT
     assert script.cell(base, entry, "linear")["difference"] <= 1e-12
 
 
+def test_attention_by_another_name_is_refused_as_no_known_block() -> None:
+    with torch.device("meta"):
+        model = small("shvit_s1")
+    with pytest.raises(AttachError, match="SHViT has no transformer blocks of a known kind"):
+        find_sites(model)
+
+
 def test_rows_that_go_head_by_head_can_be_updated_as_a_whole(script: ModuleType) -> None:
     entry = script.FAMILIES["tiny_vit"]
     base = script.representative(entry)
@@ -377,7 +385,7 @@ def test_classes_are_counted_behind_a_classifier_of_several_layers() -> None:
 
 
 def test_prompts_are_refused_where_the_blocks_are_not_one_list() -> None:
-    with pytest.raises(AttachError, match="not one list that all tokens go through"):
+    with pytest.raises(AttachError, match="PoolingVisionTransformer are not one list of plain"):
         attach(small("pit_ti_224"), "vpt")
 
 

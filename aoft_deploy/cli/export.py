@@ -16,21 +16,32 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-export",
-        description="Merge a fine-tuned checkpoint into its backbone, export the plain model, and "
-        "verify the artefact against the unmerged model before it appears.",
+        description="Merge a fine-tuned checkpoint into its backbone, or put many beside each "
+        "other on one backbone, export, and verify the artefact against the unmerged model before "
+        "it appears.",
     )
-    options.add_argument(
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--merge",
-        required=True,
         type=Path,
         metavar="CKPT",
         help="model.ckpt, published RLRR .pth, or PEFT LoRA folder",
+    )
+    what.add_argument(
+        "--fleet",
+        type=Path,
+        nargs="+",
+        metavar="CKPT",
+        help="checkpoints of one backbone: one ONNX graph that answers each image by its own task",
     )
     options.add_argument(
         "--to", default="onnx", metavar="NAME", help="onnx (default), timm or peft"
     )
     options.add_argument(
-        "-o", "--output", type=Path, help="artefact; default: beside the checkpoint"
+        "-o",
+        "--output",
+        type=Path,
+        help="artefact; default: beside the checkpoint, or fleet.onnx",
     )
     options.add_argument(
         "--uint8",
@@ -52,19 +63,36 @@ def parser() -> argparse.ArgumentParser:
 
 def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
-    from aoft_deploy.export import export_merged
+    command = ["aoft-export", *(options.argv or [])]
+    if options.fleet:
+        for name in ("uint8", "backbone", "images"):
+            if getattr(options, name):
+                parser().error(f"--{name} does not go with --fleet")
+        if options.to != "onnx":
+            parser().error("--fleet writes ONNX alone")
+        from aoft_deploy.fleet_export import export_fleet
 
-    exported = export_merged(
-        options.merge,
-        options.output,
-        to=options.to,
-        uint8=options.uint8,
-        backbone=options.backbone,
-        weights=options.backbone_weights,
-        force=options.force,
-        images=options.images,
-        command=["aoft-export", *(options.argv or [])],
-    )
+        exported = export_fleet(
+            options.fleet,
+            options.output or Path("fleet.onnx"),
+            weights=options.backbone_weights,
+            force=options.force,
+            command=command,
+        )
+    else:
+        from aoft_deploy.export import export_merged
+
+        exported = export_merged(
+            options.merge,
+            options.output,
+            to=options.to,
+            uint8=options.uint8,
+            backbone=options.backbone,
+            weights=options.backbone_weights,
+            force=options.force,
+            images=options.images,
+            command=command,
+        )
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     print(

@@ -31,9 +31,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-inspect",
-        description="Show what a checkpoint, artefact, manifest or PEFT LoRA folder holds; with --plots, draw "
-        "the angles between the vectors of a checkpoint's matrices, their spectral norms and their "
-        "deviation from orthogonality.",
+        description="Show what a checkpoint, artefact, manifest or PEFT LoRA folder holds; with "
+        "--plots, draw the angles between the vectors of a checkpoint's matrices, their spectral "
+        "norms and their deviation from orthogonality.",
     )
     options.add_argument("file", type=Path, metavar="FILE", help="with --plots also a run's folder")
     options.add_argument("--json", action="store_true", help="everything, as JSON")

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("artefact", type=Path, metavar="ARTEFACT", help="what aoft-export wrote")
     options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     options.add_argument("--top", type=_count, default=1, help="classes per image (default 1)")
+    options.add_argument("--task", metavar="NAME", help="which task of a fleet answers")
     options.add_argument("--json", action="store_true", help="one JSON object per image")
     return options
 
@@ -44,7 +45,7 @@ def predict(options: argparse.Namespace) -> None:
     from aoft_deploy.images import read_image
     from aoft_deploy.prediction import load_classifier
 
-    classifier = load_classifier(options.artefact)
+    classifier = load_classifier(options.artefact, options.task)
     failures: list[str] = []
     readable: list[tuple[Path, Image]] = []
     for path in options.images:

@@ -1,0 +1,237 @@
+"""From checkpoints of one backbone to one verified graph that answers all their tasks.
+
+The graph takes ``pixel_values`` and ``task``, an index for each image. Before it appears, every
+task answers the same images through it, in shuffled batches of mixed tasks, and each answer is
+compared with that task's own unmerged model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from aoft_deploy.engines import Recipe, get_exporter
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
+from aoft_deploy.export import (
+    Exported,
+    check_output,
+    logits,
+    manifest_path,
+    normalised,
+    publish,
+    versions,
+)
+from aoft_deploy.files import file_digest, json_text, writable_folder
+from aoft_deploy.mixed import MixedModel, classifier_rows
+from aoft_deploy.tuned import TunedModel
+from aoft_deploy.verification import BATCH_SIZES, Report, random_pixels
+
+__all__ = ["export_fleet", "task_names"]
+
+FORMAT = "aoft-deploy-fleet/1"
+
+Pairs = list[tuple[int, int]]
+"""Task and image of each answer."""
+
+
+def task_names(checkpoints: Sequence[Path]) -> list[str]:
+    """Names of tasks: that of the file, or of its folder where the file is ``model.ckpt``.
+
+    Raises:
+        SettingError: Two tasks have the same name.
+    """
+    names = [p.resolve().parent.name if p.name == "model.ckpt" else p.stem for p in checkpoints]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError(
+                f"Two tasks are called {name!r}: rename one's file, or its folder if the file is "
+                "model.ckpt."
+            )
+    return names
+
+
+def export_fleet(
+    checkpoints: Sequence[Path],
+    output: Path,
+    *,
+    weights: Path | None = None,
+    force: bool = False,
+    command: Sequence[str] = (),
+) -> Exported:
+    """Export many tasks of one backbone as one ONNX graph, verified.
+
+    Args:
+        checkpoints: One ``model.ckpt`` for each task, all of the same backbone, method, settings
+            and preprocessing; numbers of classes may differ.
+        output: The artefact.
+        weights: File with the backbone's weights; None takes timm's own.
+        force: Accept other backbone weights than those trained on; the manifest says so.
+        command: The command line, for the manifest.
+
+    Returns:
+        Where the artefact and its manifest stand, and the figures over all tasks.
+
+    Raises:
+        AoftError: Anything wrong with the input, tasks that cannot share a graph, or answers that
+            differ; no file is left then.
+    """
+    names = task_names(checkpoints)
+    exporter: Any = get_exporter("onnx")
+    check_output(output, exporter.SUFFIX, [*checkpoints, *([weights] if weights else [])])
+    tasks = [read_checkpoint(path) for path in checkpoints]
+    for path, task in zip(checkpoints, tasks, strict=True):
+        _check_same(path, task, checkpoints[0], tasks[0])
+    tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
+    mixed = MixedModel(open_checkpoint(checkpoints[0], weights=weights, force=force)[0])
+    preprocessing = tasks[0].preprocessing
+    inputs = normalised(random_pixels(max(BATCH_SIZES), preprocessing.size), preprocessing)
+    expected, tables = _answers_and_tables(tuned, mixed, tasks, inputs)
+    metadata = _metadata(tuned, names, tasks, mixed)
+    recipe = Recipe(preprocessing.size, False, preprocessing.mean, preprocessing.std, metadata)
+    with writable_folder(output.parent) as folder:
+        draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
+        try:
+            exporter.export_fleet(mixed, draft, recipe, tables)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OutputError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise OutputError(f"The fleet could not be written ({reason}).") from error
+        report = _verified(exporter.load(draft), inputs, expected, exporter.TOLERANCE)
+        manifest = {
+            "artefact": draft.name,
+            "sha256": file_digest(draft),
+            "bytes": draft.stat().st_size,
+            "exporter": "onnx",
+            "command": list(command),
+            **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
+            "method": tuned.method,
+            "settings": tuned.settings,
+            "forced": tuned.identity.digest != tasks[0].backbone.digest,
+            "checkpoints": [
+                {"name": name, "sha256": file_digest(path)}
+                for name, path in zip(names, checkpoints, strict=True)
+            ],
+            "verification": report.to_dict(),
+            "versions": versions(),
+        }
+        size = draft.stat().st_size
+        try:
+            draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
+            publish(draft, output, draft_manifest)
+        except OSError as error:
+            raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
+    return Exported(output, manifest_path(output), report, size)
+
+
+def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoint) -> None:
+    """Tasks of a fleet differ in their trained numbers and classes alone."""
+    for what in ("backbone", "method", "settings", "preprocessing"):
+        ours, theirs = getattr(first, what), getattr(task, what)
+        if what == "backbone":
+            ours, theirs = ours.digest, theirs.digest
+        if ours != theirs:
+            raise CheckpointError(
+                f"{path} has another {what} than {first_path}, so they cannot be one fleet: "
+                f"export each by itself, or fleets of equal {what}."
+            )
+
+
+def _answers_and_tables(
+    tuned: TunedModel,
+    mixed: MixedModel,
+    tasks: Sequence[Checkpoint],
+    inputs: NDArray[np.float32],
+) -> tuple[list[NDArray[np.float32]], dict[str, NDArray[Any]]]:
+    """Each unmerged model's logits, and all tasks' numbers as ``MixedModel.forward`` takes them."""
+    expected, rows, heads = [], [], []
+    for task in tasks:
+        tuned.backbone.reset_classifier(len(task.classes))  # type: ignore[operator]
+        tuned.load_trained(task.tensors)
+        expected.append(logits(tuned.eval(), inputs))
+        rows.append(mixed.layout.row(task.tensors))
+        heads.append(classifier_rows(tuned))
+    count = np.array([len(head) for head in heads], np.int64)
+    return expected, {
+        "bank": torch.stack(rows).numpy(),
+        "heads": torch.cat(heads).numpy(),
+        "first": count.cumsum() - count,
+        "count": count,
+        "columns": np.arange(count.max(), dtype=np.int64),
+    }
+
+
+def _metadata(
+    tuned: TunedModel, names: Sequence[str], tasks: Sequence[Checkpoint], mixed: MixedModel
+) -> Mapping[str, str]:
+    named = [
+        {"name": name, "classes": list(task.classes)}
+        for name, task in zip(names, tasks, strict=True)
+    ]
+    return {
+        "format": FORMAT,
+        "tasks": json_text(named),
+        "preprocessing": json.dumps(tasks[0].preprocessing.to_dict()),
+        "method": tuned.method,
+        "settings": json.dumps(tuned.settings),
+        "backbone": json.dumps(tuned.identity.to_dict()),
+        "row": json.dumps(mixed.layout.order()),
+    }
+
+
+def _verified(
+    engine: Any,
+    inputs: NDArray[np.float32],
+    expected: Sequence[NDArray[np.float32]],
+    tolerance: float,
+) -> Report:
+    """Every task on every image in mixed batches, compared with its unmerged model."""
+    largest = max(float(np.abs(answers).max()) for answers in expected)
+    if not np.isfinite(largest):
+        raise VerificationError(
+            "An unmerged model's own logits are not finite: nothing is written."
+        )
+    allowed = tolerance * max(1.0, largest)
+    max_abs, agreeing, compared = 0.0, 0, 0
+    for size in BATCH_SIZES:
+        for pairs in _mixed_batches(len(expected), len(inputs), size):
+            answers = engine.run(
+                inputs[[image for _, image in pairs]], np.array([task for task, _ in pairs])
+            )
+            for answer, (task, image) in zip(answers, pairs, strict=True):
+                own = expected[task][image]
+                given, beyond = answer[: len(own)], answer[len(own) :]
+                difference = float(np.abs(given - own).max())
+                if not difference <= allowed or not np.isneginf(beyond).all():
+                    raise VerificationError(
+                        f"At batch size {size} task {task}'s logits differ from its unmerged "
+                        f"model's by {difference:.2e}, but at most {allowed:.2e} is allowed: the "
+                        "fleet is not written."
+                    )
+                max_abs = max(max_abs, difference)
+                agreeing += int(given.argmax() == own.argmax())
+                compared += 1
+    return Report(
+        images=len(inputs),
+        batch_sizes=BATCH_SIZES,
+        max_abs=max_abs,
+        relative=max_abs / largest if largest else 0.0,
+        agreement=agreeing / compared,
+        tolerance=allowed,
+    )
+
+
+def _mixed_batches(tasks: int, images: int, size: int) -> list[Pairs]:
+    """Batches in random order: all pairs at the largest size, one image of each task below it."""
+    few = 1 if size < max(BATCH_SIZES) else images
+    pairs = [(task, (task + i) % images) for task in range(tasks) for i in range(few)]
+    order = np.random.default_rng(size).permutation(len(pairs))
+    shuffled = [pairs[i] for i in order]
+    return [shuffled[i : i + size] for i in range(0, len(shuffled), size)]

@@ -1,0 +1,214 @@
+"""aoft-export --fleet: many tasks, one verified graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aoft_deploy.backbone import create_backbone
+from aoft_deploy.checkpoint import open_checkpoint, save
+from aoft_deploy.cli.export import main
+from aoft_deploy.cli.predict import main as predict
+from aoft_deploy.errors import SettingError, VerificationError
+from aoft_deploy.fleet_export import _verified
+from aoft_deploy.prediction import load_classifier
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.tuned import attach
+from aoft_exporters import onnx as exporter
+
+CLASSES = {"cats": ("tabby", "siamese"), "dogs": ("pug", "husky", "collie"), "日": ("a", "b")}
+METHODS = ("aoft-lora-star", "rlrr", "aoft-vpt", "adapter")
+
+
+@pytest.fixture(scope="module")
+def make_task(
+    backbone_name: str, backbone_args: dict[str, Any], backbone_weights: Path
+) -> Callable[..., Path]:
+    """Write a task's checkpoint, no number of which is at its start."""
+
+    def make(
+        folder: Path, name: str, method: str, size: int = 16, seed: int = 0, **settings: Any
+    ) -> Path:
+        classes = CLASSES.get(name, ("x", "y"))
+        model, identity = create_backbone(
+            backbone_name, num_classes=len(classes), weights=backbone_weights, **backbone_args
+        )
+        tuned = attach(model, method, backbone=identity, **settings)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in tuned.trained().values():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        path = folder / f"{name}.ckpt"
+        half = (0.5, 0.5, 0.5)
+        save(tuned, path, classes=classes, preprocessing=Preprocessing(size, 1.0, half, half))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def fleet(
+    request: pytest.FixtureRequest,
+    make_task: Callable[..., Path],
+    backbone_weights: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The artefact of three tasks, their checkpoints beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tasks = [make_task(folder, n, request.param, seed=i) for i, n in enumerate(CLASSES)]
+    options = ["--fleet", *tasks, "--backbone-weights", backbone_weights]
+    output = folder / "fleet.onnx"
+    assert main([str(option) for option in [*options, "-o", output]]) == 0
+    return output
+
+
+def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
+    fleet: Path, backbone_weights: Path
+) -> None:
+    engine = exporter.load(fleet)
+    images = np.random.default_rng(0).normal(size=(9, 3, 16, 16)).astype(np.float32)
+    expected = []
+    for name in CLASSES:
+        tuned, _ = open_checkpoint(fleet.with_name(f"{name}.ckpt"), weights=backbone_weights)
+        with torch.inference_mode():
+            expected.append(tuned(torch.from_numpy(images)).numpy())
+    for order in ([0, 1, 2, 2, 1, 0, 1, 1, 0], [1] * 9, [2, 2, 0, 0, 0, 1, 2, 1, 0]):
+        logits = engine.run(images, np.array(order))
+        assert logits.shape == (9, 3)
+        for sample, task in enumerate(order):
+            width = expected[task].shape[1]
+            assert np.abs(logits[sample, :width] - expected[task][sample]).max() < 5e-5
+            assert np.isneginf(logits[sample, width:]).all()
+
+
+def test_the_manifest_and_the_file_name_tasks_classes_and_figures(fleet: Path) -> None:
+    manifest = json.loads(fleet.with_name("fleet.onnx.json").read_text("utf-8"))
+    info = exporter.load(fleet).info
+    assert manifest["tasks"] == json.loads(info["tasks"])
+    assert {t["name"]: tuple(t["classes"]) for t in manifest["tasks"]} == CLASSES
+    assert manifest["verification"]["max_abs"] < 5e-5
+    assert manifest["verification"]["agreement"] == 1.0
+    assert len(manifest["checkpoints"]) == 3
+
+
+def test_initialisers_keep_timms_names(fleet: Path) -> None:
+    import onnx
+
+    graph = onnx.load(fleet).graph
+    names = {initializer.name for initializer in graph.initializer}
+    assert {"patch_embed.proj.weight", "blocks.0.norm1.bias", "cls_token", "bank"} <= names
+    slices = "rlrr" in str(fleet)  # q, k and v are scaled apart, which cuts their weight in three
+    assert ("blocks.0.attn.qkv.weight" in names) is not slices
+    assert [value.name for value in graph.input] == ["pixel_values", "task"]
+
+
+def test_aoft_predict_asks_for_a_task_and_uses_its_classes(
+    fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(picture)
+    assert predict([str(fleet), str(picture), "--task", "dogs", "--top", "3", "--json"]) == 0
+    classes = json.loads(capsys.readouterr().out)["classes"]
+    assert {c["label"] for c in classes} == set(CLASSES["dogs"])
+    assert sum(c["probability"] for c in classes) == pytest.approx(1, abs=1e-5)
+    assert "is a fleet of 3 tasks: name one with --task" in refused(predict, fleet, picture)
+    assert "Unknown task 'dog'. Did you mean dogs?" in refused(
+        predict, fleet, picture, "--task", "dog"
+    )
+
+
+def test_a_single_models_artefact_takes_no_task(artefact: Path) -> None:
+    with pytest.raises(SettingError, match="holds a single task: leave the task out"):
+        load_classifier(artefact, "cats")
+    with pytest.raises(SettingError, match="holds a single task"):
+        exporter.load(artefact).run(np.zeros((1, 3, 16, 16), np.float32), np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (None, "needs a task for each image"),
+        ([0], r"Tasks \[0\] for 2 images: give one from 0 to 2"),
+        ([0, 3], r"Tasks \[0, 3\] for 2 images"),
+        ([-1, 0], r"Tasks \[-1, 0\] for 2 images"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused(
+    fleet: Path, tasks: list[int] | None, message: str
+) -> None:
+    given = None if tasks is None else np.array(tasks)
+    with pytest.raises(SettingError, match=message):
+        exporter.load(fleet).run(np.zeros((2, 3, 16, 16), np.float32), given)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"method": "lora"}, "has another method than"),
+        ({"method": "rlrr", "rank": 2}, "has another settings than"),
+        ({"method": "rlrr", "size": 17}, "has another preprocessing than"),
+    ],
+)
+def test_tasks_that_cannot_share_a_graph_are_refused(
+    second: dict[str, Any],
+    message: str,
+    make_task: Callable[..., Path],
+    tmp_path: Path,
+    backbone_weights: Path,
+    refused: Callable[..., str],
+) -> None:
+    tasks = [make_task(tmp_path, "one", "rlrr"), make_task(tmp_path, "two", **second)]
+    options = ["--backbone-weights", backbone_weights, "-o", tmp_path / "f.onnx"]
+    assert message in refused(main, "--fleet", *tasks, *options)
+
+
+def test_two_tasks_of_one_name_are_refused(
+    make_task: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    task = make_task(tmp_path, "one", "rlrr")
+    line = refused(main, "--fleet", task, task, "-o", tmp_path / "f.onnx")
+    assert line.startswith("Two tasks are called 'one'")
+
+
+def test_full_fine_tuning_is_refused(
+    make_task: Callable[..., Path],
+    tmp_path: Path,
+    backbone_weights: Path,
+    refused: Callable[..., str],
+) -> None:
+    options = ["--backbone-weights", backbone_weights, "-o", tmp_path / "f.onnx"]
+    line = refused(main, "--fleet", make_task(tmp_path, "one", "full"), *options)
+    assert "full changes every weight" in line
+
+
+@pytest.mark.parametrize(
+    "option", [["--uint8"], ["--images", "a.png"], ["--backbone", "x"], ["--to", "timm"]]
+)
+def test_options_of_a_merge_do_not_go_with_a_fleet(option: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--fleet", "a.ckpt", *option])
+    assert ended.value.code == 2
+
+
+class Mixed:
+    """An engine that answers every image with the first task."""
+
+    def run(self, images: Any, task: Any) -> Any:
+        return np.repeat(images[:, :1], 2, 1) * 1.0
+
+
+def test_a_fleet_that_mixes_up_tasks_is_not_written() -> None:
+    inputs = np.arange(7, dtype=np.float32)[:, None]
+    expected = [np.repeat(inputs, 2, 1), np.repeat(inputs, 2, 1) + 1]
+    with pytest.raises(VerificationError, match=r"task 1's logits differ .* by 1\.00e"):
+        _verified(Mixed(), inputs, expected, 5e-5)
+    with pytest.raises(VerificationError, match="not finite"):
+        _verified(Mixed(), inputs, [inputs * np.nan], 5e-5)
+    assert _verified(Mixed(), inputs, expected[:1], 5e-5).agreement == 1.0
