@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
     from aoft_deploy.mixed import MixedModel
 
-__all__ = ["SUFFIX", "TOLERANCE", "OnnxEngine", "export", "export_fleet", "load"]
+__all__ = [
+    "SUFFIX",
+    "TOLERANCE",
+    "OnnxEngine",
+    "OnnxFleet",
+    "export",
+    "export_fleet",
+    "load",
+    "load_fleet",
+]
 
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
@@ -223,6 +232,26 @@ def _pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     return PixelModel().eval()
 
 
+def _session(model: Path | bytes, threads: int | None, path: Path) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    ort: Any = onnxruntime  # its stubs do not export what its documentation names
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+        session.get_inputs()[0]
+    except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
+    return session
+
+
 class OnnxEngine:
     """An ONNX file in an ONNX Runtime session on the CPU.
 
@@ -236,23 +265,10 @@ class OnnxEngine:
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "cpu") from error
         if not path.is_file():
             raise CheckpointError(f"There is no file {path}.")
-        ort: Any = onnxruntime  # its stubs do not export what its documentation names
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-            self._input = self._session.get_inputs()[0]
-        except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
+        self._session = _session(path, threads, path)
+        self._input = self._session.get_inputs()[0]
 
     @property
     def info(self) -> Mapping[str, str]:
@@ -301,6 +317,60 @@ class OnnxEngine:
             feed["task"] = np.asarray(task, np.int64)
         logits: Any = self._session.run(["logits"], feed)[0]
         return np.asarray(logits, np.float32)
+
+
+class OnnxFleet:
+    """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
+
+    Attributes:
+        info: Metadata of the file.
+        tables: The tasks that the file holds, as ``MixedModel.forward`` takes them.
+
+    Args:
+        path: What ``export_fleet`` wrote.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no fleet.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnx
+
+        if not path.is_file():
+            raise CheckpointError(f"There is no file {path}.")
+        try:
+            proto = onnx.load(path)
+        except Exception as error:  # protobuf raises classes of its own
+            raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
+        self.info = {entry.key: entry.value for entry in proto.metadata_props}
+        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
+        if set(stored) != set(FLEET_TABLES):
+            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
+        self.tables = {n: onnx.numpy_helper.to_array(i) for n, i in stored.items()}
+        for name, axis in FLEET_TABLES.items():
+            proto.graph.initializer.remove(stored[name])
+            shape = [axis, *stored[name].dims[1:]]
+            kind = stored[name].data_type
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        self._session = _session(proto.SerializeToString(), threads, path)
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        task: NDArray[np.int64],
+        tables: Mapping[str, NDArray[Any]],
+    ) -> NDArray[np.float32]:
+        """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
+        feed = {"pixel_values": images, "task": task, **tables}
+        logits: Any = self._session.run(["logits"], feed)[0]
+        return np.asarray(logits, np.float32)
+
+
+def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:
+    """Open a fleet whose tasks may change; see ``OnnxFleet``."""
+    return OnnxFleet(Path(path), threads)
 
 
 def load(path: Path, *, threads: int | None = None) -> OnnxEngine:
