@@ -437,6 +437,8 @@ def row(name: str) -> dict[str, Any]:
             if not result["onnx"] <= ONNX_TOLERANCE:
                 result["onnx_failure"] = f"ONNX Runtime differs by {result['onnx']:.1e}"
         except Exception as error:  # the ONNX exporter raises anything
+            while error.__cause__ is not None:
+                error = error.__cause__  # type: ignore[assignment]
             reason = " ".join(str(error).split())[:200]
             result["onnx_failure"] = f"{type(error).__name__}: {reason}"
     args = {name: str(value) for name, value in family.args.items()}

@@ -289,6 +289,15 @@ def test_rows_that_go_head_by_head_can_be_updated_as_a_whole(script: ModuleType)
     assert result["difference"] <= 1e-12
 
 
+def test_the_script_sees_what_a_method_leaves_out(script: ModuleType) -> None:
+    base = script.representative(script.FAMILIES["deit"])
+    missing = list(script.uncovered(script.tuned_model(base, "lora")))
+    assert "blocks.0.attn.qkv.base rows [(0, 48), (96, 144)]" in missing
+    assert "blocks.0.mlp.fc1 rows []" in missing
+    rows = {"deit": {"cells": {"rlrr": {"bug": missing[0]}, "lora": {"refused": "Why."}}}}
+    assert script.bugs(rows) == [f"deit × rlrr: {missing[0]}"]
+
+
 def small(name: str, **args: Any) -> nn.Module:
     model: nn.Module = timm.create_model(name, num_classes=3, **args)
     return model.eval()

@@ -117,7 +117,7 @@ def main() -> None:
     """Train, export, predict, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     options = parser.parse_args()
     out: Path = options.out
     start = time.perf_counter()

@@ -7,11 +7,12 @@ MatMul are stored transposed, (in, out).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
     from onnxscript import optimizer
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _attention_of_four_axes():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
             model,
@@ -178,6 +179,33 @@ def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
     for entry in (*proto.graph.node, *proto.graph.value_info):
         del entry.metadata_props[:]  # stack traces with paths of this machine
     return proto
+
+
+@contextlib.contextmanager
+def _attention_of_four_axes() -> Iterator[None]:
+    """Let fused attention of other than four axes (sam, twins, nest, hiera) be translated.
+
+    torch's translation knows (batch, heads, tokens, width) alone; more or fewer leading axes are
+    flattened into the heads of a batch of one.
+    """
+    from torch.nn import functional
+
+    fused = functional.scaled_dot_product_attention
+
+    def flattened(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
+        if q.dim() == 4:
+            return fused(q, k, v, attn_mask=attn_mask, **options)
+        axes = q.shape[:-2]
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*axes, *attn_mask.shape[-2:]).flatten(0, -3)[None]
+        q, k, v = (tensor.flatten(0, -3)[None] for tensor in (q, k, v))
+        return fused(q, k, v, attn_mask=attn_mask, **options)[0].unflatten(0, axes)
+
+    functional.scaled_dot_product_attention = flattened
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = fused
 
 
 def _store_transposed(graph: Any) -> None:
