@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -266,3 +268,13 @@ def test_a_merged_model_is_no_fleet(artefact: Path, tasks: dict[str, Path], tmp_
 
 def test_free_neighbours_become_one() -> None:
     assert _joined([(4, 2), (0, 3), (6, 1), (9, 1), (3, 1)]) == [(0, 7), (9, 1)]
+
+
+def test_a_fleet_needs_neither_torch_nor_timm(artefact: Path, tasks: dict[str, Path]) -> None:
+    code = (
+        "import sys\nimport numpy as np\nfrom aoft_deploy.fleet import Fleet\n"
+        f"fleet = Fleet({str(artefact)!r}, threads=1)\nfleet.add({str(tasks['t2'])!r})\n"
+        "fleet.predict(np.zeros((1, 3, 16, 16), np.float32), ['t2'])\n"
+        "assert not {'torch', 'timm'}.intersection(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
