@@ -217,7 +217,8 @@ def table(options: argparse.Namespace) -> str:
         if not own:
             continue
         cells = [cell(accuracies(rows, variant, task, options.seeds)) for task in options.tasks]
-        norms = [row["relative_norm"] for row in own if row["relative_norm"] is not None]
+        at_rate = [row for row in own if row["factor"] == chosen_factor(rows, variant, row["task"])]
+        norms = [row["relative_norm"] for row in at_rate if row["relative_norm"] is not None]
         norm = f"{statistics.mean(norms):.2f}" if norms else "–"
         lines.append(f"| {variant} | {own[0]['parameters']:,} | {' | '.join(cells)} | {norm} |")
     lines += ["", "Same seeds against each other, in points of accuracy:", ""]
