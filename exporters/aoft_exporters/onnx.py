@@ -188,8 +188,9 @@ def _attention_of_four_axes() -> Iterator[None]:
     torch's translation knows (batch, heads, tokens, width) alone; more or fewer leading axes are
     flattened into the heads of a batch of one.
     """
-    from torch.nn import functional
+    import torch
 
+    functional: Any = torch.nn.functional
     fused = functional.scaled_dot_product_attention
 
     def flattened(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
