@@ -116,7 +116,7 @@ def export_merged(
         preprocessing.size, uint8, preprocessing.mean, preprocessing.std, _metadata(tuned, task)
     )
     with writable_folder(output.parent) as folder:
-        draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
+        draft = folder / output.name
         engine = _exported(tuned, exporter, draft, recipe, weights)
         report = verify(
             lambda batch: logits(tuned, normalised(batch, preprocessing)),
@@ -125,21 +125,18 @@ def export_merged(
             tolerance=exporter.TOLERANCE,
         )
         manifest = {
-            **provenance(draft, checkpoint, to, command),
+            **provenance(draft, to, command),
+            "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
             **_contents(tuned, task, recipe),
             "verification": {**report.to_dict(), "real_images": len(pictures)},
             "versions": versions(),
         }
         size = _size(draft)
-        try:
-            draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
-            publish(draft, output, draft_manifest)
-        except OSError as error:
-            raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
+        publish(draft, output, manifest)
     return Exported(output, manifest_path(output), report, size)
 
 
-def provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
+def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
     """Which file the manifest is of, and how it came to be."""
     return {
         "artefact": draft.name,
@@ -148,7 +145,6 @@ def provenance(draft: Path, checkpoint: Path, to: str, command: Sequence[str]) -
         "exporter": to,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
     }
 
 
@@ -203,7 +199,21 @@ def _check_output_folder(output: Path) -> None:
         raise OutputError(f"{manifest} exists and is no file: name another folder with -o.")
 
 
-def publish(draft: Path, output: Path, draft_manifest: Path) -> None:
+def publish(draft: Path, output: Path, contents: Mapping[str, Any]) -> None:
+    """Write the manifest and give both their names, or leave neither.
+
+    Raises:
+        OutputError: A file cannot be written or renamed.
+    """
+    draft_manifest = draft.with_name(manifest_path(output).name)
+    try:
+        draft_manifest.write_text(json_text(contents, indent=2) + "\n", "utf-8")
+        _name(draft, output, draft_manifest)
+    except OSError as error:
+        raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
+
+
+def _name(draft: Path, output: Path, draft_manifest: Path) -> None:
     """Give both files their names; the artefact is never there without its manifest."""
     manifest = manifest_path(output)
     for path in (*_files(draft), draft_manifest):

@@ -25,6 +25,7 @@ from aoft_deploy.export import (
     logits,
     manifest_path,
     normalised,
+    provenance,
     publish,
     versions,
 )
@@ -96,7 +97,7 @@ def export_fleet(
     metadata = _metadata(tuned, names, tasks, mixed)
     recipe = Recipe(preprocessing.size, False, preprocessing.mean, preprocessing.std, metadata)
     with writable_folder(output.parent) as folder:
-        draft, draft_manifest = folder / output.name, folder / manifest_path(output).name
+        draft = folder / output.name
         try:
             exporter.export_fleet(mixed, draft, recipe, tables)
         except (OSError, RuntimeError) as error:
@@ -106,11 +107,7 @@ def export_fleet(
             raise OutputError(f"The fleet could not be written ({reason}).") from error
         report = _verified(exporter.load(draft), inputs, expected, exporter.TOLERANCE)
         manifest = {
-            "artefact": draft.name,
-            "sha256": file_digest(draft),
-            "bytes": draft.stat().st_size,
-            "exporter": "onnx",
-            "command": list(command),
+            **provenance(draft, "onnx", command),
             **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
             "method": tuned.method,
             "settings": tuned.settings,
@@ -123,11 +120,7 @@ def export_fleet(
             "versions": versions(),
         }
         size = draft.stat().st_size
-        try:
-            draft_manifest.write_text(json_text(manifest, indent=2) + "\n", "utf-8")
-            publish(draft, output, draft_manifest)
-        except OSError as error:
-            raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error
+        publish(draft, output, manifest)
     return Exported(output, manifest_path(output), report, size)
 
 
