@@ -14,7 +14,7 @@ The laws: the three agree sample by sample, and a delta of zeros changes no bit 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
 import torch
@@ -30,7 +30,6 @@ __all__ = [
     "apply_linear",
     "fold_rows",
     "matrix_shape",
-    "mix_linear",
 ]
 
 Rows = tuple[int, int]
@@ -290,56 +289,6 @@ def apply_linear(
     layout = [(rows, delta.names()) for rows, delta in deltas]
     tensors = [getattr(delta, n) for _, delta in deltas for n in delta.names()]
     result: Tensor = _FoldedLinear.apply(x, weight, bias, layout, *tensors)
-    return result
-
-
-ONE_PRODUCT = 16
-"""Longest diagonal that ``mix_linear`` puts into the low-rank product instead of a pass."""
-
-
-def mix_linear(
-    x: Tensor, y: Tensor, weight: Tensor, deltas: Sequence[tuple[Rows, Delta]]
-) -> Tensor:
-    """A linear map's output with every sample's own deltas in it.
-
-    What ``mix`` does for each delta, with all low-rank parts in one product and one addition.
-
-    Args:
-        x: Input, (batch, tokens, in).
-        y: The shared map's output x Wᵀ + b, (batch, tokens, out).
-        weight: W, (out, in).
-        deltas: Disjoint, ascending row ranges and their deltas, fields with the axis ``batch``.
-
-    Returns:
-        (batch, tokens, out).
-    """
-    inner, outer, rest = [], [], []
-    for (start, stop), delta in deltas:
-        around = (start, y.shape[-1] - stop)
-        left, right, diagonal = (getattr(delta, n, None) for n in ("left", "right", "diagonal"))
-        if not isinstance(delta, WeightDelta):
-            rest.append(((start, stop), delta))
-            continue
-        if left is not None and right is not None:
-            inner.append(x @ right.mT.to(x.dtype))
-            outer.append(F.pad(left, around))
-        if diagonal is not None and diagonal.shape[-1] <= ONE_PRODUCT:
-            d = diagonal.shape[-1]
-            inner.append(x[..., :d])
-            outer.append(F.pad(torch.diag_embed(diagonal), (0, stop - start - d)))
-            outer[-1] = F.pad(outer[-1], around)
-            diagonal = None
-        remaining = replace(delta, left=None, right=None, diagonal=diagonal)
-        if remaining.names():
-            rest.append(((start, stop), remaining))
-    parts, done = [], 0
-    for (start, stop), delta in rest:
-        parts += [y[..., done:start], delta.mix(x, y[..., start:stop], weight[start:stop])]
-        done = stop
-    result = torch.cat([*parts, y[..., done:]], dim=-1) if len(parts) > 2 or done else y
-    if inner:
-        product = torch.cat(inner, dim=-1) @ torch.cat(outer, dim=-2).to(x.dtype)
-        result = result + product
     return result
 
 

@@ -20,8 +20,9 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from aoft_deploy.delta import Rows, mix_linear
+from aoft_deploy.delta import Rows
 from aoft_deploy.errors import AttachError, CheckpointError
+from aoft_deploy.mixing import mix_linear
 from aoft_deploy.tuned import Prompted, TunedModel, UpdatedModule
 from aoft_deploy.updates import Update
 
@@ -113,7 +114,7 @@ class Layout:
             values = {}
             for name, start, shape in group.fields:
                 numbers = rows[:, start : start + count * math.prod(shape)]
-                values[name] = numbers.reshape(len(rows), count, *shape)
+                values[name] = numbers.reshape(rows.shape[0], count, *shape)
             delta = group.update.formula(**values)
             found |= {site: delta[:, i] for i, site in enumerate(group.sites)}
         return found
@@ -139,18 +140,18 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for x, (batch, …)."""
-        y: Tensor = super().forward(x)
         deltas = [(rows, self.batch.take(site)) for rows, site in self.places]
-        samples = self.batch.deltas[self.places[0][1]].samples()
+        samples = deltas[0][1].samples()
+        if isinstance(self, nn.Linear):
+            tokens = x.reshape(samples, -1, x.shape[-1])
+            changed = mix_linear(tokens, self.weight, self.bias, deltas)
+            return changed.reshape(*x.shape[:-1], changed.shape[-1])
+        y: Tensor = super().forward(x)
         channels_first = isinstance(self, (nn.Conv2d, nn.BatchNorm2d, LayerNorm2d))
         if channels_first:
             y = y.movedim(1, -1)
         flat = y.reshape(samples, -1, y.shape[-1])
-        if isinstance(self, nn.Linear):
-            tokens = x.reshape(samples, -1, x.shape[-1])
-            mixed = mix_linear(tokens, flat, self.weight, deltas)
-        else:
-            mixed = deltas[0][1].mix(flat, flat, flat)
+        mixed = deltas[0][1].mix(flat, flat, flat)
         mixed = mixed.reshape(y.shape)
         return mixed.movedim(-1, 1) if channels_first else mixed
 
