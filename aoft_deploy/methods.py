@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Generator
 
-from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_deploy.errors import AttachError, SettingError, UnknownNameError
 from aoft_deploy.sites import LINEAR_ROLES, NORM_ROLES, Site
 from aoft_deploy.updates import (
     Aoft,
@@ -193,10 +193,15 @@ def _adapter(site: Site, settings: Settings, generator: Generator) -> Update | N
 def _prompts(site: Site, settings: Settings, generator: Generator) -> Update | None:
     if not _takes_prompts(site, settings):
         return None
-    return Prompts(site.in_features, settings["rank"], site.patch, generator)
+    return Prompts(site.in_features, settings["rank"], site.patch, generator, site.embed_dim)
 
 
 def _takes_prompts(site: Site, settings: Settings) -> bool:
+    if site.windows and not settings["deep"]:
+        raise AttachError(
+            f"Prompts before {site.name} alone (deep=False) would have to pass patch merging, "
+            "where VPT's paper ignores them and its code repeats them: use deep=True."
+        )
     return site.role == "block" and (settings["deep"] or site.index == 0)
 
 

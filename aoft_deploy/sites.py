@@ -49,6 +49,18 @@ WITHOUT_POSITIONS = {
 }
 """Attention classes that would take any number of tokens too, but in blocks that would not."""
 
+IN_WINDOWS = {
+    ("timm.models.swin_transformer", "SwinTransformerBlock"): (
+        "timm.models.swin_transformer",
+        "WindowAttention",
+    ),
+    ("timm.models.swin_transformer_v2", "SwinTransformerV2Block"): (
+        "timm.models.swin_transformer_v2",
+        "WindowAttention",
+    ),
+}
+"""Block classes, and their attention's, that can show prompts to each of their windows."""
+
 CONVOLUTIONAL = {("timm.models.convnext", "ConvNeXt"), ("timm.models.resnet", "ResNet")}
 """Convolutional nets whose every convolution, MLP and norm is a site."""
 
@@ -85,6 +97,8 @@ class Site:
         absorber: Path of the norm before a map without bias, whose bias can take the shift.
         index: Number of a block.
         patch: Side of the patches in pixels, of a block.
+        embed_dim: Width of the patch embedding, of a block.
+        windows: Whether a block sees prompts window by window, and hands none on.
         kernel_height: Rows of the matrix for each output channel.
         refusal: Why no update can be put here; empty where one can.
     """
@@ -100,6 +114,8 @@ class Site:
     absorber: str = ""
     index: int = 0
     patch: int = 0
+    embed_dim: int = 0
+    windows: bool = False
     kernel_height: int = 1
     refusal: str = ""
 
@@ -230,27 +246,39 @@ def _block_sites(model: nn.Module, path: str, block: nn.Module, index: int) -> I
 
 def _token_site(model: nn.Module, path: str, attention: nn.Module, index: int) -> Site:
     """A block as a place for prompts."""
-    kind, refusal = ".".join(class_of(attention)), ""
+    block = model.get_submodule(path)
+    windows = IN_WINDOWS.get(class_of(block)) == class_of(attention)
+    embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
+    patch = getattr(embed, "patch_size", None) or 0
+    width = getattr(model, "embed_dim", None)
+    width = width if isinstance(width, int) else int(getattr(model, "num_features", 1))
+    rows = (0, int(attention.dim) if windows else width)  # type: ignore[arg-type]
+    site = Site(path, "block", path, "tokens", rows, rows[1], False, index=index, windows=windows)
+    patch = patch if isinstance(patch, int) else patch[0]
+    refusal = "" if windows else _prompts_refusal(model, path, attention, index)
+    if "prompts" in block._modules:
+        refusal = f"{path} has prompts already: attach the method to a plain model."
+    return replace(site, patch=patch, embed_dim=width, refusal=refusal)
+
+
+def _prompts_refusal(model: nn.Module, path: str, attention: nn.Module, index: int) -> str:
+    """Why a block without windows cannot take prompts; empty where it can."""
+    kind = ".".join(class_of(attention))
     if class_of(attention) not in ANY_LENGTH | WITHOUT_POSITIONS:
-        refusal = (
+        return (
             f"The attention of {type(model).__name__} is bound to its number of tokens ({kind}): "
             "prompts cannot stand beside them."
         )
-    elif (
+    if (
         class_of(attention) not in ANY_LENGTH
         or path != f"blocks.{index}"
         or not hasattr(model, "num_prefix_tokens")
     ):
-        refusal = (
+        return (
             f"The blocks of {type(model).__name__} are not one list of plain blocks for all tokens "
             f"({kind}): prompts cannot stand beside them."
         )
-    embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
-    patch = getattr(embed, "patch_size", None) or 0
-    width = getattr(model, "embed_dim", None)
-    rows = (0, width if isinstance(width, int) else int(getattr(model, "num_features", 1)))
-    site = Site(path, "block", path, "tokens", rows, rows[1], False, refusal=refusal)
-    return replace(site, index=index, patch=patch if isinstance(patch, int) else patch[0])
+    return ""
 
 
 def _attention_sites(attention: nn.Module, path: str) -> Iterator[Site]:

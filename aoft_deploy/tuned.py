@@ -8,7 +8,6 @@ state-dict keys, no extra operation.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -24,7 +23,6 @@ from aoft_deploy.backbone import Backbone, identify
 from aoft_deploy.delta import (
     Delta,
     OutputDelta,
-    PromptDelta,
     Rows,
     WeightDelta,
     apply_linear,
@@ -32,6 +30,7 @@ from aoft_deploy.delta import (
 )
 from aoft_deploy.errors import AttachError, CheckpointError
 from aoft_deploy.methods import Build, get_method
+from aoft_deploy.prompts import FixedPrompts, Prompted, place_prompts
 from aoft_deploy.sites import Site, classifier_names, find_sites
 from aoft_deploy.updates import Update
 
@@ -116,49 +115,6 @@ class UpdatedModule(nn.Module):
         if bias is not None and not self.absorber:
             memo[id(self._base_bias)] = nn.Parameter(bias, requires_grad=False)
         return _twin(self.base, memo), bias if self.absorber else None
-
-
-class FixedPrompts(nn.Module):
-    """Prompts as constants of a merged model.
-
-    Args:
-        tokens: (prompts, width).
-    """
-
-    tokens: Tensor
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("tokens", tokens)
-
-    def delta(self) -> PromptDelta:
-        """The prompts."""
-        return PromptDelta(self.tokens)
-
-
-class Prompted(nn.Module):
-    """Mixed into a block's class: prompts come in before the block, or are dropped after it.
-
-    The block keeps its parameters' names; ``prompts`` is one more child where prompts come in.
-    """
-
-    prefix: int
-    dropped: int
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The block's output for x, (batch, tokens, width)."""
-        prompts = self._modules.get("prompts")
-        if prompts is not None:
-            x = prompts.delta().before(x, self.prefix)  # type: ignore[operator]
-        y: Tensor = super().forward(x, *args, **options)
-        if self.dropped:
-            y = torch.cat([y[:, : self.prefix], y[:, self.prefix + self.dropped :]], dim=1)
-        return y
-
-
-@functools.cache
-def _prompted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Prompted{cls.__name__}", (Prompted, cls), {"__module__": __name__})
 
 
 class _UpdatedVector(nn.Module):
@@ -558,28 +514,7 @@ def _place(model: nn.Module, placed: list[tuple[Site, Update]]) -> None:
         whole = (0, len(base.weight))  # type: ignore[arg-type]
         updates = [(site.rows if site.part else whole, update) for site, update in pairs]
         model.set_submodule(path, UpdatedModule(base, updates, pairs[0][0].absorber), strict=True)
-    _place_prompts(model, prompted)
-
-
-def _place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> None:
-    """Let prompts come in before their blocks; each block's are dropped before the next ones."""
-    count = 0
-    blocks = list(model.get_submodule("blocks").children()) if prompted else []
-    places = {site.index: update for site, update in prompted}
-    for index, block in enumerate(blocks):
-        update = places.get(index)
-        if update is not None:
-            delta = update.delta()
-            assert isinstance(delta, PromptDelta)
-            count = len(delta.tokens)
-        last = index + 1 == len(blocks) or index + 1 in places
-        if update is not None or last:
-            block.__class__ = _prompted_class(type(block))  # type: ignore[arg-type]
-            assert isinstance(block, Prompted)
-            block.prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-            block.dropped = count if last else 0
-            if update is not None:
-                block.add_module("prompts", update)
+    place_prompts(model, prompted)
 
 
 def _fold_vectors(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vit_base_patch16_siglip_224": {"img_size": 32, "depth": 2},
     "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 2, "depths": (1, 1, 1, 1)},
     "swinv2_tiny_window8_256": {"img_size": 32, "window_size": 2, "depths": (1, 1, 1, 1)},
+    "swinv2_cr_tiny_224": {"img_size": 64, "window_size": 2},
     "resnet18": {},
     "resnet50": {},
     "convnext_atto": {"depths": (1, 1, 1, 1)},
@@ -134,8 +135,7 @@ def test_blocks_are_numbered_and_know_the_width_of_their_tokens() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "swin_tiny_patch4_window7_224",
-        "swinv2_tiny_window8_256",
+        "swinv2_cr_tiny_224",
         "beit_base_patch16_224",
         "eva02_base_patch14_224",
     ],
@@ -144,6 +144,20 @@ def test_blocks_bound_to_their_number_of_tokens_say_so(name: str) -> None:
     for site in find_sites(shapes(name)):
         if site.role == "block":
             assert "bound to its number of tokens" in site.refusal
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_blocks_of_windows_know_their_stages_width(name: str) -> None:
+    blocks = [site for site in find_sites(shapes(name)) if site.role == "block"]
+    assert [site.name for site in blocks] == [f"layers.{stage}.blocks.0" for stage in range(4)]
+    assert [(site.index, site.in_features) for site in blocks] == [
+        (0, 96),
+        (1, 192),
+        (2, 384),
+        (3, 768),
+    ]
+    assert all(site.windows and not site.refusal for site in blocks)
+    assert {(site.patch, site.embed_dim) for site in blocks} == {(4, 96)}
 
 
 def test_the_maps_that_make_a_position_bias_are_no_sites() -> None:
