@@ -23,7 +23,8 @@ from torch.nn.utils import parametrize
 from aoft_deploy.delta import Rows
 from aoft_deploy.errors import AttachError, CheckpointError
 from aoft_deploy.mixing import mix_linear
-from aoft_deploy.tuned import Prompted, TunedModel, UpdatedModule
+from aoft_deploy.prompts import Prompted
+from aoft_deploy.tuned import TunedModel, UpdatedModule
 from aoft_deploy.updates import Update
 
 __all__ = ["Layout", "MixedModel", "classifier_rows"]

@@ -25,14 +25,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 CLASSES = (3, 7, 5)
 REFUSED = {
-    ("swin_tiny_patch4_window7_224", "aoft-vpt"),
-    ("swin_tiny_patch4_window7_224", "aoft-vpt-star"),
-    ("swin_tiny_patch4_window7_224", "vpt"),
     *(("convnext_atto", m) for m in ("aoft-vpt", "aoft-vpt-star", "vpt")),
     *(("convnext_atto", m) for m in ("aoft-lora", "aoft-lora-star", "lora", "rlrr")),
     *((name, "full") for name in ARCHITECTURES),
 }
-"""Prompts in windows or without blocks, convolutions with weights of their own, shared nothing."""
+"""Prompts without blocks, convolutions with weights of their own, shared nothing."""
 
 
 @functools.cache
