@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
-from aoft_deploy.images import IMAGE_SUFFIXES, read_image, read_size
+from aoft_deploy.images import read_image, read_size, walk_images
 
 __all__ = ["ImageList", "Splits", "check_images", "cut_parts", "load_data", "load_folder"]
 
@@ -178,24 +178,7 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 def _read_classes(folder: Path) -> _Folder:
     above = {folder.resolve(), *folder.resolve().parents}
-    return {name: list(_walk(path, set(above))) for name, path in _subfolders(folder).items()}
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Images below a folder, in an order that the file system does not influence.
-
-    ``seen`` holds the folders already entered, so that circular links come to an end.
-    """
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    for name, is_folder in found:
-        if is_folder:
-            yield from _walk(folder / name, seen)
-        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            yield folder / name
+    return {name: list(walk_images(path, set(above))) for name, path in _subfolders(folder).items()}
 
 
 def _check_train(train: _Folder, root: Path) -> None:

@@ -45,6 +45,7 @@ class Recipe:
         mean: Mean of each channel, on the scale 0..1.
         std: Standard deviation of each channel, on the scale 0..1.
         metadata: Text values to store in the artefact where the format can.
+        precision: One of the exporter's ``PRECISIONS``.
     """
 
     size: int
@@ -52,6 +53,7 @@ class Recipe:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     metadata: Mapping[str, str]
+    precision: str = "fp32"
 
 
 class Engine(Protocol):
@@ -79,10 +81,17 @@ class FleetEngine(Engine, Protocol):
 
 
 class Exporter(Protocol):
-    """A module that writes and runs one kind of artefact."""
+    """A module that writes and runs one kind of artefact.
+
+    Attributes:
+        SUFFIX: Of its files.
+        TOLERANCE: Largest difference to the unmerged model's logits at fp32, for logits up to 1.
+        PRECISIONS: Those it can write, ``fp32`` first.
+    """
 
     SUFFIX: str
     TOLERANCE: float
+    PRECISIONS: tuple[str, ...]
 
     def export(self, model: nn.Module, path: Path, recipe: Recipe) -> None:
         """Write ``model`` to ``path``."""

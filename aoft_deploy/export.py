@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import nn
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -30,15 +31,18 @@ from aoft_deploy.engines import (
     TunedExporter,
     get_exporter,
 )
-from aoft_deploy.errors import CheckpointError, OutputError
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.files import file_digest, folder_digest, json_text, settle, writable_folder
-from aoft_deploy.images import read_image
+from aoft_deploy.images import image_files, read_image
 from aoft_deploy.peft_folder import FILES
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, merge
-from aoft_deploy.verification import BATCH_SIZES, Report, random_pixels, verify
+from aoft_deploy.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
 
 __all__ = ["Exported", "export_merged", "manifest_path"]
+
+MIN_AGREEMENT = 0.99
+"""Share of images whose top class a low-precision artefact must keep."""
 
 PACKAGES = ("aoft-deploy", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -75,6 +79,8 @@ def export_merged(
     weights: Path | None = None,
     force: bool = False,
     images: Sequence[Path] = (),
+    precision: str = "fp32",
+    min_agreement: float = MIN_AGREEMENT,
     command: Sequence[str] = (),
 ) -> Exported:
     """Merge a checkpoint into its backbone and export the result, verified.
@@ -87,7 +93,10 @@ def export_merged(
         backbone: timm name to use instead of the checkpoint's.
         weights: File with the backbone's weights; None takes timm's own.
         force: Accept other backbone weights than those trained on; the manifest says so.
-        images: Real images to verify with, beside the built-in ones.
+        images: Real images, or folders of them, to verify with beside the built-in ones; below
+            fp32 to verify with alone.
+        precision: One of the exporter's ``PRECISIONS``.
+        min_agreement: Below fp32, least share of images with the unmerged model's top class.
         command: The command line, for the manifest.
 
     Returns:
@@ -99,6 +108,7 @@ def export_merged(
     exporter = get_exporter(to)
     if not checkpoint.is_file() and not checkpoint.is_dir():
         raise CheckpointError(f"There is no file {checkpoint}.")
+    bar = bar_for(exporter, to, precision, min_agreement, images)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"
     if isinstance(exporter, FolderExporter):
@@ -106,15 +116,13 @@ def export_merged(
     else:
         inputs = [checkpoint, *([weights] if weights else []), *images]
         check_output(output, exporter.SUFFIX, inputs)
-    pictures = [read_image(path) for path in images]
+    pictures = [read_image(path) for path in image_files(images)]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
     preprocessing = task.preprocessing
-    pixels = random_pixels(max(BATCH_SIZES), preprocessing.size)
-    if pictures:
-        pixels = np.concatenate([pixels, [preprocessing.pixels(image) for image in pictures]])
-    recipe = Recipe(
-        preprocessing.size, uint8, preprocessing.mean, preprocessing.std, _metadata(tuned, task)
-    )
+    pixels = verification_pixels(preprocessing, pictures, precision)
+    metadata = {**_metadata(tuned, task), "precision": precision}
+    mean, std = preprocessing.mean, preprocessing.std
+    recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         engine = _exported(tuned, exporter, draft, recipe, weights)
@@ -122,7 +130,7 @@ def export_merged(
             lambda batch: logits(tuned, normalised(batch, preprocessing)),
             lambda batch: _answers(engine, batch, recipe.uint8, preprocessing),
             pixels,
-            tolerance=exporter.TOLERANCE,
+            bar=bar,
         )
         manifest = {
             **provenance(draft, to, command),
@@ -134,6 +142,40 @@ def export_merged(
         size = _size(draft)
         publish(draft, output, manifest)
     return Exported(output, manifest_path(output), report, size)
+
+
+def bar_for(
+    exporter: Exporter, to: str, precision: str, min_agreement: float, images: Sequence[Path]
+) -> Bar:
+    """What an artefact of a precision must reach.
+
+    Raises:
+        UnknownNameError: The exporter does not write the precision.
+        SettingError: Below fp32 without images, or a share outside 0 to 1.
+    """
+    if precision not in exporter.PRECISIONS:
+        raise UnknownNameError(f"precision of --to {to}", precision, exporter.PRECISIONS)
+    if not 0 <= min_agreement <= 1:
+        raise SettingError(f"--min-agreement is {min_agreement}, but is a share from 0 to 1.")
+    if precision == "fp32":
+        return Bar(exporter.TOLERANCE)
+    if not images:
+        raise SettingError(
+            f"--precision {precision} is judged by its answers about real images: give some of "
+            "the task's, or a folder of them, with --images."
+        )
+    return Bar(float("inf"), min_agreement)
+
+
+def verification_pixels(
+    preprocessing: Preprocessing, pictures: Sequence[Image], precision: str
+) -> NDArray[np.uint8]:
+    """Images to verify with, uint8 [n, H, W, 3]: built-in ones first, at fp32 alone."""
+    built_in = max(BATCH_SIZES) if precision == "fp32" else 0
+    parts = [random_pixels(built_in, preprocessing.size)] if built_in else []
+    if pictures:
+        parts.append(np.stack([preprocessing.pixels(image) for image in pictures]))
+    return np.concatenate(parts)
 
 
 def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
@@ -171,6 +213,7 @@ def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, 
         "settings": tuned.settings,
         "backbone": tuned.identity.to_dict(),
         "forced": tuned.identity.digest != task.backbone.digest,
+        "precision": recipe.precision,
         "input": _input_form(recipe),
         "classes": list(task.classes),
         "preprocessing": task.preprocessing.to_dict(),

@@ -18,21 +18,25 @@ from numpy.typing import NDArray
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from aoft_deploy.engines import Recipe, get_exporter
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.export import (
+    MIN_AGREEMENT,
     Exported,
+    bar_for,
     check_output,
     logits,
     manifest_path,
     normalised,
     provenance,
     publish,
+    verification_pixels,
     versions,
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
+from aoft_deploy.images import image_files, read_image
 from aoft_deploy.mixed import MixedModel, classifier_rows
 from aoft_deploy.tuned import TunedModel
-from aoft_deploy.verification import BATCH_SIZES, Report, random_pixels
+from aoft_deploy.verification import BATCH_SIZES, Bar, Comparison, Report
 
 __all__ = ["export_fleet", "task_names"]
 
@@ -64,6 +68,9 @@ def export_fleet(
     *,
     weights: Path | None = None,
     force: bool = False,
+    images: Sequence[Path] = (),
+    precision: str = "fp32",
+    min_agreement: float = MIN_AGREEMENT,
     command: Sequence[str] = (),
 ) -> Exported:
     """Export many tasks of one backbone as one ONNX graph, verified.
@@ -74,6 +81,10 @@ def export_fleet(
         output: The artefact.
         weights: File with the backbone's weights; None takes timm's own.
         force: Accept other backbone weights than those trained on; the manifest says so.
+        images: Real images, or folders of them, that every task is verified with beside the
+            built-in ones; below fp32 alone.
+        precision: Of the shared backbone; the tasks' numbers stay float32.
+        min_agreement: Below fp32, least share of answers with the unmerged models' top class.
         command: The command line, for the manifest.
 
     Returns:
@@ -85,17 +96,20 @@ def export_fleet(
     """
     names = task_names(checkpoints)
     exporter: Any = get_exporter("onnx")
-    check_output(output, exporter.SUFFIX, [*checkpoints, *([weights] if weights else [])])
+    bar = bar_for(exporter, "onnx", precision, min_agreement, images)
+    check_output(output, exporter.SUFFIX, [*checkpoints, *([weights] if weights else []), *images])
+    pictures = [read_image(path) for path in image_files(images)]
     tasks = [read_checkpoint(path) for path in checkpoints]
     for path, task in zip(checkpoints, tasks, strict=True):
         _check_same(path, task, checkpoints[0], tasks[0])
     tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
     mixed = MixedModel(open_checkpoint(checkpoints[0], weights=weights, force=force)[0])
     preprocessing = tasks[0].preprocessing
-    inputs = normalised(random_pixels(max(BATCH_SIZES), preprocessing.size), preprocessing)
+    inputs = normalised(verification_pixels(preprocessing, pictures, precision), preprocessing)
     expected, tables = _answers_and_tables(tuned, mixed, tasks, inputs)
-    metadata = _metadata(tuned, names, tasks, mixed)
-    recipe = Recipe(preprocessing.size, False, preprocessing.mean, preprocessing.std, metadata)
+    metadata = {**_metadata(tuned, names, tasks, mixed), "precision": precision}
+    mean, std = preprocessing.mean, preprocessing.std
+    recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         try:
@@ -105,18 +119,19 @@ def export_fleet(
                 raise
             reason = " ".join(str(error).split())[:200]
             raise OutputError(f"The fleet could not be written ({reason}).") from error
-        report = _verified(exporter.load(draft), inputs, expected, exporter.TOLERANCE)
+        report = _verified(exporter.load(draft), inputs, expected, bar)
         manifest = {
             **provenance(draft, "onnx", command),
             **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
             "method": tuned.method,
             "settings": tuned.settings,
+            "precision": precision,
             "forced": tuned.identity.digest != tasks[0].backbone.digest,
             "checkpoints": [
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
             ],
-            "verification": report.to_dict(),
+            "verification": {**report.to_dict(), "real_images": len(pictures)},
             "versions": versions(),
         }
         size = draft.stat().st_size
@@ -180,45 +195,22 @@ def _metadata(
 
 
 def _verified(
-    engine: Any,
-    inputs: NDArray[np.float32],
-    expected: Sequence[NDArray[np.float32]],
-    tolerance: float,
+    engine: Any, inputs: NDArray[np.float32], expected: Sequence[NDArray[np.float32]], bar: Bar
 ) -> Report:
     """Every task on every image in mixed batches, compared with its unmerged model."""
-    largest = max(float(np.abs(answers).max()) for answers in expected)
-    if not np.isfinite(largest):
-        raise VerificationError(
-            "An unmerged model's own logits are not finite: nothing is written."
-        )
-    allowed = tolerance * max(1.0, largest)
-    max_abs, agreeing, compared = 0.0, 0, 0
+    comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
     for size in BATCH_SIZES:
         for pairs in _mixed_batches(len(expected), len(inputs), size):
             answers = engine.run(
                 inputs[[image for _, image in pairs]], np.array([task for task, _ in pairs])
             )
             for answer, (task, image) in zip(answers, pairs, strict=True):
-                own = expected[task][image]
-                given, beyond = answer[: len(own)], answer[len(own) :]
-                difference = float(np.abs(given - own).max())
-                if not difference <= allowed or not np.isneginf(beyond).all():
-                    raise VerificationError(
-                        f"At batch size {size} task {task}'s logits differ from its unmerged "
-                        f"model's by {difference:.2e}, but at most {allowed:.2e} is allowed: the "
-                        "fleet is not written."
-                    )
-                max_abs = max(max_abs, difference)
-                agreeing += int(given.argmax() == own.argmax())
-                compared += 1
-    return Report(
-        images=len(inputs),
-        batch_sizes=BATCH_SIZES,
-        max_abs=max_abs,
-        relative=max_abs / largest if largest else 0.0,
-        agreement=agreeing / compared,
-        tolerance=allowed,
-    )
+                own = expected[task][image][None]
+                given, beyond = answer[None, : own.shape[1]], answer[own.shape[1] :]
+                if not np.isneginf(beyond).all():
+                    given = answer[None]  # classes that the task does not have
+                comparison.add(given, own, size, f"the fleet's task {task}")
+    return comparison.report(len(inputs), BATCH_SIZES)
 
 
 def _mixed_batches(tasks: int, images: int, size: int) -> list[Pairs]:

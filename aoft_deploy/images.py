@@ -8,7 +8,8 @@ backbones ignored them.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +31,7 @@ from PIL import (  # noqa: F401
 
 from aoft_deploy.errors import ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "read_image", "read_size"]
+__all__ = ["IMAGE_SUFFIXES", "image_files", "read_image", "read_size", "walk_images"]
 
 IMAGE_SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
@@ -89,6 +90,40 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) 
     """
     with _opened(source, max_pixels) as image:
         return image.size
+
+
+def walk_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Images below a folder, in an order that the file system does not influence.
+
+    Args:
+        folder: Where to look.
+        seen: Folders already entered, so that circular links come to an end; it is added to.
+    """
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    with os.scandir(folder) as entries:
+        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    for name, is_folder in found:
+        if is_folder:
+            yield from walk_images(folder / name, seen)
+        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield folder / name
+
+
+def image_files(sources: Sequence[Path]) -> list[Path]:
+    """Files, and in place of each folder the images below it.
+
+    Raises:
+        ImageError: A folder holds no images.
+    """
+    files = []
+    for source in sources:
+        found = list(walk_images(source, set())) if source.is_dir() else [source]
+        if not found:
+            raise ImageError(f"There are no images in the folder {source}.")
+        files += found
+    return files
 
 
 @contextmanager

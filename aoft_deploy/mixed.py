@@ -152,7 +152,7 @@ class Mixed(nn.Module):
         if channels_first:
             y = y.movedim(1, -1)
         flat = y.reshape(samples, -1, y.shape[-1])
-        mixed = deltas[0][1].mix(flat, flat, flat)
+        mixed: Tensor = deltas[0][1].mix(flat, flat, flat)
         mixed = mixed.reshape(y.shape)
         return mixed.movedim(-1, 1) if channels_first else mixed
 

@@ -6,6 +6,7 @@ with those of the tuned model before any merge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,13 +16,27 @@ from numpy.typing import NDArray
 
 from aoft_deploy.errors import VerificationError
 
-__all__ = ["BATCH_SIZES", "Report", "random_pixels", "verify"]
+__all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verify"]
 
 BATCH_SIZES = (1, 2, 7)
 """Batch sizes that every artefact is run with."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """From pixels, uint8 [batch, H, W, 3], to logits, float32 [batch, classes]."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What an artefact must reach before it is written.
+
+    Attributes:
+        tolerance: Largest difference allowed, for logits up to 1; it grows with the largest logit.
+            Inf where low precision makes differences that agreement judges.
+        min_agreement: Least share of images with the same top class, 0 to 1.
+    """
+
+    tolerance: float
+    min_agreement: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,8 @@ class Report:
         max_abs: Largest difference of two logits.
         relative: ``max_abs`` over the largest logit of the reference.
         agreement: Share of images with the same top class, 0 to 1.
-        tolerance: Largest ``max_abs`` that was allowed.
+        tolerance: Largest ``max_abs`` that was allowed; None where agreement alone decided.
+        min_agreement: Least ``agreement`` that was allowed.
     """
 
     images: int
@@ -42,7 +58,8 @@ class Report:
     max_abs: float
     relative: float
     agreement: float
-    tolerance: float
+    tolerance: float | None
+    min_agreement: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -73,12 +90,92 @@ def random_pixels(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
     return pixels
 
 
+class Comparison:
+    """Answers of an artefact beside those expected, as they come.
+
+    Args:
+        largest: Largest of all logits expected.
+        bar: What must be reached.
+
+    Raises:
+        VerificationError: ``largest`` is not finite.
+    """
+
+    def __init__(self, largest: float, bar: Bar) -> None:
+        if not math.isfinite(largest):
+            raise VerificationError(
+                "The unmerged model's own logits are not finite: nothing is written."
+            )
+        self.largest, self.bar = largest, bar
+        self.allowed = bar.tolerance * max(1.0, largest)
+        self.max_abs, self.agreeing, self.compared = 0.0, 0, 0
+
+    def add(
+        self,
+        answers: NDArray[np.float32],
+        expected: NDArray[np.float32],
+        size: int,
+        whose: str = "the artefact",
+    ) -> None:
+        """Compare some answers, each (images, classes).
+
+        Args:
+            answers: The artefact's.
+            expected: The unmerged model's.
+            size: Batch size they were computed at.
+            whose: What to call the artefact in a refusal.
+
+        Raises:
+            VerificationError: Another shape, a number that is not finite, a difference too large.
+        """
+        if answers.shape != expected.shape or not np.isfinite(answers).all():
+            raise VerificationError(
+                f"At batch size {size} {whose} answers with shape {answers.shape} where "
+                f"{expected.shape} and finite values are expected: it is not written."
+            )
+        self.max_abs = max(self.max_abs, float(np.abs(answers - expected).max()))
+        if self.max_abs > self.allowed:
+            raise VerificationError(
+                f"At batch size {size} {whose}'s logits differ from the unmerged model's by "
+                f"{self.max_abs:.2e}, but at most {self.allowed:.2e} is allowed: it is not written."
+            )
+        self.agreeing += int((answers.argmax(1) == expected.argmax(1)).sum())
+        self.compared += len(answers)
+
+    def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
+        """The figures.
+
+        Args:
+            images: Number of images compared.
+            batch_sizes: Sizes of the batches they were compared in.
+
+        Raises:
+            VerificationError: The top classes agree too rarely.
+        """
+        agreement = self.agreeing / self.compared
+        if agreement < self.bar.min_agreement:
+            raise VerificationError(
+                f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
+                f"about {images} images, but at least {self.bar.min_agreement:.2%} is asked: "
+                "nothing is written. Choose a higher --precision, or lower --min-agreement."
+            )
+        return Report(
+            images=images,
+            batch_sizes=tuple(batch_sizes),
+            max_abs=self.max_abs,
+            relative=self.max_abs / self.largest if self.largest else 0.0,
+            agreement=agreement,
+            tolerance=self.allowed if math.isfinite(self.allowed) else None,
+            min_agreement=self.bar.min_agreement,
+        )
+
+
 def verify(
     reference: Run,
     candidate: Run,
     pixels: NDArray[np.uint8],
     *,
-    tolerance: float,
+    bar: Bar,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Report:
     """Compare two models on the same images, in batches of several sizes.
@@ -86,8 +183,8 @@ def verify(
     Args:
         reference: The unmerged model.
         candidate: The artefact.
-        pixels: Images, uint8 [n, H, W, 3], n at least the largest batch size.
-        tolerance: Largest difference allowed, for logits up to 1; it grows with the largest logit.
+        pixels: Images, uint8 [n, H, W, 3].
+        bar: What the candidate must reach.
         batch_sizes: Sizes to run the candidate with; the images are gone through once with each.
 
     Returns:
@@ -95,40 +192,14 @@ def verify(
 
     Raises:
         VerificationError: A difference above the tolerance, an answer that is not finite or of
-            another shape, or no answer. A top class that differs within the tolerance is a tie,
-            and counts against ``agreement`` only.
+            another shape, no answer, or too little agreement. A top class that differs within the
+            tolerance is a tie, and counts against ``agreement`` only.
     """
     expected = np.concatenate([reference(batch) for batch in _batches(pixels, max(batch_sizes))])
-    if not np.isfinite(expected).all():
-        raise VerificationError(
-            "The unmerged model's own logits are not finite: nothing is written."
-        )
-    largest = float(np.abs(expected).max())
-    allowed = tolerance * max(1.0, largest)
-    max_abs, agreeing, compared = 0.0, 0, 0
+    comparison = Comparison(float(np.abs(expected).max()), bar)
     for size in batch_sizes:
-        answers = _answers(candidate, pixels, size)
-        if answers.shape != expected.shape or not np.isfinite(answers).all():
-            raise VerificationError(
-                f"At batch size {size} the artefact answers with shape {answers.shape} where "
-                f"{expected.shape} and finite values are expected: it is not written."
-            )
-        max_abs = max(max_abs, float(np.abs(answers - expected).max()))
-        if max_abs > allowed:
-            raise VerificationError(
-                f"At batch size {size} the artefact's logits differ from the unmerged model's by "
-                f"{max_abs:.2e}, but at most {allowed:.2e} is allowed: it is not written."
-            )
-        agreeing += int((answers.argmax(1) == expected.argmax(1)).sum())
-        compared += len(answers)
-    return Report(
-        images=len(pixels),
-        batch_sizes=tuple(batch_sizes),
-        max_abs=max_abs,
-        relative=max_abs / largest if largest else 0.0,
-        agreement=agreeing / compared,
-        tolerance=allowed,
-    )
+        comparison.add(_answers(candidate, pixels, size), expected, size)
+    return comparison.report(len(pixels), batch_sizes)
 
 
 def _answers(candidate: Run, pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ def test_the_command_prints_where_the_files_are_and_what_was_verified(
         ["model.ckpt"],
         ["--merge"],
         ["--merge", "model.ckpt", "--images"],
-        ["--merge", "model.ckpt", "--precision", "int7"],
+        ["--merge", "model.ckpt", "--min-agreement", "most"],
         ["--merge", "model.ckpt", "another.ckpt"],
     ],
     ids=" ".join,

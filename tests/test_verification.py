@@ -15,7 +15,7 @@ from aoft_deploy.cli.export import main
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.export import export_merged
-from aoft_deploy.verification import BATCH_SIZES, Report, random_pixels, verify
+from aoft_deploy.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
 
 Logits = NDArray[np.float32]
 Answer = Callable[[NDArray[Any], Logits], Any]
@@ -37,7 +37,7 @@ EXPECTED = np.array([[0, 1, 0.5], [4, 2, -8], [1, 0, 0], [0, 0, 3]], np.float32)
 
 
 def test_equal_answers_give_a_report_of_zeros() -> None:
-    report = verify(lookup(EXPECTED), lookup(EXPECTED), numbered(4), tolerance=1e-6)
+    report = verify(lookup(EXPECTED), lookup(EXPECTED), numbered(4), bar=Bar(1e-6))
     assert report == Report(4, (1, 2, 7), 0.0, 0.0, 1.0, 8e-6)
     assert report.to_dict()["batch_sizes"] == (1, 2, 7)
 
@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_the_arrays() -> None:
     answers = EXPECTED.copy()
     answers[1, 2] += 0.25
     answers[0] = [1.125, 1, 0.5]  # another top class, and the largest difference
-    report = verify(lookup(EXPECTED), lookup(answers), numbered(4), tolerance=0.25)
+    report = verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(0.25))
     assert report.max_abs == 1.125
     assert report.relative == 1.125 / 8
     assert report.agreement == 0.75
@@ -57,7 +57,7 @@ def test_the_figures_are_those_of_the_arrays() -> None:
 def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
     small: Logits = EXPECTED / np.float32(800)
     report = verify(
-        lookup(small), lookup(np.add(small, 9e-4, dtype=np.float32)), numbered(4), tolerance=1e-3
+        lookup(small), lookup(np.add(small, 9e-4, dtype=np.float32)), numbered(4), bar=Bar(1e-3)
     )
     assert report.tolerance == 1e-3
     with pytest.raises(VerificationError, match=r"at most 1\.00e-03 is allowed"):
@@ -65,13 +65,13 @@ def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
             lookup(small),
             lookup(np.add(small, 2e-3, dtype=np.float32)),
             numbered(4),
-            tolerance=1e-3,
+            bar=Bar(1e-3),
         )
 
 
 def test_logits_of_zero_have_no_relative_error() -> None:
     zeros = np.zeros((4, 3), np.float32)
-    assert verify(lookup(zeros), lookup(zeros), numbered(4), tolerance=1e-6).relative == 0.0
+    assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
 
 
 def test_every_batch_size_goes_once_through_all_images() -> None:
@@ -82,7 +82,7 @@ def test_every_batch_size_goes_once_through_all_images() -> None:
         return EXPECTED[batch[:, 0, 0, 0] % 4]
 
     table = np.tile(EXPECTED, (3, 1))[:9]
-    verify(lookup(table), candidate, numbered(9), tolerance=1e-6)
+    verify(lookup(table), candidate, numbered(9), bar=Bar(1e-6))
     assert BATCH_SIZES == (1, 2, 7)
     assert seen == [1] * 9 + [2, 2, 2, 2, 1] + [7, 2]
 
@@ -95,9 +95,9 @@ def test_a_difference_at_one_batch_size_alone_is_found(size: int) -> None:
         return table[batch[:, 0, 0, 0]] + np.float32(0.1 * (len(batch) == size))
 
     with pytest.raises(VerificationError, match=f"At batch size {size} .* differ .* by 1.00e-01"):
-        verify(lookup(table), candidate, numbered(7), tolerance=1e-3, batch_sizes=(size,))
+        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3), batch_sizes=(size,))
     with pytest.raises(VerificationError, match="logits differ from the unmerged model's"):
-        verify(lookup(table), candidate, numbered(7), tolerance=1e-3)
+        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -105,7 +105,7 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
     answers = EXPECTED.copy()
     answers[2, 1] = value
     with pytest.raises(VerificationError, match="finite values are expected"):
-        verify(lookup(EXPECTED), lookup(answers), numbered(4), tolerance=1e9)
+        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
 )
 def test_an_answer_of_another_shape_is_refused(answers: Logits) -> None:
     with pytest.raises(VerificationError, match="where \\(4, 3\\) and finite values are expected"):
-        verify(lookup(EXPECTED), lookup(answers), numbered(4), tolerance=1e9)
+        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
 
 
 def test_a_reference_that_is_not_finite_is_refused() -> None:
     broken = np.full_like(EXPECTED, np.nan)
     with pytest.raises(VerificationError, match="unmerged model's own logits are not finite"):
-        verify(lookup(broken), lookup(broken), numbered(4), tolerance=1)
+        verify(lookup(broken), lookup(broken), numbered(4), bar=Bar(1))
 
 
 def test_random_images_are_different_whole_range_and_repeatable() -> None:
@@ -150,7 +150,7 @@ def test_random_images_exist_at_every_size(size: int) -> None:
 class FakeExporter:
     """An exporter whose engine answers what a test wants, in place of ONNX Runtime."""
 
-    SUFFIX, TOLERANCE = ".onnx", 5e-5
+    SUFFIX, TOLERANCE, PRECISIONS = ".onnx", 5e-5, ("fp32",)
     takes_pixels = False
 
     def __init__(self, answer: Answer) -> None:

@@ -53,7 +53,25 @@ def parser() -> argparse.ArgumentParser:
         "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
     )
     options.add_argument(
-        "--images", type=Path, nargs="+", default=[], metavar="IMAGE", help="also verify with these"
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="verify with these images, or folders of images, too",
+    )
+    options.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="fp32 (default) or int8, which is judged on --images",
+    )
+    options.add_argument(
+        "--min-agreement",
+        type=float,
+        default=0.99,
+        metavar="SHARE",
+        help="below fp32: share of images that must keep their top class (default 0.99)",
     )
     options.add_argument(
         "--force", action="store_true", help="accept other backbone weights than those trained on"
@@ -65,7 +83,7 @@ def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
     command = ["aoft-export", *(options.argv or [])]
     if options.fleet:
-        for name in ("uint8", "backbone", "images"):
+        for name in ("uint8", "backbone"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
         if options.to != "onnx":
@@ -77,6 +95,9 @@ def export(options: argparse.Namespace) -> None:
             options.output or Path("fleet.onnx"),
             weights=options.backbone_weights,
             force=options.force,
+            images=options.images,
+            precision=options.precision,
+            min_agreement=options.min_agreement,
             command=command,
         )
     else:
@@ -91,14 +112,18 @@ def export(options: argparse.Namespace) -> None:
             weights=options.backbone_weights,
             force=options.force,
             images=options.images,
+            precision=options.precision,
+            min_agreement=options.min_agreement,
             command=command,
         )
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
+    allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
+    asked = f" (asked {report.min_agreement:.1%})" if report.min_agreement else ""
     print(
         f"verified on {report.images} images at batch sizes "
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
-        f"(allowed {report.tolerance:.1e}), top-1 agreement {report.agreement:.1%}"
+        f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{asked}"
     )
     print(f"manifest: {exported.manifest}")
 

@@ -27,6 +27,7 @@ from aoft_deploy.errors import (
     OutputError,
     SettingError,
 )
+from aoft_exporters.int8 import quantised
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from aoft_deploy.mixed import MixedModel
 
 __all__ = [
+    "PRECISIONS",
     "SUFFIX",
     "TOLERANCE",
     "OnnxEngine",
@@ -46,6 +48,7 @@ __all__ = [
 
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
+PRECISIONS = ("fp32", "int8")
 OPSET = 20
 """LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
 
@@ -80,7 +83,6 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
             f"The weights take {size / 2**30:.1f} GiB, but one ONNX file holds 2 GiB: "
             "export with --to timm."
         )
-    import onnx
     import torch
 
     if recipe.uint8:
@@ -90,9 +92,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         example = torch.zeros(2, 3, recipe.size, recipe.size)
     name = "image" if recipe.uint8 else "pixel_values"
     proto = _trace(model, {name: (example, "batch")})
-    onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    _save(proto, path, recipe)
 
 
 def export_fleet(
@@ -138,7 +138,16 @@ def export_fleet(
     for name in FLEET_TABLES:
         proto.graph.input.remove(inputs[name])
         proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
+    _save(proto, path, recipe)
+
+
+def _save(proto: Any, path: Path, recipe: Recipe) -> None:
+    """Write the graph with its metadata, in the asked precision."""
+    import onnx
+
     onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
+    if recipe.precision == "int8":
+        proto = quantised(proto)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 

@@ -22,12 +22,13 @@ from aoft_deploy.errors import OutputError, SettingError
 if TYPE_CHECKING:
     from aoft_deploy.tuned import TunedModel
 
-__all__ = ["MARKER", "SUFFIX", "TAKES", "TOLERANCE", "PeftEngine", "export", "load"]
+__all__ = ["MARKER", "PRECISIONS", "SUFFIX", "TAKES", "TOLERANCE", "PeftEngine", "export", "load"]
 
 SUFFIX = ".peft"
 MARKER = "adapter_config.json"
 TAKES = "tuned"
 TOLERANCE = 1e-5
+PRECISIONS = ("fp32",)
 
 
 def export(model: TunedModel, path: Path, recipe: Recipe) -> None:

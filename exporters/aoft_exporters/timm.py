@@ -19,10 +19,11 @@ from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["SUFFIX", "TOLERANCE", "TimmEngine", "export", "load"]
+__all__ = ["PRECISIONS", "SUFFIX", "TOLERANCE", "TimmEngine", "export", "load"]
 
 SUFFIX = ".safetensors"
 TOLERANCE = 5e-5
+PRECISIONS = ("fp32",)
 
 
 def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
