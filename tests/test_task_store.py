@@ -1,0 +1,308 @@
+"""Stores of tasks: a folder of checkpoints and a packed file give the same numbers."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from aoft_deploy import packed_tasks
+from aoft_deploy.checkpoint_folder import CheckpointFolder
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
+from aoft_deploy.packed_tasks import PackedTasks, pack
+from aoft_deploy.task_names import Names
+from aoft_deploy.task_numbers import TaskKind, TaskNumbers, read_checkpoint_numbers
+from aoft_deploy.task_store import open_store
+
+KIND = TaskKind(
+    digest="d" * 64,
+    method="aoft-lora-star",
+    settings={"rank": 2},
+    preprocessing={"size": 16},
+    order=(("update.a.q", (3,)), ("update.a.b", (2, 2))),
+    width=4,
+)
+
+
+def write(path: Path, classes: Sequence[str] = ("x", "ü"), seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint of KIND; ``changes`` replace tensors (None: leave out) or metadata."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, NDArray[Any] | None] = {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in KIND.order
+    }
+    tensors["head.head.weight"] = rng.normal(size=(len(classes), 4)).astype(np.float32)
+    tensors["head.head.bias"] = rng.normal(size=len(classes)).astype(np.float32)
+    tensors |= changes.pop("tensors", {})
+    metadata = {
+        "method": KIND.method,
+        "settings": KIND.settings,
+        "preprocessing": KIND.preprocessing,
+        "backbone": {"digest": KIND.digest},
+        "classes": classes,
+    } | changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path, metadata={"aoft": json.dumps(metadata)})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    """Tasks as files and as folders, with things beside them that are no tasks."""
+    root = tmp_path / "tasks"
+    write(root / "cats.ckpt", seed=1)
+    write(root / "dogs" / "model.ckpt", ["a", "b", "c"], seed=2)
+    write(root / "zürich v1.0.ckpt", ["only"], seed=3)
+    (root / "empty").mkdir()
+    (root / "notes.txt").write_text("no task")
+    write(root / "model.ckpt")
+    return CheckpointFolder(root, KIND)
+
+
+@pytest.fixture
+def packed(folder: CheckpointFolder, tmp_path: Path) -> Path:
+    pack(folder, tmp_path / "tasks.pack")
+    return tmp_path / "tasks.pack"
+
+
+def same(one: TaskNumbers, other: TaskNumbers) -> bool:
+    arrays = np.array_equal(one.row, other.row) and np.array_equal(one.head, other.head)
+    return arrays and one.classes == other.classes
+
+
+def test_folder_and_packed_file_give_the_checkpoints_numbers(
+    folder: CheckpointFolder, packed: Path
+) -> None:
+    files = ["cats.ckpt", "dogs/model.ckpt", "zürich v1.0.ckpt"]
+    both = open_store(folder.path, KIND), open_store(packed, KIND)
+    assert [type(store) for store in both] == [CheckpointFolder, PackedTasks]
+    for store in both:
+        assert list(store.names) == ["cats", "dogs", "zürich v1.0"]
+        for name, file in zip(store.names, files, strict=True):
+            assert name in store
+            assert same(store.read(name), read_checkpoint_numbers(folder.path / file, KIND))
+        assert store.read("zürich v1.0").head.shape == (1, 5)
+        for name in ("empty", "notes", "model", "", "..", "../tasks/cats", "dogs/model", "x" * 999):
+            assert name not in store
+        with pytest.raises(UnknownNameError, match=r"Unknown task 'cat'\. Did you mean cats"):
+            store.read("cat")
+
+
+def test_numbers_stand_in_the_order_of_the_kind(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ckpt", ["x"], seed=5)
+    rng = np.random.default_rng(5)
+    q, b = rng.normal(size=3).astype(np.float32), rng.normal(size=(2, 2)).astype(np.float32)
+    weight, bias = rng.normal(size=(1, 4)), rng.normal(size=1)
+    numbers = read_checkpoint_numbers(path, KIND)
+    assert numbers.row.tolist() == [*q, *b.ravel()]
+    assert np.allclose(numbers.head, np.column_stack([weight, bias]))
+
+
+def test_a_classifier_may_have_no_biases(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ckpt", tensors={"head.head.bias": None})
+    assert not read_checkpoint_numbers(path, KIND).head[:, -1].any()
+
+
+def test_a_checkpoint_that_comes_later_is_in_the_folder(folder: CheckpointFolder) -> None:
+    assert "late" not in folder
+    write(folder.path / "late.ckpt", seed=9)
+    assert "late" in folder and "late" in list(folder.names)
+
+
+def test_a_name_that_two_checkpoints_give_is_refused(folder: CheckpointFolder) -> None:
+    write(folder.path / "cats" / "model.ckpt")
+    with pytest.raises(SettingError, match=r"Two tasks are called 'cats', .*cats.ckpt and .*model"):
+        folder.read("cats")
+    with pytest.raises(SettingError, match="Two tasks are called 'cats': rename one"):
+        _ = folder.names
+
+
+def test_stores_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="There is no folder of checkpoints or file of packed"
+    ):
+        open_store(tmp_path / "missing", KIND)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        CheckpointFolder(tmp_path / "missing", KIND)
+    with pytest.raises(CheckpointError, match="missing cannot be opened"):
+        PackedTasks(tmp_path / "missing")
+
+
+BAD: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"method": "lora"}, "has method lora, but the fleet's is aoft-lora-star"),
+    ({"settings": {"rank": 3}}, "has settings {'rank': 3}"),
+    ({"preprocessing": {}}, "has preprocessing"),
+    ({"backbone": {"digest": "0" * 64}}, "trained on backbone weights 000000000000"),
+    ({"backbone": {}}, "is no checkpoint of aoft-train"),
+    ({"classes": []}, "names no classes"),
+    (
+        {"tensors": {"head.head.weight": np.zeros((3, 4)), "head.head.bias": np.zeros(3)}},
+        r"classifier in .* finite numbers of shape \(2, 5\)",
+    ),
+    ({"tensors": {"update.a.q": None}}, r"update.a.q in .* finite numbers of shape \(3,\)"),
+    ({"tensors": {"update.a.q": np.full(3, np.nan, np.float32)}}, "update.a.q in .* finite"),
+    ({"tensors": {"update.a.q": np.full(3, 1e300)}}, "update.a.q in .* finite"),
+    ({"tensors": {"update.b.q": np.zeros(3)}}, "classifier in"),
+    ({"tensors": {"head.head.weight": None}}, "classifier in"),
+    ({"tensors": {"head.head.bias": np.zeros(3)}}, "classifier in"),
+    ({"tensors": {"head.head.more": np.zeros((2, 4))}}, "classifier in"),
+    ({"tensors": {"head.head.more": np.zeros((2, 4, 1))}}, "classifier in"),
+)
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_not_packed(
+    folder: CheckpointFolder, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(folder.path / "bad.ckpt", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        folder.read("bad")
+    with pytest.raises(CheckpointError, match=message):
+        pack(folder, tmp_path / "tasks.pack")
+    assert not (tmp_path / "tasks.pack").exists()
+
+
+class Given:
+    """A store of numbers that are given."""
+
+    def __init__(self, tasks: dict[str, TaskNumbers], kind: TaskKind = KIND) -> None:
+        self.kind, self.tasks = kind, tasks
+
+    @property
+    def names(self) -> Names:
+        return Names.of(self.tasks)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tasks
+
+    def read(self, name: str) -> TaskNumbers:
+        return self.tasks[name]
+
+
+def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> TaskNumbers:
+    names = tuple(map(str, range(classes)))
+    return TaskNumbers(np.ones(row, np.float32), np.ones(head, np.float32), names)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(0, 5), classes=0)],
+)
+def test_numbers_of_other_shapes_are_not_packed(task: TaskNumbers, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Task 'bad' has numbers of shape"):
+        pack(Given({"bad": task}), tmp_path / "tasks.pack")
+
+
+def test_numbers_that_are_not_finite_are_not_packed(tmp_path: Path) -> None:
+    task = numbers()
+    task.head[1, 1] = np.inf
+    with pytest.raises(CheckpointError, match="Task 'bad' holds numbers that are not finite"):
+        pack(Given({"bad": task}), tmp_path / "tasks.pack")
+
+
+def test_a_store_without_tasks_is_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There are no tasks to pack into"):
+        pack(Given({}), tmp_path / "tasks.pack")
+
+
+def test_a_file_that_cannot_be_written_is_told(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError, match="it exists and is no file"):
+        pack(folder, tmp_path)
+
+    def full(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed_tasks, "_index", full)
+    with pytest.raises(OutputError, match=r"Cannot write .*tasks.pack: No space left on device"):
+        pack(folder, tmp_path / "tasks.pack")
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+
+
+def test_every_truncation_and_every_damaged_byte_is_told(packed: Path, tmp_path: Path) -> None:
+    whole, hurt = packed.read_bytes(), tmp_path / "hurt.pack"
+    expected = {name: PackedTasks(packed).read(name) for name in PackedTasks(packed).names}
+    for length in range(0, len(whole), 7):
+        hurt.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="no file of packed tasks, or a truncated one"):
+            PackedTasks(hurt)
+    for place in range(8, len(whole)):
+        hurt.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"truncated one|is damaged: pack the file anew"):
+            store = PackedTasks(hurt)
+            for name in store.names:
+                assert same(store.read(name), expected[name])
+
+
+def test_a_file_truncated_while_it_is_open_is_an_error_and_not_the_end(packed: Path) -> None:
+    store = PackedTasks(packed)
+    with packed.open("r+b") as file:
+        file.truncate(50)
+    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file anew"):
+        store.read("cats")
+
+
+def test_a_file_that_cannot_be_read_is_an_error(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    store = PackedTasks(packed)
+    monkeypatch.setattr("os.preadv", broken)
+    with pytest.raises(CheckpointError, match=r"tasks.pack cannot be read \(Input/output error\)"):
+        store.read("cats")
+
+
+def test_a_packed_file_of_another_kind_is_refused(packed: Path) -> None:
+    assert PackedTasks(packed).kind == KIND
+    with pytest.raises(CheckpointError, match="trained on backbone weights dddddddddddd, but"):
+        PackedTasks(packed, replace(KIND, digest="e" * 64))
+    with pytest.raises(CheckpointError, match="has settings"):
+        PackedTasks(packed, replace(KIND, settings={"rank": 4}))
+    with pytest.raises(CheckpointError, match="in another order than the fleet: pack anew"):
+        PackedTasks(packed, replace(KIND, order=KIND.order[::-1]))
+
+
+def test_a_file_may_be_packed_over_itself_while_others_read_it(
+    packed: Path, folder: CheckpointFolder
+) -> None:
+    before = PackedTasks(packed)
+    write(folder.path / "cats.ckpt", ["new"], seed=8)
+    pack(folder, packed)
+    pack(PackedTasks(packed), packed)
+    assert same(PackedTasks(packed).read("cats"), folder.read("cats"))
+    assert before.read("cats").classes == ("x", "ü")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tasks_open_without_an_object_for_each(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    class Many(Given):
+        names = Names.of(f"task-{i:06}" for i in range(100_000))
+
+        def read(self, name: str) -> TaskNumbers:
+            return TaskNumbers(np.full(7, int(name[5:]), np.float32), numbers().head, ("a", "b"))
+
+    pack(Many({}), tmp_path / "many.pack")
+    gc.collect()
+    before = len(gc.get_objects())
+    start = time.perf_counter()
+    store = PackedTasks(tmp_path / "many.pack", KIND)
+    record_property("seconds to open", time.perf_counter() - start)
+    assert len(store.names) == 100_000 and len(gc.get_objects()) - before < 100
+    for place in (0, 31_415, 99_999):
+        assert (store.read(f"task-{place:06}").row == place).all()
+    with pytest.raises(UnknownNameError, match=r"Did you mean task-03"):
+        store.read("task-03141")
