@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from numpy.typing import NDArray
 
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import open_checkpoint, save
+from aoft_deploy.checkpoint_folder import CheckpointFolder
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.fleet import Fleet, _joined
+from aoft_deploy.fleet import Fleet
+from aoft_deploy.packed_tasks import PackedTasks, pack
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import attach, merge
 
@@ -104,7 +108,7 @@ def test_tasks_added_one_by_one_answer_as_their_merged_models(
     images: NDArray[np.float32],
     expected: dict[str, NDArray[np.float32]],
 ) -> None:
-    fleet = Fleet(artefact, capacity=2, threads=1)
+    fleet = Fleet(artefact, threads=1)
     for name in list(tasks)[2:]:
         assert fleet.add(tasks[name]) == name
     assert {name: len(classes) for name, classes in fleet.tasks.items()} == dict(
@@ -124,8 +128,8 @@ def test_a_removed_task_never_answers_again_and_its_room_is_used_again(
     images: NDArray[np.float32],
     expected: dict[str, NDArray[np.float32]],
 ) -> None:
-    fleet = Fleet(artefact, capacity=4, threads=1)
-    bytes_before = fleet._bank.nbytes, fleet._heads.nbytes
+    fleet = Fleet(artefact, threads=1)
+    before = fleet.residency
     for round in range(30):
         name = f"t{2 + round % (len(tasks) - 2)}"
         fleet.add(tasks[name])
@@ -133,68 +137,23 @@ def test_a_removed_task_never_answers_again_and_its_room_is_used_again(
         fleet.remove(name)
         with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
             fleet.predict(images[:1], [name])
-    assert (fleet._bank.nbytes, fleet._heads.nbytes) == bytes_before
-
-
-@pytest.mark.slow
-def test_no_answer_is_wrong_while_tasks_come_and_go(
-    artefact: Path,
-    tasks: dict[str, Path],
-    images: NDArray[np.float32],
-    expected: dict[str, NDArray[np.float32]],
-) -> None:
-    fleet = Fleet(artefact, capacity=2, threads=1)
-    stop, wrong, served = threading.Event(), list[str](), [0] * 4
-
-    def churn() -> None:
-        rng, there = np.random.default_rng(7), set[str]()
-        while not stop.is_set():
-            name = f"t{rng.integers(2, len(tasks))}"
-            if name in there:
-                fleet.remove(name)
-                there.remove(name)
-            else:
-                fleet.add(tasks[name])
-                there.add(name)
-
-    def ask(worker: int) -> None:
-        rng = np.random.default_rng(worker)
-        for _ in range(400):
-            names = [f"t{i}" for i in rng.integers(0, len(tasks), 4)]
-            chosen = rng.integers(0, 8, 4).tolist()
-            try:
-                answers = fleet.predict(images[chosen], names)
-            except UnknownNameError:
-                names = ["t0", "t1", "t1", "t0"]
-                answers = fleet.predict(images[chosen], names)
-            if not right(answers, names, chosen, expected):
-                wrong.append(f"{names} {chosen}")
-            served[worker] += 1
-
-    changer = threading.Thread(target=churn)
-    changer.start()
-    workers = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    stop.set()
-    changer.join()
-    assert not wrong and served == [400] * 4
+    assert (fleet.residency.tasks, fleet.residency.bytes) == (before.tasks, before.bytes)
+    assert fleet._tables._next_slot == before.tasks + 1
 
 
 def test_a_slot_is_not_given_to_another_task_while_a_request_uses_it(
     artefact: Path, tasks: dict[str, Path]
 ) -> None:
-    fleet = Fleet(artefact, capacity=3, threads=1)
+    fleet = Fleet(artefact, threads=1)
     fleet.add(tasks["t2"])
-    with fleet._pinned(["t2"]) as (slots, _, tables):
-        before = tables["bank"][slots[0]].copy()
+    with fleet._tasks.holding(["t2"]) as slots:
+        before = fleet._tables.bank[slots["t2"]].copy()
         fleet.remove("t2")
         fleet.add(tasks["t3"])
-        assert np.array_equal(tables["bank"][slots[0]], before)
+        assert np.array_equal(fleet._tables.bank[slots["t2"]], before)
     fleet.add(tasks["t4"])
-    assert fleet._slots["t4"] == slots[0]
+    with fleet._tasks.holding(["t4"]) as later:
+        assert later["t4"] == slots["t2"]
 
 
 def test_what_does_not_belong_is_refused_and_the_fleet_goes_on(
@@ -228,7 +187,7 @@ def test_what_does_not_belong_is_refused_and_the_fleet_goes_on(
     with pytest.raises(CheckpointError, match="trained on backbone weights 000000000000"):
         fleet.add(foreign)
     none = with_metadata(tasks["t2"], tmp_path / "none.ckpt", lambda m: m.update(classes=[]))
-    with pytest.raises(CheckpointError, match="no classifier of 32 features for 0 classes"):
+    with pytest.raises(CheckpointError, match="names no classes: a task needs one at least"):
         fleet.add(none)
     assert right(fleet.predict(images[:2], ["t1", "t0"]), ["t1", "t0"], [0, 1], expected)
 
@@ -266,15 +225,173 @@ def test_a_merged_model_is_no_fleet(artefact: Path, tasks: dict[str, Path], tmp_
         Fleet(tmp_path / "junk.onnx")
 
 
-def test_free_neighbours_become_one() -> None:
-    assert _joined([(4, 2), (0, 3), (6, 1), (9, 1), (3, 1)]) == [(0, 7), (9, 1)]
+@pytest.fixture(scope="module")
+def stores(
+    artefact: Path, tasks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """All tasks as a folder and as a packed file."""
+    packed = tmp_path_factory.mktemp("packed") / "tasks.pack"
+    folder = tasks["t0"].parent
+    pack(CheckpointFolder(folder, Fleet(artefact, threads=1).kind), packed)
+    return {"folder": folder, "packed": packed}
 
 
-def test_a_fleet_needs_neither_torch_nor_timm(artefact: Path, tasks: dict[str, Path]) -> None:
+def room_for(fleet: Fleet, widths: Sequence[int]) -> int:
+    """Bytes of tasks of these widths beside the fleet's own."""
+    return fleet.residency.bytes + sum(fleet._tables.size(width) for width in widths)
+
+
+@pytest.mark.parametrize("form", ["folder", "packed"])
+@pytest.mark.parametrize("room", [1, 3, 12])
+def test_tasks_of_a_store_answer_as_their_merged_models_in_any_budget(
+    artefact: Path,
+    stores: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+    form: str,
+    room: int,
+) -> None:
+    budget = room_for(Fleet(artefact, threads=1), room * [max(WIDTHS)])
+    fleet = Fleet(artefact, store=stores[form], budget=budget, threads=1)
+    assert list(fleet.tasks) == ["t0", "t1"] and len(fleet.classes("t5")) == WIDTHS[5]
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        chosen = rng.integers(0, 8, 8).tolist()
+        names = [f"t{i}" for i in rng.integers(0, len(WIDTHS), 8)]
+        assert right(fleet.predict(images[chosen], names), names, chosen, expected)
+        assert fleet.residency.bytes <= budget and {"t0", "t1"} <= set(fleet.tasks)
+    found = fleet.residency
+    assert found.misses >= 10 and found.hits > 0 and (found.evictions > 0) is (room < 12)
+    assert found.tasks == 2 + found.misses - found.evictions
+
+
+def test_a_task_of_the_store_that_was_removed_does_not_answer_and_its_name_may_be_another(
+    artefact: Path,
+    tasks: dict[str, Path],
+    stores: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+) -> None:
+    fleet = Fleet(artefact, store=stores["packed"], threads=1)
+    with pytest.raises(SettingError, match="has a task 't2': remove it first"):
+        fleet.add(tasks["t2"])
+    for name in ("t0", "t2", "t3"):
+        if name != "t3":  # in memory before it goes
+            fleet.predict(images[:1], ["t2"])
+        fleet.remove(name)
+        with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
+            fleet.predict(images[:1], [name])
+        with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
+            fleet.classes(name)
+        if name == "t0":
+            continue
+        fleet.add(tasks["t9"], name)
+        assert right(fleet.predict(images[:1], [name]), ["t9"], [0], expected)
+
+
+@pytest.mark.slow
+def test_no_answer_is_wrong_while_tasks_are_added_removed_exchanged_and_paged(
+    artefact: Path,
+    tasks: dict[str, Path],
+    stores: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+) -> None:
+    budget = room_for(Fleet(artefact, threads=1), 4 * [max(WIDTHS)])
+    fleet = Fleet(artefact, store=stores["packed"], budget=budget, threads=1)
+    stop, wrong, served = threading.Event(), list[str](), [0] * 8
+    meant: dict[str, list[tuple[float, float, str]]] = {"a": [], "b": []}  # from, until, whose
+
+    def churn() -> None:
+        rng = np.random.default_rng(7)
+        while not stop.is_set():
+            name, task = "ab"[rng.integers(2)], f"t{rng.integers(len(tasks))}"
+            if meant[name] and meant[name][-1][1] == float("inf"):
+                start, _, old = meant[name][-1]
+                fleet.remove(name)
+                meant[name][-1] = start, time.monotonic(), old
+            else:
+                meant[name].append((time.monotonic(), float("inf"), task))
+                fleet.add(tasks[task], name)
+
+    def own(name: str, start: float, end: float) -> list[str]:
+        """Whose numbers a name may have meant at some moment between."""
+        spans = list(meant.get(name, [(start, end, name)]))
+        return [task for begin, until, task in spans if begin <= end and until >= start]
+
+    def ask(worker: int) -> None:
+        rng = np.random.default_rng(worker)
+        for _ in range(1000):
+            names = [f"t{i}" for i in rng.integers(0, len(tasks), 3)] + ["ab"[rng.integers(2)]]
+            chosen = rng.integers(0, 8, 4).tolist()
+            start = time.monotonic()
+            try:
+                answers = fleet.predict(images[chosen], names)
+            except UnknownNameError:
+                names, chosen = names[:3], chosen[:3]
+                answers = fleet.predict(images[chosen], names)
+            end = time.monotonic()
+            for answer, name, image in zip(answers, names, chosen, strict=True):
+                options = own(name, start, end)
+                if not any(right([answer], [task], [image], expected) for task in options):
+                    wrong.append(f"{name} {image} {options}")
+            served[worker] += 1
+
+    changer = threading.Thread(target=churn)
+    changer.start()
+    workers = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    stop.set()
+    changer.join()
+    assert not wrong and served == [1000] * 8
+    found = fleet.residency
+    assert found.evictions > 1000 and found.bytes <= budget
+    assert min(len(spans) for spans in meant.values()) > 10
+
+
+def test_a_store_that_does_not_fit_is_refused(
+    artefact: Path,
+    stores: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+    write: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        CheckpointError, match="There is no folder of checkpoints or file of packed"
+    ):
+        Fleet(artefact, store=tmp_path / "missing", threads=1)
+    (tmp_path / "cut.pack").write_bytes(stores["packed"].read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="no file of packed tasks, or a truncated one"):
+        Fleet(artefact, store=tmp_path / "cut.pack", threads=1)
+    store = PackedTasks(stores["packed"])
+    store.kind = replace(store.kind, digest="0" * 64)
+    with pytest.raises(CheckpointError, match="trained on backbone weights 000000000000, but the"):
+        Fleet(artefact, store=store, threads=1)
+    with pytest.raises(SettingError, match=r"A task of \d classes takes .* larger budget"):
+        Fleet(artefact, budget=Fleet(artefact).residency.bytes - 1, threads=1)
+    with pytest.raises(SettingError, match="A budget of 100 bytes holds no task"):
+        Fleet(artefact, budget=100, threads=1)
+    write(tmp_path / "tasks" / "lora.ckpt", 3, 0, "lora")
+    fleet = Fleet(artefact, store=str(tmp_path / "tasks"), threads=1)
+    with pytest.raises(CheckpointError, match="has method lora, but the fleet's is aoft-lora-star"):
+        fleet.predict(images[:2], ["t0", "lora"])
+    with pytest.raises(UnknownNameError, match=r"Unknown task 'lor'\. Did you mean lora"):
+        fleet.predict(images[:1], ["lor"])
+    assert right(fleet.predict(images[:2], ["t1", "t0"]), ["t1", "t0"], [0, 1], expected)
+
+
+def test_a_fleet_needs_neither_torch_nor_timm(
+    artefact: Path, tasks: dict[str, Path], stores: dict[str, Path]
+) -> None:
     code = (
         "import sys\nimport numpy as np\nfrom aoft_deploy.fleet import Fleet\n"
-        f"fleet = Fleet({str(artefact)!r}, threads=1)\nfleet.add({str(tasks['t2'])!r})\n"
-        "fleet.predict(np.zeros((1, 3, 16, 16), np.float32), ['t2'])\n"
+        f"fleet = Fleet({str(artefact)!r}, store={str(stores['packed'])!r}, threads=1)\n"
+        f"fleet.add({str(tasks['t2'])!r}, 'mine')\n"
+        "fleet.predict(np.zeros((2, 3, 16, 16), np.float32), ['mine', 't7'])\n"
         "assert not {'torch', 'timm'}.intersection(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
