@@ -147,7 +147,11 @@ def pack(source: TaskStore, path: Path) -> None:
                     kind.check_numbers(name, task)
                     text = json.dumps(task.classes).encode()
                     data = b"".join(
-                        [task.row.astype("<f4").data, task.head.astype("<f4").data, text]
+                        [
+                            task.row.astype("<f4", copy=False).data,
+                            task.head.astype("<f4", copy=False).data,
+                            text,
+                        ]
                     )
                     entry = file.tell(), len(task.head), len(text), zlib.crc32(data)
                     entries[place] = (names.ends[place], *entry)
