@@ -27,7 +27,7 @@ from aoft_deploy.prompts import Prompted
 from aoft_deploy.tuned import TunedModel, UpdatedModule
 from aoft_deploy.updates import Update
 
-__all__ = ["Layout", "MixedModel", "classifier_rows"]
+__all__ = ["FleetModel", "FoldedModel", "Layout", "MixedModel", "classifier_rows"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Layout:
         return found
 
 
-class _Batch:
+class Batch:
     """The deltas of the batch that is under way, and which of them were asked for."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class _Batch:
 class Mixed(nn.Module):
     """Mixed into a layer's class: what the layer gives, changed for each sample by its own task."""
 
-    batch: _Batch
+    batch: Batch
     places: list[tuple[Rows, str]]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class MixedPrompts(nn.Module):
         site: The block.
     """
 
-    def __init__(self, batch: _Batch, site: str) -> None:
+    def __init__(self, batch: Batch, site: str) -> None:
         super().__init__()
         self.batch, self.site = batch, site
 
@@ -179,41 +179,38 @@ def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Mixed{cls.__name__}", (Mixed, cls), {"__module__": __name__})
 
 
-class MixedModel(nn.Module):
-    """A backbone for mixed batches, made from one tuned model, which it takes over.
+class FleetModel(nn.Module):
+    """A backbone that answers with the tasks of a bank, made from one tuned model.
 
     Attributes:
         layout: Order of a task's numbers.
         width: Width of the features that classifiers take.
 
     Args:
-        tuned: A model of the method, settings and backbone that all tasks share.
+        tuned: A model of the method, settings and backbone that all tasks share; it is taken over.
 
     Raises:
-        AttachError: The model cannot answer a mixed batch, with the reason.
+        AttachError: The model cannot serve several tasks, with the reason.
     """
 
     def __init__(self, tuned: TunedModel) -> None:
         super().__init__()
         _check(tuned)
-        self.backbone, self.layout, self._batch = tuned.backbone, Layout(tuned.updates), _Batch()
-        names = {update: site for site, update in tuned.updates.items()}
+        self.backbone, self.layout, self._batch = tuned.backbone, Layout(tuned.updates), Batch()
+        names: dict[Any, str] = {update: site for site, update in tuned.updates.items()}
         for path, module in list(self.backbone.named_modules()):
-            if isinstance(module, UpdatedModule):
-                places = [
-                    (rows, names[update])  # type: ignore[index]
-                    for rows, update in zip(module.rows, module.updates, strict=True)
-                ]
-                layer = module.base
-                layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
-                layer.__dict__.update(batch=self._batch, places=places)
-                self.backbone.set_submodule(path, layer)
-            elif isinstance(module, Prompted) and "prompts" in module._modules:
-                site = names[module.get_submodule("prompts")]  # type: ignore[index]
-                module.add_module("prompts", MixedPrompts(self._batch, site))
+            self.place(path, module, names)
         self.width = self.backbone.get_parameter(tuned.classifier[0]).shape[1]
         self.backbone.reset_classifier(0)  # type: ignore[operator]
         self.requires_grad_(False).eval()
+
+    def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
+        """Make a module of the backbone take its deltas from the batch, if it has updates."""
+        raise NotImplementedError
+
+    def rows(self, bank: Tensor, task: Tensor) -> Tensor:
+        """The numbers that a batch needs, (samples, numbers)."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -239,7 +236,8 @@ class MixedModel(nn.Module):
         Returns:
             (batch, classes); −inf beyond a task's own classes.
         """
-        self._batch.deltas, self._batch.used = self.layout.deltas(bank[task]), set()
+        deltas = self.layout.deltas(self.rows(bank, task))
+        self._batch.deltas, self._batch.used = deltas, set()
         body: Any = self.backbone
         features = body.forward_head(body.forward_features(pixel_values), pre_logits=True)
         self._check_used()
@@ -260,6 +258,70 @@ class MixedModel(nn.Module):
             )
 
 
+class MixedModel(FleetModel):
+    """A backbone for mixed batches: every sample with its own task's deltas, added as it goes.
+
+    Raises:
+        AttachError: Samples cannot differ at some site, with the reason.
+    """
+
+    def __init__(self, tuned: TunedModel) -> None:
+        _check_mixing(tuned)
+        super().__init__(tuned)
+
+    def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
+        """Mix a class of ours into a layer's, or give prompts for every sample."""
+        if isinstance(module, UpdatedModule):
+            pairs = zip(module.rows, module.updates, strict=True)
+            layer = module.base
+            layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
+            places = [(rows, names[update]) for rows, update in pairs]
+            layer.__dict__.update(batch=self._batch, places=places)
+            self.backbone.set_submodule(path, layer)
+        elif isinstance(module, Prompted) and "prompts" in module._modules:
+            site = names[module.get_submodule("prompts")]
+            module.add_module("prompts", MixedPrompts(self._batch, site))
+
+    def rows(self, bank: Tensor, task: Tensor) -> Tensor:
+        """Each sample's own row."""
+        return bank[task]
+
+
+class FoldedModel(FleetModel):
+    """A backbone for batches of one task, whose numbers it folds into its weights each time.
+
+    Costs a pass over the weights that updates touch, whatever the batch; every method and layer
+    can do it. All samples are answered by the first one's task, so ``task`` must not differ.
+    """
+
+    def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
+        """Put the batch's deltas in the place of the module's updates."""
+        for name, child in list(module.named_children()):
+            if child in names:
+                module.add_module(name, _BatchUpdate(self._batch, names[child]))
+
+    def rows(self, bank: Tensor, task: Tensor) -> Tensor:
+        """The first sample's row, (1, numbers)."""
+        return bank[task[:1]]
+
+
+class _BatchUpdate(nn.Module):
+    """An update whose numbers are those of the batch's one task.
+
+    Args:
+        batch: Holds the deltas.
+        site: The update's.
+    """
+
+    def __init__(self, batch: Batch, site: str) -> None:
+        super().__init__()
+        self.batch, self.site = batch, site
+
+    def delta(self) -> Any:
+        """The delta of the task."""
+        return self.batch.take(self.site)[0]
+
+
 def classifier_rows(tuned: TunedModel) -> Tensor:
     """A task's classifier as rows of weight and bias, (classes, width + 1), float32."""
     weight, *rest = (tuned.backbone.get_parameter(name).detach() for name in tuned.classifier)
@@ -268,13 +330,17 @@ def classifier_rows(tuned: TunedModel) -> Tensor:
 
 
 def _check(tuned: TunedModel) -> None:
-    """Refuse what cannot be mixed."""
+    """Refuse what shares no backbone or has no plain classifier."""
     name = type(tuned.backbone).__name__
     if tuned.direct != tuned.classifier:
         raise AttachError(f"{tuned.method} changes every weight: its tasks share no backbone.")
     shapes = [tuned.backbone.get_parameter(n).dim() for n in tuned.classifier]
     if shapes not in ([2], [2, 1]):
         raise AttachError(f"{name} has no single linear classifier: its tasks cannot be mixed.")
+
+
+def _check_mixing(tuned: TunedModel) -> None:
+    """Refuse what cannot differ within a batch."""
     for path, module in tuned.backbone.named_modules():
         if parametrize.is_parametrized(module):
             raise AttachError(

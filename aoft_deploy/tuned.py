@@ -93,7 +93,7 @@ class UpdatedModule(nn.Module):
         deltas = self.deltas()
         if isinstance(self.base, nn.Linear):
             linear = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
-            if len(linear) == len(deltas):
+            if len(linear) == len(deltas) and torch.is_grad_enabled():
                 return apply_linear(x, self._base_weight, self._base_bias, linear)
             if len(deltas) == 1:
                 return deltas[0][1].mix(x, self.base(x), self._base_weight)

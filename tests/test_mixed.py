@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aoft_deploy import attach, merge
 from aoft_deploy.errors import AttachError, CheckpointError
 from aoft_deploy.methods import method_names
-from aoft_deploy.mixed import Layout, MixedModel, classifier_rows
+from aoft_deploy.mixed import FoldedModel, Layout, MixedModel, classifier_rows
 from aoft_deploy.tuned import TunedModel
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -92,6 +92,52 @@ def test_every_sample_gets_its_own_tasks_merged_answer(name: str, method: str) -
             own = logits[sample, : len(expected)]
             assert (own - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
             assert logits[sample, len(expected) :].isneginf().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        (n, m)
+        for n in ARCHITECTURES
+        for m in method_names()
+        if m != "full" and not (n == "convnext_atto" and "vpt" in m)
+    ],
+)
+@torch.no_grad()
+def test_a_batch_of_one_task_is_answered_by_the_task_folded_on_the_fly(
+    name: str, method: str
+) -> None:
+    tuned = tasks(name, method)
+    merged = [merge(t) for t in tuned]
+    given = tables(tuned, Layout(tuned[0].updates))
+    folded, x = FoldedModel(tuned[0]), images(name, 4)
+    for task in (1, 0, 2, 1):
+        logits, expected = folded(x, torch.full((4,), task), **given), merged[task](x)
+        assert (logits[:, : CLASSES[task]] - expected).abs().max() <= 1e-5 * max(
+            1, float(expected.abs().max())
+        )
+        assert logits[:, CLASSES[task] :].isneginf().all()
+
+
+@torch.no_grad()
+def test_biases_outside_their_map_are_folded_on_the_fly() -> None:
+    base = timm.create_model("beit_base_patch16_224", num_classes=3, img_size=32, depth=1).eval()
+    tuned = attach(base, "rlrr")
+    with torch.no_grad():
+        for parameter in tuned.trained().values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected, layout = merge(tuned)(torch.ones(2, 3, 32, 32)), Layout(tuned.updates)
+    given = {
+        "bank": layout.row(tuned.trained())[None],
+        "heads": classifier_rows(tuned),
+        "first": torch.tensor([0]),
+        "count": torch.tensor([3]),
+        "columns": torch.arange(3),
+    }
+    task = torch.zeros(2, dtype=torch.int64)
+    assert torch.allclose(
+        FoldedModel(tuned)(torch.ones(2, 3, 32, 32), task, **given), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("rank", "method"), [(32, "aoft-lora-star"), (32, "aoft-adapter")])
