@@ -95,7 +95,7 @@ class UpdatedModule(nn.Module):
             linear = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
             if len(linear) == len(deltas) and torch.is_grad_enabled():
                 return apply_linear(x, self._base_weight, self._base_bias, linear)
-            if len(deltas) == 1:
+            if len(deltas) == 1 and not linear:
                 return deltas[0][1].mix(x, self.base(x), self._base_weight)
         weight, bias = fold_rows(self._base_weight, self._base_bias, deltas)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
