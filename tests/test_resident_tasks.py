@@ -95,6 +95,19 @@ def test_what_is_held_is_not_evicted() -> None:
         assert tasks.value(slots["0"]) == 0 and "0" in tasks.resident
 
 
+def test_a_removed_task_keeps_its_numbers_for_the_requests_that_hold_it() -> None:
+    tasks = Resident(3, Store(9))
+    tasks.add("mine", task(70))
+    with tasks.holding(["0", "mine"]) as slots:
+        tasks.remove("0")
+        tasks.remove("mine")
+        for name in "1231":
+            assert tasks.values(name) == {name: float(name)}
+        assert (tasks.value(slots["0"]), tasks.value(slots["mine"])) == (0, 70)
+        assert tasks.residency.bytes == 3 * ROOM and list(tasks.resident) == ["1"]
+    assert tasks.residency.bytes == ROOM
+
+
 @pytest.mark.parametrize("what", ["asked", "added"])
 def test_who_needs_room_waits_until_a_request_ends(what: str) -> None:
     tasks = Resident(1, Store(9))
