@@ -131,7 +131,12 @@ class WeightDelta(_Tensors):
             weight.addmm_(self.left[:, rows].mT, self.right)
         if self.diagonal is not None and first < self.diagonal.shape[-1]:
             part = self.diagonal[rows]
-            weight.diagonal(first)[: len(part)].add_(part)
+            if torch.compiler.is_exporting():  # which loses writes into a diagonal
+                d = part.shape[0]
+                around = (first, weight.shape[1] - first - d, 0, weight.shape[0] - d)
+                weight.add_(F.pad(torch.diag_embed(part), around))
+            else:
+                weight.diagonal(first)[: len(part)].add_(part)
         if self.shift is not None and bias is not None:
             bias.add_(self.shift[first : first + len(bias)])
 

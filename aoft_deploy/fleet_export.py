@@ -7,8 +7,9 @@ compared with that task's own unmerged model.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from numpy.typing import NDArray
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from aoft_deploy.engines import Recipe, get_exporter
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.errors import (
+    AttachError,
+    CheckpointError,
+    OutputError,
+    SettingError,
+    UnknownNameError,
+)
 from aoft_deploy.export import (
     MIN_AGREEMENT,
     Exported,
@@ -34,13 +41,15 @@ from aoft_deploy.export import (
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.images import image_files, read_image
-from aoft_deploy.mixed import MixedModel, classifier_rows
+from aoft_deploy.mixed import FleetModel, FoldedModel, MixedModel, classifier_rows
 from aoft_deploy.tuned import TunedModel
 from aoft_deploy.verification import BATCH_SIZES, Bar, Comparison, Report
 
 __all__ = ["export_fleet", "task_names"]
 
 FORMAT = "aoft-deploy-fleet/1"
+
+FORMS = ("auto", "mixed", "folded")
 
 Pairs = list[tuple[int, int]]
 """Task and image of each answer."""
@@ -71,6 +80,7 @@ def export_fleet(
     images: Sequence[Path] = (),
     precision: str = "fp32",
     min_agreement: float = MIN_AGREEMENT,
+    form: str = "auto",
     command: Sequence[str] = (),
 ) -> Exported:
     """Export many tasks of one backbone as one ONNX graph, verified.
@@ -85,6 +95,9 @@ def export_fleet(
             built-in ones; below fp32 alone.
         precision: Of the shared backbone; the tasks' numbers stay float32.
         min_agreement: Below fp32, least share of answers with the unmerged models' top class.
+        form: ``mixed``: a batch may hold any tasks, each sample's update is added as it goes.
+            ``folded``: the runtime is given one task at a time, which the graph folds into its
+            weights; every method and layer can. ``auto`` takes mixed where it can and costs little.
         command: The command line, for the manifest.
 
     Returns:
@@ -103,17 +116,22 @@ def export_fleet(
     for path, task in zip(checkpoints, tasks, strict=True):
         _check_same(path, task, checkpoints[0], tasks[0])
     tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
-    mixed = MixedModel(open_checkpoint(checkpoints[0], weights=weights, force=force)[0])
+    spare = functools.partial(open_checkpoint, checkpoints[0], weights=weights, force=force)
     preprocessing = tasks[0].preprocessing
+    model, chosen = _model(lambda: spare()[0], form, precision, preprocessing.size)
     inputs = normalised(verification_pixels(preprocessing, pictures, precision), preprocessing)
-    expected, tables = _answers_and_tables(tuned, mixed, tasks, inputs)
-    metadata = {**_metadata(tuned, names, tasks, mixed), "precision": precision}
+    expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
+    metadata = {
+        **_metadata(tuned, names, tasks, model),
+        "precision": precision,
+        "form": chosen,
+    }
     mean, std = preprocessing.mean, preprocessing.std
     recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         try:
-            exporter.export_fleet(mixed, draft, recipe, tables)
+            exporter.export_fleet(model, draft, recipe, tables)
         except (OSError, RuntimeError) as error:
             if isinstance(error, OutputError):
                 raise
@@ -126,6 +144,7 @@ def export_fleet(
             "method": tuned.method,
             "settings": tuned.settings,
             "precision": precision,
+            "form": chosen,
             "forced": tuned.identity.digest != tasks[0].backbone.digest,
             "checkpoints": [
                 {"name": name, "sha256": file_digest(path)}
@@ -137,6 +156,39 @@ def export_fleet(
         size = draft.stat().st_size
         publish(draft, output, manifest)
     return Exported(output, manifest_path(output), report, size)
+
+
+def _model(
+    make: Callable[[], TunedModel], form: str, precision: str, size: int
+) -> tuple[FleetModel, str]:
+    """The model to export, and its form.
+
+    Raises:
+        UnknownNameError: There is no such form.
+        SettingError: Integers are to be folded into.
+        AttachError: The form asked for is not possible.
+    """
+    if form not in FORMS:
+        raise UnknownNameError("form of fleet", form, FORMS)
+    if form == "folded" and precision != "fp32":
+        raise SettingError(f"Nothing can be folded into weights of {precision}: use --form mixed.")
+    tuned = make()
+    if form == "folded" or (form == "auto" and precision == "fp32" and _multiplies_twice(tuned)):
+        return FoldedModel(tuned), "folded"
+    try:
+        model = MixedModel(tuned)
+        model.try_out(size)
+    except AttachError:
+        if form == "mixed" or precision != "fp32":
+            raise
+        return FoldedModel(make()), "folded"
+    return model, "mixed"
+
+
+def _multiplies_twice(tuned: TunedModel) -> bool:
+    """Whether a mixed batch takes a second product with a weight, as RLRR's gains do."""
+    deltas = (update.delta() for update in tuned.updates.values())
+    return any(getattr(delta, "gain_out", None) is not None for delta in deltas)
 
 
 def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoint) -> None:
@@ -154,7 +206,7 @@ def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoin
 
 def _answers_and_tables(
     tuned: TunedModel,
-    mixed: MixedModel,
+    model: FleetModel,
     tasks: Sequence[Checkpoint],
     inputs: NDArray[np.float32],
 ) -> tuple[list[NDArray[np.float32]], dict[str, NDArray[Any]]]:
@@ -164,7 +216,7 @@ def _answers_and_tables(
         tuned.backbone.reset_classifier(len(task.classes))  # type: ignore[operator]
         tuned.load_trained(task.tensors)
         expected.append(logits(tuned.eval(), inputs))
-        rows.append(mixed.layout.row(task.tensors))
+        rows.append(model.layout.row(task.tensors))
         heads.append(classifier_rows(tuned))
     count = np.array([len(head) for head in heads], np.int64)
     return expected, {
@@ -177,7 +229,7 @@ def _answers_and_tables(
 
 
 def _metadata(
-    tuned: TunedModel, names: Sequence[str], tasks: Sequence[Checkpoint], mixed: MixedModel
+    tuned: TunedModel, names: Sequence[str], tasks: Sequence[Checkpoint], model: FleetModel
 ) -> Mapping[str, str]:
     named = [
         {"name": name, "classes": list(task.classes)}
@@ -190,7 +242,7 @@ def _metadata(
         "method": tuned.method,
         "settings": json.dumps(tuned.settings),
         "backbone": json.dumps(tuned.identity.to_dict()),
-        "row": json.dumps(mixed.layout.order()),
+        "row": json.dumps(model.layout.order()),
     }
 
 

@@ -247,6 +247,19 @@ class FleetModel(nn.Module):
         logits = (chosen[..., :-1] @ features[..., None])[..., 0] + chosen[..., -1]
         return torch.where(own, logits, float("-inf"))
 
+    @torch.no_grad()
+    def try_out(self, size: int) -> None:
+        """Answer one image of zeros, ``size`` pixels wide.
+
+        Raises:
+            AttachError: A site cannot take part, which only a forward shows.
+        """
+        zero = torch.zeros(1, dtype=torch.int64)
+        weight = next(self.backbone.parameters())
+        heads = weight.new_zeros(1, self.width + 1)
+        bank = weight.new_zeros(1, self.layout.numbers)
+        self(weight.new_zeros(1, 3, size, size), zero, bank, heads, zero, zero + 1, zero)
+
     def _check_used(self) -> None:
         """Every site must have been asked for its delta, or tasks would be mixed up silently."""
         missed = sorted(set(self._batch.deltas) - self._batch.used)

@@ -34,7 +34,7 @@ from aoft_deploy.prompts import FixedPrompts, Prompted, place_prompts
 from aoft_deploy.sites import Site, classifier_names, find_sites
 from aoft_deploy.updates import Update
 
-__all__ = ["Prompted", "TunedModel", "attach", "merge"]
+__all__ = ["TunedModel", "attach", "merge"]
 
 
 class UpdatedModule(nn.Module):

@@ -5,6 +5,7 @@ of the time of one batch, each beside that of the merged model of a single task 
 
 * ``merged``       one task's merged model in ONNX Runtime: the limit
 * ``fleet``        ours in ONNX Runtime, every image with another one of the tasks
+* ``merged int8``, ``fleet int8``: the same with the shared weights in 8 bits
 * ``sessions``     a merged model's session for each task, one image after the other
 * ``LoraAdapter``  ONNX Runtime's own adapters (rank 8), switched before each image
 * ``torch merged``, ``torch fleet``, ``PEFT`` (rank 8 on qkv, ``adapter_names``) in PyTorch
@@ -35,7 +36,6 @@ import onnxruntime
 import peft
 import timm
 import torch
-from aoft_exporters.onnx import _trace
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -47,6 +47,8 @@ from aoft_deploy.fleet_export import export_fleet
 from aoft_deploy.mixed import Layout, MixedModel, classifier_rows
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, attach, merge
+from aoft_exporters.int8 import quantised
+from aoft_exporters.onnx import _trace
 
 CLASSES = 10
 HALF = (0.5, 0.5, 0.5)
@@ -157,11 +159,21 @@ class Rivals:
             start = time.perf_counter()
             self.fleet.add(path)
             self.adding.append(time.perf_counter() - start)
+        loaded = [session(self.merged_file, options) for _ in range(2)]  # the first warms up
+        gc.collect()
         before, start = resident(), time.perf_counter()
-        self.merged = session(self.merged_file, options)
+        loaded.append(session(self.merged_file, options))
         self.session_seconds = time.perf_counter() - start
         gc.collect()
         self.session_bytes = resident() - before
+        self.merged = loaded[0]
+        small = folder / "merged.int8.onnx", folder / "fleet.int8.onnx"
+        for source, target in zip((self.merged_file, fleet_file), small, strict=True):
+            onnx.save(quantised(onnx.load(source)), target)
+        self.merged_int8 = session(small[0], options)
+        self.fleet_int8 = Fleet(small[1], threads=options.threads)
+        for path in self.checkpoints[2:]:
+            self.fleet_int8.add(path)
         self.lora, self.adapters = adapter_session(options, folder)
         tuned = tuned_model(options, folder)
         rows, heads = [], []
@@ -199,6 +211,8 @@ class Rivals:
         return {
             "merged": lambda: self.merged.run(None, {"pixel_values": images}),
             "fleet": lambda: self.fleet.predict(images, names),
+            "merged int8": lambda: self.merged_int8.run(None, {"pixel_values": images}),
+            "fleet int8": lambda: self.fleet_int8.predict(images, names),
             "sessions": one_by_one,
             "LoraAdapter": switched,
             "torch merged": lambda: self.torch_merged(pixels),
@@ -226,7 +240,7 @@ def timed(
         if options.variants:
             chosen = {name: run for name, run in chosen.items() if name in options.variants}
         if case.tasks > 1:  # these answer as fast however many tasks there are
-            fixed = ("merged", "sessions", "LoraAdapter", "torch merged")
+            fixed = ("merged", "merged int8", "sessions", "LoraAdapter", "torch merged")
             if any(c.batch == case.batch and c.tasks < case.tasks for c in cases):
                 chosen = {name: run for name, run in chosen.items() if name not in fixed}
         work += [(case, name, run) for name, run in chosen.items()]
@@ -249,12 +263,12 @@ def table(seconds: dict[Case, dict[str, list[float]]]) -> list[dict[str, Any]]:
         (case.batch, name): times
         for case, found in seconds.items()
         for name, times in found.items()
-        if name in ("merged", "torch merged")
+        if "merged" in name
     }
     for case, found in seconds.items():
         for name, times in found.items():
-            in_torch = name.startswith("torch") or name == "PEFT"
-            limit = merged.get((case.batch, "torch merged" if in_torch else "merged"))
+            runtime = "torch merged" if name.startswith("torch") or name == "PEFT" else "merged"
+            limit = merged.get((case.batch, "merged int8" if "int8" in name else runtime))
             ratios = [a / b for a, b in zip(limit or [], times, strict=False)]
             rows.append(
                 {

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import open_checkpoint, save
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
-from aoft_deploy.errors import SettingError, VerificationError
-from aoft_deploy.fleet_export import _verified
+from aoft_deploy.errors import AoftError, AttachError, SettingError, VerificationError
+from aoft_deploy.fleet_export import _verified, export_fleet
 from aoft_deploy.prediction import load_classifier
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import attach
@@ -104,10 +106,75 @@ def test_initialisers_keep_timms_names(fleet: Path) -> None:
 
     graph = onnx.load(fleet).graph
     names = {initializer.name for initializer in graph.initializer}
-    assert {"patch_embed.proj.weight", "blocks.0.norm1.bias", "cls_token", "bank"} <= names
-    slices = "rlrr" in str(fleet)  # q, k and v are scaled apart, which cuts their weight in three
-    assert ("blocks.0.attn.qkv.weight" in names) is not slices
+    assert {"cls_token", "bank", "blocks.0.attn.qkv.weight"} <= names
+    folded = "rlrr" in str(fleet)  # small constants that are scaled first are kept scaled
+    assert folded or {"patch_embed.proj.weight", "blocks.0.norm1.bias"} <= names
     assert [value.name for value in graph.input] == ["pixel_values", "task"]
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "expected"),
+    [
+        ("aoft-lora-star", "auto", "mixed"),
+        ("rlrr", "auto", "folded"),
+        ("rlrr", "mixed", "mixed"),
+        ("lora", "folded", "folded"),
+    ],
+)
+def test_a_fleet_is_mixed_or_folded_and_says_which(
+    method: str,
+    form: str,
+    expected: str,
+    make_task: Callable[..., Path],
+    backbone_weights: Path,
+    tmp_path: Path,
+) -> None:
+    tasks = [make_task(tmp_path, n, method, seed=i) for i, n in enumerate(CLASSES)]
+    exported = export_fleet(tasks, tmp_path / "f.onnx", weights=backbone_weights, form=form)
+    assert exporter.load(exported.path).info["form"] == expected
+    assert json.loads(exported.manifest.read_text("utf-8"))["form"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "fast"}, "Unknown form of fleet 'fast'"),
+        ({"form": "folded", "precision": "int8"}, "Nothing can be folded into weights of int8"),
+    ],
+)
+def test_a_form_that_is_not_possible_is_refused(
+    options: dict[str, Any],
+    message: str,
+    make_task: Callable[..., Path],
+    backbone_weights: Path,
+    tmp_path: Path,
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(picture)
+    task = make_task(tmp_path, "one", "rlrr")
+    with pytest.raises(AoftError, match=message):
+        export_fleet(
+            [task], tmp_path / "f.onnx", weights=backbone_weights, images=[picture], **options
+        )
+
+
+def test_what_cannot_be_mixed_becomes_a_folded_fleet_or_is_refused(tmp_path: Path) -> None:
+    name, small = "beit_base_patch16_224", {"img_size": 32, "depth": 1}
+    weights, tasks = (
+        tmp_path / "weights.safetensors",
+        [tmp_path / "one.ckpt", tmp_path / "two.ckpt"],
+    )
+    save_file(timm.create_model(name, num_classes=1, **small).state_dict(), weights)
+    half = (0.5, 0.5, 0.5)
+    for seed, path in enumerate(tasks):
+        model, identity = create_backbone(name, num_classes=2, weights=weights, **small)
+        tuned = attach(model, "aoft-lora", backbone=identity, seed=seed)
+        save(tuned, path, classes=("a", "b"), preprocessing=Preprocessing(32, 1.0, half, half))
+    exported = export_fleet(tasks, tmp_path / "f.onnx", weights=weights)
+    assert exporter.load(exported.path).info["form"] == "folded"
+    assert exported.report.agreement == 1.0
+    with pytest.raises(AttachError, match="read by its parent"):
+        export_fleet(tasks, tmp_path / "g.onnx", weights=weights, form="mixed")
 
 
 def test_aoft_predict_asks_for_a_task_and_uses_its_classes(

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="fp32 (default) or int8, which is judged on --images",
     )
     options.add_argument(
+        "--form",
+        default="auto",
+        metavar="NAME",
+        help="of a fleet: mixed (any tasks in one batch), folded (task by task), or auto (default)",
+    )
+    options.add_argument(
         "--min-agreement",
         type=float,
         default=0.99,
@@ -98,8 +104,11 @@ def export(options: argparse.Namespace) -> None:
             images=options.images,
             precision=options.precision,
             min_agreement=options.min_agreement,
+            form=options.form,
             command=command,
         )
+    elif options.form != "auto":
+        parser().error("--form goes with --fleet")
     else:
         from aoft_deploy.export import export_merged
 

@@ -32,7 +32,7 @@ from aoft_exporters.int8 import quantised
 if TYPE_CHECKING:
     from torch import nn
 
-    from aoft_deploy.mixed import MixedModel
+    from aoft_deploy.mixed import FleetModel
 
 __all__ = [
     "PRECISIONS",
@@ -96,9 +96,9 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
 
 
 def export_fleet(
-    model: MixedModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write a mixed model and its tasks as an ONNX file.
+    """Write a fleet's model and its tasks as an ONNX file.
 
     Inputs ``pixel_values`` and ``task`` int64 [batch]; output ``logits`` float32 [batch, classes],
     −inf beyond a task's own classes.
@@ -160,7 +160,8 @@ def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
     import torch
     from onnxscript import optimizer
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad(), _attention_of_four_axes():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
@@ -179,7 +180,8 @@ def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
         optimizer.optimize_ir(program.model)
     graph = program.model.graph
     for initializer in list(graph.initializers.values()):
-        initializer.name = str(initializer.name).removeprefix("model.").removeprefix("backbone.")
+        name = str(initializer.name).removeprefix("model.").removeprefix("backbone.")
+        initializer.name = name.replace(".base.", ".")  # a layer that a fleet folds into
     proto = program.model_proto
     names = {initializer.name for initializer in proto.graph.initializer}
     kept = [info for info in proto.graph.value_info if info.name not in names]
@@ -352,7 +354,7 @@ class OnnxEngine:
                     f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to "
                     f"{tasks - 1} for each."
                 )
-            feed["task"] = np.asarray(task, np.int64)
+            return _fleet_logits(self._session, images, task, {}, self.info)
         logits: Any = self._session.run(["logits"], feed)[0]
         return np.asarray(logits, np.float32)
 
@@ -401,9 +403,33 @@ class OnnxFleet:
         tables: Mapping[str, NDArray[Any]],
     ) -> NDArray[np.float32]:
         """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
-        feed = {"pixel_values": images, "task": task, **tables}
-        logits: Any = self._session.run(["logits"], feed)[0]
-        return np.asarray(logits, np.float32)
+        return _fleet_logits(self._session, images, task, tables, self.info)
+
+
+def _fleet_logits(
+    session: Any,
+    images: NDArray[Any],
+    task: NDArray[np.int64],
+    tables: Mapping[str, NDArray[Any]],
+    info: Mapping[str, str],
+) -> NDArray[np.float32]:
+    """A fleet's logits; a graph that folds one task at a time gets the images task by task."""
+    task = np.asarray(task, np.int64)
+    feed = {"pixel_values": images, "task": task, **tables}
+    if info.get("form") != "folded" or (task == task[:1]).all():
+        whole: Any = session.run(["logits"], feed)[0]
+        return np.asarray(whole, np.float32)
+    logits: NDArray[np.float32] | None = None
+    for each in np.unique(task):
+        chosen = np.flatnonzero(task == each)
+        part: Any = session.run(
+            ["logits"], {**feed, "pixel_values": images[chosen], "task": task[chosen]}
+        )[0]
+        if logits is None:
+            logits = np.empty((len(task), part.shape[1]), np.float32)
+        logits[chosen] = part
+    assert logits is not None
+    return logits
 
 
 def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:

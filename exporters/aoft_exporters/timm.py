@@ -37,7 +37,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from aoft_deploy.tuned import Prompted
+    from aoft_deploy.prompts import Prompted
 
     if recipe.uint8:
         raise SettingError("--uint8 needs a graph: export with --to onnx.")
