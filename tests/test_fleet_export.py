@@ -106,9 +106,9 @@ def test_initialisers_keep_timms_names(fleet: Path) -> None:
 
     graph = onnx.load(fleet).graph
     names = {initializer.name for initializer in graph.initializer}
-    assert {"cls_token", "bank", "blocks.0.attn.qkv.weight"} <= names
-    folded = "rlrr" in str(fleet)  # small constants that are scaled first are kept scaled
-    assert folded or {"patch_embed.proj.weight", "blocks.0.norm1.bias"} <= names
+    assert {"cls_token", "pos_embed", "bank", "heads"} <= names
+    folded = "rlrr" in str(fleet)  # what it folds into is stored as the parts that are folded
+    assert folded or {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names
     assert [value.name for value in graph.input] == ["pixel_values", "task"]
 
 
