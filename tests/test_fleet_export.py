@@ -159,7 +159,8 @@ def test_a_form_that_is_not_possible_is_refused(
 
 
 def test_what_cannot_be_mixed_becomes_a_folded_fleet_or_is_refused(tmp_path: Path) -> None:
-    name, small = "beit_base_patch16_224", {"img_size": 32, "depth": 1}
+    name = "beit_base_patch16_224"
+    small: dict[str, Any] = {"img_size": 32, "depth": 1}
     weights, tasks = (
         tmp_path / "weights.safetensors",
         [tmp_path / "one.ckpt", tmp_path / "two.ckpt"],
