@@ -6,7 +6,7 @@ Exporters are found by the entry-point group ``aoft_deploy.exporters`` and never
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "CalibratedExporter",
     "Engine",
     "Exporter",
     "FleetEngine",
@@ -46,6 +47,8 @@ class Recipe:
         std: Standard deviation of each channel, on the scale 0..1.
         metadata: Text values to store in the artefact where the format can.
         precision: One of the exporter's ``PRECISIONS``.
+        calibration: Images to learn ranges of activations from, uint8 [n, H, W, 3]; None where the
+            exporter learns none.
     """
 
     size: int
@@ -54,6 +57,7 @@ class Recipe:
     std: tuple[float, float, float]
     metadata: Mapping[str, str]
     precision: str = "fp32"
+    calibration: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
 
 class Engine(Protocol):
@@ -109,6 +113,17 @@ class FolderExporter(Exporter, Protocol):
     """
 
     MARKER: str
+
+
+@runtime_checkable
+class CalibratedExporter(Exporter, Protocol):
+    """An exporter that learns ranges of activations from images.
+
+    Attributes:
+        CALIBRATED: Those of its ``PRECISIONS`` that need ``Recipe.calibration``.
+    """
+
+    CALIBRATED: tuple[str, ...]
 
 
 @runtime_checkable

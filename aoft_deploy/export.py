@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import nn
 
+from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
 from aoft_deploy.engines import (
     Engine,
@@ -44,7 +45,7 @@ __all__ = ["Exported", "export_merged", "manifest_path"]
 MIN_AGREEMENT = 0.99
 """Share of images whose top class a low-precision artefact must keep."""
 
-PACKAGES = ("aoft-deploy", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = tuple("aoft-deploy torch timm onnx onnxscript onnxruntime openvino nncf numpy".split())
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def export_merged(
     force: bool = False,
     images: Sequence[Path] = (),
     precision: str = "fp32",
+    calibrate: Sequence[Path] = (),
     min_agreement: float = MIN_AGREEMENT,
     command: Sequence[str] = (),
 ) -> Exported:
@@ -96,6 +98,8 @@ def export_merged(
         images: Real images, or folders of them, to verify with beside the built-in ones; below
             fp32 to verify with alone.
         precision: One of the exporter's ``PRECISIONS``.
+        calibrate: Real images, or folders of them, to learn ranges of activations from, where the
+            precision needs them; those that are among ``images`` are left out.
         min_agreement: Below fp32, least share of images with the unmerged model's top class.
         command: The command line, for the manifest.
 
@@ -109,12 +113,13 @@ def export_merged(
     if not checkpoint.is_file() and not checkpoint.is_dir():
         raise CheckpointError(f"There is no file {checkpoint}.")
     bar = bar_for(exporter, to, precision, min_agreement, images)
+    learnt = calibration_files(exporter, to, precision, calibrate, images)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"
     if isinstance(exporter, FolderExporter):
         _check_output_folder(output)
     else:
-        inputs = [checkpoint, *([weights] if weights else []), *images]
+        inputs = [checkpoint, *([weights] if weights else []), *images, *calibrate]
         check_output(output, exporter.SUFFIX, inputs)
     pictures = [read_image(path) for path in image_files(images)]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
@@ -122,7 +127,8 @@ def export_merged(
     pixels = verification_pixels(preprocessing, pictures, precision)
     metadata = {**_metadata(tuned, task), "precision": precision}
     mean, std = preprocessing.mean, preprocessing.std
-    recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision)
+    ranges = calibration_pixels(learnt, preprocessing)
+    recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         engine = _exported(tuned, exporter, draft, recipe, weights)
@@ -136,6 +142,7 @@ def export_merged(
             **provenance(draft, to, command),
             "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
             **_contents(tuned, task, recipe),
+            **({"calibration": {"images": len(learnt)}} if learnt else {}),
             "verification": {**report.to_dict(), "real_images": len(pictures)},
             "versions": versions(),
         }
@@ -296,7 +303,9 @@ def _answers(
     return engine.run(batch if uint8 else normalised(batch, preprocessing))
 
 
-def normalised(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+def normalised(
+    pixels: NDArray[np.uint8], preprocessing: Preprocessing | Recipe
+) -> NDArray[np.float32]:
     """uint8 [batch, H, W, 3] → float32 [batch, 3, H, W]."""
     mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
     scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std

@@ -48,7 +48,7 @@ from aoft_deploy.mixed import Layout, MixedModel, classifier_rows
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, attach, merge
 from aoft_exporters.int8 import quantised
-from aoft_exporters.onnx import _trace
+from aoft_exporters.tracing import trace
 
 CLASSES = 10
 HALF = (0.5, 0.5, 0.5)
@@ -118,7 +118,7 @@ def adapter_session(options: argparse.Namespace, folder: Path) -> tuple[Any, lis
     """A graph whose LoRA matrices and head ONNX Runtime's adapters replace, and two adapters."""
     base = peft_model(options, 1).base_model.model
     side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
-    proto = _trace(base, {"pixel_values": (torch.zeros(2, 3, side, side), "batch")})
+    proto = trace(base, {"pixel_values": (torch.zeros(2, 3, side, side), "batch")}).proto
     replaced = [i for i in proto.graph.initializer if "lora" in i.name or "head" in i.name]
     for tensor in replaced:
         shape = list(tensor.dims)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ ARGS: dict[str, Any] = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads"
 CLASSES = ("cat", "dog", "zürich", "two words", "日本")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSING = Preprocessing(ARGS["img_size"], crop_pct=0.9, mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Kept graphs of the tests lie in a folder of their own."""
+    folder = tmp_path_factory.mktemp("graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AOFT_CACHE_DIR", str(folder))
+        yield folder
 
 
 @torch.no_grad()

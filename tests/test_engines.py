@@ -9,7 +9,7 @@ from aoft_deploy.errors import CheckpointError, UnknownNameError
 
 
 def test_the_exporters_of_this_repository_are_found() -> None:
-    assert {"onnx", "peft", "timm"} <= set(exporter_names())
+    assert {"onnx", "openvino", "peft", "timm"} <= set(exporter_names())
     assert list(exporter_names()) == sorted(exporter_names())
 
 
@@ -34,7 +34,7 @@ def test_a_close_name_is_suggested() -> None:
 
 @pytest.mark.parametrize("name", ["", "ONNX", "onnx "])
 def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
-    with pytest.raises(UnknownNameError, match="Known: onnx, peft, timm"):
+    with pytest.raises(UnknownNameError, match="Known: onnx, openvino, peft, timm"):
         get_exporter(name)
 
 

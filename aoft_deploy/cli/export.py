@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="checkpoints of one backbone: one ONNX graph that answers each image by its own task",
     )
     options.add_argument(
-        "--to", default="onnx", metavar="NAME", help="onnx (default), timm or peft"
+        "--to", default="onnx", metavar="NAME", help="onnx (default), openvino, timm or peft"
     )
     options.add_argument(
         "-o",
@@ -64,7 +64,15 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         default="fp32",
         metavar="NAME",
-        help="fp32 (default) or int8, which is judged on --images",
+        help="fp32 (default); int8, or bf16 of openvino, judged on --images",
+    )
+    options.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="int8 of openvino learns its ranges from these images, or folders of images",
     )
     options.add_argument(
         "--form",
@@ -89,7 +97,7 @@ def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
     command = ["aoft-export", *(options.argv or [])]
     if options.fleet:
-        for name in ("uint8", "backbone"):
+        for name in ("uint8", "backbone", "calibrate"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
         if options.to != "onnx":
@@ -122,6 +130,7 @@ def export(options: argparse.Namespace) -> None:
             force=options.force,
             images=options.images,
             precision=options.precision,
+            calibrate=options.calibrate,
             min_agreement=options.min_agreement,
             command=command,
         )

@@ -7,12 +7,8 @@ MatMul are stored transposed, (in, out).
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +17,14 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import (
-    AttachError,
     CheckpointError,
     MissingExtraError,
     OutputError,
     SettingError,
 )
+from aoft_exporters.graph_cache import graph_of
 from aoft_exporters.int8 import quantised
+from aoft_exporters.tracing import pixel_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,9 +46,6 @@ __all__ = [
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32", "int8")
-OPSET = 20
-"""LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
-
 FLEET_TABLES = {
     "bank": "tasks",
     "heads": "rows",
@@ -86,12 +80,12 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     import torch
 
     if recipe.uint8:
-        model = _pixel_model(model, recipe)
+        model = pixel_model(model, recipe)
         example = torch.zeros(2, recipe.size, recipe.size, 3, dtype=torch.uint8)
     else:
         example = torch.zeros(2, 3, recipe.size, recipe.size)
     name = "image" if recipe.uint8 else "pixel_values"
-    proto = _trace(model, {name: (example, "batch")})
+    proto = graph_of(model, {name: (example, "batch")}, _kind(recipe, model))
     _save(proto, path, recipe)
 
 
@@ -133,12 +127,23 @@ def export_fleet(
     for name, axis in FLEET_TABLES.items():  # several rows, since one would be taken for fixed
         few = np.zeros((len(examples) + 1, *tables[name].shape[1:]), tables[name].dtype)
         examples[name] = torch.from_numpy(few), axis
-    proto = _trace(model, examples)
+    proto = graph_of(model, examples, _kind(recipe, model))
     inputs = {value.name: value for value in proto.graph.input}
     for name in FLEET_TABLES:
         proto.graph.input.remove(inputs[name])
         proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
     _save(proto, path, recipe)
+
+
+def _kind(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """What the graph depends on, beside its weights: not on the method once it is merged."""
+    plain = not any("prompts" in name for name in model.state_dict()) and "tasks" not in (
+        recipe.metadata
+    )
+    told = {key: recipe.metadata.get(key) for key in ("method", "settings", "form")}
+    backbone = json.loads(recipe.metadata.get("backbone", "{}"))
+    architecture = {key: backbone.get(key) for key in ("name", "args")}
+    return {**({} if plain else told), **architecture, "size": recipe.size, "uint8": recipe.uint8}
 
 
 def _save(proto: Any, path: Path, recipe: Recipe) -> None:
@@ -150,126 +155,6 @@ def _save(proto: Any, path: Path, recipe: Recipe) -> None:
         proto = quantised(proto)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
-
-
-def _trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
-    """The model as an optimised ONNX protobuf with timm's names on its initialisers.
-
-    Each input is an example and the name of its first axis, which is dynamic.
-    """
-    import torch
-    from onnxscript import optimizer
-
-    for name in ("torch.onnx", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad(), _attention_of_four_axes():
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
-        program = torch.onnx.export(
-            model,
-            tuple(example for example, _ in examples.values()),
-            dynamo=True,
-            input_names=list(examples),
-            output_names=["logits"],
-            dynamic_shapes=tuple({0: axis} for _, axis in examples.values()),
-            opset_version=OPSET,
-            optimize=False,  # it renames every linear weight that it transposes
-            verbose=False,
-        )
-        assert program is not None
-        _store_transposed(program.model.graph)
-        optimizer.optimize_ir(program.model)
-    graph = program.model.graph
-    for initializer in list(graph.initializers.values()):
-        name = str(initializer.name).removeprefix("model.").removeprefix("backbone.")
-        initializer.name = name.replace(".base.", ".")  # a layer that a fleet folds into
-    proto = program.model_proto
-    names = {initializer.name for initializer in proto.graph.initializer}
-    kept = [info for info in proto.graph.value_info if info.name not in names]
-    del proto.graph.value_info[:]  # shapes of initialisers there break ONNX Runtime's quantiser
-    proto.graph.value_info.extend(kept)
-    for entry in (*proto.graph.node, *proto.graph.value_info):
-        del entry.metadata_props[:]  # stack traces with paths of this machine
-    return proto
-
-
-@contextlib.contextmanager
-def _attention_of_four_axes() -> Iterator[None]:
-    """Let fused attention of other than four axes (sam, twins, nest, hiera) be translated.
-
-    torch's translation knows (batch, heads, tokens, width) alone; more or fewer leading axes are
-    flattened into the heads of a batch of one.
-    """
-    import torch
-
-    functional: Any = torch.nn.functional
-    fused = functional.scaled_dot_product_attention
-
-    def flattened(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
-        if q.dim() == 4:
-            return fused(q, k, v, attn_mask=attn_mask, **options)
-        axes = q.shape[:-2]
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*axes, *attn_mask.shape[-2:]).flatten(0, -3)[None]
-        q, k, v = (tensor.flatten(0, -3)[None] for tensor in (q, k, v))
-        return fused(q, k, v, attn_mask=attn_mask, **options)[0].unflatten(0, axes)
-
-    functional.scaled_dot_product_attention = flattened
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = fused
-
-
-def _store_transposed(graph: Any) -> None:
-    """Transpose weights where they are stored, under their own names.
-
-    Constant folding does the same, but gives every weight a new name.
-    """
-    import onnx_ir
-
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.name not in graph.initializers or len(weight.uses()) > 1:
-            continue
-        transposed = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
-        weight.const_value = onnx_ir.tensor(np.ascontiguousarray(transposed), name=weight.name)
-        weight.shape = weight.const_value.shape
-        node.outputs[0].replace_all_uses_with(weight)
-        graph.remove(node, safe=True)
-
-
-def _pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model on uint8 pixels, normalisation folded into a copy of its patch embedding."""
-    import torch
-    from torch import nn
-
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    if not isinstance(projection, nn.Conv2d) or any(projection.padding):
-        raise AttachError(
-            f"--uint8 folds normalisation into an unpadded patch embedding, which "
-            f"{type(model).__name__} does not have: export without it."
-        )
-    model = copy.deepcopy(model)
-    weight = projection.weight.detach().double()
-    mean = torch.tensor(recipe.mean, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(recipe.std, dtype=torch.float64).view(1, 3, 1, 1)
-    bias = -(weight * (mean / std)).sum((1, 2, 3))
-    if projection.bias is not None:
-        bias = bias + projection.bias.detach().double()
-    copied: Any = model.get_submodule("patch_embed.proj")
-    copied.weight = nn.Parameter((weight / (255 * std)).float(), requires_grad=False)
-    copied.bias = nn.Parameter(bias.float(), requires_grad=False)
-
-    class PixelModel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(image.permute(0, 3, 1, 2).float())
-            return logits
-
-    return PixelModel().eval()
 
 
 def _session(model: Path | bytes, threads: int | None, path: Path) -> Any:

@@ -1,0 +1,218 @@
+"""OpenVINO: a folder with openvino_model.xml and .bin, run by OpenVINO's CPU plugin.
+
+The graph is the ONNX exporter's: input ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8``
+``image`` uint8 [batch, H, W, 3]; output ``logits`` float32 [batch, classes]; the batch is dynamic.
+Metadata stand in the graph's ``rt_info``. The precision of the arithmetic is the artefact's own
+wherever it runs: a processor that cannot compute in it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "CALIBRATED",
+    "MARKER",
+    "PRECISIONS",
+    "SUFFIX",
+    "TOLERANCE",
+    "OpenvinoEngine",
+    "export",
+    "load",
+]
+
+SUFFIX = ".openvino"
+MARKER = "openvino_model.xml"
+TOLERANCE = 5e-5
+PRECISIONS = ("fp32", "bf16", "int8")
+CALIBRATED = ("int8",)
+
+ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""What is asked of OpenVINO for all that is not in 8 bits."""
+
+SECTION = "aoft"
+"""Where metadata stand in ``rt_info``."""
+
+
+def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a plain model as a folder of OpenVINO's intermediate representation.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        path: Folder to make.
+        recipe: Input form, normalisation, metadata, precision, and images to calibrate int8 with.
+
+    Raises:
+        MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
+        SettingError: bf16 is asked of a processor that does not compute in it.
+        OutputError: The weights take more than 2 GiB, which the ONNX graph between cannot hold.
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    openvino = _openvino()
+    _check_arithmetic(openvino.Core(), recipe.precision)
+    from aoft_exporters import nncf_int8, onnx
+
+    if recipe.precision == "int8":
+        nncf_int8.require()
+    path.mkdir()
+    between = path / "graph.onnx"
+    onnx.export(model, between, replace(recipe, precision="fp32", metadata={}))
+    graph = openvino.convert_model(between)
+    if recipe.precision == "int8":
+        graph = nncf_int8.quantised(graph, recipe)
+    between.unlink()
+    for name, text in {**recipe.metadata, "precision": recipe.precision}.items():
+        graph.set_rt_info(text, [SECTION, name])
+    openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
+
+
+def _openvino() -> Any:
+    """The library."""
+    try:
+        with without_telemetry():
+            import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino") from error
+    return openvino
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Let what is imported meanwhile find no package that reports its use over the network."""
+    name = "openvino_telemetry"
+    hidden = name not in sys.modules
+    modules: dict[str, Any] = sys.modules
+    if hidden:
+        modules[name] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules[name]
+
+
+def _check_arithmetic(core: Any, precision: str) -> None:
+    """OpenVINO would emulate bf16 in float32, which is slower than float32 itself."""
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        name = " ".join(core.get_property("CPU", "FULL_DEVICE_NAME").split())
+        raise SettingError(
+            f"The processor ({name}) does not compute in bf16: use one with AVX512-BF16 or AMX, or "
+            "export with --precision fp32 or int8."
+        )
+
+
+class OpenvinoEngine:
+    """A folder compiled for the CPU, in the artefact's own precision.
+
+    Many threads may call ``run`` at once; OpenVINO computes one batch after the other.
+
+    Attributes:
+        info: Metadata stored in the graph.
+        takes_pixels: Whether the input is uint8 [batch, H, W, 3].
+
+    Args:
+        path: The folder.
+        threads: Threads within a batch; None lets OpenVINO choose.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or not what ``export`` writes.
+        SettingError: The artefact is in bf16 and the processor does not compute in it.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if not (path / MARKER).is_file():
+            raise CheckpointError(f"There is no folder {path} with an {MARKER}.")
+        core = _openvino().Core()
+        graph = _read(core, path)
+        self.info: Mapping[str, str] = _metadata(graph, path)
+        precision = self.info["precision"]
+        _check_arithmetic(core, precision)
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
+            "NUM_STREAMS": 1,
+        }
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled = core.compile_model(graph, "CPU", options)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} cannot be compiled ({_reason(error)}).") from error
+        (given,) = self._compiled.inputs
+        self.takes_pixels = bool(given.element_type.to_dtype() == np.uint8)
+        self._dtype = np.dtype(np.uint8 if self.takes_pixels else np.float32)
+        self._shape = tuple(axis.get_length() for axis in list(given.partial_shape)[1:])
+        self._idle: deque[Any] = deque()
+
+    @property
+    def arithmetic(self) -> str:
+        """What OpenVINO reports to compute in: ``float32`` or ``bfloat16``."""
+        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+
+    @property
+    def threads(self) -> int:
+        """Threads within a batch."""
+        return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits, (batch, classes), of a batch in the artefact's own input form.
+
+        Raises:
+            SettingError: The images are of another type or shape.
+        """
+        if images.dtype != self._dtype or images.shape[1:] != self._shape or not len(images):
+            raise SettingError(
+                f"This artefact takes {self._dtype} [batch, {', '.join(map(str, self._shape))}], "
+                f"but got {images.dtype} {list(images.shape)}."
+            )
+        try:
+            request = self._idle.pop()  # of a deque it is atomic
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            (logits,) = request.infer([np.ascontiguousarray(images)], share_inputs=True).values()
+            return np.asarray(logits, np.float32)
+        finally:
+            self._idle.append(request)
+
+
+def _read(core: Any, path: Path) -> Any:
+    try:
+        return core.read_model(path / MARKER)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is no OpenVINO model ({_reason(error)}).") from error
+
+
+def _metadata(graph: Any, path: Path) -> dict[str, str]:
+    """What ``export`` stored."""
+    found = graph.get_rt_info([SECTION]).value if graph.has_rt_info([SECTION]) else None
+    if not isinstance(found, dict) or found.get("precision") not in PRECISIONS:
+        raise CheckpointError(
+            f"{path} does not name its precision: it was not written by aoft-export."
+        )
+    return {str(name): str(text) for name, text in found.items()}
+
+
+def _reason(error: RuntimeError) -> str:
+    """What OpenVINO says after the places in its source, of its last line."""
+    return " ".join(str(error).strip().rpartition("\n")[2].split())[:160]
+
+
+def load(path: Path, *, threads: int | None = None) -> OpenvinoEngine:
+    """Open a folder for inference; see ``OpenvinoEngine``."""
+    return OpenvinoEngine(Path(path), threads)
