@@ -13,7 +13,8 @@ import pytest
 import aoft_deploy
 
 HEAVY = (
-    "accelerate numpy onnx onnxruntime onnxscript PIL safetensors sklearn timm torch torchvision"
+    "accelerate nncf numpy onnx onnxruntime onnxscript openvino PIL safetensors sklearn timm torch "
+    "torchvision"
 ).split()
 
 
@@ -50,9 +51,9 @@ def test_importing_the_package_needs_no_heavy_library() -> None:
 
 
 def test_importing_the_exporters_needs_no_heavy_library_but_numpy() -> None:
-    assert imported("import aoft_exporters.onnx, aoft_exporters.peft, aoft_exporters.timm") <= {
-        "numpy"
-    }
+    names = ("nncf_int8", "onnx", "openvino", "peft", "timm")
+    code = "import " + ", ".join(f"aoft_exporters.{name}" for name in names)
+    assert imported(code) <= {"numpy"}
 
 
 def test_predicting_with_an_onnx_artefact_needs_neither_torch_nor_timm(

@@ -9,6 +9,7 @@ wherever it runs: a processor that cannot compute in it is refused.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -73,12 +74,25 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     between = path / "graph.onnx"
     onnx.export(model, between, replace(recipe, precision="fp32", metadata={}))
     graph = openvino.convert_model(between)
+    _renumber(graph)
     if recipe.precision == "int8":
         graph = nncf_int8.quantised(graph, recipe)
+        _renumber(graph)
     between.unlink()
     for name, text in {**recipe.metadata, "precision": recipe.precision}.items():
         graph.set_rt_info(text, [SECTION, name])
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
+
+
+def _renumber(graph: Any) -> None:
+    """Name what has no name of its own by its place, where OpenVINO counts over the process.
+
+    The same input gives the same files then.
+    """
+    for place, node in enumerate(graph.get_ordered_ops()):
+        own = re.fullmatch(r"([A-Z][A-Za-z0-9]*)_\d+", node.get_friendly_name())
+        if own:
+            node.set_friendly_name(f"{own[1]}_{place}")
 
 
 def _openvino() -> Any:
@@ -161,7 +175,7 @@ class OpenvinoEngine:
 
     @property
     def arithmetic(self) -> str:
-        """What OpenVINO reports to compute in: ``float32`` or ``bfloat16``."""
+        """What OpenVINO reports to compute in: ``f32`` or ``bf16``."""
         return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     @property
