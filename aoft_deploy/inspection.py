@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["inspect_file"]
 
 
+OPENVINO_FILES = ("openvino_model.xml", "openvino_model.bin")
+
+
 def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a file of this project.
 
     Args:
-        path: A checkpoint, a published RLRR .pth, a PEFT LoRA folder, an ONNX or timm artefact, or
-            a manifest.
+        path: A checkpoint, a published RLRR .pth, a PEFT LoRA folder, an ONNX, OpenVINO or timm
+            artefact, or a manifest.
 
     Returns:
         JSON values; ``kind`` says what the file is.
@@ -30,7 +33,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, damaged, or none of these.
     """
     if path.is_dir():
-        return _peft(path)
+        return _openvino(path) if (path / OPENVINO_FILES[0]).is_file() else _peft(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     if path.suffix == ".onnx":
@@ -115,6 +118,28 @@ def _onnx(path: Path) -> dict[str, Any]:
         "nodes": len(model.graph.node),
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         **{entry.key: _decoded(entry.value) for entry in model.metadata_props},
+    }
+
+
+def _openvino(path: Path) -> dict[str, Any]:
+    """Metadata and operators, read from the XML alone."""
+    from xml.etree import ElementTree
+
+    try:
+        root = ElementTree.parse(path / OPENVINO_FILES[0]).getroot()
+        digest = folder_digest(path, OPENVINO_FILES)
+    except (OSError, ElementTree.ParseError) as error:
+        raise CheckpointError(f"{path} is no OpenVINO model ({error}).") from error
+    operators = Counter(layer.get("type", "") for layer in root.iterfind("layers/layer"))
+    written = root.find("rt_info/aoft")
+    return {
+        "kind": "OpenVINO artefact",
+        "file": str(path),
+        "bytes": sum((path / name).stat().st_size for name in OPENVINO_FILES),
+        "sha256": digest,
+        "operators": dict(operators.most_common()),
+        **{entry.tag: _decoded(entry.get("value", "")) for entry in written or ()},
+        **_manifest(path, digest),
     }
 
 

@@ -116,6 +116,18 @@ def test_weights_inside_computed_constants_are_not_kept(name: str, kept: Path) -
     assert next(kept.iterdir()).stat().st_size == 0  # BatchNorm's, LayerScale's are computed with
 
 
+def test_models_that_look_alike_do_not_share_a_graph_unless_they_are_named(kept: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    for heads in (3, 6):  # neither repr nor shapes tell
+        torch.manual_seed(heads)
+        name: Any = "vit_tiny_patch16_224"
+        model = timm.create_model(name, img_size=32, depth=1, num_heads=heads, num_classes=4)
+        found = answers(graph_of(model.eval(), example(), None), x)
+        with torch.no_grad():
+            assert np.abs(found - model(torch.from_numpy(x)).numpy()).max() < 1e-5
+    assert not kept.exists()
+
+
 def test_a_damaged_kept_graph_is_traced_again(
     checkpoint: Path, backbone_weights: Path, kept: Path, tmp_path: Path
 ) -> None:

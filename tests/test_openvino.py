@@ -25,6 +25,7 @@ from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.engines import Recipe, get_exporter, load_artefact
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.export import export_merged
+from aoft_deploy.inspection import inspect_file
 from aoft_deploy.prediction import load_classifier
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_exporters import openvino as exporter
@@ -327,6 +328,27 @@ def test_a_truncated_artefact_is_refused(
     with pytest.raises(CheckpointError, match="is no OpenVINO model") as error:
         exporter.load(tmp_path)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_aoft_inspect_tells_what_the_artefact_holds(folder: Path, int8: Path) -> None:
+    found = inspect_file(int8)
+    assert (found["kind"], found["precision"], found["method"]) == (
+        "OpenVINO artefact",
+        "int8",
+        "rlrr",
+    )
+    assert found["manifest"] == inspect_file(folder)["manifest"] == "matches"
+    assert found["operators"]["FakeQuantize"] > 5
+    assert found["bytes"] < inspect_file(folder)["bytes"]
+
+
+@pytest.mark.parametrize("file", [BIN, MARKER])
+def test_aoft_inspect_refuses_a_damaged_artefact(file: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / MARKER).write_bytes((folder / MARKER).read_bytes())
+    (tmp_path / BIN).write_bytes((folder / BIN).read_bytes())
+    (tmp_path / BIN).unlink() if file == BIN else (tmp_path / MARKER).write_text("<net>")
+    with pytest.raises(CheckpointError, match="is no OpenVINO model"):
+        inspect_file(tmp_path)
 
 
 def test_a_missing_artefact_and_a_file_are_refused(tmp_path: Path) -> None:

@@ -37,18 +37,19 @@ PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnx-ir")
 
 
 def graph_of(
-    model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any]
+    model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any] | None
 ) -> Any:
     """The model as an ONNX protobuf, from a kept graph where there is one.
 
     Args:
         model: In evaluation mode; it is not changed.
         examples: An example of each input, and the name of its first axis, which is dynamic.
-        kind: What the graph depends on beside the model's classes and shapes; JSON values.
+        kind: What the graph depends on beside the model's classes and shapes; JSON values. None
+            where that is not known, and nothing is kept.
     """
     import onnx
 
-    path = _path(model, examples, kind)
+    path = None if kind is None else _path(model, examples, kind)
     kept = None if path is None else _kept(path)
     if path is not None and kept is None:
         kept = _skeleton(model, examples) or onnx.ModelProto()

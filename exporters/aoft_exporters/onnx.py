@@ -135,13 +135,18 @@ def export_fleet(
     _save(proto, path, recipe)
 
 
-def _kind(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """What the graph depends on, beside its weights: not on the method once it is merged."""
+def _kind(recipe: Recipe, model: nn.Module) -> dict[str, Any] | None:
+    """What the graph depends on, beside its weights: not on the method once it is merged.
+
+    None where the recipe does not name the backbone.
+    """
+    if "backbone" not in recipe.metadata:
+        return None
     plain = not any("prompts" in name for name in model.state_dict()) and "tasks" not in (
         recipe.metadata
     )
     told = {key: recipe.metadata.get(key) for key in ("method", "settings", "form")}
-    backbone = json.loads(recipe.metadata.get("backbone", "{}"))
+    backbone = json.loads(recipe.metadata["backbone"])
     architecture = {key: backbone.get(key) for key in ("name", "args")}
     return {**({} if plain else told), **architecture, "size": recipe.size, "uint8": recipe.uint8}
 

@@ -72,7 +72,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         nncf_int8.require()
     path.mkdir()
     between = path / "graph.onnx"
-    onnx.export(model, between, replace(recipe, precision="fp32", metadata={}))
+    onnx.export(model, between, replace(recipe, precision="fp32"))
     graph = openvino.convert_model(between)
     _renumber(graph)
     if recipe.precision == "int8":
