@@ -138,7 +138,10 @@ def _openvino(path: Path) -> dict[str, Any]:
         "bytes": sum((path / name).stat().st_size for name in OPENVINO_FILES),
         "sha256": digest,
         "operators": dict(operators.most_common()),
-        **{entry.tag: _decoded(entry.get("value", "")) for entry in written or ()},
+        **{
+            entry.tag: _decoded(entry.get("value", ""))
+            for entry in ([] if written is None else written)
+        },
         **_manifest(path, digest),
     }
 

@@ -46,11 +46,14 @@ def main() -> None:
         )
         fleets = {
             form: Fleet(
-                export_fleet(tasks, folder / f"{form}.onnx", weights=weights, form=form).path,
+                export_fleet(tasks[:2], folder / f"{form}.onnx", weights=weights, form=form).path,
                 threads=options.threads,
             )
             for form in ("mixed", "folded")
         }
+        for fleet in fleets.values():
+            for path in tasks[2:]:
+                fleet.add(path)
         side = fleets["mixed"].preprocessing.size
         rng = np.random.default_rng(0)
         images = rng.normal(size=(options.batch, 3, side, side)).astype(np.float32)
