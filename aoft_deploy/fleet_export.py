@@ -41,6 +41,7 @@ from aoft_deploy.export import (
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.images import image_files, read_image
+from aoft_deploy.methods import get_method
 from aoft_deploy.mixed import FleetModel, FoldedModel, MixedModel, classifier_rows
 from aoft_deploy.tuned import TunedModel
 from aoft_deploy.verification import BATCH_SIZES, Bar, Comparison, Report
@@ -197,6 +198,9 @@ def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoin
         ours, theirs = getattr(first, what), getattr(task, what)
         if what == "backbone":
             ours, theirs = ours.digest, theirs.digest
+        elif what == "settings":  # an older checkpoint lacks those that came later
+            defaults = get_method(first.method).defaults
+            ours, theirs = {**defaults, **ours}, {**defaults, **theirs}
         if ours != theirs:
             raise CheckpointError(
                 f"{path} has another {what} than {first_path}, so they cannot be one fleet: "
@@ -241,6 +245,7 @@ def _metadata(
         "preprocessing": json.dumps(tasks[0].preprocessing.to_dict()),
         "method": tuned.method,
         "settings": json.dumps(tuned.settings),
+        "defaults": json.dumps(dict(get_method(tuned.method).defaults)),
         "backbone": json.dumps(tuned.identity.to_dict()),
         "row": json.dumps(model.layout.order()),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -47,6 +47,7 @@ class TaskKind:
         preprocessing: How an image becomes the model's input, as ``Preprocessing.to_dict`` has it.
         order: Names and shapes of the tensors that make a row, in order.
         width: Features that a classifier takes.
+        defaults: The method's default settings, for checkpoints from before a setting existed.
     """
 
     digest: str
@@ -55,6 +56,7 @@ class TaskKind:
     preprocessing: Mapping[str, Any]
     order: tuple[tuple[str, tuple[int, ...]], ...]
     width: int
+    defaults: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_fleet(cls, info: Mapping[str, str], width: int) -> Self:
@@ -71,6 +73,7 @@ class TaskKind:
                 "preprocessing": json.loads(info["preprocessing"]),
                 "order": json.loads(info["row"]),
                 "width": width,
+                "defaults": json.loads(info.get("defaults", "{}")),
             }
         )
 
@@ -108,8 +111,9 @@ class TaskKind:
                 f"{path} was trained on backbone weights {str(found['digest'])[:12]}, but the "
                 f"fleet's are {self.digest[:12]}."
             )
+        full = {**found, "settings": {**self.defaults, **found["settings"]}}
         for key in ("method", "settings", "preprocessing"):
-            if found[key] != getattr(self, key):
+            if full[key] != getattr(self, key):
                 raise CheckpointError(
                     f"{path} has {key} {found[key]}, but the fleet's is {getattr(self, key)}."
                 )

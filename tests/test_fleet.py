@@ -384,6 +384,28 @@ def test_a_store_that_does_not_fit_is_refused(
     assert right(fleet.predict(images[:2], ["t1", "t0"]), ["t1", "t0"], [0, 1], expected)
 
 
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default(
+    artefact: Path,
+    tasks: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+    tmp_path: Path,
+    with_metadata: Callable[..., Path],
+    backbone_weights: Path,
+) -> None:
+    old = with_metadata(tasks["t2"], tmp_path / "t2.ckpt", lambda m: m["settings"].pop("strict"))
+    fleet = Fleet(artefact, threads=1)
+    fleet.add(old)
+    assert right(fleet.predict(images[:1], ["t2"]), ["t2"], [0], expected)
+    both = ["--fleet", old, tasks["t1"], "--backbone-weights", backbone_weights]
+    assert main([str(option) for option in [*both, "-o", tmp_path / "both.onnx"]]) == 0
+    other = with_metadata(
+        tasks["t3"], tmp_path / "t3.ckpt", lambda m: m["settings"].update(strict=True)
+    )
+    with pytest.raises(CheckpointError, match="has settings"):
+        fleet.add(other)
+
+
 def test_a_fleet_needs_neither_torch_nor_timm(
     artefact: Path, tasks: dict[str, Path], stores: dict[str, Path]
 ) -> None:
