@@ -93,6 +93,15 @@ class Fleet:
         return self._tasks.resident
 
     @property
+    def names(self) -> set[str]:
+        """Names of all tasks, in memory and in the store; may take a while."""
+        return self._tasks.names
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a task, in memory or in the store; quick."""
+        return self._tasks.knows(name)
+
+    @property
     def residency(self) -> Residency:
         """What is in memory, and how often requests found their tasks there."""
         return self._tasks.residency
@@ -106,13 +115,15 @@ class Fleet:
         """
         return self._tasks.classes(name)
 
-    def add(self, checkpoint: Path | str, name: str | None = None) -> str:
+    def add(self, checkpoint: Path | str, name: str | None = None, *, replace: bool = False) -> str:
         """Take a task in, from its ``model.ckpt``; it stays in memory until it is removed.
 
         Args:
             checkpoint: Trained on the fleet's backbone, with its method, settings and
                 preprocessing.
             name: What to call it; None takes the file's name, or its folder's for ``model.ckpt``.
+            replace: Whether it may take the place of a task of that name, at one moment: every
+                request is answered by the one or by the other.
 
         Returns:
             The task's name.
@@ -124,7 +135,7 @@ class Fleet:
         """
         path = Path(checkpoint)
         name = name_of(path) if name is None else name
-        self._tasks.add(name, read_checkpoint_numbers(path, self.kind))
+        self._tasks.add(name, read_checkpoint_numbers(path, self.kind), replace=replace)
         return name
 
     def remove(self, name: str) -> None:

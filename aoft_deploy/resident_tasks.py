@@ -84,13 +84,26 @@ class ResidentTasks:
                 return self._slots.classes[name]
         return self._read(name).classes
 
-    def add(self, name: str, task: TaskNumbers) -> None:
+    @property
+    def names(self) -> set[str]:
+        """Names of all tasks, in memory and in the store; may take a while."""
+        with self._lock:
+            here, removed = set(self._slots.slots), set(self._removed)
+        return here if self._store is None else here | (set(self._store.names) - removed)
+
+    def add(self, name: str, task: TaskNumbers, *, replace: bool = False) -> None:
         """Take a task in for good: it is never evicted.
+
+        Args:
+            name: What to call it.
+            task: Its numbers.
+            replace: Whether it may take the place of one of that name, which requests that hold it
+                keep to their end.
 
         Raises:
             SettingError: A task of that name is there, or the tasks added leave no room for it.
         """
-        if self.knows(name):
+        if not replace and self.knows(name):
             raise _taken(name)
         while True:
             changes = self._changes
@@ -100,8 +113,10 @@ class ResidentTasks:
             self._wait(changes)
         with self._changing():
             if name in self._slots.slots:
-                self._slots.discard(slot)
-                raise _taken(name)
+                if not replace:
+                    self._slots.discard(slot)
+                    raise _taken(name)
+                self._slots.drop(name)
             self._slots.show(slot, name, task.classes, paged=False)
 
     def remove(self, name: str) -> None:

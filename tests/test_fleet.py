@@ -417,3 +417,24 @@ def test_a_fleet_needs_neither_torch_nor_timm(
         "assert not {'torch', 'timm'}.intersection(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_task_is_replaced_at_one_moment(
+    artefact: Path,
+    tasks: dict[str, Path],
+    stores: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+) -> None:
+    fleet = Fleet(artefact, store=stores["packed"], threads=1)
+    assert fleet.names == set(tasks) and "t7" in fleet and "t77" not in fleet
+    before = fleet.residency.tasks
+    for name in ("t1", "t7", "t7", "new"):  # of the file, of the store, added, unknown
+        fleet.add(tasks["t9"], name, replace=True)
+        assert right(fleet.predict(images[:1], [name]), ["t9"], [0], expected)
+    assert fleet.residency.tasks == before + 2 and "new" in fleet.names
+    with pytest.raises(CheckpointError):
+        fleet.add(tasks["t9"].parent / "missing.ckpt", "t1", replace=True)
+    assert right(fleet.predict(images[:1], ["t1"]), ["t9"], [0], expected)
+    fleet.remove("t7")
+    assert "t7" not in fleet.names and "t7" not in fleet
