@@ -19,11 +19,15 @@ from aoft_deploy.errors import CheckpointError, UnknownNameError
 if TYPE_CHECKING:
     from torch import nn
 
+    from aoft_deploy.mixed import FleetModel
+
 __all__ = [
     "CalibratedExporter",
+    "DeviceExporter",
     "Engine",
     "Exporter",
     "FleetEngine",
+    "FleetExporter",
     "FolderExporter",
     "Recipe",
     "TunedExporter",
@@ -49,6 +53,9 @@ class Recipe:
         precision: One of the exporter's ``PRECISIONS``.
         calibration: Images to learn ranges of activations from, uint8 [n, H, W, 3]; None where the
             exporter learns none.
+        batches: Smallest, usual and largest batch, for artefacts that are built for a range.
+        compute_capability: Of the GPU that the artefact is for, such as ``8.9``; None is this
+            machine's.
     """
 
     size: int
@@ -58,6 +65,8 @@ class Recipe:
     metadata: Mapping[str, str]
     precision: str = "fp32"
     calibration: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    batches: tuple[int, int, int] = (1, 8, 32)
+    compute_capability: str | None = None
 
 
 class Engine(Protocol):
@@ -124,6 +133,39 @@ class CalibratedExporter(Exporter, Protocol):
     """
 
     CALIBRATED: tuple[str, ...]
+
+
+@runtime_checkable
+class FleetExporter(Exporter, Protocol):
+    """An exporter that writes fleets too.
+
+    Attributes:
+        FORMS: Those of a fleet's forms that its artefacts can run, ``mixed`` first.
+    """
+
+    FORMS: tuple[str, ...]
+
+    def export_fleet(
+        self, model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Write a fleet's model with the tables of its tasks to ``path``."""
+
+
+@runtime_checkable
+class DeviceExporter(FolderExporter, Protocol):
+    """An exporter whose artefacts run on a device that this machine may lack.
+
+    Attributes:
+        BETWEEN: A file in the artefact that ``stand_in`` reads; it goes once that is verified.
+    """
+
+    BETWEEN: str
+
+    def device(self) -> str | None:
+        """Name of the device that artefacts run on here; None where there is none."""
+
+    def stand_in(self, path: Path) -> Engine:
+        """The graph that the artefact at ``path`` was built from, run on the CPU."""
 
 
 @runtime_checkable
