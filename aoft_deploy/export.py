@@ -25,6 +25,7 @@ from torch import nn
 from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
 from aoft_deploy.engines import (
+    DeviceExporter,
     Engine,
     Exporter,
     FolderExporter,
@@ -57,12 +58,15 @@ class Exported:
         manifest: Its manifest, beside it.
         report: What the verification found.
         size: Bytes of the artefact.
+        device: Name of the device that the artefact was verified on; None where this machine lacks
+            it and the graph it was built from was verified instead.
     """
 
     path: Path
     manifest: Path
     report: Report
     size: int
+    device: str | None = "CPU"
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -83,6 +87,8 @@ def export_merged(
     precision: str = "fp32",
     calibrate: Sequence[Path] = (),
     min_agreement: float = MIN_AGREEMENT,
+    batches: tuple[int, int, int] | None = None,
+    compute_capability: str | None = None,
     command: Sequence[str] = (),
 ) -> Exported:
     """Merge a checkpoint into its backbone and export the result, verified.
@@ -101,6 +107,8 @@ def export_merged(
         calibrate: Real images, or folders of them, to learn ranges of activations from, where the
             precision needs them; those that are among ``images`` are left out.
         min_agreement: Below fp32, least share of images with the unmerged model's top class.
+        batches: Smallest, usual and largest batch, where the artefact is built for a range.
+        compute_capability: Of the GPU to build for, such as ``8.9``; None is this machine's.
         command: The command line, for the manifest.
 
     Returns:
@@ -113,11 +121,12 @@ def export_merged(
     if not checkpoint.is_file() and not checkpoint.is_dir():
         raise CheckpointError(f"There is no file {checkpoint}.")
     bar = bar_for(exporter, to, precision, min_agreement, images)
+    built = built_for(exporter, to, batches, compute_capability)
     learnt = calibration_files(exporter, to, precision, calibrate, images)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"
     if isinstance(exporter, FolderExporter):
-        _check_output_folder(output)
+        check_output_folder(output)
     else:
         inputs = [checkpoint, *([weights] if weights else []), *images, *calibrate]
         check_output(output, exporter.SUFFIX, inputs)
@@ -128,13 +137,13 @@ def export_merged(
     metadata = {**_metadata(tuned, task), "precision": precision}
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
-    recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges)
+    recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         engine = _exported(tuned, exporter, draft, recipe, weights)
         report = verify(
             lambda batch: logits(tuned, normalised(batch, preprocessing)),
-            lambda batch: _answers(engine, batch, recipe.uint8, preprocessing),
+            lambda batch: _answers(engine, batch, recipe, preprocessing),
             pixels,
             bar=bar,
         )
@@ -143,12 +152,16 @@ def export_merged(
             "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
             **_contents(tuned, task, recipe),
             **({"calibration": {"images": len(learnt)}} if learnt else {}),
-            "verification": {**report.to_dict(), "real_images": len(pictures)},
+            "verification": {
+                **report.to_dict(),
+                "real_images": len(pictures),
+                **on_device(exporter),
+            },
             "versions": versions(),
         }
-        size = _size(draft)
+        size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size)
+    return Exported(output, manifest_path(output), report, size, device_of(exporter))
 
 
 def bar_for(
@@ -174,6 +187,54 @@ def bar_for(
     return Bar(float("inf"), min_agreement)
 
 
+def built_for(
+    exporter: Exporter,
+    to: str,
+    batches: tuple[int, int, int] | None,
+    compute_capability: str | None,
+) -> dict[str, Any]:
+    """What a recipe says of the batches and the GPU to build for.
+
+    Raises:
+        SettingError: It is said of an exporter that builds for none, or the batches do not grow.
+    """
+    if batches is None and compute_capability is None:
+        return {}
+    if not isinstance(exporter, DeviceExporter):
+        raise SettingError(
+            f"--to {to} takes any batch and builds for no GPU: leave --batches and "
+            "--compute-capability out."
+        )
+    least, usual, most = batches = batches or Recipe.batches
+    if not 1 <= least <= usual <= most:
+        raise SettingError(
+            f"--batches {least} {usual} {most} are the smallest, usual and largest batch: give "
+            "three numbers from 1 up that do not fall."
+        )
+    return {"batches": batches, "compute_capability": compute_capability}
+
+
+def device_of(exporter: Exporter) -> str | None:
+    """Where artefacts of an exporter run on this machine; None if nowhere."""
+    return exporter.device() if isinstance(exporter, DeviceExporter) else "CPU"
+
+
+def on_device(exporter: Exporter) -> dict[str, Any]:
+    """For a manifest: whether the artefact itself has run, and where."""
+    if not isinstance(exporter, DeviceExporter):
+        return {}
+    return {"verified_on_device": exporter.device() or False}
+
+
+def verifiable(exporter: Exporter, draft: Path) -> Engine:
+    """The artefact, or where this machine lacks its device the graph that it was built from."""
+    if not isinstance(exporter, DeviceExporter):
+        return exporter.load(draft)
+    engine = exporter.load(draft) if exporter.device() else exporter.stand_in(draft)
+    (draft / exporter.BETWEEN).unlink()
+    return engine
+
+
 def verification_pixels(
     preprocessing: Preprocessing, pictures: Sequence[Image], precision: str
 ) -> NDArray[np.uint8]:
@@ -190,7 +251,7 @@ def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
     return {
         "artefact": draft.name,
         "sha256": _digest(draft, [str(path.relative_to(draft)) for path in _files(draft)]),
-        "bytes": _size(draft),
+        "bytes": artefact_size(draft),
         "exporter": to,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
@@ -204,7 +265,8 @@ def _files(artefact: Path) -> list[Path]:
     return sorted(path for path in artefact.rglob("*") if path.is_file())
 
 
-def _size(artefact: Path) -> int:
+def artefact_size(artefact: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
     return sum(path.stat().st_size for path in _files(artefact))
 
 
@@ -239,7 +301,7 @@ def check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
             raise OutputError(f"{path} is an input of this export: name another file with -o.")
 
 
-def _check_output_folder(output: Path) -> None:
+def check_output_folder(output: Path) -> None:
     if output.name in ("", "..") or output.is_symlink():
         raise OutputError(f"{output} cannot become a folder: name a new one with -o.")
     manifest = manifest_path(output)
@@ -288,7 +350,7 @@ def _exported(
             raise
         reason = " ".join(str(error).split())[:200]
         raise OutputError(f"The export could not be written ({reason}).") from error
-    return alone.load(draft, weights=weights) if alone else exporter.load(draft)
+    return alone.load(draft, weights=weights) if alone else verifiable(exporter, draft)
 
 
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -298,9 +360,23 @@ def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]
 
 
 def _answers(
-    engine: Engine, batch: NDArray[np.uint8], uint8: bool, preprocessing: Preprocessing
+    engine: Engine, batch: NDArray[np.uint8], recipe: Recipe, preprocessing: Preprocessing
 ) -> NDArray[np.float32]:
-    return engine.run(batch if uint8 else normalised(batch, preprocessing))
+    inputs = batch if recipe.uint8 else normalised(batch, preprocessing)
+    pieces = [engine.run(inputs[i])[:count] for i, count in within(len(batch), recipe.batches)]
+    return np.concatenate(pieces)
+
+
+def within(size: int, batches: tuple[int, int, int]) -> Iterable[tuple[NDArray[np.int64], int]]:
+    """A batch in pieces that an artefact takes: indices, and how many of their answers count.
+
+    The last piece is filled up with its first image where it is too small.
+    """
+    least, _, most = batches
+    for start in range(0, size, most):
+        piece = np.arange(start, min(start + most, size))
+        filled = np.pad(piece, (0, max(0, least - len(piece))), constant_values=start)
+        yield filled, len(piece)
 
 
 def normalised(

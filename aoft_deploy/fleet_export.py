@@ -18,7 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from aoft_deploy.engines import Recipe, get_exporter
+from aoft_deploy.engines import (
+    Exporter,
+    FleetExporter,
+    FolderExporter,
+    Recipe,
+    exporter_names,
+    get_exporter,
+)
 from aoft_deploy.errors import (
     AttachError,
     CheckpointError,
@@ -29,15 +36,22 @@ from aoft_deploy.errors import (
 from aoft_deploy.export import (
     MIN_AGREEMENT,
     Exported,
+    artefact_size,
     bar_for,
+    built_for,
     check_output,
+    check_output_folder,
+    device_of,
     logits,
     manifest_path,
     normalised,
+    on_device,
     provenance,
     publish,
+    verifiable,
     verification_pixels,
     versions,
+    within,
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.images import image_files, read_image
@@ -76,20 +90,24 @@ def export_fleet(
     checkpoints: Sequence[Path],
     output: Path,
     *,
+    to: str = "onnx",
     weights: Path | None = None,
     force: bool = False,
     images: Sequence[Path] = (),
     precision: str = "fp32",
     min_agreement: float = MIN_AGREEMENT,
     form: str = "auto",
+    batches: tuple[int, int, int] | None = None,
+    compute_capability: str | None = None,
     command: Sequence[str] = (),
 ) -> Exported:
-    """Export many tasks of one backbone as one ONNX graph, verified.
+    """Export many tasks of one backbone as one graph, verified.
 
     Args:
         checkpoints: One ``model.ckpt`` for each task, all of the same backbone, method, settings
             and preprocessing; numbers of classes may differ.
         output: The artefact.
+        to: Name of an exporter that writes fleets.
         weights: File with the backbone's weights; None takes timm's own.
         force: Accept other backbone weights than those trained on; the manifest says so.
         images: Real images, or folders of them, that every task is verified with beside the
@@ -98,7 +116,10 @@ def export_fleet(
         min_agreement: Below fp32, least share of answers with the unmerged models' top class.
         form: ``mixed``: a batch may hold any tasks, each sample's update is added as it goes.
             ``folded``: the runtime is given one task at a time, which the graph folds into its
-            weights; every method and layer can. ``auto`` takes mixed where it can and costs little.
+            weights; every method and layer can. ``auto`` takes mixed where it can and costs little,
+            or where the exporter writes nothing else.
+        batches: Smallest, usual and largest batch, where the artefact is built for a range.
+        compute_capability: Of the GPU to build for, such as ``8.9``; None is this machine's.
         command: The command line, for the manifest.
 
     Returns:
@@ -109,9 +130,14 @@ def export_fleet(
             differ; no file is left then.
     """
     names = task_names(checkpoints)
-    exporter: Any = get_exporter("onnx")
-    bar = bar_for(exporter, "onnx", precision, min_agreement, images)
-    check_output(output, exporter.SUFFIX, [*checkpoints, *([weights] if weights else []), *images])
+    exporter = _fleet_exporter(to, form)
+    bar = bar_for(exporter, to, precision, min_agreement, images)
+    built = built_for(exporter, to, batches, compute_capability)
+    if isinstance(exporter, FolderExporter):
+        check_output_folder(output)
+    else:
+        sources = [*checkpoints, *([weights] if weights else []), *images]
+        check_output(output, exporter.SUFFIX, sources)
     pictures = [read_image(path) for path in image_files(images)]
     tasks = [read_checkpoint(path) for path in checkpoints]
     for path, task in zip(checkpoints, tasks, strict=True):
@@ -119,6 +145,8 @@ def export_fleet(
     tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
     spare = functools.partial(open_checkpoint, checkpoints[0], weights=weights, force=force)
     preprocessing = tasks[0].preprocessing
+    if form == "auto" and "folded" not in exporter.FORMS:
+        form = "mixed"
     model, chosen = _model(lambda: spare()[0], form, precision, preprocessing.size)
     inputs = normalised(verification_pixels(preprocessing, pictures, precision), preprocessing)
     expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
@@ -128,7 +156,7 @@ def export_fleet(
         "form": chosen,
     }
     mean, std = preprocessing.mean, preprocessing.std
-    recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision)
+    recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         try:
@@ -138,9 +166,9 @@ def export_fleet(
                 raise
             reason = " ".join(str(error).split())[:200]
             raise OutputError(f"The fleet could not be written ({reason}).") from error
-        report = _verified(exporter.load(draft), inputs, expected, bar)
+        report = _verified(verifiable(exporter, draft), inputs, expected, bar, recipe.batches)
         manifest = {
-            **provenance(draft, "onnx", command),
+            **provenance(draft, to, command),
             **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
             "method": tuned.method,
             "settings": tuned.settings,
@@ -151,12 +179,37 @@ def export_fleet(
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
             ],
-            "verification": {**report.to_dict(), "real_images": len(pictures)},
+            "verification": {
+                **report.to_dict(),
+                "real_images": len(pictures),
+                **on_device(exporter),
+            },
             "versions": versions(),
         }
-        size = draft.stat().st_size
+        size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size)
+    return Exported(output, manifest_path(output), report, size, device_of(exporter))
+
+
+def _fleet_exporter(to: str, form: str) -> FleetExporter:
+    """An exporter of fleets of a form.
+
+    Raises:
+        UnknownNameError: There is no such exporter or form.
+        SettingError: The exporter writes no fleets, or none of the form.
+    """
+    exporter: Exporter = get_exporter(to)
+    if not isinstance(exporter, FleetExporter):
+        fleets = [
+            name for name in exporter_names() if isinstance(get_exporter(name), FleetExporter)
+        ]
+        raise SettingError(f"--to {to} writes no fleets: choose {' or '.join(fleets)}.")
+    if form in FORMS and form not in ("auto", *exporter.FORMS):
+        raise SettingError(
+            f"--to {to} would answer all images of a batch by one task in the form {form}: leave "
+            "--form out."
+        )
+    return exporter
 
 
 def _model(
@@ -252,14 +305,20 @@ def _metadata(
 
 
 def _verified(
-    engine: Any, inputs: NDArray[np.float32], expected: Sequence[NDArray[np.float32]], bar: Bar
+    engine: Any,
+    inputs: NDArray[np.float32],
+    expected: Sequence[NDArray[np.float32]],
+    bar: Bar,
+    batches: tuple[int, int, int] = Recipe.batches,
 ) -> Report:
     """Every task on every image in mixed batches, compared with its unmerged model."""
     comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
     for size in BATCH_SIZES:
         for pairs in _mixed_batches(len(expected), len(inputs), size):
-            answers = engine.run(
-                inputs[[image for _, image in pairs]], np.array([task for task, _ in pairs])
+            tasks, images = np.array(pairs).T
+            pieces = within(len(pairs), batches)
+            answers = np.concatenate(
+                [engine.run(inputs[images[i]], tasks[i])[:count] for i, count in pieces]
             )
             for answer, (task, image) in zip(answers, pairs, strict=True):
                 own = expected[task][image][None]

@@ -32,16 +32,19 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="CKPT",
-        help="checkpoints of one backbone: one ONNX graph that answers each image by its own task",
+        help="checkpoints of one backbone: one graph that answers each image by its own task",
     )
     options.add_argument(
-        "--to", default="onnx", metavar="NAME", help="onnx (default), openvino, timm or peft"
+        "--to",
+        default="onnx",
+        metavar="NAME",
+        help="onnx (default), openvino, tensorrt, triton, triton-tensorrt, timm or peft",
     )
     options.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="artefact; default: beside the checkpoint, or fleet.onnx",
+        help="artefact; default: beside the checkpoint, or a fleet's in this folder",
     )
     options.add_argument(
         "--uint8",
@@ -64,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         default="fp32",
         metavar="NAME",
-        help="fp32 (default); int8, or bf16 of openvino, judged on --images",
+        help="fp32 (default); int8, fp16 or bf16 where the exporter has it, judged on --images",
     )
     options.add_argument(
         "--calibrate",
@@ -88,6 +91,18 @@ def parser() -> argparse.ArgumentParser:
         help="below fp32: share of images that must keep their top class (default 0.99)",
     )
     options.add_argument(
+        "--batches",
+        type=int,
+        nargs=3,
+        metavar=("MIN", "USUAL", "MAX"),
+        help="of tensorrt: sizes of the batches that the engine takes (default 1 8 32)",
+    )
+    options.add_argument(
+        "--compute-capability",
+        metavar="X.Y",
+        help="of tensorrt: build for this kind of GPU, such as 8.9, instead of this machine's",
+    )
+    options.add_argument(
         "--force", action="store_true", help="accept other backbone weights than those trained on"
     )
     return options
@@ -96,23 +111,26 @@ def parser() -> argparse.ArgumentParser:
 def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
     command = ["aoft-export", *(options.argv or [])]
+    batches = tuple(options.batches) if options.batches else None
     if options.fleet:
         for name in ("uint8", "backbone", "calibrate"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
-        if options.to != "onnx":
-            parser().error("--fleet writes ONNX alone")
+        from aoft_deploy.engines import get_exporter
         from aoft_deploy.fleet_export import export_fleet
 
         exported = export_fleet(
             options.fleet,
-            options.output or Path("fleet.onnx"),
+            options.output or Path(f"fleet{get_exporter(options.to).SUFFIX}"),
+            to=options.to,
             weights=options.backbone_weights,
             force=options.force,
             images=options.images,
             precision=options.precision,
             min_agreement=options.min_agreement,
             form=options.form,
+            batches=batches,
+            compute_capability=options.compute_capability,
             command=command,
         )
     elif options.form != "auto":
@@ -132,6 +150,8 @@ def export(options: argparse.Namespace) -> None:
             precision=options.precision,
             calibrate=options.calibrate,
             min_agreement=options.min_agreement,
+            batches=batches,
+            compute_capability=options.compute_capability,
             command=command,
         )
     report = exported.report
@@ -143,6 +163,11 @@ def export(options: argparse.Namespace) -> None:
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
         f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{asked}"
     )
+    if exported.device is None:
+        print(
+            "NOT VERIFIED ON DEVICE: this machine has no GPU that runs the engine, so the figures "
+            "are those of the graph it was built from; the engine is compared with it when loaded"
+        )
     print(f"manifest: {exported.manifest}")
 
 

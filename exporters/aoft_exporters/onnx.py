@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aoft_deploy.mixed import FleetModel
 
 __all__ = [
+    "FORMS",
     "PRECISIONS",
     "SUFFIX",
     "TOLERANCE",
@@ -46,6 +47,7 @@ __all__ = [
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32", "int8")
+FORMS = ("mixed", "folded")
 FLEET_TABLES = {
     "bank": "tasks",
     "heads": "rows",
