@@ -19,7 +19,7 @@ from aoft_deploy.engines import Engine, FleetEngine, load_artefact
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.preprocessing import Preprocessing
 
-__all__ = ["Classifier", "Prediction", "load_classifier"]
+__all__ = ["Classifier", "Prediction", "load_classifier", "ranked"]
 
 
 class Prediction(NamedTuple):
@@ -59,17 +59,34 @@ class Classifier:
                 f"The artefact answers with shape {logits.shape} for {len(images)} images and "
                 f"{len(self.classes)} classes: it was not written by aoft-export."
             )
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
-        return result
+        return _softmax(logits)
 
     def classify(self, images: Sequence[Image.Image], top: int = 1) -> list[list[Prediction]]:
         """The ``top`` most probable classes of each image, best first."""
-        ranked = []
-        for row in self.probabilities(images):
-            best = np.argsort(-row, kind="stable")[:top]
-            ranked.append([Prediction(self.classes[i], float(row[i])) for i in best])
-        return ranked
+        return _best(self.probabilities(images), self.classes, top)
+
+
+def ranked(
+    logits: NDArray[np.float32], classes: Sequence[str], top: int
+) -> list[list[Prediction]]:
+    """The ``top`` most probable classes of each row of logits, (batch, classes), best first."""
+    return _best(_softmax(logits), classes, top)
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
+    return result
+
+
+def _best(
+    probabilities: NDArray[np.float32], classes: Sequence[str], top: int
+) -> list[list[Prediction]]:
+    rows = []
+    for row in probabilities:
+        best = np.argsort(-row, kind="stable")[:top]
+        rows.append([Prediction(classes[i], float(row[i])) for i in best])
+    return rows
 
 
 def load_classifier(path: Path, task: str | None = None) -> Classifier:

@@ -1,0 +1,68 @@
+"""aoft-serve: exported artefacts over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from aoft_deploy.cli.command import run
+from aoft_deploy.serving.settings import PARSERS, Settings, read_toml
+
+__all__ = ["main"]
+
+EXTRA = ("starlette", "uvicorn", "orjson", "python_multipart", "h11")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options: an artefact's names, and a flag for each setting."""
+    options = argparse.ArgumentParser(
+        prog="aoft-serve",
+        description="Serve exported models over HTTP, in the Open Inference Protocol v2.",
+    )
+    options.add_argument(
+        "artefacts",
+        nargs="*",
+        metavar="[NAME=]ARTEFACT",
+        help="what aoft-export wrote; a fleet's tasks are models of their own names",
+    )
+    options.add_argument(
+        "--config", type=Path, metavar="TOML", help="settings in a file; flags come before it"
+    )
+    for entry in fields(Settings):
+        flag, help = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
+        if entry.type == "bool":
+            options.add_argument(flag, action="store_true", default=None, help=help)
+        else:
+            shown = "" if entry.default is None else f" (default {entry.default})"
+            options.add_argument(flag, type=PARSERS[str(entry.type)], help=help + shown)
+    return options
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve until a signal comes."""
+    from aoft_deploy.errors import MissingExtraError
+
+    given = {} if options.config is None else read_toml(options.config)
+    paths = options.artefacts or given.get("artefacts", [])
+    given.pop("artefacts", None)
+    flags = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    settings = Settings(**given | {name: v for name, v in flags.items() if v is not None})
+    try:
+        from aoft_deploy.serving import server
+        from aoft_deploy.serving.models import artefact_name
+    except ImportError as error:
+        if error.name in EXTRA:
+            raise MissingExtraError(str(error.name), "serve") from error
+        raise
+    server.serve(settings, [artefact_name(path) for path in paths])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``aoft-serve --help``."""
+    return run(parser(), serve, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

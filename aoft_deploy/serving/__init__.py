@@ -1,0 +1,1 @@
+"""Exported artefacts served over HTTP, in the Open Inference Protocol v2."""

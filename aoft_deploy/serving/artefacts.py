@@ -1,0 +1,149 @@
+"""An artefact opened for serving: its engine behind a batcher, warm, with all that is known of it.
+
+The one place where the server opens engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from aoft_deploy.engines import load_artefact
+from aoft_deploy.errors import CheckpointError
+from aoft_deploy.fleet import Fleet
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.serving.batcher import Batcher, Run
+from aoft_deploy.serving.settings import Settings
+from aoft_deploy.serving.single_file import read_metadata
+from aoft_deploy.serving.tensors import DTYPES, Tensor
+
+__all__ = ["Artefact", "open_artefact", "signature"]
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """What one file or folder serves.
+
+    Attributes:
+        name: In metrics, and of the model where it is a merged one.
+        path: Where it came from.
+        tensor: Its input.
+        prepare: From an upright RGB image to one sample of the input.
+        size: Side of that sample in pixels.
+        batcher: Its queue and engine.
+        classes: Of a merged model, in the order of the logits.
+        fleet: Of a fleet, whose tasks are models.
+        mark: What its files were like when it was opened.
+    """
+
+    name: str
+    path: Path
+    tensor: Tensor
+    prepare: Callable[[Image], NDArray[Any]]
+    size: int
+    batcher: Batcher
+    classes: tuple[str, ...]
+    fleet: Fleet | None
+    mark: object
+
+
+def open_artefact(
+    name: str,
+    path: Path,
+    settings: Settings,
+    observe: Callable[[str, int, float], object] | None = None,
+) -> Artefact:
+    """Open, run once at batch size 1 and at the largest, and check what it answers.
+
+    Args:
+        name: As the attribute.
+        path: What aoft-export wrote.
+        settings: Of the server.
+        observe: Told name, rows and seconds of every batch.
+
+    Raises:
+        CheckpointError: It is damaged, names files outside, or answers nonsense.
+        MissingExtraError: Its engine's package is not installed.
+    """
+    mark = signature(path)
+    info = read_metadata(path) if path.suffix == ".onnx" else None
+    if info is not None and "tasks" in info:
+        fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
+        preprocessing, pixels = fleet.preprocessing, False
+        classes: tuple[str, ...] = ()
+        run: Run = fleet.predict
+        tasks = [next(iter(fleet.tasks))]
+        width = len(fleet.classes(tasks[0]))
+        stop = None
+    else:
+        fleet = None
+        engine = load_artefact(path)
+        preprocessing, classes = _described(path, engine.info)
+        pixels = engine.takes_pixels
+        run = lambda images, tasks: engine.run(images)  # noqa: E731
+        tasks, width = [""], len(classes)
+        stop = getattr(engine, "stop", None)
+    size = preprocessing.size
+    tensor = (
+        Tensor("image", "UINT8", (size, size, 3))
+        if pixels
+        else Tensor("pixel_values", "FP32", (3, size, size))
+    )
+    _warm_up(path, run, tensor, tasks, width, settings.max_batch)
+    batcher = Batcher(
+        run,
+        max_rows=settings.max_batch,
+        max_wait=settings.max_wait,
+        capacity=settings.queue,
+        engine_seconds=settings.engine_timeout,
+        stop=cast("Callable[[], object] | None", stop),
+        observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
+    )
+    prepare = preprocessing.pixels if pixels else preprocessing
+    return Artefact(name, path, tensor, prepare, size, batcher, classes, fleet, mark)
+
+
+def signature(path: Path) -> object:
+    """What changes when the artefact at ``path`` is written anew; None where there is none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    try:
+        found = [(file.name, file.stat()) for file in files]
+    except FileNotFoundError:
+        return None
+    return tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in found)
+
+
+def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
+    try:
+        preprocessing = Preprocessing.from_dict(json.loads(info["preprocessing"]))
+        return preprocessing, tuple(map(str, json.loads(info["classes"])))
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} names no classes and preprocessing: it was not written by aoft-export."
+        ) from error
+
+
+def _warm_up(
+    path: Path, run: Run, tensor: Tensor, tasks: list[str], width: int, largest: int
+) -> None:
+    for rows in sorted({1, largest}):
+        batch = np.zeros((rows, *tensor.shape), DTYPES[tensor.datatype])
+        try:
+            logits = np.stack(list(run(batch, tasks * rows)))
+        except Exception as error:  # runtimes raise classes of their own, all Exception
+            reason = " ".join(str(error).split())[:160]
+            raise CheckpointError(f"{path} does not run ({reason}).") from error
+        if logits.shape != (rows, width) or not np.isfinite(logits).all():
+            raise CheckpointError(
+                f"{path} answers with shape {logits.shape} or not finitely for {rows} samples of "
+                f"{width} classes: it was not written by aoft-export."
+            )

@@ -1,0 +1,86 @@
+"""One HTTP request on its way through the server, from its headers to its line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import secrets
+import time
+from types import TracebackType
+from typing import Self
+
+from aoft_deploy.serving.bodies import Disconnected, Receive
+
+__all__ = ["Call", "Departure"]
+
+_process = secrets.token_hex(4)
+_numbers = itertools.count(1)
+WATCH_AFTER = 0.05
+"""Seconds after which it is looked whether the client still waits."""
+
+
+class Call:
+    """What is known of a request beside its content.
+
+    Attributes:
+        id: Of this request, the client's own or ours; in answer and log.
+        model: Name of the model, once it is known that there is one.
+        start: When it began, by ``perf_counter``.
+        body: Bytes of its body that count as in memory.
+        read: Whether the body was read to its end.
+    """
+
+    __slots__ = ("body", "id", "model", "read", "start")
+
+    def __init__(self, wanted: str | None) -> None:
+        good = wanted is not None and re.fullmatch(r"[\w.:\-]{1,128}", wanted, re.A)
+        self.id = wanted if wanted and good else f"{_process}-{next(_numbers)}"
+        self.model: str | None = None
+        self.start = time.perf_counter()
+        self.body, self.read = 0, False
+
+
+class Departure:
+    """Ends what is done within it when the client goes away.
+
+    Looking costs a task, so it begins only with requests that take longer than most.
+
+    Args:
+        receive: ASGI's, after the whole body was read.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer = loop.call_later(WATCH_AFTER, self._watch)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if kind is asyncio.CancelledError and self._gone:
+            assert self._task is not None
+            self._task.uncancel()
+            raise Disconnected from None
+
+    def _watch(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        assert self._task is not None
+        self._task.cancel()

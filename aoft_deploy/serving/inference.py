@@ -1,0 +1,192 @@
+"""The addresses that answer: tensors in the protocol, and pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+
+from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
+from aoft_deploy.prediction import ranked
+from aoft_deploy.serving.batcher import Answer
+from aoft_deploy.serving.calls import Call, Departure
+from aoft_deploy.serving.encodings import compressed, decompressed
+from aoft_deploy.serving.log import log
+from aoft_deploy.serving.models import Model
+from aoft_deploy.serving.pictures import sample
+from aoft_deploy.serving.protocol import VERSION, format_answer, parse_request
+from aoft_deploy.serving.refusals import Refusal, shown
+from aoft_deploy.serving.service import Service
+from aoft_deploy.serving.uploads import uploaded
+
+__all__ = ["Inference"]
+
+INLINE = 64 * 1024
+"""Bytes of JSON up to which a request is read without a thread."""
+
+JSON = {"content-type": "application/json"}
+
+
+class Inference:
+    """Endpoints of a service.
+
+    Args:
+        service: What they are of.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def infer(self, request: Request) -> Response:
+        """``POST /v2/models/{model}/infer``."""
+        service, headers, call = self._service, request.headers, self._call(request)
+        model = self._model(request, call)
+        body = await self._body(request, call)
+        async with Departure(request.receive):
+            json_length = headers.get("inference-header-content-length")
+            arguments = (body, json_length, model.artefact.tensor)
+            if len(json_length or "") < 6 and (json_length or len(body) <= INLINE):
+                asked = parse_request(*arguments)
+            else:
+                asked = await service.aside(parse_request, *arguments)
+            parsed = time.perf_counter()
+            model, answer = await self._answer(model, call, asked.images, asked.timeout)
+            names: Sequence[str] = await self._classes(model, answer) if asked.top else ()
+        begun = time.perf_counter()
+        text, length = format_answer(model.name, asked, answer.logits, names)
+        found = {} if length is None else {"inference-header-content-length": str(length)}
+        found["content-type"] = "application/json" if length is None else "application/octet-stream"
+        accepted = headers.get("accept-encoding")
+        if accepted is not None:
+            text, encoding = compressed(text, accepted)
+            if encoding is not None:
+                found["content-encoding"] = encoding
+        self._count(model, call, answer, parsed, begun)
+        return Response(text, headers=found)
+
+    async def classify(self, request: Request) -> Response:
+        """``POST /v2/models/{model}/classify``: a picture, or a form of several."""
+        service, call = self._service, self._call(request)
+        model = self._model(request, call)
+        top = _top(request.query_params.get("top", "5"))
+        body = await self._body(request, call)
+        async with Departure(request.receive):
+            kind = request.headers.get("content-type", "")
+            if kind.lower().startswith("multipart/form-data"):
+                files = await service.aside(uploaded, body, kind, service.settings.max_batch)
+            else:
+                files = [body]
+            artefact = model.artefact
+            limits = (artefact.prepare, artefact.size, service.settings.max_pixels)
+            left = call.start + service.settings.timeout - time.perf_counter()
+            try:
+                async with asyncio.timeout(left):
+                    samples = await asyncio.gather(
+                        *(service.aside(sample, file, *limits) for file in files)
+                    )
+            except TimeoutError:
+                raise Refusal(504, "The time for this request is up.") from None
+            parsed = time.perf_counter()
+            service.observations.stages.observe(parsed - call.start, artefact.name, "decode")
+            model, answer = await self._answer(model, call, np.stack(samples), None)
+            names = await self._classes(model, answer)
+        begun = time.perf_counter()
+        classes = [
+            [{"label": p.label, "probability": p.probability} for p in row]
+            for row in ranked(answer.logits, names, top)
+        ]
+        content = {"model_name": model.name, "model_version": VERSION, "predictions": classes}
+        self._count(model, call, answer, parsed, begun)
+        return Response(orjson.dumps(content), headers=JSON)
+
+    def _call(self, request: Request) -> Call:
+        call: Call = request.scope["aoft.call"]
+        return call
+
+    def _model(self, request: Request, call: Call) -> Model:
+        if self._service.state != "ready":
+            after = {"Retry-After": "1"}
+            raise Refusal(503, f"The server is {self._service.state}.", headers=after, close=True)
+        if request.path_params.get("version", VERSION) != VERSION:
+            raise Refusal(404, f"There is no version {shown(request.path_params['version'])}.")
+        model = self._service.models.find(request.path_params["model"])
+        call.model = model.name
+        return model
+
+    async def _body(self, request: Request, call: Call) -> bytes:
+        service = self._service
+        body = await service.bodies.read(request.receive, request.headers)
+        call.body, call.read = len(body), True
+        encoding = request.headers.get("content-encoding")
+        if encoding is not None:
+            packed = call.body
+            body = await service.aside(decompressed, body, encoding, service.bodies.limit)
+            call.body = len(body)
+            service.bodies.bytes += call.body - packed
+        return body
+
+    async def _answer(
+        self, model: Model, call: Call, images: NDArray[Any], timeout: float | None
+    ) -> tuple[Model, Answer]:
+        """The model as it is now, and its answer."""
+        settings = self._service.settings
+        seconds = settings.timeout if timeout is None else min(timeout, settings.timeout)
+        left = call.start + seconds - time.perf_counter()
+        found = self._service.models.find(model.name)  # it may have been exchanged meanwhile
+        if found.artefact.tensor != model.artefact.tensor:
+            raise Refusal(503, f"The model {shown(model.name)} was exchanged: ask again.")
+        try:
+            return found, await found.artefact.batcher.answer(images, found.task, left)
+        except Refusal as refusal:
+            if refusal.status >= 500:
+                self._failed(found, call)
+            raise
+        except UnknownNameError:
+            raise Refusal(404, f"There is no model {shown(model.name)}.") from None
+        except Exception as error:
+            self._failed(found, call)
+            log("engine failed", request=call.id, model=model.name, error=error)
+            if isinstance(error, SettingError):
+                raise Refusal(503, "There is no memory left for this model's task.") from None
+            if isinstance(error, AoftError):
+                raise Refusal(500, "The model's task cannot be read.") from None
+            raise Refusal(500, "The model failed on this request.") from None
+
+    async def _classes(self, model: Model, answer: Answer) -> Sequence[str]:
+        try:
+            names = await self._service.models.classes(model)
+        except AoftError:
+            names = ()
+        if len(names) != answer.logits.shape[1]:
+            raise Refusal(503, f"The model {shown(model.name)} was exchanged: ask again.")
+        return names
+
+    def _failed(self, model: Model, call: Call) -> None:
+        spent = time.perf_counter() - call.start
+        self._service.observations.statistics[model.name].failed(int(spent * 1e9))
+
+    def _count(self, model: Model, call: Call, answer: Answer, parsed: float, begun: float) -> None:
+        now, artefact = time.perf_counter(), model.artefact.name
+        observations = self._service.observations
+        observe = observations.stages.observe
+        observe(answer.queued, artefact, "queue")
+        observe(answer.computed, artefact, "engine")
+        observe(now - call.start, artefact, "request")
+        stages = (answer.queued, parsed - call.start, answer.computed, now - begun)
+        queued, given, inferred, written = (int(seconds * 1e9) for seconds in stages)
+        observations.statistics[model.name].succeeded(
+            len(answer.logits), answer.rows, answer.first, (queued, given, inferred, written)
+        )
+
+
+def _top(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
+        raise Refusal(400, f"top is {shown(text)}: give a whole number from 1.")
+    return int(text)

@@ -1,0 +1,118 @@
+"""The process: a socket, an event loop, and an end that loses no request that was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from aoft_deploy.errors import OutputError
+from aoft_deploy.serving.application import Application
+from aoft_deploy.serving.connections import limited
+from aoft_deploy.serving.log import JsonHandler, log
+from aoft_deploy.serving.service import Service
+from aoft_deploy.serving.settings import Settings
+
+__all__ = ["serve"]
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+IDLE_SECONDS = 1
+"""Left to uvicorn after everything was answered, to close what stayed open."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own way with signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Args:
+        settings: What can be set.
+        given: Artefacts by name.
+
+    Raises:
+        AoftError: Something that was given cannot be served.
+        OutputError: The address cannot be had.
+    """
+    quiet = logging.getLogger("uvicorn.error")
+    quiet.handlers, quiet.propagate = [JsonHandler()], False
+    quiet.setLevel(logging.ERROR)
+    asyncio.run(_serve(settings, given))
+
+
+async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
+    service = Service(settings, given)
+    bound = _bound(settings)
+    config = uvicorn.Config(
+        Application(service),
+        http=limited(settings.max_connections) if settings.http == "h11" else "httptools",
+        ws="none",
+        lifespan="off",
+        loop="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=IDLE_SECONDS,
+    )
+    server = _Server(config)
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _signalled, told)
+    host, port = bound.getsockname()[:2]
+    log("listening", host=host, port=port)
+    listening = asyncio.create_task(server.serve([bound]))
+    starting = asyncio.create_task(service.start())
+    end = asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait({starting, end}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait({listening, end}, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            starting.cancel()
+        await service.drain()
+    finally:
+        server.should_exit = True
+        await asyncio.wait({listening})
+    log("ended")
+
+
+def _bound(settings: Settings) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        where = f"{settings.host}, port {settings.port}"
+        raise OutputError(f"Cannot listen on {where}: {error.strerror or error}.") from error
+    return bound
+
+
+def _signalled(told: asyncio.Event) -> None:
+    if told.is_set():
+        log("ended by a second signal")
+        sys.stderr.flush()
+        os._exit(1)
+    told.set()

@@ -1,0 +1,105 @@
+"""What one server is made of, and its life: starting, ready, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, ParamSpec, TypeVar
+
+from aoft_deploy.errors import SettingError
+from aoft_deploy.serving.bodies import Bodies
+from aoft_deploy.serving.log import log
+from aoft_deploy.serving.models import Models
+from aoft_deploy.serving.observations import Observations
+from aoft_deploy.serving.settings import Settings
+
+__all__ = ["Service"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+LINGER_SECONDS = 0.2
+"""How long a draining server still says no, before it leaves clients without an answer."""
+
+
+class Service:
+    """Models, counters, threads and limits of one server. Used in one event loop.
+
+    Attributes:
+        settings: As given.
+        models: What is served.
+        observations: What is counted.
+        bodies: Reads requests.
+        state: Inference is answered where it is ``ready``.
+        token: What changes of the repository need; None: they are refused.
+
+    Args:
+        settings: As the attribute.
+        given: Artefacts by name, opened at the start.
+
+    Raises:
+        SettingError: There is nothing to serve, or the file of the token cannot be used.
+    """
+
+    def __init__(self, settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
+        self.settings = settings
+        self.observations = Observations()
+        self.models = Models(settings, given, self.observations.batch)
+        self.bodies = Bodies(settings.max_body, settings.max_buffered, settings.body_timeout)
+        self.state: Literal["starting", "ready", "draining"] = "starting"
+        self.token = _token(settings.admin_token_file)
+        self._pool = ThreadPoolExecutor(settings.decoders, "decode")
+        self._follower: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken and every engine answers."""
+        stuck = any(a.batcher.stuck for a in self.models.artefacts.values())
+        return self.state == "ready" and not stuck
+
+    async def start(self) -> None:
+        """Open and warm up what was given.
+
+        Raises:
+            AoftError: Something cannot be served.
+        """
+        await self.models.open_given()
+        if self.state == "starting":
+            self.state = "ready"
+            log("ready", models=sorted(self.models.artefacts))
+        if self.settings.follow:
+            self._follower = asyncio.create_task(self.models.follow())
+
+    async def drain(self) -> None:
+        """Take no more requests, and wait for those that were taken."""
+        self.state = "draining"
+        log("draining", in_flight=self.observations.in_flight)
+        self.bodies.drain()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.settings.grace
+        await asyncio.sleep(min(LINGER_SECONDS, self.settings.grace))
+        while self.observations.in_flight and loop.time() < end:
+            await asyncio.sleep(0.02)
+        if self._follower is not None:
+            self._follower.cancel()
+        self.models.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        log("drained", lost=self.observations.in_flight)
+
+    async def aside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run in one of the threads for what would hold the event loop up."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+
+def _token(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read ({error.strerror}).") from error
+    if len(token) < 16:
+        raise SettingError(f"{path} holds a token of {len(token)} bytes: use 16 or more.")
+    return token
