@@ -29,6 +29,7 @@ __all__ = [
     "FleetEngine",
     "FleetExporter",
     "FolderExporter",
+    "RangedExporter",
     "Recipe",
     "TunedExporter",
     "exporter_names",
@@ -149,6 +150,17 @@ class FleetExporter(Exporter, Protocol):
         self, model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
     ) -> None:
         """Write a fleet's model with the tables of its tasks to ``path``."""
+
+
+@runtime_checkable
+class RangedExporter(Exporter, Protocol):
+    """An exporter whose artefacts are for a range of batches.
+
+    Attributes:
+        RANGED: True.
+    """
+
+    RANGED: bool
 
 
 @runtime_checkable

@@ -29,6 +29,7 @@ from aoft_deploy.engines import (
     Engine,
     Exporter,
     FolderExporter,
+    RangedExporter,
     Recipe,
     TunedExporter,
     get_exporter,
@@ -46,7 +47,10 @@ __all__ = ["Exported", "export_merged", "manifest_path"]
 MIN_AGREEMENT = 0.99
 """Share of images whose top class a low-precision artefact must keep."""
 
-PACKAGES = tuple("aoft-deploy torch timm onnx onnxscript onnxruntime openvino nncf numpy".split())
+PACKAGES = tuple(
+    "aoft-deploy torch timm onnx onnxscript onnxruntime openvino nncf tensorrt tensorrt-rtx "
+    "numpy".split()
+)
 
 
 @dataclass(frozen=True)
@@ -200,11 +204,10 @@ def built_for(
     """
     if batches is None and compute_capability is None:
         return {}
-    if not isinstance(exporter, DeviceExporter):
-        raise SettingError(
-            f"--to {to} takes any batch and builds for no GPU: leave --batches and "
-            "--compute-capability out."
-        )
+    if batches is not None and not isinstance(exporter, RangedExporter):
+        raise SettingError(f"--to {to} takes any batch: leave --batches out.")
+    if compute_capability is not None and not isinstance(exporter, DeviceExporter):
+        raise SettingError(f"--to {to} builds for no GPU: leave --compute-capability out.")
     least, usual, most = batches = batches or Recipe.batches
     if not 1 <= least <= usual <= most:
         raise SettingError(

@@ -1,0 +1,194 @@
+"""TensorRT: a folder with a plan and what it was built for, run on an NVIDIA GPU.
+
+``model.plan`` is the engine, ``engine.json`` what it takes, what it was built with and for, its
+SHA-256, and the graph's answers about a few built-in images. A plan is native code: it is opened
+only if its hash, the version of TensorRT and the GPU are those recorded, and used only if it gives
+these answers there. It may so be built, with TensorRT-RTX, where no GPU is.
+
+Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_values`` float32
+[batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3], and for a fleet ``task`` int64
+[batch]; output ``logits`` float32 [batch, classes]. Batches are those of ``Recipe.batches``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_deploy.errors import CheckpointError, SettingError, VerificationError
+from aoft_exporters import tensorrt_library as libraries
+from aoft_exporters.onnx import OnnxEngine
+from aoft_exporters.tensorrt_build import build
+from aoft_exporters.tensorrt_metadata import METADATA, Metadata, Sample, check_files
+from aoft_exporters.typed import emulated, typed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.mixed import FleetModel
+    from aoft_exporters.tensorrt_engine import TensorrtEngine
+
+__all__ = [
+    "BETWEEN",
+    "ENGINES",
+    "FORMS",
+    "MARKER",
+    "PRECISIONS",
+    "RANGED",
+    "SUFFIX",
+    "TOLERANCE",
+    "device",
+    "export",
+    "export_fleet",
+    "load",
+    "stand_in",
+]
+
+SUFFIX = ".tensorrt"
+MARKER = "model.plan"
+BETWEEN = "graph.onnx"
+TOLERANCE = 1e-4
+PRECISIONS = ("fp32", "fp16", "bf16")
+FORMS = ("mixed",)
+RANGED = True
+ENGINES = ("tensorrt",)
+
+
+def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a plain model as a folder with an engine.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        path: Folder to make.
+        recipe: Input form, normalisation, metadata, precision, batches, and the GPU to build for.
+
+    Raises:
+        MissingExtraError: TensorRT, TensorRT-RTX or ONNX Runtime is not installed.
+        SettingError: No GPU and none named, or one that the installed TensorRT cannot build for.
+        OutputError: TensorRT cannot build the engine, or the weights take more than 2 GiB.
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    from aoft_exporters import onnx
+
+    _write(path, recipe, lambda between, plain: onnx.export(model, between, plain))
+
+
+def export_fleet(
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a fleet's model and its tasks as a folder with an engine.
+
+    Args:
+        model: The model that all tasks share, of the mixed form; it is not changed.
+        path: Folder to make.
+        recipe: As for ``export``, without ``uint8``.
+        tables: As for the ONNX exporter; they become constants of the engine.
+
+    Raises:
+        AoftError: As ``export``.
+    """
+    from aoft_exporters import onnx
+
+    _write(path, recipe, lambda between, plain: onnx.export_fleet(model, between, plain, tables))
+
+
+def _write(path: Path, recipe: Recipe, write_graph: Callable[[Path, Recipe], None]) -> None:
+    """Graph, plan and metadata; ``BETWEEN`` is what the plan computes, for ONNX Runtime."""
+    import onnx
+
+    target = libraries.target(recipe.compute_capability)
+    path.mkdir()
+    between = path / BETWEEN
+    write_graph(between, replace(recipe, precision="fp32", opset=20))
+    graph, low = onnx.load(between), recipe.precision != "fp32"
+    plan = build(
+        (typed(graph, recipe.precision) if low else graph).SerializeToString(),
+        target,
+        recipe.batches,
+    )
+    sample = Sample.of(graph, recipe)
+    exact = sample.answers(OnnxEngine(between))
+    if low:
+        onnx.save(emulated(graph, recipe.precision), between)
+    answers = sample.answers(OnnxEngine(between)) if low else exact
+    (path / MARKER).write_bytes(plan)
+    sample = sample.answered(answers, exact, TOLERANCE)
+    Metadata.of(plan, target, recipe, sample).write(path / METADATA)
+
+
+def device() -> str | None:
+    """Name of the GPU that engines run on here; None where there is none."""
+    gpu = libraries.find_gpu()
+    return gpu.name if gpu else None
+
+
+def stand_in(path: Path) -> OnnxEngine:
+    """What the engine computes, by ONNX Runtime on the CPU, while ``BETWEEN`` is there."""
+    return OnnxEngine(path / BETWEEN)
+
+
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    lanes: int = 1,
+    cuda_graphs: bool = True,
+) -> TensorrtEngine:
+    """Open a folder on a GPU of this machine.
+
+    Args:
+        path: What ``export`` wrote.
+        engine: ``tensorrt``; there is no other.
+        threads: None: a GPU has no threads to choose.
+        device: ``cuda`` or ``cuda:1`` …; None is the first GPU.
+        lanes: Batches that are computed at once, each with buffers and a stream of its own.
+        cuda_graphs: Whether each size of batch is recorded once and replayed.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged or changed since it was written, or is for
+            another GPU or version of TensorRT.
+        SettingError: Threads are asked for, or this machine has no such GPU.
+        VerificationError: The engine gives other answers here than the graph it was built from.
+        MissingExtraError: The TensorRT that built the engine is not installed.
+    """
+    path = Path(path)
+    if not (path / MARKER).is_file():
+        raise CheckpointError(f"There is no folder {path} with a {MARKER}.")
+    metadata = Metadata.read(path / METADATA)
+    plan = check_files(path, metadata, (MARKER, METADATA))
+    if threads is not None:
+        raise SettingError(f"{path} runs on a GPU, which has no threads to choose: leave them out.")
+    index = _index(device)
+    gpu = None if index is None else libraries.find_gpu(index)
+    if gpu is None or index is None:
+        raise SettingError(
+            f"{path} needs an NVIDIA GPU of compute capability {metadata.capability}, and this "
+            f"machine has none called {device or 'cuda'}: run it there, or export --to onnx."
+        )
+    library = libraries.library(metadata.library)
+    metadata.check_here(path, library.version, gpu.capability)
+    from aoft_exporters.tensorrt_engine import TensorrtEngine
+
+    opened = TensorrtEngine(
+        plan, metadata, library, index=index, lanes=lanes, cuda_graphs=cuda_graphs
+    )
+    difference = metadata.sample.difference(opened, metadata.batches)
+    if not difference <= metadata.sample.allowed:  # nan too
+        raise VerificationError(
+            f"On this {gpu.name} the engine's logits differ from its graph's by {difference:.2e}, "
+            f"but at most {metadata.sample.allowed:.2e} is allowed: it is not used."
+        )
+    return opened
+
+
+def _index(device: str | None) -> int | None:
+    """Number of a GPU; None where none is named."""
+    kind, _, number = (device or "cuda").partition(":")
+    return int(number or 0) if kind == "cuda" and (number or "0").isdecimal() else None

@@ -1,0 +1,100 @@
+"""Triton: a model for a repository of NVIDIA's inference server, run by its ONNX Runtime.
+
+The artefact is the model's folder: ``config.pbtxt``, ``labels.txt`` (of a fleet ``tasks.json``),
+and the ONNX exporter's file as ``1/model.onnx``. The folder that it stands in is the repository,
+and its own name the model's, so models come and go by one rename each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_exporters import onnx
+from aoft_exporters.triton_config import check_labels, write_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.mixed import FleetModel
+
+__all__ = [
+    "ENGINES",
+    "FORMS",
+    "MARKER",
+    "PRECISIONS",
+    "RANGED",
+    "SUFFIX",
+    "TOLERANCE",
+    "export",
+    "export_fleet",
+    "load",
+]
+
+SUFFIX = ".triton"
+MARKER = "1/model.onnx"
+TOLERANCE = onnx.TOLERANCE
+PRECISIONS = onnx.PRECISIONS
+FORMS = ("mixed",)
+RANGED = True
+ENGINES = ("onnxruntime",)
+
+
+def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a plain model as a folder of a model repository.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        path: Folder to make.
+        recipe: Input form, normalisation, metadata, precision, and the largest batch.
+
+    Raises:
+        SettingError: A class has a line break in its name.
+        OutputError: The weights do not fit into a single ONNX file.
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    check_labels(recipe)
+    file = _made(path)
+    onnx.export(model, file, recipe)
+    write_config(path, recipe, "onnxruntime")
+
+
+def export_fleet(
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a fleet as a folder of a model repository.
+
+    Args:
+        model: The model that all tasks share, of the mixed form; it is not changed.
+        path: Folder to make.
+        recipe: As for ``export``, without ``uint8``.
+        tables: As for the ONNX exporter.
+
+    Raises:
+        AoftError: As ``export``.
+    """
+    file = _made(path)
+    onnx.export_fleet(model, file, recipe, tables)
+    write_config(path, recipe, "onnxruntime")
+
+
+def _made(path: Path) -> Path:
+    """The model's file in its version's folder."""
+    file = path / MARKER
+    file.parent.mkdir(parents=True)
+    return file
+
+
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> onnx.OnnxEngine:
+    """Open the model in the folder with ONNX Runtime, as Triton would; see ``onnx.load``."""
+    return onnx.load(Path(path) / MARKER, threads=threads)

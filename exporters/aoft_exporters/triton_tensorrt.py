@@ -1,0 +1,112 @@
+"""Triton with TensorRT: a model for a repository of NVIDIA's inference server, run by its TensorRT.
+
+The folder is that of the exporter ``triton`` with the TensorRT exporter's ``model.plan`` and
+``engine.json`` as version 1. Triton runs plans of ``tensorrt``, which are built on the GPU that
+serves them, and in the version of TensorRT that it comes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_deploy.errors import SettingError
+from aoft_exporters import tensorrt, tensorrt_library
+from aoft_exporters.tensorrt import device
+from aoft_exporters.triton_config import check_labels, write_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.mixed import FleetModel
+    from aoft_exporters.onnx import OnnxEngine
+    from aoft_exporters.tensorrt_engine import TensorrtEngine
+
+__all__ = [
+    "BETWEEN",
+    "ENGINES",
+    "FORMS",
+    "MARKER",
+    "PRECISIONS",
+    "RANGED",
+    "SUFFIX",
+    "TOLERANCE",
+    "device",
+    "export",
+    "export_fleet",
+    "load",
+    "stand_in",
+]
+
+SUFFIX = ".triton-tensorrt"
+MARKER = f"1/{tensorrt.MARKER}"
+BETWEEN = f"1/{tensorrt.BETWEEN}"
+TOLERANCE = tensorrt.TOLERANCE
+PRECISIONS = tensorrt.PRECISIONS
+FORMS = tensorrt.FORMS
+RANGED = True
+ENGINES = tensorrt.ENGINES
+
+
+def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a plain model as a folder of a model repository.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        path: Folder to make.
+        recipe: As for the TensorRT exporter.
+
+    Raises:
+        SettingError: A class has a line break in its name, or tensorrt-rtx alone is installed.
+        AoftError: As the TensorRT exporter's ``export``.
+    """
+    check_labels(recipe)
+    _write(path, recipe, lambda version: tensorrt.export(model, version, recipe))
+
+
+def export_fleet(
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a fleet as a folder of a model repository.
+
+    Args:
+        model: The model that all tasks share, of the mixed form; it is not changed.
+        path: Folder to make.
+        recipe: As for the TensorRT exporter.
+        tables: As for the ONNX exporter.
+
+    Raises:
+        AoftError: As ``export``.
+    """
+    _write(path, recipe, lambda version: tensorrt.export_fleet(model, version, recipe, tables))
+
+
+def _write(path: Path, recipe: Recipe, write_plan: Callable[[Path], None]) -> None:
+    if tensorrt_library.target(recipe.compute_capability).library.name != "tensorrt":
+        raise SettingError(
+            "Triton does not run plans of tensorrt-rtx: install tensorrt on a machine with the GPU "
+            "that serves, or export --to triton, which runs ONNX."
+        )
+    path.mkdir()
+    write_plan(path / "1")
+    write_config(path, recipe, "tensorrt")
+
+
+def stand_in(path: Path) -> OnnxEngine:
+    """What the engine computes, by ONNX Runtime on the CPU, while ``BETWEEN`` is there."""
+    return tensorrt.stand_in(path / "1")
+
+
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> TensorrtEngine:
+    """Open the plan in the folder on a GPU of this machine; see ``tensorrt.load``."""
+    return tensorrt.load(Path(path) / "1", engine=engine, threads=threads, device=device)
