@@ -8,10 +8,9 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import orjson
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aoft_deploy.errors import AoftError
 from aoft_deploy.serving.bodies import Disconnected
@@ -54,7 +53,7 @@ class Application:
             raise RuntimeError(f"a scope of type {scope['type']} is not served")
         service = self.service
         observations = service.observations
-        call = Call(Headers(scope=scope).get("x-request-id"))
+        call = Call(scope)
         scope["aoft.call"], scope["app"] = call, self
         status = 0
 
@@ -134,13 +133,23 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
 
+class _Plain:
+    """An endpoint that answers by itself: Starlette takes an object for an ASGI application."""
+
+    def __init__(self, endpoint: ASGIApp) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
 def _routes(service: Service) -> list[Route]:
     inference, catalogue = Inference(service), Catalogue(service)
     post, models = ["POST"], "/v2/models/{model}"
     versions = models + "/versions/{version}"
     return [
-        Route(models + "/infer", inference.infer, methods=post),
-        Route(models + "/classify", inference.classify, methods=post),
+        Route(models + "/infer", _Plain(inference.infer), methods=post),
+        Route(models + "/classify", _Plain(inference.classify), methods=post),
         Route("/v2/health/live", catalogue.live),
         Route("/v2/health/ready", catalogue.ready),
         Route("/v2", catalogue.server),
@@ -155,8 +164,8 @@ def _routes(service: Service) -> list[Route]:
                 ("/stats", catalogue.statistics),
             )
         ),
-        Route(versions + "/infer", inference.infer, methods=post),
-        Route(versions + "/classify", inference.classify, methods=post),
+        Route(versions + "/infer", _Plain(inference.infer), methods=post),
+        Route(versions + "/classify", _Plain(inference.classify), methods=post),
         Route("/v2/repository/index", catalogue.index, methods=post),
         Route("/v2/repository/models/{model}/load", catalogue.load, methods=post),
         Route("/v2/repository/models/{model}/unload", catalogue.unload, methods=post),

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.serving.collector import Collector
+from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.refusals import Refusal
 
 __all__ = ["Answer", "Batcher", "Run"]
@@ -89,6 +90,7 @@ class Batcher:
         self._inbox: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
         self._running: list[_Job] = []
         self._busy = self._closing = self.stuck = False
+        self._deadlines = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._pace = 0.0  # seconds that the last batch took
@@ -120,12 +122,12 @@ class Batcher:
         if not self._collector.add(job, len(images), job.arrived):
             after = {"Retry-After": str(self._retry_after())}
             raise Refusal(429, "Too many requests wait: try again later.", headers=after)
-        timer = loop.call_later(seconds, self._expire, job)
+        self._deadlines.add(job, seconds, lambda: self._expire(job))
         self._pump()
         try:
             return await job.future
         finally:
-            timer.cancel()
+            self._deadlines.discard(job)
             self._collector.discard(job)
 
     def close(self) -> None:
@@ -245,7 +247,7 @@ class Batcher:
             part = slice(i, i + self._max_rows)
             logits.extend(self._run(together[part], tasks[part]))
         seconds = time.perf_counter() - start
-        if not all(np.isfinite(row).all() for row in logits):
+        if not np.isfinite(np.concatenate(logits)).all():
             raise ArithmeticError("the engine's logits are not finite")
         answers, seen, row = [], set[str](), 0
         for job in batch:

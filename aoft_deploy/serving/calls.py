@@ -7,10 +7,12 @@ import itertools
 import re
 import secrets
 import time
+from collections.abc import MutableMapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from aoft_deploy.serving.bodies import Disconnected, Receive
+from aoft_deploy.serving.deadlines import Deadlines
 
 __all__ = ["Call", "Departure"]
 
@@ -24,6 +26,7 @@ class Call:
     """What is known of a request beside its content.
 
     Attributes:
+        headers: By name in lower case.
         id: Of this request, the client's own or ours; in answer and log.
         model: Name of the model, once it is known that there is one.
         start: When it began, by ``perf_counter``.
@@ -31,14 +34,23 @@ class Call:
         read: Whether the body was read to its end.
     """
 
-    __slots__ = ("body", "id", "model", "read", "start")
+    __slots__ = ("body", "headers", "id", "model", "read", "start")
 
-    def __init__(self, wanted: str | None) -> None:
-        good = wanted is not None and re.fullmatch(r"[\w.:\-]{1,128}", wanted, re.A)
-        self.id = wanted if wanted and good else f"{_process}-{next(_numbers)}"
+    def __init__(self, scope: MutableMapping[str, Any]) -> None:
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        wanted = self.headers.get(b"x-request-id")
+        if wanted is not None and re.fullmatch(rb"[\w.:\-]{1,128}", wanted):
+            self.id = wanted.decode()
+        else:
+            self.id = f"{_process}-{next(_numbers)}"
         self.model: str | None = None
         self.start = time.perf_counter()
         self.body, self.read = 0, False
+
+    def header(self, name: bytes) -> str | None:
+        """A header's text; None where there is none."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
 
 
 class Departure:
@@ -48,17 +60,17 @@ class Departure:
 
     Args:
         receive: ASGI's, after the whole body was read.
+        deadlines: When to look.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, receive: Receive, deadlines: Deadlines) -> None:
+        self._receive, self._deadlines = receive, deadlines
         self._gone = False
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
-        self._timer = loop.call_later(WATCH_AFTER, self._watch)
+        self._deadlines.add(self, WATCH_AFTER, self._watch)
         return self
 
     async def __aexit__(
@@ -67,7 +79,7 @@ class Departure:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._timer.cancel()
+        self._deadlines.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
         if kind is asyncio.CancelledError and self._gone:

@@ -155,9 +155,9 @@ class Catalogue:
         return model
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        bodies = self._service.bodies
-        body = await bodies.read(request.receive, request.headers)
         call: Call = request.scope["aoft.call"]
+        length = call.header(b"content-length")
+        body = await self._service.bodies.read(request.receive, length)
         call.body, call.read = len(body), True
         if len(body) > 65536:
             raise Refusal(413, "The body has more than 65536 bytes.")

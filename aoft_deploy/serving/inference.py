@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.datastructures import QueryParams
+from starlette.types import Receive, Scope, Send
 
 from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
 from aoft_deploy.prediction import ranked
@@ -31,7 +31,8 @@ __all__ = ["Inference"]
 INLINE = 64 * 1024
 """Bytes of JSON up to which a request is read without a thread."""
 
-JSON = {"content-type": "application/json"}
+JSON = (b"content-type", b"application/json")
+BINARY = (b"content-type", b"application/octet-stream")
 
 
 class Inference:
@@ -44,13 +45,13 @@ class Inference:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def infer(self, request: Request) -> Response:
+    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /v2/models/{model}/infer``."""
-        service, headers, call = self._service, request.headers, self._call(request)
-        model = self._model(request, call)
-        body = await self._body(request, call)
-        async with Departure(request.receive):
-            json_length = headers.get("inference-header-content-length")
+        service, call = self._service, scope["aoft.call"]
+        model = self._model(scope, call)
+        body = await self._body(receive, call)
+        async with Departure(receive, service.deadlines):
+            json_length = call.header(b"inference-header-content-length")
             arguments = (body, json_length, model.artefact.tensor)
             if len(json_length or "") < 6 and (json_length or len(body) <= INLINE):
                 asked = parse_request(*arguments)
@@ -61,24 +62,25 @@ class Inference:
             names: Sequence[str] = await self._classes(model, answer) if asked.top else ()
         begun = time.perf_counter()
         text, length = format_answer(model.name, asked, answer.logits, names)
-        found = {} if length is None else {"inference-header-content-length": str(length)}
-        found["content-type"] = "application/json" if length is None else "application/octet-stream"
-        accepted = headers.get("accept-encoding")
+        headers = [JSON]
+        if length is not None:
+            headers = [BINARY, (b"inference-header-content-length", b"%d" % length)]
+        accepted = call.header(b"accept-encoding")
         if accepted is not None:
             text, encoding = compressed(text, accepted)
             if encoding is not None:
-                found["content-encoding"] = encoding
+                headers.append((b"content-encoding", encoding.encode()))
         self._count(model, call, answer, parsed, begun)
-        return Response(text, headers=found)
+        await _send(send, text, headers)
 
-    async def classify(self, request: Request) -> Response:
+    async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /v2/models/{model}/classify``: a picture, or a form of several."""
-        service, call = self._service, self._call(request)
-        model = self._model(request, call)
-        top = _top(request.query_params.get("top", "5"))
-        body = await self._body(request, call)
-        async with Departure(request.receive):
-            kind = request.headers.get("content-type", "")
+        service, call = self._service, scope["aoft.call"]
+        model = self._model(scope, call)
+        top = _top(QueryParams(scope["query_string"]).get("top", "5"))
+        body = await self._body(receive, call)
+        async with Departure(receive, service.deadlines):
+            kind = call.header(b"content-type") or ""
             if kind.lower().startswith("multipart/form-data"):
                 files = await service.aside(uploaded, body, kind, service.settings.max_batch)
             else:
@@ -104,27 +106,24 @@ class Inference:
         ]
         content = {"model_name": model.name, "model_version": VERSION, "predictions": classes}
         self._count(model, call, answer, parsed, begun)
-        return Response(orjson.dumps(content), headers=JSON)
+        await _send(send, orjson.dumps(content), [JSON])
 
-    def _call(self, request: Request) -> Call:
-        call: Call = request.scope["aoft.call"]
-        return call
-
-    def _model(self, request: Request, call: Call) -> Model:
+    def _model(self, scope: Scope, call: Call) -> Model:
         if self._service.state != "ready":
             after = {"Retry-After": "1"}
             raise Refusal(503, f"The server is {self._service.state}.", headers=after, close=True)
-        if request.path_params.get("version", VERSION) != VERSION:
-            raise Refusal(404, f"There is no version {shown(request.path_params['version'])}.")
-        model = self._service.models.find(request.path_params["model"])
+        names = scope["path_params"]
+        if names.get("version", VERSION) != VERSION:
+            raise Refusal(404, f"There is no version {shown(names['version'])}.")
+        model = self._service.models.find(names["model"])
         call.model = model.name
         return model
 
-    async def _body(self, request: Request, call: Call) -> bytes:
+    async def _body(self, receive: Receive, call: Call) -> bytes:
         service = self._service
-        body = await service.bodies.read(request.receive, request.headers)
+        body = await service.bodies.read(receive, call.header(b"content-length"))
         call.body, call.read = len(body), True
-        encoding = request.headers.get("content-encoding")
+        encoding = call.header(b"content-encoding")
         if encoding is not None:
             packed = call.body
             body = await service.aside(decompressed, body, encoding, service.bodies.limit)
@@ -184,6 +183,12 @@ class Inference:
         observations.statistics[model.name].succeeded(
             len(answer.logits), answer.rows, answer.first, (queued, given, inferred, written)
         )
+
+
+async def _send(send: Send, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _top(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -57,6 +58,8 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
 async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     service = Service(settings, given)
     bound = _bound(settings)
+    gc.freeze()  # what is there by now stays: collections need not look at it
+    gc.set_threshold(10_000, 20, 50)
     config = uvicorn.Config(
         Application(service),
         http=limited(settings.max_connections) if settings.http == "h11" else "httptools",

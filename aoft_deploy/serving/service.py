@@ -10,6 +10,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.bodies import Bodies
+from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.models import Models
 from aoft_deploy.serving.observations import Observations
@@ -31,6 +32,7 @@ class Service:
         models: What is served.
         observations: What is counted.
         bodies: Reads requests.
+        deadlines: Of requests that are answered.
         state: Inference is answered where it is ``ready``.
         token: What changes of the repository need; None: they are refused.
 
@@ -46,6 +48,7 @@ class Service:
         self.settings = settings
         self.observations = Observations()
         self.models = Models(settings, given, self.observations.batch)
+        self.deadlines = Deadlines()
         self.bodies = Bodies(settings.max_body, settings.max_buffered, settings.body_timeout)
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self.token = _token(settings.admin_token_file)

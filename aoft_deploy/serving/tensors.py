@@ -29,6 +29,8 @@ __all__ = [
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -76,7 +78,10 @@ def from_binary(data: memoryview, shape: tuple[int, ...], tensor: Tensor) -> NDA
         raise Refusal(
             400, f"{tensor.name} has {len(data)} bytes: shape {list(shape)} takes {needed}."
         )
-    return _finite(np.frombuffer(data, dtype).reshape(shape), tensor)
+    array = np.frombuffer(data, dtype).reshape(shape)
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise Refusal(400, f"Data of {tensor.name} are not all finite.")
+    return array
 
 
 def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]:
@@ -99,8 +104,10 @@ def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]
         kind = "whole numbers" if whole else "numbers"
         raise Refusal(400, f"Data of {tensor.name} are not all {kind}.")
     if not whole:
-        with np.errstate(over="ignore"):
-            return _finite(np.array(flat, np.float32).reshape(shape), tensor)
+        numbers = np.array(flat, np.float64).reshape(shape)
+        if not np.abs(numbers).max() <= LARGEST:
+            raise Refusal(400, f"Data of {tensor.name} are not all finite in {tensor.datatype}.")
+        return numbers.astype(np.float32)
     if min(flat) < 0 or max(flat) > 255:
         raise Refusal(400, f"Data of {tensor.name} are not all from 0 to 255.")
     return np.array(flat, np.uint8).reshape(shape)
@@ -115,12 +122,6 @@ def _flat(data: list[Any], shape: tuple[int, ...], tensor: Tensor) -> list[Any]:
             )
         level = list(chain.from_iterable(level))
     return level
-
-
-def _finite(array: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise Refusal(400, f"Data of {tensor.name} are not all finite.")
-    return array
 
 
 def top_classes(logits: NDArray[np.float32], classes: Iterable[str], top: int) -> list[list[str]]:
