@@ -52,7 +52,9 @@ _TO_UPRIGHT = {
 }
 
 
-def read_image(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) -> Image.Image:
+def read_image(
+    source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000, least: int | None = None
+) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
     Transparent parts turn white, 16-bit channels keep their high byte, the EXIF orientation is
@@ -62,6 +64,8 @@ def read_image(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000)
     Args:
         source: A path, a file's content, or a seekable binary stream, read from its start.
         max_pixels: Largest width x height that is decoded; larger is refused from the header.
+        least: Decode a JPEG at a half, a quarter or an eighth of its size while both sides keep
+            that many pixels; several times faster. None: always whole.
 
     Returns:
         A loaded image of mode ``RGB`` that holds no open file.
@@ -71,6 +75,8 @@ def read_image(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000)
             truncated or damaged, or holds 32-bit integers or floats, whose white is undefined.
     """
     with _opened(source, max_pixels) as image:
+        if least is not None:
+            image.draft(None, (least, least))  # does nothing in other formats
         image.load()
         return _upright(_to_rgb(image), image)
 

@@ -208,7 +208,7 @@ def test_logits_go_as_json_or_as_bytes() -> None:
     head, tail = answered(asking(id="é"), LOGITS)
     assert (head["model_name"], head["model_version"], head["id"]) == ("m", "1", "é")
     assert tail == b"" and head["outputs"] == [
-        {"name": "logits", "datatype": "FP32", "shape": [2, 4], "data": sum(LOGITS, [])}
+        {"name": "logits", "datatype": "FP32", "shape": [2, 4], "data": [*LOGITS[0], *LOGITS[1]]}
     ]
     head, tail = answered(asking(binary=True), np.asarray(LOGITS)[:, ::-1])
     assert "id" not in head and head["outputs"][0]["parameters"] == {"binary_data_size": 32}

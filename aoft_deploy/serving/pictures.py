@@ -20,6 +20,10 @@ def sample(
 ) -> NDArray[Any]:
     """One sample of a model's input, from a picture.
 
+    A JPEG eight times as large as the sample is decoded at a half of its size or less, but four
+    times as large at least: its sample differs by a level or two of 255 and comes five times as
+    fast. All others are exactly what ``Classifier`` sees.
+
     Args:
         data: The file's content.
         prepare: From an upright RGB image to the sample.
@@ -38,7 +42,7 @@ def sample(
                 413,
                 f"The picture has {width} x {height} pixels, above {max_pixels}: shrink it first.",
             )
-        return prepare(read_image(data, max_pixels=max_pixels))
+        return prepare(read_image(data, max_pixels=max_pixels, least=4 * size))
     except ImageError as error:
         raise Refusal(400, str(error)) from error
 
