@@ -71,6 +71,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         MissingExtraError: TensorRT, TensorRT-RTX or ONNX Runtime is not installed.
         SettingError: No GPU and none named, or one that the installed TensorRT cannot build for.
         OutputError: TensorRT cannot build the engine, or the weights take more than 2 GiB.
+        VerificationError: Numbers leave the range of the precision.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
     from aoft_exporters import onnx
@@ -106,6 +107,7 @@ def _write(path: Path, recipe: Recipe, write_graph: Callable[[Path, Recipe], Non
     between = path / BETWEEN
     write_graph(between, replace(recipe, precision="fp32", opset=20))
     graph, low = onnx.load(between), recipe.precision != "fp32"
+    _cast_pixels_first(graph.graph)
     plan = build(
         (typed(graph, recipe.precision) if low else graph).SerializeToString(),
         target,
@@ -119,6 +121,21 @@ def _write(path: Path, recipe: Recipe, write_graph: Callable[[Path, Recipe], Non
     (path / MARKER).write_bytes(plan)
     sample = sample.answered(answers, exact, TOLERANCE)
     Metadata.of(plan, target, recipe, sample).write(path / METADATA)
+
+
+def _cast_pixels_first(graph: Any) -> None:
+    """Let pixels become numbers before they are moved: TensorRT moves no uint8."""
+    pixels = [value.name for value in graph.input if value.name == "image"]
+    moves = [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in pixels]
+    for move in moves:
+        cast = next(n for n in graph.node if n.op_type == "Cast" and n.input[0] == move.output[0])
+        moved, cast.input[0], move.input[0] = cast.output[0], move.input[0], f"{move.input[0]}.fp32"
+        cast.output[0], move.output[0] = move.input[0], moved
+        nodes = list(graph.node)
+        first, second = nodes.index(move), nodes.index(cast)
+        nodes[first], nodes[second] = cast, move
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(nodes)
 
 
 def device() -> str | None:

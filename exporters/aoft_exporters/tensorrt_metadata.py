@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, VerificationError
 from aoft_deploy.files import folder_digest, json_text
 from aoft_deploy.verification import random_pixels
 from aoft_exporters.tensorrt_library import Target
@@ -86,9 +86,17 @@ class Sample:
 
         Rounding in low precision differs from one kernel to the next by about what it changes at
         all, so several times that is allowed.
+
+        Raises:
+            VerificationError: Answers are finite in float32 alone.
         """
         finite = np.isfinite(exact)
-        rounding = float(np.abs(answers - exact)[finite].max(initial=0))
+        if not np.isfinite(answers[finite]).all():
+            raise VerificationError(
+                "The logits are not finite in this precision, so nothing is written: choose "
+                "another --precision."
+            )
+        rounding = float(np.abs(answers[finite] - exact[finite]).max(initial=0))
         largest = max(1.0, float(np.abs(exact[finite]).max(initial=0)))
         rows = [[float(v) if np.isfinite(v) else None for v in row] for row in answers]
         return replace(self, logits=rows, allowed=tolerance * largest + 4 * rounding)
@@ -100,7 +108,7 @@ class Sample:
         finite = np.isfinite(expected)
         if answers.shape != expected.shape or not np.isneginf(answers[~finite]).all():
             return float("inf")
-        return float(np.abs(answers - expected)[finite].max())
+        return float(np.abs(answers[finite] - expected[finite]).max())
 
 
 @dataclass(frozen=True)

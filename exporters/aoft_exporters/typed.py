@@ -174,12 +174,7 @@ class _Typing:
         def convert(name: str, result: str, low: bool) -> list[Any]:
             return [self._cast(name, result, self.kind if low else float32)]
 
-        nodes = self._linked(convert)
-        for output in self.graph.output:
-            if output.name in self.low:
-                _rename(nodes, output.name, f"{output.name}.{self.precision}")
-                nodes += convert(f"{output.name}.{self.precision}", output.name, False)
-        return self._written(nodes, lambda rounded: rounded)
+        return self._written(self._linked(convert), lambda rounded: rounded)
 
     def emulated(self) -> Any:
         """Rounding where ``typed`` has low precision; every tensor is float32."""
@@ -275,11 +270,3 @@ def _classifier(graph: Any) -> set[int]:
         if graph.node[i].op_type not in PRODUCTS:
             open_ += graph.node[i].input
     return found
-
-
-def _rename(nodes: Iterable[Any], name: str, other: str) -> None:
-    for node in nodes:
-        for names in (node.input, node.output):
-            for i, each in enumerate(names):
-                if each == name:
-                    names[i] = other
