@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -309,7 +310,7 @@ def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
     async def run() -> None:
         deadlines, called = Deadlines(), list[str]()
         for name, seconds in (("a", 0.03), ("b", 0.03), ("c", 30.0), ("d", 0.001)):
-            deadlines.add(name, seconds, lambda name=name: called.append(name))
+            deadlines.add(name, seconds, partial(called.append, name))
         deadlines.discard("b")
         await asyncio.sleep(0.02)
         assert called == ["d"]
@@ -318,7 +319,7 @@ def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
         deadlines.shorten(0.01)
         await asyncio.sleep(0.04)
         assert called == ["d", "a", "c"]
-        deadlines.add("e", 0.001, lambda: called.append("e"))
+        deadlines.add("e", 0.001, partial(called.append, "e"))
         await asyncio.sleep(0.03)
         assert called[-1] == "e"
 

@@ -109,7 +109,7 @@ class Settings:
                 continue
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise SettingError(f"{entry.name} is {value!r}: give {_WORDS[kinds[-1]]}.")
-            if (low is not None and value < low) or (high is not None and value > high):
+            if not (low is None or value >= low) or not (high is None or value <= high):
                 limits = f"from {low}" + (f" to {high}" if high is not None else " on")
                 raise SettingError(f"{entry.name} is {value!r}: use {limits}.")
         if self.http not in ("h11", "httptools"):

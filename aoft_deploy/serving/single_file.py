@@ -40,9 +40,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"There is no file {path}.")
     found: dict[str, str] = {}
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            with memoryview(data) as view:
-                whole = _walk(view, "model", found, 0)
+        with path.open("rb") as file:  # the mapping goes with the last look at it
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        whole = _walk(view, "model", found, 0)
     except (ValueError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} is no ONNX model, or a damaged one.") from error
     if not whole:

@@ -1,0 +1,518 @@
+"""Bodies, encodings, forms, pictures, counters, settings: the server's parts without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import random
+import struct
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.images import read_image
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.serving.bodies import Bodies, Disconnected
+from aoft_deploy.serving.encodings import compressed, decompressed
+from aoft_deploy.serving.metrics import Counter, Histogram, exposition, gauge
+from aoft_deploy.serving.models import artefact_name
+from aoft_deploy.serving.pictures import sample
+from aoft_deploy.serving.refusals import Refusal
+from aoft_deploy.serving.settings import Settings, read_toml
+from aoft_deploy.serving.single_file import read_metadata
+from aoft_deploy.serving.statistics import MOST, Statistics
+from aoft_deploy.serving.uploads import uploaded
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def receiving(*parts: bytes, delay: float = 0.0, ends: bool = True) -> Callable[[], Any]:
+    left = list(parts)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(delay)
+        if not left:
+            if ends:
+                return {"type": "http.disconnect"}
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or not ends}
+
+    return receive
+
+
+def read(bodies: Bodies, receive: Callable[[], Any], length: str | None = None) -> bytes:
+    return asyncio.run(bodies.read(receive, length))
+
+
+def test_a_body_is_read_whole_and_counted_until_it_is_released() -> None:
+    bodies = Bodies(10, 15, 1.0)
+    assert read(bodies, receiving(b"abc", b"", b"def"), "6") == b"abcdef"
+    assert bodies.bytes == 6
+    with pytest.raises(Refusal, match="Too many bytes") as caught:
+        read(bodies, receiving(b"0123456789"))
+    assert caught.value.status == 429 and caught.value.close and bodies.bytes == 6
+    bodies.release(6)
+    assert read(bodies, receiving(b"0123456789")) == b"0123456789"
+
+
+@pytest.mark.parametrize("length", ["11", "1000000000000", "9" * 5000, None])
+def test_a_body_that_is_too_large_is_refused_as_soon_as_it_is_known(length: str | None) -> None:
+    bodies, read_parts = Bodies(10, 100, 1.0), list[bytes]()
+
+    async def receive() -> dict[str, Any]:
+        read_parts.append(b"12345")
+        return {"type": "http.request", "body": b"12345", "more_body": True}
+
+    with pytest.raises(Refusal, match="more than 10 bytes") as caught:
+        read(bodies, receive, length)
+    assert caught.value.status == 413 and caught.value.close and bodies.bytes == 0
+    assert len(read_parts) == (0 if length else 3)
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "1.5", "", "٣"])
+def test_a_length_that_is_no_number_is_refused(length: str) -> None:
+    with pytest.raises(Refusal, match="Content-Length is"):
+        read(Bodies(10, 100, 1.0), receiving(b""), length)
+
+
+def test_a_body_that_does_not_come_ends_in_time() -> None:
+    bodies, start = Bodies(10, 100, 0.1), time.monotonic()
+    with pytest.raises(Refusal, match="did not arrive") as caught:
+        read(bodies, receiving(b"ab", ends=False), "9")
+    assert caught.value.status == 408 and caught.value.close and bodies.bytes == 0
+    assert time.monotonic() - start < 0.5
+
+
+def test_a_body_that_drips_has_no_more_time() -> None:
+    with pytest.raises(Refusal, match="did not arrive"):
+        read(Bodies(100, 1000, 0.1), receiving(*[b"a"] * 50, delay=0.01))
+
+
+def test_a_client_that_goes_away_leaves_nothing() -> None:
+    bodies = Bodies(10, 100, 1.0)
+
+    async def receive() -> dict[str, Any]:
+        if bodies.bytes:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": b"abc", "more_body": True}
+
+    with pytest.raises(Disconnected):
+        read(bodies, receive)
+    assert bodies.bytes == 0
+
+
+def test_half_sent_bodies_end_soon_when_the_server_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aoft_deploy.serving.bodies.DRAIN_SECONDS", 0.05)
+
+    async def run() -> None:
+        bodies = Bodies(10, 100, 60.0)
+        half = asyncio.create_task(bodies.read(receiving(b"ab", ends=False), None))
+        await asyncio.sleep(0.02)
+        bodies.drain()
+        for reading in (half, bodies.read(receiving(b"ab", ends=False), None)):
+            with pytest.raises(Refusal, match="did not arrive"):
+                await asyncio.wait_for(reading, 1)
+
+    asyncio.run(run())
+
+
+def test_encodings_are_undone_and_chosen() -> None:
+    data = bytes(range(256)) * 40
+    for name, packed in (
+        ("gzip", gzip.compress(data)),
+        ("Deflate", zlib.compress(data)),
+        ("identity", data),
+    ):
+        assert decompressed(packed, name, len(data)) == data
+    for accepted in ("gzip, deflate, br", "deflate", "br;q=1, GZIP;q=0.5"):
+        packed, chosen = compressed(data, accepted)
+        assert chosen and len(packed) < len(data) and decompressed(packed, chosen, 10**6) == data
+    assert compressed(data, "br") == (data, None) and compressed(b"short", "gzip")[1] is None
+
+
+@pytest.mark.parametrize("name", ["gzip", "deflate"])
+def test_damaged_compression_is_refused(name: str) -> None:
+    pack = gzip.compress if name == "gzip" else zlib.compress
+    packed = pack(random.Random(0).randbytes(5000))
+    for wrong in (b"", b"garbage", packed[:-1], packed[:100], packed + b"x", packed + packed):
+        with pytest.raises(Refusal) as caught:
+            decompressed(wrong, name, 10**6)
+        assert caught.value.status == 400
+    with pytest.raises(Refusal, match="use gzip or deflate") as caught:
+        decompressed(packed, "br", 10**6)
+    assert caught.value.status == 415
+
+
+def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
+    pack = zlib.compressobj(9)
+    bomb = b"".join(pack.compress(bytes(2**20)) for _ in range(256)) + pack.flush()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal, match="unpacks to more than") as caught:
+            decompressed(bomb, "deflate", 8 * 2**20)
+        assert caught.value.status == 413 and tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def form(*files: bytes, boundary: bytes = b"xyz", end: bytes = b"--") -> bytes:
+    head = b'Content-Disposition: form-data; name="file"; filename="../../a.jpg"\r\n\r\n'
+    parts = [b"--" + boundary + b"\r\n" + head + file + b"\r\n" for file in files]
+    return b"".join(parts) + b"--" + boundary + end + b"\r\n"
+
+
+KIND = "multipart/form-data; boundary=xyz"
+
+
+def test_files_of_a_form_come_in_their_order() -> None:
+    files = [b"one", b"\r\n--xy\r\n", b"", bytes(range(256)) * 100]
+    assert uploaded(form(*files), KIND, 4) == files
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (form(b"a"), "multipart/form-data", 400),
+        (form(b"a"), "multipart/form-data; boundary=" + "x" * 100, 400),
+        (form(b"a"), "multipart/form-data; boundary=other", 400),
+        (form(b"a")[:-10], KIND, 400),
+        (form(), KIND, 400),
+        (b"", KIND, 400),
+        (b"junk", KIND, 400),
+        (form(*[b"a"] * 5), KIND, 413),
+        (b"--xyz\r\nA: " + b"b" * 9000 + b"\r\n\r\nc\r\n--xyz--\r\n", KIND, 400),
+    ],
+)
+def test_what_is_no_form_is_refused(body: bytes, kind: str, status: int) -> None:
+    with pytest.raises(Refusal) as caught:
+        uploaded(body, kind, 4)
+    assert caught.value.status == status
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, 400), junk=st.binary(max_size=30))
+def test_a_distorted_form_gives_files_or_a_refusal(cut: int, junk: bytes) -> None:
+    whole = form(b"one", b"two" * 20)
+    try:
+        files = uploaded(whole[:cut] + junk + whole[cut + len(junk) :], KIND, 4)
+    except Refusal as refusal:
+        assert refusal.status in (400, 413)
+    else:
+        assert all(isinstance(file, bytes) for file in files)
+
+
+PREPARE = Preprocessing(16, 0.9, HALF, HALF)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def prepared(data: bytes, max_pixels: int = 10**6) -> Any:
+    return sample(data, PREPARE, 16, max_pixels)
+
+
+def bomb(width: int, height: int, extra: bytes = b"") -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((min(width, 20000) // 8 + 1) * min(height, 20000)), 1)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + extra
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("size", [(40, 30), (1, 1), (300, 2), (90, 127)])
+def test_a_picture_becomes_what_the_classifier_sees(
+    format: str, size: tuple[int, int], make_picture: Callable[..., Image.Image]
+) -> None:
+    data = encoded(make_picture(*size, seed=1), format)
+    assert np.array_equal(prepared(data), PREPARE(read_image(data)))
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_differs_by_a_level(
+    make_picture: Callable[..., Image.Image],
+) -> None:
+    prepare = Preprocessing(64, 0.9, HALF, HALF)
+    data = encoded(make_picture(1600, 1200, seed=2), "JPEG", quality=90)
+    whole = prepare.pixels(read_image(data)).astype(int)
+    small = sample(data, prepare.pixels, 64, 10**8).astype(int)
+    assert 0 < np.abs(whole - small).max() <= 3 and np.abs(whole - small).mean() < 0.5
+    assert read_image(data, least=256).size == (400, 300)
+
+
+MODES = ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_meaning_of_pixels_is_the_library_s(
+    mode: str, make_picture: Callable[..., Image.Image]
+) -> None:
+    image = make_picture(30, 20, seed=3)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((20, 30), 40000, np.uint16))
+    else:
+        image = image.convert(mode)
+    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
+    assert np.array_equal(prepared(data), PREPARE(read_image(data)))
+    if mode == "I;16":
+        assert int(sample(data, PREPARE.pixels, 16, 10**6)[8, 8, 0]) == 156
+
+
+def test_orientation_and_frames_are_the_library_s(
+    make_picture: Callable[..., Image.Image],
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(make_picture(30, 20, seed=4), "JPEG", exif=exif)
+    assert np.array_equal(prepared(data), PREPARE(read_image(data)))
+    frames = [make_picture(30, 20, seed=seed) for seed in (5, 6)]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert np.array_equal(prepared(data), PREPARE(frames[0]))
+
+
+PIXEL = encoded(Image.new("RGB", (1, 1)))
+NO_PICTURES: dict[str, tuple[bytes, int]] = {
+    "empty": (b"", 400),
+    "random": (random.Random(1).randbytes(500), 415),
+    "HTML": (b"<html><body>", 415),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
+    "PDF": (b"%PDF-1.7\n", 415),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", 415),
+    "TIFF": (encoded(Image.new("RGB", (4, 4)), "TIFF"), 415),
+    "GIF": (encoded(Image.new("RGB", (4, 4)), "GIF"), 415),
+    "BMP": (encoded(Image.new("RGB", (4, 4)), "BMP"), 415),
+    "PSD": (b"8BPS\0\1" + bytes(40), 415),
+    "FITS": (b"SIMPLE  =                    T", 415),
+    "truncated PNG": (encoded(Image.effect_noise((64, 64), 50))[:900], 400),
+    "header of a PNG": (PIXEL[:8], 400),
+    "header of a JPEG": (b"\xff\xd8\xff\xe0", 400),
+    "truncated JPEG": (encoded(Image.new("RGB", (64, 64)), "JPEG")[:300], 400),
+    "header of a WebP": (b"RIFF\0\0\0\0WEBPVP8 ", 400),
+    "damaged PNG": (PIXEL.replace(b"IDAT", b"IDOT"), 400),
+    "13304 x 13304": (bomb(13304, 13304), 413),
+    "65535 x 65535": (bomb(65535, 65535), 413),
+    "2^31 - 1": (bomb(2**31 - 1, 2**31 - 1)[:5000], 413),
+    "30000 x 100": (bomb(30000, 100), 413),
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_good_picture_is_refused_before_it_costs_anything(name: str) -> None:
+    data, status = NO_PICTURES[name]
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(Refusal) as caught:
+            prepared(data)
+        seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.status == status
+    assert seconds < 0.25 and peak < 20 * 2**20
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_text_and_profiles_do_not_unpack_without_end(kind: bytes) -> None:
+    def chunk(data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    pack = zlib.compressobj(9)
+    packed = b"".join(pack.compress(bytes(2**20)) for _ in range(200)) + pack.flush()
+    data = bomb(8, 8, chunk(b"name\0\0" + packed))
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        prepared(data)
+    except Refusal as refusal:
+        assert refusal.status == 400
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert time.perf_counter() - start < 0.5 and peak < 20 * 2**20
+
+
+def test_metrics_read_as_prometheus_writes_them() -> None:
+    counter = Counter("a_total", "Count.", ("model",))
+    counter.add('x"\\\ny')
+    counter.add("b", amount=2.5)
+    histogram = Histogram("b_seconds", "Time.", ("stage",), (0.1, 1))
+    for value in (0.05, 0.1, 0.5, 7):
+        histogram.observe(value, "s")
+    level = gauge("c", "Level.", (), {(): 3.0})
+    assert exposition([counter.lines(), histogram.lines(), level]).splitlines() == [
+        "# HELP a_total Count.",
+        "# TYPE a_total counter",
+        r'a_total{model="x\"\\\ny"} 1',
+        'a_total{model="b"} 2.5',
+        "# HELP b_seconds Time.",
+        "# TYPE b_seconds histogram",
+        'b_seconds_bucket{stage="s",le="0.1"} 2',
+        'b_seconds_bucket{stage="s",le="1"} 3',
+        'b_seconds_bucket{stage="s",le="+Inf"} 4',
+        'b_seconds_sum{stage="s"} 7.65',
+        'b_seconds_count{stage="s"} 4',
+        "# HELP c Level.",
+        "# TYPE c gauge",
+        "c 3",
+    ]
+
+
+def test_statistics_count_requests_batches_and_nanoseconds() -> None:
+    statistics = Statistics()
+    statistics["a"].succeeded(2, 5, True, (1, 2, 3, 4))
+    statistics["a"].succeeded(1, 5, False, (1, 2, 3, 4))
+    statistics["a"].failed(7)
+    report = statistics["a"].report("a")
+    assert (report["inference_count"], report["execution_count"]) == (3, 1)
+    assert report["inference_stats"]["success"] == {"count": 2, "ns": 20}
+    assert report["inference_stats"]["fail"] == {"count": 1, "ns": 7}
+    (batch,) = report["batch_stats"]
+    assert batch["batch_size"] == 5 and batch["compute_infer"] == {"count": 1, "ns": 3}
+    for i in range(MOST + 5):
+        statistics[f"m{i}"].failed(1)
+    assert len(statistics) == MOST and "a" not in statistics
+
+
+def test_settings_come_from_a_file_beside_their_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(
+        'port = 9000\nmax-batch = 4\nmax_wait = 0\nrepository = "models"\nlog-requests = true\n'
+        'artefacts = { pets = "pets.onnx" }\n'
+    )
+    found = read_toml(config)
+    assert found.pop("artefacts") == [f"pets={tmp_path}/pets.onnx"]
+    read_settings = Settings(**found)
+    assert (read_settings.port, read_settings.max_batch, read_settings.host) == (
+        9000,
+        4,
+        "127.0.0.1",
+    )
+    assert read_settings.repository == tmp_path / "models" and read_settings.log_requests
+    config.write_text('artefacts = ["a.onnx", "/b/c.onnx"]')
+    assert read_toml(config)["artefacts"] == [f"{tmp_path}/a.onnx", "/b/c.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("port = ", "cannot be read as TOML"),
+        ("prot = 1", "unknown setting 'prot'. Known: admin-token-file, artefacts"),
+        ("artefacts = 3", "must be a list of paths"),
+        ('port = "1"', "port is '1': give a whole number"),
+        ("port = true", "port is True: give a whole number"),
+        ("port = 70000", "port is 70000: use from 0 to 65535"),
+        ("max-batch = 0", "max_batch is 0: use from 1"),
+        ("repository = 1", "repository is 1: give a path"),
+        ("host = 1", "host is 1: give a text"),
+        ("log-requests = 1", "log_requests is 1: give true or false"),
+        ("max-wait = nan", "max_wait is nan"),
+        ('http = "h2"', "use h11 or httptools"),
+    ],
+)
+def test_a_bad_setting_is_told(text: str, words: str, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(text)
+    with pytest.raises(SettingError, match=words):
+        found = read_toml(config)
+        found.pop("artefacts", None)
+        Settings(**found)
+
+
+def test_a_missing_file_of_settings_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be read as TOML"):
+        read_toml(tmp_path / "none.toml")
+
+
+def test_an_artefact_s_name_is_its_file_s_or_given(tmp_path: Path) -> None:
+    assert artefact_name("a/b.onnx") == ("b", Path("a/b.onnx"))
+    assert artefact_name("x=a/b.onnx") == ("x", Path("a/b.onnx"))
+    assert artefact_name("a/x=b.onnx") == ("x=b", Path("a/x=b.onnx"))
+
+
+def test_metadata_are_read_without_the_weights(artefact: Path) -> None:
+    assert read_metadata(artefact) == {
+        entry.key: entry.value for entry in onnx.load(artefact).metadata_props
+    }
+
+
+def outside(graph: onnx.GraphProto) -> None:
+    tensor = graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, location="../../../etc/passwd")
+    tensor.ClearField("raw_data")
+
+
+@pytest.mark.parametrize("place", ["graph", "attribute", "subgraph", "function", "sparse"])
+def test_an_onnx_file_that_names_other_files_is_refused_wherever_it_does(
+    artefact: Path, tmp_path: Path, place: str
+) -> None:
+    proto = onnx.load(artefact)
+    inner = onnx.GraphProto()
+    inner.initializer.append(proto.graph.initializer[0])
+    outside(inner)
+    if place == "graph":
+        outside(proto.graph)
+    elif place == "attribute":
+        node = proto.graph.node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    elif place == "subgraph":
+        node = proto.graph.node.add(op_type="If")
+        node.attribute.append(onnx.helper.make_attribute("then_branch", inner))
+    elif place == "function":
+        node = proto.functions.add(name="f").node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    else:
+        proto.graph.sparse_initializer.add().values.CopyFrom(inner.initializer[0])
+    path = tmp_path / "outside.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckpointError, match="keeps weights in other files"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_damaged_onnx_file_is_refused(artefact: Path, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(artefact.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="no ONNX model, or a damaged one"):
+        read_metadata(path)
+    with pytest.raises(CheckpointError, match="There is no file"):
+        read_metadata(tmp_path / "none.onnx")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_nothing_but_an_error_comes_of_a_distorted_onnx_file(
+    data: st.DataObject, artefact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(artefact.read_bytes()[:4000])
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "distorted.onnx"
+    path.write_bytes(content)
+    try:
+        read_metadata(path)
+    except CheckpointError:
+        pass
