@@ -235,7 +235,7 @@ class PromptDelta(_Tensors):
             (batch, tokens + prompts, width); each sample has its own prompts where ``tokens`` has
             a leading axis ``batch``.
         """
-        prompts = self.tokens.to(x.dtype).expand(len(x), *self.tokens.shape[-2:])
+        prompts = self.tokens.to(x.dtype).expand(x.shape[0], *self.tokens.shape[-2:])
         return torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.errors import CheckpointError, UnknownNameError
+from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +26,13 @@ __all__ = [
     "DeviceExporter",
     "Engine",
     "Exporter",
-    "FleetEngine",
     "FleetExporter",
     "FolderExporter",
     "RangedExporter",
+    "OpsetExporter",
     "Recipe",
     "TunedExporter",
+    "check_batch",
     "exporter_names",
     "get_exporter",
     "load_artefact",
@@ -57,6 +58,9 @@ class Recipe:
         batches: Smallest, usual and largest batch, for artefacts that are built for a range.
         compute_capability: Of the GPU that the artefact is for, such as ``8.9``; None is this
             machine's.
+        refittable: Whether the artefact may be given other weights later.
+        refit: An artefact of the same graph to give these weights to, instead of building.
+        opset: Of ONNX; None is the exporter's own choice.
     """
 
     size: int
@@ -68,10 +72,13 @@ class Recipe:
     calibration: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     batches: tuple[int, int, int] = (1, 8, 32)
     compute_capability: str | None = None
+    refittable: bool = False
+    refit: Path | None = None
+    opset: int | None = None
 
 
 class Engine(Protocol):
-    """A loaded artefact."""
+    """A loaded artefact. Many threads may call ``run`` at once."""
 
     @property
     def info(self) -> Mapping[str, str]:
@@ -81,17 +88,30 @@ class Engine(Protocol):
     def takes_pixels(self) -> bool:
         """Whether inputs are uint8 pixels instead of normalised float32."""
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits, (batch, classes), of a batch of inputs in the artefact's own form."""
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether the artefact is a fleet, which needs a task for each image."""
 
-
-class FleetEngine(Engine, Protocol):
-    """A loaded fleet."""
+    @property
+    def device(self) -> str:
+        """Where it computes, such as ``cpu`` or ``cuda:0``."""
 
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits, [batch, classes], −inf beyond each task's own; task is int64 [batch]."""
+        """Logits of a batch of inputs in the artefact's own form.
+
+        Args:
+            images: float32 [batch, 3, H, W], or uint8 [batch, H, W, 3] if it takes pixels.
+            task: A fleet's task for each image, int64 [batch].
+
+        Returns:
+            (batch, classes); of a fleet −inf beyond each task's own classes.
+
+        Raises:
+            SettingError: The images are of another type or shape, or a fleet is run without tasks,
+                a single model with them, or a task is outside the fleet.
+        """
 
 
 class Exporter(Protocol):
@@ -101,17 +121,38 @@ class Exporter(Protocol):
         SUFFIX: Of its files.
         TOLERANCE: Largest difference to the unmerged model's logits at fp32, for logits up to 1.
         PRECISIONS: Those it can write, ``fp32`` first.
+        ENGINES: Those that can run its artefacts; the first is the one they are verified with.
     """
 
     SUFFIX: str
     TOLERANCE: float
     PRECISIONS: tuple[str, ...]
+    ENGINES: tuple[str, ...]
 
     def export(self, model: nn.Module, path: Path, recipe: Recipe) -> None:
         """Write ``model`` to ``path``."""
 
-    def load(self, path: Path) -> Engine:
-        """Open the artefact at ``path``."""
+    def load(
+        self,
+        path: Path,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        device: str | None = None,
+    ) -> Engine:
+        """Open the artefact at ``path``.
+
+        Args:
+            path: What ``export`` wrote.
+            engine: One of ``ENGINES``; None is the first.
+            threads: Threads within a batch on a CPU; None lets the runtime choose.
+            device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
+
+        Raises:
+            CheckpointError: The artefact is missing or damaged.
+            SettingError: The engine or the device cannot run it.
+            MissingExtraError: The runtime is not installed.
+        """
 
 
 @runtime_checkable
@@ -134,6 +175,17 @@ class CalibratedExporter(Exporter, Protocol):
     """
 
     CALIBRATED: tuple[str, ...]
+
+
+@runtime_checkable
+class OpsetExporter(Exporter, Protocol):
+    """An exporter of ONNX graphs.
+
+    Attributes:
+        OPSETS: Those it can state a graph in, its own choice first.
+    """
+
+    OPSETS: tuple[int, ...]
 
 
 @runtime_checkable
@@ -190,7 +242,15 @@ class TunedExporter(Exporter, Protocol):
 
     TAKES: str
 
-    def load(self, path: Path, *, weights: Path | None = None) -> Engine:
+    def load(
+        self,
+        path: Path,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        device: str | None = None,
+        weights: Path | None = None,
+    ) -> Engine:
         """Open the artefact at ``path`` on its backbone, whose weights are a file's or timm's."""
 
 
@@ -211,17 +271,76 @@ def get_exporter(name: str) -> Exporter:
     raise UnknownNameError("exporter", name, exporter_names())
 
 
-def load_artefact(path: Path) -> Engine:
+def load_artefact(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Engine:
     """An engine for an exported artefact: a file by its suffix, a folder by what it holds.
 
+    Nothing falls back: what was asked for runs, or the error says what it lacks.
+
+    Args:
+        path: What aoft-export wrote.
+        engine: Which runtime; None is the one that the artefact was verified with.
+        threads: Threads within a batch on a CPU; None lets the runtime choose.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
+
     Raises:
-        CheckpointError: No exporter writes such files or folders.
+        CheckpointError: No exporter writes such files or folders, or this one is damaged.
+        UnknownNameError: The engine does not run such artefacts.
+        SettingError: The engine cannot run this artefact, or not on that device.
+        MissingExtraError: The runtime is not installed.
     """
     for entry in entry_points(group=GROUP):
         exporter = cast(Exporter, entry.load())
         marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
         if path.suffix == exporter.SUFFIX or marked:
-            return exporter.load(path)
+            if engine is not None and engine not in exporter.ENGINES:
+                raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
+            return exporter.load(path, engine=engine, threads=threads, device=device)
     raise CheckpointError(
         f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge first."
     )
+
+
+def check_batch(
+    images: NDArray[Any],
+    task: NDArray[np.int64] | None,
+    *,
+    takes: tuple[Any, tuple[int | None, ...]],
+    tasks: int | None,
+) -> None:
+    """Whether a batch is what an artefact takes.
+
+    Args:
+        images: The batch.
+        task: A task for each image.
+        takes: Type of the images, and their shape without the batch; None where any length goes.
+        tasks: How many the artefact has; None if it is a single model.
+
+    Raises:
+        SettingError: It is not.
+    """
+    dtype, shape = np.dtype(takes[0]), takes[1]
+    fits = len(images.shape) == len(shape) + 1 and all(
+        theirs in (None, ours) for ours, theirs in zip(images.shape[1:], shape, strict=True)
+    )
+    if images.dtype != dtype or not fits or not len(images):
+        sides = ", ".join("any" if side is None else str(side) for side in shape)
+        raise SettingError(
+            f"This artefact takes {dtype} [batch, {sides}], but got {images.dtype} "
+            f"{list(images.shape)}."
+        )
+    if (task is not None) is not (tasks is not None):
+        missing = "needs a task for each image" if tasks is not None else "holds a single task"
+        raise SettingError(f"This artefact {missing}.")
+    if task is None or tasks is None:
+        return
+    if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():
+        raise SettingError(
+            f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to {tasks - 1} "
+            "for each."
+        )

@@ -29,6 +29,7 @@ from aoft_deploy.engines import (
     Engine,
     Exporter,
     FolderExporter,
+    OpsetExporter,
     RangedExporter,
     Recipe,
     TunedExporter,
@@ -93,6 +94,7 @@ def export_merged(
     min_agreement: float = MIN_AGREEMENT,
     batches: tuple[int, int, int] | None = None,
     compute_capability: str | None = None,
+    opset: int | None = None,
     command: Sequence[str] = (),
 ) -> Exported:
     """Merge a checkpoint into its backbone and export the result, verified.
@@ -113,6 +115,7 @@ def export_merged(
         min_agreement: Below fp32, least share of images with the unmerged model's top class.
         batches: Smallest, usual and largest batch, where the artefact is built for a range.
         compute_capability: Of the GPU to build for, such as ``8.9``; None is this machine's.
+        opset: Of ONNX, where the exporter writes several; None is its own choice.
         command: The command line, for the manifest.
 
     Returns:
@@ -125,7 +128,7 @@ def export_merged(
     if not checkpoint.is_file() and not checkpoint.is_dir():
         raise CheckpointError(f"There is no file {checkpoint}.")
     bar = bar_for(exporter, to, precision, min_agreement, images)
-    built = built_for(exporter, to, batches, compute_capability)
+    built = built_for(exporter, to, batches, compute_capability, opset)
     learnt = calibration_files(exporter, to, precision, calibrate, images)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"
@@ -196,12 +199,20 @@ def built_for(
     to: str,
     batches: tuple[int, int, int] | None,
     compute_capability: str | None,
+    opset: int | None,
 ) -> dict[str, Any]:
-    """What a recipe says of the batches and the GPU to build for.
+    """What a recipe says of the batches and the GPU to build for, and of ONNX's opset.
 
     Raises:
-        SettingError: It is said of an exporter that builds for none, or the batches do not grow.
+        SettingError: It is said of an exporter that builds for none, or the batches do not grow,
+            or the exporter does not write that opset.
     """
+    if opset is not None:
+        opsets = exporter.OPSETS if isinstance(exporter, OpsetExporter) else ()
+        if opset not in opsets:
+            known = f"take {' or '.join(map(str, opsets))}" if opsets else "leave it out"
+            raise SettingError(f"--opset {opset} is nothing that --to {to} writes: {known}.")
+        return {"opset": opset, **built_for(exporter, to, batches, compute_capability, None)}
     if batches is None and compute_capability is None:
         return {}
     if batches is not None and not isinstance(exporter, RangedExporter):

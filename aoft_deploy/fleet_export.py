@@ -99,6 +99,7 @@ def export_fleet(
     form: str = "auto",
     batches: tuple[int, int, int] | None = None,
     compute_capability: str | None = None,
+    opset: int | None = None,
     command: Sequence[str] = (),
 ) -> Exported:
     """Export many tasks of one backbone as one graph, verified.
@@ -120,6 +121,7 @@ def export_fleet(
             or where the exporter writes nothing else.
         batches: Smallest, usual and largest batch, where the artefact is built for a range.
         compute_capability: Of the GPU to build for, such as ``8.9``; None is this machine's.
+        opset: Of ONNX, where the exporter writes several; None is its own choice.
         command: The command line, for the manifest.
 
     Returns:
@@ -132,7 +134,7 @@ def export_fleet(
     names = task_names(checkpoints)
     exporter = _fleet_exporter(to, form)
     bar = bar_for(exporter, to, precision, min_agreement, images)
-    built = built_for(exporter, to, batches, compute_capability)
+    built = built_for(exporter, to, batches, compute_capability, opset)
     if isinstance(exporter, FolderExporter):
         check_output_folder(output)
     else:

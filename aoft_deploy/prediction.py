@@ -9,13 +9,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.engines import Engine, FleetEngine, load_artefact
+from aoft_deploy.engines import Engine, load_artefact
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.preprocessing import Preprocessing
 
@@ -53,7 +53,7 @@ class Classifier:
             logits = self.engine.run(batch)
         else:
             tasks = np.full(len(images), self.task)
-            logits = cast(FleetEngine, self.engine).run(batch, tasks)[:, : len(self.classes)]
+            logits = self.engine.run(batch, tasks)[:, : len(self.classes)]
         if logits.shape != (len(images), len(self.classes)):
             raise CheckpointError(
                 f"The artefact answers with shape {logits.shape} for {len(images)} images and "
@@ -66,9 +66,7 @@ class Classifier:
         return _best(self.probabilities(images), self.classes, top)
 
 
-def ranked(
-    logits: NDArray[np.float32], classes: Sequence[str], top: int
-) -> list[list[Prediction]]:
+def ranked(logits: NDArray[np.float32], classes: Sequence[str], top: int) -> list[list[Prediction]]:
     """The ``top`` most probable classes of each row of logits, (batch, classes), best first."""
     return _best(_softmax(logits), classes, top)
 
@@ -89,37 +87,47 @@ def _best(
     return rows
 
 
-def load_classifier(path: Path, task: str | None = None) -> Classifier:
+def load_classifier(
+    path: Path,
+    task: str | None = None,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Classifier:
     """Open an exported artefact.
 
     Args:
         path: What aoft-export wrote.
         task: Name of a fleet's task; a single model has none.
+        engine: See ``load_artefact``.
+        threads: Likewise.
+        device: Likewise.
 
     Raises:
         CheckpointError: The file is no artefact, damaged, or lacks classes or preprocessing.
         UnknownNameError: The fleet has no such task.
         SettingError: A fleet without a task named, or a single model with one.
     """
-    engine = load_artefact(path)
+    opened = load_artefact(path, engine=engine, threads=threads, device=device)
     try:
-        preprocessing = Preprocessing.from_dict(json.loads(engine.info["preprocessing"]))
-        if "tasks" in engine.info:
-            tasks = {entry["name"]: entry["classes"] for entry in json.loads(engine.info["tasks"])}
+        preprocessing = Preprocessing.from_dict(json.loads(opened.info["preprocessing"]))
+        if "tasks" in opened.info:
+            tasks = {entry["name"]: entry["classes"] for entry in json.loads(opened.info["tasks"])}
         else:
-            classes = tuple(json.loads(engine.info["classes"]))
+            classes = tuple(json.loads(opened.info["classes"]))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} names no classes and preprocessing: it was not written by aoft-export."
         ) from error
-    if "tasks" not in engine.info:
+    if "tasks" not in opened.info:
         if task is not None:
             raise SettingError(f"{path} holds a single task: leave the task out.")
-        return Classifier(engine, classes, preprocessing)
+        return Classifier(opened, classes, preprocessing)
     if task is None:
         raise SettingError(f"{path} is a fleet of {len(tasks)} tasks: name one with --task.")
     if task not in tasks:
         raise UnknownNameError("task", task, tasks)
-    return Classifier(engine, tuple(tasks[task]), preprocessing, list(tasks).index(task))
+    return Classifier(opened, tuple(tasks[task]), preprocessing, list(tasks).index(task))

@@ -121,7 +121,7 @@ def _attend(attention: Any, prompts: Tensor, x: Tensor, mask: Tensor | None = No
         (batch · windows, tokens, width).
     """
     q, k, v = _heads(attention, x)
-    windows = len(x) // len(prompts)
+    windows = x.shape[0] // prompts.shape[0]
     _, own_k, own_v = (each.repeat_interleave(windows, 0) for each in _heads(attention, prompts))
     k, v = torch.cat([own_k, k], dim=2), torch.cat([own_v, v], dim=2)
     bias = _position_bias(attention)
@@ -129,7 +129,7 @@ def _attend(attention: Any, prompts: Tensor, x: Tensor, mask: Tensor | None = No
         bias = bias + mask[:, None]
     bias = F.pad(bias, (prompts.shape[1], 0))
     if getattr(attention, "fused_attn", False):
-        bias = bias if mask is None else bias.repeat(len(x) // len(bias), 1, 1, 1)
+        bias = bias if mask is None else bias.repeat(x.shape[0] // bias.shape[0], 1, 1, 1)
         dropout = attention.attn_drop.p if attention.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=1.0)
     else:

@@ -24,11 +24,15 @@ class FixedEngine:
 
     info: Mapping[str, str] = {}
     takes_pixels = False
+    takes_tasks = False
+    device = "cpu"
 
     def __init__(self, logits: object) -> None:
         self.logits = np.array(logits, np.float32)
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         return self.logits
 
 

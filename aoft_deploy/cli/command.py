@@ -12,7 +12,7 @@ from types import FrameType
 
 from aoft_deploy.errors import AoftError
 
-__all__ = ["run"]
+__all__ = ["add_engine_options", "positive", "run"]
 
 
 def run(
@@ -49,6 +49,29 @@ def run(
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for ``type=`` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def add_engine_options(options: argparse.ArgumentParser) -> None:
+    """How an artefact is run."""
+    options.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="onnxruntime, openvino, tensorrt or torch; default: what the artefact was verified "
+        "with",
+    )
+    options.add_argument(
+        "--threads", type=positive, metavar="N", help="within a batch; default: the engine's choice"
+    )
+    options.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
+    )
 
 
 def _failed(message: str) -> int:

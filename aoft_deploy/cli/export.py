@@ -103,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
         help="of tensorrt: build for this kind of GPU, such as 8.9, instead of this machine's",
     )
     options.add_argument(
+        "--opset",
+        type=int,
+        metavar="N",
+        help="of onnx: 23 (default: attention is one operator) or 20, for older runtimes",
+    )
+    options.add_argument(
         "--force", action="store_true", help="accept other backbone weights than those trained on"
     )
     return options
@@ -131,6 +137,7 @@ def export(options: argparse.Namespace) -> None:
             form=options.form,
             batches=batches,
             compute_capability=options.compute_capability,
+            opset=options.opset,
             command=command,
         )
     elif options.form != "auto":
@@ -152,6 +159,7 @@ def export(options: argparse.Namespace) -> None:
             min_agreement=options.min_agreement,
             batches=batches,
             compute_capability=options.compute_capability,
+            opset=options.opset,
             command=command,
         )
     report = exported.report

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.cli.command import run
+from aoft_deploy.cli.command import add_engine_options, positive, run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,16 +27,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("artefact", type=Path, metavar="ARTEFACT", help="what aoft-export wrote")
     options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    options.add_argument("--top", type=_count, default=1, help="classes per image (default 1)")
+    options.add_argument("--top", type=positive, default=1, help="classes per image (default 1)")
     options.add_argument("--task", metavar="NAME", help="which task of a fleet answers")
+    add_engine_options(options)
     options.add_argument("--json", action="store_true", help="one JSON object per image")
     return options
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -45,7 +40,13 @@ def predict(options: argparse.Namespace) -> None:
     from aoft_deploy.images import read_image
     from aoft_deploy.prediction import load_classifier
 
-    classifier = load_classifier(options.artefact, options.task)
+    classifier = load_classifier(
+        options.artefact,
+        options.task,
+        engine=options.engine,
+        threads=options.threads,
+        device=options.device,
+    )
     failures: list[str] = []
     readable: list[tuple[Path, Image]] = []
     for path in options.images:

@@ -26,7 +26,8 @@ import numpy as np
 
 from aoft_deploy.errors import OutputError
 from aoft_deploy.files import replacing
-from aoft_exporters.tracing import TRANSPOSED, plain_name, trace
+from aoft_exporters.attention import lower
+from aoft_exporters.tracing import OPSET, TRANSPOSED, plain_name, trace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,12 @@ PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnx-ir")
 
 
 def graph_of(
-    model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any] | None
+    model: nn.Module,
+    examples: Mapping[str, tuple[Any, str]],
+    kind: Mapping[str, Any] | None,
+    *,
+    opset: int = OPSET,
+    separate: bool = False,
 ) -> Any:
     """The model as an ONNX protobuf, from a kept graph where there is one.
 
@@ -46,6 +52,8 @@ def graph_of(
         examples: An example of each input, and the name of its first axis, which is dynamic.
         kind: What the graph depends on beside the model's classes and shapes; JSON values. None
             where that is not known, and nothing is kept.
+        opset: See ``attention.lower``.
+        separate: Likewise.
     """
     import onnx
 
@@ -64,6 +72,7 @@ def graph_of(
         _fill(graph, model)
     for tensor in graph.graph.initializer:
         tensor.ClearField("doc_string")
+    lower(graph, opset, separate=separate)
     return graph
 
 

@@ -1,4 +1,4 @@
-"""ONNX: one file that keeps timm's parameter names, run by ONNX Runtime.
+"""ONNX: one file that keeps timm's parameter names, run by ONNX Runtime or OpenVINO.
 
 Input ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3];
 output ``logits`` float32 [batch, classes]; the batch is dynamic. Weights of linear maps that run as
@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import (
-    CheckpointError,
-    MissingExtraError,
-    OutputError,
-    SettingError,
-)
+from aoft_deploy.engines import Engine, Recipe
+from aoft_deploy.errors import OutputError, SettingError
+from aoft_exporters.attention import ATTENTION_OPSET
 from aoft_exporters.graph_cache import graph_of
 from aoft_exporters.int8 import quantised
-from aoft_exporters.tracing import pixel_model
+from aoft_exporters.onnxruntime_engine import FLEET_TABLES, OnnxEngine, OnnxFleet
+from aoft_exporters.tracing import OPSET, pixel_model
+from aoft_exporters.typed import typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +30,9 @@ if TYPE_CHECKING:
     from aoft_deploy.mixed import FleetModel
 
 __all__ = [
+    "ENGINES",
     "FORMS",
+    "OPSETS",
     "PRECISIONS",
     "SUFFIX",
     "TOLERANCE",
@@ -42,21 +42,15 @@ __all__ = [
     "export_fleet",
     "load",
     "load_fleet",
+    "plain_graph",
 ]
 
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
+ENGINES = ("onnxruntime", "openvino")
+OPSETS = (ATTENTION_OPSET, OPSET)
 FORMS = ("mixed", "folded")
-FLEET_TABLES = {
-    "bank": "tasks",
-    "heads": "rows",
-    "first": "tasks",
-    "count": "tasks",
-    "columns": "classes",
-}
-"""What a fleet knows of its tasks, and what the first axis of each table counts."""
-
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Bytes of weights that a single ONNX file can hold (a protobuf message ends at 2 GiB)."""
 
@@ -68,6 +62,24 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         model: A merged model in evaluation mode; it is not changed.
         path: File to write.
         recipe: Input form, normalisation and metadata.
+
+    Raises:
+        OutputError: The weights do not fit into a single ONNX file.
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    _save(plain_graph(model, recipe, opset=_opset(recipe)), path, recipe)
+
+
+def plain_graph(
+    model: nn.Module, recipe: Recipe, *, opset: int = OPSET, separate: bool = False
+) -> Any:
+    """A plain model as an ONNX protobuf in float32.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        recipe: Input form, normalisation and metadata.
+        opset: One from 23 on states attention as one operator.
+        separate: Let three linear maps make q, k and v.
 
     Raises:
         OutputError: The weights do not fit into a single ONNX file.
@@ -87,8 +99,21 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     else:
         example = torch.zeros(2, 3, recipe.size, recipe.size)
     name = "image" if recipe.uint8 else "pixel_values"
-    proto = graph_of(model, {name: (example, "batch")}, _kind(recipe, model))
-    _save(proto, path, recipe)
+    kind = _kind(recipe, model)
+    return graph_of(model, {name: (example, "batch")}, kind, opset=opset, separate=separate)
+
+
+def _opset(recipe: Recipe) -> int:
+    """The one asked for, or the first in which attention is one operator.
+
+    Raises:
+        SettingError: The precision's types are written into graphs of opset 20 alone.
+    """
+    if recipe.precision != "fp16":
+        return recipe.opset or ATTENTION_OPSET
+    if recipe.opset not in (None, OPSET):
+        raise SettingError(f"fp16 is written in opset {OPSET}: leave --opset out.")
+    return OPSET
 
 
 def export_fleet(
@@ -129,7 +154,7 @@ def export_fleet(
     for name, axis in FLEET_TABLES.items():  # several rows, since one would be taken for fixed
         few = np.zeros((len(examples) + 1, *tables[name].shape[1:]), tables[name].dtype)
         examples[name] = torch.from_numpy(few), axis
-    proto = graph_of(model, examples, _kind(recipe, model))
+    proto = graph_of(model, examples, _kind(recipe, model), opset=_opset(recipe))
     inputs = {value.name: value for value in proto.graph.input}
     for name in FLEET_TABLES:
         proto.graph.input.remove(inputs[name])
@@ -160,168 +185,10 @@ def _save(proto: Any, path: Path, recipe: Recipe) -> None:
     onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
     if recipe.precision == "int8":
         proto = quantised(proto)
+    elif recipe.precision != "fp32":
+        proto = typed(proto, recipe.precision)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
-
-
-def _session(model: Path | bytes, threads: int | None, path: Path) -> Any:
-    """An ONNX Runtime session on the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
-    ort: Any = onnxruntime  # its stubs do not export what its documentation names
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
-        session.get_inputs()[0]
-    except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
-    return session
-
-
-class OnnxEngine:
-    """An ONNX file in an ONNX Runtime session on the CPU.
-
-    Args:
-        path: The file.
-        threads: Threads within an operator; None lets ONNX Runtime choose.
-
-    Raises:
-        CheckpointError: The file is missing or ONNX Runtime cannot read it.
-        MissingExtraError: ONNX Runtime is not installed.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {path}.")
-        self._session = _session(path, threads, path)
-        self._input = self._session.get_inputs()[0]
-
-    @property
-    def info(self) -> Mapping[str, str]:
-        """The file's metadata."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
-
-    @property
-    def takes_pixels(self) -> bool:
-        """Whether the input is uint8 [batch, H, W, 3]."""
-        return str(self._input.type) == "tensor(uint8)"
-
-    @property
-    def input_name(self) -> str:
-        """``pixel_values`` or ``image``."""
-        return str(self._input.name)
-
-    @property
-    def takes_tasks(self) -> bool:
-        """Whether the file is a fleet, which needs a task for each image."""
-        return any(value.name == "task" for value in self._session.get_inputs())
-
-    def run(
-        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of a batch in the file's own input form.
-
-        Args:
-            images: The batch.
-            task: A fleet's task for each image, int64 [batch].
-
-        Raises:
-            SettingError: A fleet is run without tasks, a single model with them, or a task is
-                outside the fleet.
-        """
-        feed: dict[str, Any] = {self.input_name: images}
-        if (task is not None) is not self.takes_tasks:
-            missing = "needs a task for each image" if self.takes_tasks else "holds a single task"
-            raise SettingError(f"This artefact {missing}.")
-        if task is not None:
-            tasks = len(json.loads(self.info.get("tasks", "[]")))
-            if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():
-                raise SettingError(
-                    f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to "
-                    f"{tasks - 1} for each."
-                )
-            return _fleet_logits(self._session, images, task, {}, self.info)
-        logits: Any = self._session.run(["logits"], feed)[0]
-        return np.asarray(logits, np.float32)
-
-
-class OnnxFleet:
-    """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
-
-    Attributes:
-        info: Metadata of the file.
-        tables: The tasks that the file holds, as ``MixedModel.forward`` takes them.
-
-    Args:
-        path: What ``export_fleet`` wrote.
-        threads: Threads within an operator; None lets ONNX Runtime choose.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or no fleet.
-        MissingExtraError: ONNX Runtime is not installed.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        import onnx
-
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {path}.")
-        try:
-            proto = onnx.load(path)
-        except Exception as error:  # protobuf raises classes of its own
-            raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
-        self.info = {entry.key: entry.value for entry in proto.metadata_props}
-        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
-        if set(stored) != set(FLEET_TABLES):
-            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
-        self.tables = {n: onnx.numpy_helper.to_array(i) for n, i in stored.items()}
-        for name, axis in FLEET_TABLES.items():
-            proto.graph.initializer.remove(stored[name])
-            shape = [axis, *stored[name].dims[1:]]
-            kind = stored[name].data_type
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        self._session = _session(proto.SerializeToString(), threads, path)
-
-    def run(
-        self,
-        images: NDArray[np.float32],
-        task: NDArray[np.int64],
-        tables: Mapping[str, NDArray[Any]],
-    ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
-        return _fleet_logits(self._session, images, task, tables, self.info)
-
-
-def _fleet_logits(
-    session: Any,
-    images: NDArray[Any],
-    task: NDArray[np.int64],
-    tables: Mapping[str, NDArray[Any]],
-    info: Mapping[str, str],
-) -> NDArray[np.float32]:
-    """A fleet's logits; a graph that folds one task at a time gets the images task by task."""
-    task = np.asarray(task, np.int64)
-    feed = {"pixel_values": images, "task": task, **tables}
-    if info.get("form") != "folded" or (task == task[:1]).all():
-        whole: Any = session.run(["logits"], feed)[0]
-        return np.asarray(whole, np.float32)
-    logits: NDArray[np.float32] | None = None
-    for each in np.unique(task):
-        chosen = np.flatnonzero(task == each)
-        part: Any = session.run(
-            ["logits"], {**feed, "pixel_values": images[chosen], "task": task[chosen]}
-        )[0]
-        if logits is None:
-            logits = np.empty((len(task), part.shape[1]), np.float32)
-        logits[chosen] = part
-    assert logits is not None
-    return logits
 
 
 def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:
@@ -329,6 +196,22 @@ def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:
     return OnnxFleet(Path(path), threads)
 
 
-def load(path: Path, *, threads: int | None = None) -> OnnxEngine:
-    """Open an ONNX file for inference; see ``OnnxEngine``."""
-    return OnnxEngine(Path(path), threads)
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Engine:
+    """Open an ONNX file for inference, in ONNX Runtime or OpenVINO.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+        SettingError: The engine or device cannot run it.
+        MissingExtraError: The runtime is not installed.
+    """
+    if engine == "openvino":
+        from aoft_exporters import openvino
+
+        return openvino.load(Path(path), threads=threads, device=device)
+    return OnnxEngine(Path(path), threads, device or "cpu")

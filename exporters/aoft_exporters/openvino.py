@@ -9,25 +9,27 @@ wherever it runs: a processor that cannot compute in it is refused.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.engines import Recipe
+from aoft_deploy.engines import Recipe, check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_exporters.onnxruntime_engine import folded_logits
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
     "CALIBRATED",
+    "ENGINES",
     "MARKER",
     "PRECISIONS",
     "SUFFIX",
@@ -41,6 +43,7 @@ SUFFIX = ".openvino"
 MARKER = "openvino_model.xml"
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32", "bf16", "int8")
+ENGINES = ("openvino",)
 CALIBRATED = ("int8",)
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -66,13 +69,15 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     """
     openvino = _openvino()
     _check_arithmetic(openvino.Core(), recipe.precision)
+    from onnx import save
+
     from aoft_exporters import nncf_int8, onnx
 
     if recipe.precision == "int8":
         nncf_int8.require()
     path.mkdir()
     between = path / "graph.onnx"
-    onnx.export(model, between, replace(recipe, precision="fp32"))
+    save(onnx.plain_graph(model, recipe, separate=True), between)
     graph = openvino.convert_model(between)
     _renumber(graph)
     if recipe.precision == "int8":
@@ -131,30 +136,40 @@ def _check_arithmetic(core: Any, precision: str) -> None:
 
 
 class OpenvinoEngine:
-    """A folder compiled for the CPU, in the artefact's own precision.
+    """A folder, or an ONNX file in float32, compiled for the CPU in the artefact's own precision.
 
     Many threads may call ``run`` at once; OpenVINO computes one batch after the other.
 
     Attributes:
         info: Metadata stored in the graph.
         takes_pixels: Whether the input is uint8 [batch, H, W, 3].
+        takes_tasks: Whether the graph is a fleet's.
+        device: ``cpu``.
 
     Args:
-        path: The folder.
+        path: The folder or file.
         threads: Threads within a batch; None lets OpenVINO choose.
 
     Raises:
-        CheckpointError: The folder is missing or damaged, or not what ``export`` writes.
-        SettingError: The artefact is in bf16 and the processor does not compute in it.
+        CheckpointError: The artefact is missing or damaged, or not what ``export`` writes.
+        SettingError: The processor does not compute in the artefact's precision, or OpenVINO does
+            not run it.
         MissingExtraError: OpenVINO is not installed.
     """
 
+    device = "cpu"
+
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        if not (path / MARKER).is_file():
-            raise CheckpointError(f"There is no folder {path} with an {MARKER}.")
+        file = path if path.suffix == ".onnx" else path / MARKER
+        if not file.is_file():
+            what = "file" if file == path else "folder"
+            also = "" if file == path else f" with an {MARKER}"
+            raise CheckpointError(f"There is no {what} {path}{also}.")
         core = _openvino().Core()
-        graph = _read(core, path)
-        self.info: Mapping[str, str] = _metadata(graph, path)
+        graph = _read(core, file, path)
+        self.info: Mapping[str, str] = (
+            _metadata_of_onnx(file) if file == path else _metadata(graph, path)
+        )
         precision = self.info["precision"]
         _check_arithmetic(core, precision)
         options: dict[str, Any] = {
@@ -167,10 +182,14 @@ class OpenvinoEngine:
             self._compiled = core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise CheckpointError(f"{path} cannot be compiled ({_reason(error)}).") from error
-        (given,) = self._compiled.inputs
-        self.takes_pixels = bool(given.element_type.to_dtype() == np.uint8)
-        self._dtype = np.dtype(np.uint8 if self.takes_pixels else np.float32)
-        self._shape = tuple(axis.get_length() for axis in list(given.partial_shape)[1:])
+        given = {port.get_any_name(): port for port in self._compiled.inputs}
+        self.takes_tasks = "task" in given
+        images = given["image" if "image" in given else "pixel_values"]
+        self.takes_pixels = bool(images.element_type.to_dtype() == np.uint8)
+        shape = tuple(axis.get_length() for axis in list(images.partial_shape)[1:])
+        self._takes = np.uint8 if self.takes_pixels else np.float32, shape
+        self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
+        self._names = [images.get_any_name(), *(["task"] if self.takes_tasks else [])]
         self._idle: deque[Any] = deque()
 
     @property
@@ -183,31 +202,33 @@ class OpenvinoEngine:
         """Threads within a batch."""
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits, (batch, classes), of a batch in the artefact's own input form.
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the artefact's own input form; see ``Engine``."""
+        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        if task is None:
+            return self._answer(images)
+        if self.info.get("form") == "folded":
+            return folded_logits(self._answer, images, task)
+        return self._answer(images, task)
 
-        Raises:
-            SettingError: The images are of another type or shape.
-        """
-        if images.dtype != self._dtype or images.shape[1:] != self._shape or not len(images):
-            raise SettingError(
-                f"This artefact takes {self._dtype} [batch, {', '.join(map(str, self._shape))}], "
-                f"but got {images.dtype} {list(images.shape)}."
-            )
+    def _answer(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        feed = {n: np.ascontiguousarray(v) for n, v in zip(self._names, inputs, strict=True)}
         try:
             request = self._idle.pop()  # of a deque it is atomic
         except IndexError:
             request = self._compiled.create_infer_request()
         try:
-            (logits,) = request.infer([np.ascontiguousarray(images)], share_inputs=True).values()
+            (logits,) = request.infer(feed, share_inputs=True).values()
             return np.asarray(logits, np.float32)
         finally:
             self._idle.append(request)
 
 
-def _read(core: Any, path: Path) -> Any:
+def _read(core: Any, file: Path, path: Path) -> Any:
     try:
-        return core.read_model(path / MARKER)
+        return core.read_model(file)
     except RuntimeError as error:
         raise CheckpointError(f"{path} is no OpenVINO model ({_reason(error)}).") from error
 
@@ -222,11 +243,42 @@ def _metadata(graph: Any, path: Path) -> dict[str, str]:
     return {str(name): str(text) for name, text in found.items()}
 
 
+def _metadata_of_onnx(path: Path) -> dict[str, str]:
+    """What the ONNX exporter stored.
+
+    Raises:
+        SettingError: The file is in another precision than float32.
+    """
+    import onnx
+
+    found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    if found.setdefault("precision", "fp32") != "fp32":
+        raise SettingError(
+            f"{path} is in {found['precision']}, which OpenVINO would compute otherwise than it "
+            "was verified: take --engine onnxruntime, or export with --to openvino."
+        )
+    return found
+
+
 def _reason(error: RuntimeError) -> str:
     """What OpenVINO says after the places in its source, of its last line."""
     return " ".join(str(error).strip().rpartition("\n")[2].split())[:160]
 
 
-def load(path: Path, *, threads: int | None = None) -> OpenvinoEngine:
-    """Open a folder for inference; see ``OpenvinoEngine``."""
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> OpenvinoEngine:
+    """Open an artefact for inference; see ``OpenvinoEngine``.
+
+    Raises:
+        SettingError: Another device than the CPU is asked for.
+    """
+    if device not in (None, "cpu"):
+        raise SettingError(
+            f"OpenVINO runs artefacts on the CPU, not on {device!r}: leave --device out."
+        )
     return OpenvinoEngine(Path(path), threads)

@@ -13,22 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import OutputError, SettingError
+from aoft_exporters.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from aoft_deploy.tuned import TunedModel
 
-__all__ = ["MARKER", "PRECISIONS", "SUFFIX", "TAKES", "TOLERANCE", "PeftEngine", "export", "load"]
+__all__ = ["ENGINES", "MARKER", "PRECISIONS", "SUFFIX", "TAKES", "TOLERANCE", "export", "load"]
 
 SUFFIX = ".peft"
 MARKER = "adapter_config.json"
 TAKES = "tuned"
 TOLERANCE = 1e-5
 PRECISIONS = ("fp32",)
+ENGINES = ("torch",)
 
 
 def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
@@ -103,46 +102,35 @@ def _config(ranks: Mapping[str, int], classifier: list[str]) -> dict[str, Any]:
     }
 
 
-class PeftEngine:
-    """A folder merged into its backbone, in PyTorch on the CPU.
-
-    Attributes:
-        info: Classes, preprocessing and backbone, as JSON.
-        takes_pixels: False; inputs are normalised.
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    weights: Path | None = None,
+) -> TorchEngine:
+    """A folder merged into its backbone.
 
     Args:
         path: The folder.
+        engine: ``torch``.
+        threads: Threads within a batch on a CPU; None lets PyTorch choose.
+        device: What PyTorch calls it; None is the CPU.
         weights: File with the backbone's weights; None takes timm's own.
 
     Raises:
         CheckpointError: The folder cannot be used, or does not say which backbone it belongs to.
         BackboneError: The backbone's weights cannot be had.
+        SettingError: There is no such device.
     """
+    from aoft_deploy.checkpoint import open_checkpoint
+    from aoft_deploy.tuned import merge
 
-    takes_pixels = False
-
-    def __init__(self, path: Path, weights: Path | None = None) -> None:
-        import torch
-
-        from aoft_deploy.checkpoint import open_checkpoint
-        from aoft_deploy.tuned import merge
-
-        tuned, task = open_checkpoint(path, weights=weights)
-        self.info: Mapping[str, str] = {
-            "classes": json.dumps(list(task.classes)),
-            "preprocessing": json.dumps(task.preprocessing.to_dict()),
-            "backbone": json.dumps(task.backbone.to_dict()),
-        }
-        self._model = merge(tuned, in_place=True)
-        self._torch = torch
-
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits of normalised images, float32 [batch, 3, H, W]."""
-        with self._torch.inference_mode():
-            logits: NDArray[np.float32] = self._model(self._torch.from_numpy(images)).numpy()
-        return logits
-
-
-def load(path: Path, *, weights: Path | None = None) -> PeftEngine:
-    """Open a folder for inference; see ``PeftEngine``."""
-    return PeftEngine(Path(path), weights)
+    tuned, task = open_checkpoint(Path(path), weights=weights)
+    info = {
+        "classes": json.dumps(list(task.classes)),
+        "preprocessing": json.dumps(task.preprocessing.to_dict()),
+        "backbone": json.dumps(task.backbone.to_dict()),
+    }
+    return TorchEngine(merge(tuned, in_place=True), info, threads, device)

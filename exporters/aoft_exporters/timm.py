@@ -8,22 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_exporters.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["PRECISIONS", "SUFFIX", "TOLERANCE", "TimmEngine", "export", "load"]
+__all__ = ["ENGINES", "PRECISIONS", "SUFFIX", "TOLERANCE", "export", "load"]
 
 SUFFIX = ".safetensors"
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32",)
+ENGINES = ("torch",)
 
 
 def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
@@ -53,53 +52,41 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         raise OutputError(f"{path.name} could not be written ({error}).") from error
 
 
-class TimmEngine:
-    """The architecture made by timm with the file's weights in it, in PyTorch on the CPU.
-
-    Attributes:
-        info: Metadata stored in the file.
-        takes_pixels: False; inputs are normalised.
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> TorchEngine:
+    """The architecture made by timm with the file's weights in it.
 
     Raises:
         CheckpointError: The file cannot be read or does not say which architecture it is of.
+        SettingError: There is no such device.
     """
+    import timm
+    from safetensors import SafetensorError, safe_open
 
-    takes_pixels = False
+    from aoft_deploy.backbone import Backbone
 
-    def __init__(self, path: Path) -> None:
-        import timm
-        import torch
-        from safetensors import SafetensorError, safe_open
-
-        from aoft_deploy.backbone import Backbone
-
-        try:
-            with safe_open(path, "pt") as file:
-                self.info: Mapping[str, str] = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is no state dict of --to timm ({error}).") from error
-        try:
-            backbone = Backbone.from_dict(json.loads(self.info["backbone"]))
-            classes = json.loads(self.info["classes"])
-            self._model = timm.create_model(
-                backbone.name,
-                pretrained=False,
-                num_classes=len(classes),
-                checkpoint_path=str(path),
-                **backbone.args,
-            ).eval()
-        except Exception as error:  # a doctored file makes timm raise anything
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path} is no state dict of --to timm ({reason}).") from error
-        self._torch = torch
-
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits of normalised images, float32 [batch, 3, H, W]."""
-        with self._torch.no_grad():
-            logits: NDArray[np.float32] = self._model(self._torch.from_numpy(images)).numpy()
-        return logits
-
-
-def load(path: Path) -> TimmEngine:
-    """Open a state dict for inference; see ``TimmEngine``."""
-    return TimmEngine(Path(path))
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            info: Mapping[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no state dict of --to timm ({error}).") from error
+    try:
+        backbone = Backbone.from_dict(json.loads(info["backbone"]))
+        classes = json.loads(info["classes"])
+        model = timm.create_model(
+            backbone.name,
+            pretrained=False,
+            num_classes=len(classes),
+            checkpoint_path=str(path),
+            **backbone.args,
+        )
+    except Exception as error:  # a doctored file makes timm raise anything
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is no state dict of --to timm ({reason}).") from error
+    return TorchEngine(model, info, threads, device)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import AttachError
+from aoft_exporters.attention import attention_as_one_node
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +47,8 @@ def plain_name(name: str) -> str:
 def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
     """The model as an optimised ONNX protobuf with timm's names on its initialisers.
 
+    Attention stands in it as nodes that ``attention.lower`` turns into ONNX's own.
+
     Each input is an example and the name of its first axis, which is dynamic.
     """
     import torch
@@ -54,7 +56,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
 
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad(), _attention_of_four_axes():
+    with warnings.catch_warnings(), torch.no_grad(), attention_as_one_node():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
             model,
@@ -92,34 +94,6 @@ def _used(program: Any) -> frozenset[str]:
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in targets and node.users
     )
-
-
-@contextlib.contextmanager
-def _attention_of_four_axes() -> Iterator[None]:
-    """Let fused attention of other than four axes (sam, twins, nest, hiera) be translated.
-
-    torch's translation knows (batch, heads, tokens, width) alone; more or fewer leading axes are
-    flattened into the heads of a batch of one.
-    """
-    import torch
-
-    functional: Any = torch.nn.functional
-    fused = functional.scaled_dot_product_attention
-
-    def flattened(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
-        if q.dim() == 4:
-            return fused(q, k, v, attn_mask=attn_mask, **options)
-        axes = q.shape[:-2]
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*axes, *attn_mask.shape[-2:]).flatten(0, -3)[None]
-        q, k, v = (tensor.flatten(0, -3)[None] for tensor in (q, k, v))
-        return fused(q, k, v, attn_mask=attn_mask, **options)[0].unflatten(0, axes)
-
-    functional.scaled_dot_product_attention = flattened
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = fused
 
 
 def _store_transposed(graph: Any) -> None:

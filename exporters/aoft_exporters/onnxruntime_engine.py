@@ -1,0 +1,222 @@
+"""ONNX files and fleets, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import check_batch
+from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+
+__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits"]
+
+FLEET_TABLES = {
+    "bank": "tasks",
+    "heads": "rows",
+    "first": "tasks",
+    "count": "tasks",
+    "columns": "classes",
+}
+"""What a fleet knows of its tasks, and what the first axis of each table counts."""
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""What ONNX Runtime calls the kinds of device."""
+
+
+def _session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
+    """An ONNX Runtime session on exactly the device asked for."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    ort: Any = onnxruntime  # its stubs do not export what its documentation names
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    asked = _providers(ort, device)
+    if asked[0][0] != PROVIDERS["cpu"]:
+        options.log_severity_level = 4  # what goes wrong is told below
+    try:
+        session = ort.InferenceSession(model, options, asked)
+        session.get_inputs()[0]
+    except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
+    if session.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
+        raise SettingError(
+            f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
+            "the driver and CUDA's libraries are those that onnxruntime-gpu names, or take "
+            "--device cpu."
+        )
+    return session
+
+
+def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
+    """What runs a device's operators, and those that it has none for.
+
+    Raises:
+        SettingError: There is no such kind of device.
+        MissingExtraError: The installed package is that for the CPU alone.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in PROVIDERS or not (index or "0").isdecimal() or (kind == "cpu" and index):
+        raise SettingError(
+            f"ONNX Runtime knows no device {device!r}: give cpu, cuda or tensorrt, and for one of "
+            "several GPUs its number, as cuda:1."
+        )
+    if PROVIDERS[kind] not in ort.get_available_providers():
+        raise MissingExtraError("onnxruntime-gpu", "gpu")
+    chosen = [] if kind == "cpu" else [(PROVIDERS[kind], {"device_id": index or "0"})]
+    if kind == "tensorrt":
+        chosen.append((PROVIDERS["cuda"], {"device_id": index or "0"}))
+    return [*chosen, (PROVIDERS["cpu"], {})]
+
+
+class OnnxEngine:
+    """An ONNX file in an ONNX Runtime session.
+
+    Attributes:
+        device: ``cpu``, ``cuda:0`` or ``tensorrt:0`` …
+
+    Args:
+        path: The file.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+        device: ``cpu``, ``cuda`` or ``tensorrt``, and of several GPUs the number, as ``cuda:1``.
+
+    Raises:
+        CheckpointError: The file is missing or ONNX Runtime cannot read it.
+        SettingError: The device does not exist or does not start.
+        MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
+        if not path.is_file():
+            raise CheckpointError(f"There is no file {path}.")
+        self._session = _session(path, threads, device, path)
+        self.device = device if device == "cpu" or ":" in device else f"{device}:0"
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._input = self._session.get_inputs()[0]
+        self.info: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        dtype = np.uint8 if self.takes_pixels else np.float32
+        shape = tuple(side if isinstance(side, int) else None for side in self._input.shape[1:])
+        self._takes = dtype, shape
+        self._tasks = len(json.loads(self.info.get("tasks", "[]"))) if self.takes_tasks else None
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the input is uint8 [batch, H, W, 3]."""
+        return str(self._input.type) == "tensor(uint8)"
+
+    @property
+    def input_name(self) -> str:
+        """``pixel_values`` or ``image``."""
+        return str(self._input.name)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether the file is a fleet, which needs a task for each image."""
+        return "task" in self._inputs
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the file's own input form; see ``Engine``."""
+        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        if task is not None:
+            return _fleet_logits(self._session, images, task, {}, self.info)
+        logits: Any = self._session.run(["logits"], {self.input_name: images})[0]
+        return np.asarray(logits, np.float32)
+
+
+class OnnxFleet:
+    """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
+
+    Attributes:
+        info: Metadata of the file.
+        tables: The tasks that the file holds, as ``MixedModel.forward`` takes them.
+
+    Args:
+        path: What ``export_fleet`` wrote.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no fleet.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnx
+
+        if not path.is_file():
+            raise CheckpointError(f"There is no file {path}.")
+        try:
+            proto = onnx.load(path)
+        except Exception as error:  # protobuf raises classes of its own
+            raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
+        self.info = {entry.key: entry.value for entry in proto.metadata_props}
+        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
+        if set(stored) != set(FLEET_TABLES):
+            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
+        self.tables = {n: onnx.numpy_helper.to_array(i) for n, i in stored.items()}
+        for name, axis in FLEET_TABLES.items():
+            proto.graph.initializer.remove(stored[name])
+            shape = [axis, *stored[name].dims[1:]]
+            kind = stored[name].data_type
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        self._session = _session(proto.SerializeToString(), threads, "cpu", path)
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        task: NDArray[np.int64],
+        tables: Mapping[str, NDArray[Any]],
+    ) -> NDArray[np.float32]:
+        """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
+        return _fleet_logits(self._session, images, task, tables, self.info)
+
+
+def _fleet_logits(
+    session: Any,
+    images: NDArray[Any],
+    task: NDArray[np.int64],
+    tables: Mapping[str, NDArray[Any]],
+    info: Mapping[str, str],
+) -> NDArray[np.float32]:
+    """A fleet's logits, in the file's form."""
+
+    def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits: Any = session.run(["logits"], {"pixel_values": images, "task": task, **tables})[0]
+        return np.asarray(logits, np.float32)
+
+    task = np.asarray(task, np.int64)
+    if info.get("form") == "folded":
+        return folded_logits(answer, images, task)
+    return answer(images, task)
+
+
+def folded_logits(
+    answer: Any, images: NDArray[Any], task: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Logits of a graph that folds one task at a time, which gets the images task by task."""
+    if (task == task[:1]).all():
+        whole: NDArray[np.float32] = answer(images, task)
+        return whole
+    logits: NDArray[np.float32] | None = None
+    for each in np.unique(task):
+        chosen = np.flatnonzero(task == each)
+        part = answer(images[chosen], task[chosen])
+        if logits is None:
+            logits = np.empty((len(task), part.shape[1]), np.float32)
+        logits[chosen] = part
+    assert logits is not None
+    return logits
