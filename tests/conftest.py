@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
+import os
+import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +273,135 @@ def write_fgvc() -> Callable[..., Path]:
         return root / name
 
     return write
+
+
+class Served:
+    """An aoft-serve process of the tests, on a free port of this machine alone.
+
+    Args:
+        folder: Where its log goes.
+        arguments: Of the command.
+    """
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.log_file = folder / "serve.log"
+        command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", "0", "--threads", "1"], stderr=log, env=environment
+            )
+        self.port = int(self.event("listening")["port"])
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Whole lines of its log."""
+        lines = self.log_file.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line[:1] == b"{" and line.endswith(b"\n")]
+
+    def event(self, name: str, seconds: float = 30) -> dict[str, Any]:
+        """Wait until the log tells of it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = [event for event in self.events if event["event"] == name]
+            if found:
+                return found[-1]
+            assert self.process.poll() is None, self.log_file.read_text()
+            time.sleep(0.01)
+        raise AssertionError(f"no {name}: {self.log_file.read_text()}")
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 30,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers in lower case, and content of a request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, dict(headers or {}))
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, found, response.read()
+        finally:
+            connection.close()
+
+    def refused(self, *request: Any, **more: Any) -> tuple[int, str]:
+        """Status and sentence of a request that fails in the protocol's form."""
+        status, headers, content = self.ask(*request, **more)
+        assert status >= 400, content
+        assert headers["content-type"] == "application/json"
+        found = json.loads(content)
+        assert list(found) == ["error"] and isinstance(found["error"], str) and found["error"]
+        return status, found["error"]
+
+    def logits(self, model: str, images: np.ndarray[Any, Any], **more: Any) -> Any:
+        """Logits of a batch, asked with bytes."""
+        name, kind = ("image", "UINT8") if images.dtype == np.uint8 else ("pixel_values", "FP32")
+        size = {"binary_data_size": images.nbytes}
+        entry = {"name": name, "datatype": kind, "shape": images.shape, "parameters": size}
+        text = json.dumps({"inputs": [entry], **more}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(text))}
+        address = f"/v2/models/{model}/infer"
+        status, _, content = self.ask("POST", address, text + images.tobytes(), headers)
+        assert status == 200, content
+        (output,) = json.loads(content)["outputs"]
+        return np.array(output["data"], np.float32).reshape(output["shape"])
+
+    def memory(self) -> int:
+        """Bytes of memory that it has now."""
+        text = Path(f"/proc/{self.process.pid}/statm").read_text()
+        return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 15) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """End it whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+    """Start a server with the command's arguments; it ends with the tests of the module."""
+    started: list[Served] = []
+
+    def start(*arguments: object, ready: bool = True) -> Served:
+        started.append(Served(tmp_path_factory.mktemp("serve"), *arguments))
+        if ready:
+            started[-1].event("ready")
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def fleet_tasks(
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Four tasks of one method, as checkpoints of their names in one folder."""
+    folder = tmp_path_factory.mktemp("fleet tasks")
+    found = {}
+    for i, name in enumerate(("pets", "birds", "zürich", "two words")):
+        found[name] = folder / f"{name}.ckpt"
+        found[name].write_bytes(make_checkpoint("aoft-lora-star", seed=10 + i).read_bytes())
+    return found
+
+
+@pytest.fixture(scope="session")
+def fleet_artefact(
+    fleet_tasks: dict[str, Path], backbone_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A fleet of the first two of ``fleet_tasks``."""
+    path = tmp_path_factory.mktemp("artefact") / "fleet.onnx"
+    options: list[Any] = ["--fleet", *list(fleet_tasks.values())[:2], "-o", path]
+    options += ["--backbone-weights", backbone_weights]
+    assert export_main([str(option) for option in options]) == 0
+    return path
