@@ -94,6 +94,8 @@ def export_merged(
     min_agreement: float = MIN_AGREEMENT,
     batches: tuple[int, int, int] | None = None,
     compute_capability: str | None = None,
+    refittable: bool = False,
+    refit: Path | None = None,
     opset: int | None = None,
     command: Sequence[str] = (),
 ) -> Exported:
@@ -115,6 +117,9 @@ def export_merged(
         min_agreement: Below fp32, least share of images with the unmerged model's top class.
         batches: Smallest, usual and largest batch, where the artefact is built for a range.
         compute_capability: Of the GPU to build for, such as ``8.9``; None is this machine's.
+        refittable: Let the engine be given other weights later.
+        refit: An engine of the same graph to give the weights to, where possible; one that cannot
+            take them is built anew.
         opset: Of ONNX, where the exporter writes several; None is its own choice.
         command: The command line, for the manifest.
 
@@ -129,6 +134,9 @@ def export_merged(
         raise CheckpointError(f"There is no file {checkpoint}.")
     bar = bar_for(exporter, to, precision, min_agreement, images)
     built = built_for(exporter, to, batches, compute_capability, opset)
+    if (refittable or refit) and not isinstance(exporter, DeviceExporter):
+        raise SettingError(f"--to {to} builds no engine: leave --refittable and --refit out.")
+    built |= {"refittable": refittable, "refit": refit}
     learnt = calibration_files(exporter, to, precision, calibrate, images)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     output = output or source.parent / f"{source.stem}{exporter.SUFFIX}"

@@ -109,6 +109,17 @@ def parser() -> argparse.ArgumentParser:
         help="of onnx: 23 (default: attention is one operator) or 20, for older runtimes",
     )
     options.add_argument(
+        "--refittable",
+        action="store_true",
+        help="of tensorrt: let the engine be given other weights later (may cost speed)",
+    )
+    options.add_argument(
+        "--refit",
+        type=Path,
+        metavar="ENGINE",
+        help="of tensorrt: give the weights to this engine instead of building one, where possible",
+    )
+    options.add_argument(
         "--force", action="store_true", help="accept other backbone weights than those trained on"
     )
     return options
@@ -119,7 +130,7 @@ def export(options: argparse.Namespace) -> None:
     command = ["aoft-export", *(options.argv or [])]
     batches = tuple(options.batches) if options.batches else None
     if options.fleet:
-        for name in ("uint8", "backbone", "calibrate"):
+        for name in ("uint8", "backbone", "calibrate", "refittable", "refit"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
         from aoft_deploy.engines import get_exporter
@@ -159,6 +170,8 @@ def export(options: argparse.Namespace) -> None:
             min_agreement=options.min_agreement,
             batches=batches,
             compute_capability=options.compute_capability,
+            refittable=options.refittable,
+            refit=options.refit,
             opset=options.opset,
             command=command,
         )

@@ -12,7 +12,7 @@ Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import CheckpointError, SettingError, VerificationError
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
 from aoft_exporters import tensorrt_library as libraries
 from aoft_exporters.onnx import OnnxEngine
 from aoft_exporters.tensorrt_build import build
 from aoft_exporters.tensorrt_metadata import METADATA, Metadata, Sample, check_files
+from aoft_exporters.tensorrt_refit import named_weights, refitted, structure
+from aoft_exporters.tracing import plain_name
 from aoft_exporters.typed import emulated, typed
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     """
     from aoft_exporters import onnx
 
-    _write(path, recipe, lambda between, plain: onnx.export(model, between, plain))
+    names = {plain_name(name) for name in model.state_dict()}
+    _write(path, recipe, names, lambda between, plain: onnx.export(model, between, plain))
 
 
 def export_fleet(
@@ -95,32 +98,94 @@ def export_fleet(
     """
     from aoft_exporters import onnx
 
-    _write(path, recipe, lambda between, plain: onnx.export_fleet(model, between, plain, tables))
+    names = {*(plain_name(name) for name in model.state_dict()), *tables}
+    _write(
+        path,
+        recipe,
+        names,
+        lambda between, plain: onnx.export_fleet(model, between, plain, tables),
+    )
 
 
-def _write(path: Path, recipe: Recipe, write_graph: Callable[[Path, Recipe], None]) -> None:
+def _write(
+    path: Path,
+    recipe: Recipe,
+    names: Collection[str],
+    write_graph: Callable[[Path, Recipe], None],
+) -> None:
     """Graph, plan and metadata; ``BETWEEN`` is what the plan computes, for ONNX Runtime."""
     import onnx
 
     target = libraries.target(recipe.compute_capability)
+    _check_refit(recipe)
     path.mkdir()
     between = path / BETWEEN
     write_graph(between, replace(recipe, precision="fp32", opset=20))
     graph, low = onnx.load(between), recipe.precision != "fp32"
     _cast_pixels_first(graph.graph)
-    plan = build(
-        (typed(graph, recipe.precision) if low else graph).SerializeToString(),
-        target,
-        recipe.batches,
-    )
+    exact_graph, graph = graph, typed(graph, recipe.precision) if low else graph
     sample = Sample.of(graph, recipe)
     exact = sample.answers(OnnxEngine(between))
     if low:
-        onnx.save(emulated(graph, recipe.precision), between)
+        onnx.save(emulated(exact_graph, recipe.precision), between)
     answers = sample.answers(OnnxEngine(between)) if low else exact
-    (path / MARKER).write_bytes(plan)
     sample = sample.answered(answers, exact, TOLERANCE)
-    Metadata.of(plan, target, recipe, sample).write(path / METADATA)
+    weights = named_weights(graph, names) if recipe.refittable or recipe.refit else {}
+    fixed = structure(graph, weights) if weights else ""
+    plan = _refitted(recipe, target, weights, fixed, sample)
+    origin = "built" if plan is None else "refitted"
+    if plan is None:
+        plan = build(graph.SerializeToString(), target, recipe.batches, list(weights))
+    (path / MARKER).write_bytes(plan)
+    Metadata.of(plan, target, recipe, sample, fixed, origin).write(path / METADATA)
+
+
+def _check_refit(recipe: Recipe) -> None:
+    """Refuse new weights, now or later, without the GPU that takes them.
+
+    Raises:
+        SettingError: There is none.
+        CheckpointError: What is to be refitted is no engine.
+    """
+    if not recipe.refit and not recipe.refittable:
+        return
+    if libraries.find_gpu() is None:
+        raise SettingError(
+            "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
+            "this machine has none: leave --refit and --refittable out."
+        )
+    if recipe.refit and not (recipe.refit / MARKER).is_file():
+        raise CheckpointError(f"There is no folder {recipe.refit} with a {MARKER} to refit.")
+
+
+def _refitted(
+    recipe: Recipe,
+    target: libraries.Target,
+    weights: Mapping[str, Any],
+    fixed: str,
+    sample: Sample,
+) -> bytes | None:
+    """The named engine with new weights; None where one must be built.
+
+    That is where the named one is of another graph, range, version or GPU, takes no new weights, or
+    does not answer as it must once it has them.
+    """
+    if recipe.refit is None:
+        return None
+    old = Metadata.read(recipe.refit / METADATA)
+    plan = check_files(recipe.refit, old, (MARKER, METADATA))
+    ours = (fixed, recipe.batches, target.library.name, target.library.version, target.capability)
+    if ours != (old.structure, old.batches, old.library, old.version, old.capability):
+        return None
+    from aoft_exporters.tensorrt_engine import TensorrtEngine
+
+    try:
+        plan = refitted(plan, target.library, weights)
+        new = Metadata.of(plan, target, recipe, sample, fixed, "refitted")
+        difference = sample.difference(TensorrtEngine(plan, new, target.library), recipe.batches)
+    except (OutputError, CheckpointError, RuntimeError):
+        return None
+    return plan if difference <= sample.allowed else None
 
 
 def _cast_pixels_first(graph: Any) -> None:

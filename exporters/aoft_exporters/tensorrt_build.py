@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from aoft_deploy.errors import OutputError
 from aoft_exporters.tensorrt_library import Target, find_gpu
+from aoft_exporters.tensorrt_refit import mark
 
 __all__ = ["build"]
 
 
-def build(graph: bytes, target: Target, batches: tuple[int, int, int]) -> bytes:
+def build(
+    graph: bytes, target: Target, batches: tuple[int, int, int], refittable: Collection[str] = ()
+) -> bytes:
     """A plan for a range of batches.
 
     The precision is the graph's: float32 is computed in float32, never in TF32.
@@ -23,6 +26,7 @@ def build(graph: bytes, target: Target, batches: tuple[int, int, int]) -> bytes:
         graph: An ONNX model whose inputs have a dynamic first axis.
         target: What to build with and for.
         batches: Smallest, usual and largest batch; TensorRT tunes for the usual one.
+        refittable: Weights that may be replaced later; TensorRT needs the GPU to build for any.
 
     Raises:
         OutputError: TensorRT cannot read the graph or build it, with its reason.
@@ -42,6 +46,8 @@ def build(graph: bytes, target: Target, batches: tuple[int, int, int]) -> bytes:
         given = network.get_input(i)
         profile.set_shape(given.name, *([size, *given.shape[1:]] for size in batches))
     config.add_optimization_profile(profile)
+    if refittable:
+        mark(target.library, network, config, refittable)
     with _choices_kept(trt, config, target):
         plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -125,6 +125,8 @@ class Metadata:
         capability: Compute capability that the plan is for.
         sha256: Of the plan.
         sample: How the engine must answer.
+        structure: Hash of the graph without the weights that can be refitted; empty if none can.
+        origin: ``built``, or ``refitted`` from another engine.
     """
 
     info: Mapping[str, str]
@@ -136,10 +138,20 @@ class Metadata:
     capability: str
     sha256: str
     sample: Sample
+    structure: str
+    origin: str
 
     @classmethod
-    def of(cls, plan: bytes, target: Target, recipe: Recipe, sample: Sample) -> Metadata:
-        """For a plan just built."""
+    def of(
+        cls,
+        plan: bytes,
+        target: Target,
+        recipe: Recipe,
+        sample: Sample,
+        structure: str = "",
+        origin: str = "built",
+    ) -> Metadata:
+        """For a plan just built or refitted."""
         side = recipe.size
         inputs: dict[str, tuple[str, tuple[int, ...]]] = {
             "pixel_values": ("float32", (3, side, side))
@@ -158,6 +170,8 @@ class Metadata:
             capability=target.capability,
             sha256=hashlib.sha256(plan).hexdigest(),
             sample=sample,
+            structure=structure,
+            origin=origin,
         )
 
     def write(self, path: Path) -> None:
