@@ -211,7 +211,7 @@ def test_the_pixel_graph_builds(options: list[str], tmp_path: Path) -> None:
 def test_batches_outside_the_profile_and_other_images_are_refused(folder: Path) -> None:
     metadata = Metadata.read(folder / METADATA)
     assert list(checked(metadata, inputs(32), None)) == ["pixel_values"]
-    for size in (0, 33):
+    for size in (33, 100):
         with pytest.raises(
             SettingError, match=rf"batches of 1 to 32 images, but got {size}: split"
         ):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_exporters.tensorrt_library import Library
 from aoft_exporters.tensorrt_metadata import Metadata
@@ -110,12 +111,9 @@ def checked(
     Raises:
         SettingError: It does not, with what it takes.
     """
-    name, (kind, shape) = next(iter(metadata.inputs.items()))
-    if images.dtype != kind or images.shape[1:] != shape:
-        raise SettingError(
-            f"This artefact takes {kind} [batch, {', '.join(map(str, shape))}], but got "
-            f"{images.dtype} {list(images.shape)}."
-        )
+    name, takes = next(iter(metadata.inputs.items()))
+    tasks = metadata.sample.tasks if "task" in metadata.inputs else None
+    check_batch(images, task, takes=takes, tasks=tasks)
     least, _, most = metadata.batches
     if not least <= len(images) <= most:
         raise SettingError(
@@ -123,17 +121,7 @@ def checked(
             f"{len(images)}: split the batch, or export with other --batches."
         )
     feed = {name: np.ascontiguousarray(images)}
-    fleet = "task" in metadata.inputs
-    if (task is not None) is not fleet:
-        missing = "needs a task for each image" if fleet else "holds a single task"
-        raise SettingError(f"This artefact {missing}.")
     if task is not None:
-        tasks = metadata.sample.tasks
-        if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():
-            raise SettingError(
-                f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to "
-                f"{tasks - 1} for each."
-            )
         feed["task"] = np.ascontiguousarray(task, np.int64)
     return feed
 

@@ -8,13 +8,16 @@ and its own name the model's, so models come and go by one rename each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from aoft_deploy.engines import Recipe
+from aoft_deploy.engines import Engine, Recipe
 from aoft_exporters import onnx
+from aoft_exporters.attention import ATTENTION_OPSET
+from aoft_exporters.tracing import OPSET
 from aoft_exporters.triton_config import check_labels, write_config
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ __all__ = [
     "ENGINES",
     "FORMS",
     "MARKER",
+    "OPSETS",
     "PRECISIONS",
     "RANGED",
     "SUFFIX",
@@ -41,7 +45,9 @@ TOLERANCE = onnx.TOLERANCE
 PRECISIONS = onnx.PRECISIONS
 FORMS = ("mixed",)
 RANGED = True
-ENGINES = ("onnxruntime",)
+ENGINES = onnx.ENGINES
+OPSETS = (OPSET, ATTENTION_OPSET)
+"""The older first: servers are updated more rarely than clients."""
 
 
 def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
@@ -59,7 +65,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     """
     check_labels(recipe)
     file = _made(path)
-    onnx.export(model, file, recipe)
+    onnx.export(model, file, replace(recipe, opset=recipe.opset or OPSET))
     write_config(path, recipe, "onnxruntime")
 
 
@@ -78,7 +84,7 @@ def export_fleet(
         AoftError: As ``export``.
     """
     file = _made(path)
-    onnx.export_fleet(model, file, recipe, tables)
+    onnx.export_fleet(model, file, replace(recipe, opset=recipe.opset or OPSET), tables)
     write_config(path, recipe, "onnxruntime")
 
 
@@ -95,6 +101,6 @@ def load(
     engine: str | None = None,
     threads: int | None = None,
     device: str | None = None,
-) -> onnx.OnnxEngine:
-    """Open the model in the folder with ONNX Runtime, as Triton would; see ``onnx.load``."""
-    return onnx.load(Path(path) / MARKER, threads=threads)
+) -> Engine:
+    """Open the model in the folder, as Triton would; see ``onnx.load``."""
+    return onnx.load(Path(path) / MARKER, engine=engine, threads=threads, device=device)
