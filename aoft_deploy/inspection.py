@@ -17,14 +17,16 @@ __all__ = ["inspect_file"]
 
 
 OPENVINO_FILES = ("openvino_model.xml", "openvino_model.bin")
+TENSORRT_FILES = ("engine.json", "model.plan")
+TRITON_FILES = ("config.pbtxt", "1/model.onnx")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a file of this project.
 
     Args:
-        path: A checkpoint, a published RLRR .pth, a PEFT LoRA folder, an ONNX, OpenVINO or timm
-            artefact, or a manifest.
+        path: A checkpoint, a published RLRR .pth, a PEFT LoRA folder, an ONNX, OpenVINO, TensorRT,
+            Triton or timm artefact, or a manifest.
 
     Returns:
         JSON values; ``kind`` says what the file is.
@@ -33,7 +35,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, damaged, or none of these.
     """
     if path.is_dir():
-        return _openvino(path) if (path / OPENVINO_FILES[0]).is_file() else _peft(path)
+        return _folder(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     if path.suffix == ".onnx":
@@ -50,6 +52,53 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return {"kind": "published RLRR checkpoint", **_common(path), **_tensors(tensors)}
     checkpoint = read_checkpoint(path)
     return {"kind": "checkpoint", **_common(path), **_checkpoint(checkpoint)}
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """What a folder holds, by a file that only such folders have."""
+    for files, describe in (
+        (OPENVINO_FILES, _openvino),
+        (TENSORRT_FILES, _tensorrt),
+        (TRITON_FILES, _triton),
+    ):
+        if (path / files[0]).is_file():
+            return describe(path)
+    return _peft(path)
+
+
+def _tensorrt(path: Path) -> dict[str, Any]:
+    """What stands beside the plan, which is not opened."""
+    try:
+        found = json.loads((path / TENSORRT_FILES[0]).read_text("utf-8"))
+        info, digest = found.pop("info"), folder_digest(path, TENSORRT_FILES)
+        told = ("batches", "library", "version", "capability", "origin")
+        return {
+            "kind": "TensorRT artefact",
+            "file": str(path),
+            "bytes": sum((path / name).stat().st_size for name in TENSORRT_FILES),
+            "sha256": digest,
+            **{key: found[key] for key in told},
+            **{key: _decoded(text) for key, text in info.items()},
+            **_manifest(path, digest),
+        }
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no TensorRT artefact ({error!r:.80}).") from error
+
+
+def _triton(path: Path) -> dict[str, Any]:
+    """The model in the folder, and all files of it."""
+    if not (path / TRITON_FILES[1]).is_file():
+        raise CheckpointError(f"{path} is a Triton model without {TRITON_FILES[1]}.")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    digest = folder_digest(path, [str(file.relative_to(path)) for file in files])
+    return {
+        "kind": "Triton artefact",
+        "file": str(path),
+        "bytes": sum(file.stat().st_size for file in files),
+        "sha256": digest,
+        **_onnx(path / TRITON_FILES[1]),
+        **_manifest(path, digest),
+    }
 
 
 def _common(path: Path) -> dict[str, Any]:

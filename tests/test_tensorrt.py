@@ -23,6 +23,7 @@ from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.engines import Recipe, get_exporter, load_artefact
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
 from aoft_deploy.export import within
+from aoft_deploy.inspection import inspect_file
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_exporters import onnx as onnx_exporter
 from aoft_exporters import tensorrt as exporter
@@ -267,6 +268,25 @@ def test_engines_of_another_version_or_gpu_are_refused(folder: Path) -> None:
         CheckpointError, match=r"for GPUs of compute capability .* has 5\.0: export"
     ):
         metadata.check_here(folder, metadata.version, "5.0")
+
+
+def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> None:
+    found = inspect_file(folder)
+    assert (found["kind"], found["precision"], found["method"]) == (
+        "TensorRT artefact",
+        "fp32",
+        "rlrr",
+    )
+    assert (found["batches"], found["origin"], found["manifest"]) == (
+        [1, 8, 32],
+        "built",
+        "matches",
+    )
+    assert found["bytes"] > (folder / exporter.MARKER).stat().st_size
+    for text in ("[]", "{}", None):
+        (copy / METADATA).write_text(text) if text else (copy / exporter.MARKER).unlink()
+        with pytest.raises(CheckpointError, match="is no TensorRT artefact"):
+            inspect_file(copy)
 
 
 @without_gpu

@@ -17,7 +17,8 @@ from torch import nn
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.engines import Recipe, load_artefact
-from aoft_deploy.errors import SettingError
+from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.inspection import inspect_file
 from aoft_deploy.prediction import load_classifier
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_exporters import triton as exporter
@@ -131,6 +132,19 @@ def test_the_model_answers_as_the_onnx_artefact(
     manifest = json.loads((repository / "numbers.json").read_text("utf-8"))
     assert manifest["exporter"] == "triton"
     assert manifest["verification"]["max_abs"] < 5e-5
+
+
+def test_aoft_inspect_tells_what_the_model_is(repository: Path, tmp_path: Path) -> None:
+    found = inspect_file(repository / "numbers")
+    assert (found["kind"], found["precision"], found["manifest"]) == (
+        "Triton artefact",
+        "fp32",
+        "matches",
+    )
+    assert found["inputs"] == ["pixel_values float [batch, 3, 16, 16]"]
+    (tmp_path / CONFIG).touch()
+    with pytest.raises(CheckpointError, match=r"is a Triton model without 1/model\.onnx"):
+        inspect_file(tmp_path)
 
 
 def test_a_fleet_takes_one_task_a_sample_and_mixes_them_in_a_batch(fleet: Path) -> None:
