@@ -37,6 +37,7 @@ from aoft_deploy.engines import (
 )
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.files import file_digest, folder_digest, json_text, settle, writable_folder
+from aoft_deploy.flops import flops_per_image
 from aoft_deploy.images import image_files, read_image
 from aoft_deploy.peft_folder import FILES
 from aoft_deploy.preprocessing import Preprocessing
@@ -149,13 +150,19 @@ def export_merged(
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
     preprocessing = task.preprocessing
     pixels = verification_pixels(preprocessing, pictures, precision)
-    metadata = {**_metadata(tuned, task), "precision": precision}
+    alone = isinstance(exporter, TunedExporter)
+    model: nn.Module = tuned if alone else merge(tuned)
+    metadata = {
+        **_metadata(tuned, task),
+        "precision": precision,
+        **({} if alone else flops(model, preprocessing.size)),
+    }
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
     recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
-        engine = _exported(tuned, exporter, draft, recipe, weights)
+        engine = _exported(model, exporter, draft, recipe, weights)
         report = verify(
             lambda batch: logits(tuned, normalised(batch, preprocessing)),
             lambda batch: _answers(engine, batch, recipe, preprocessing),
@@ -255,6 +262,12 @@ def verifiable(exporter: Exporter, draft: Path) -> Engine:
     engine = exporter.load(draft) if exporter.device() else exporter.stand_in(draft)
     (draft / exporter.BETWEEN).unlink()
     return engine
+
+
+def flops(model: nn.Module, size: int) -> dict[str, str]:
+    """The arithmetic of an image, for metadata; empty where it is not known."""
+    count = flops_per_image(model, size)
+    return {} if count is None else {"flops": str(count)}
 
 
 def verification_pixels(
@@ -361,12 +374,12 @@ def _name(draft: Path, output: Path, draft_manifest: Path) -> None:
 
 
 def _exported(
-    tuned: TunedModel, exporter: Exporter, draft: Path, recipe: Recipe, weights: Path | None
+    model: nn.Module, exporter: Exporter, draft: Path, recipe: Recipe, weights: Path | None
 ) -> Engine:
     """Write the artefact, and open what was written."""
     alone = exporter if isinstance(exporter, TunedExporter) else None
     try:
-        exporter.export(tuned if alone else merge(tuned), draft, recipe)
+        exporter.export(model, draft, recipe)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OutputError):
             raise

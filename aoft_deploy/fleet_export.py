@@ -42,6 +42,7 @@ from aoft_deploy.export import (
     check_output,
     check_output_folder,
     device_of,
+    flops,
     logits,
     manifest_path,
     normalised,
@@ -57,7 +58,7 @@ from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.images import image_files, read_image
 from aoft_deploy.methods import get_method
 from aoft_deploy.mixed import FleetModel, FoldedModel, MixedModel, classifier_rows
-from aoft_deploy.tuned import TunedModel
+from aoft_deploy.tuned import TunedModel, merge
 from aoft_deploy.verification import BATCH_SIZES, Bar, Comparison, Report
 
 __all__ = ["export_fleet", "task_names"]
@@ -156,6 +157,7 @@ def export_fleet(
         **_metadata(tuned, names, tasks, model),
         "precision": precision,
         "form": chosen,
+        **flops(merge(tuned), preprocessing.size),
     }
     mean, std = preprocessing.mean, preprocessing.std
     recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, **built)

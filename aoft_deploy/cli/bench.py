@@ -1,0 +1,158 @@
+"""aoft-bench: how fast artefacts run on this machine, beside each other and beside its limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aoft_deploy.cli.command import positive, run
+
+if TYPE_CHECKING:
+    from aoft_deploy.measurement import Subject, Timing
+
+__all__ = ["main"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="aoft-bench",
+        description="Time artefacts in one interleaved run: images a second, the ratio to the "
+        "first, and the share of what this machine's processor can compute at most.",
+    )
+    options.add_argument("artefacts", type=Path, nargs="+", metavar="ARTEFACT")
+    options.add_argument(
+        "--batches", type=positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
+    )
+    options.add_argument(
+        "--engines",
+        nargs="+",
+        metavar="NAME",
+        help="run each artefact in each of these; default: in the one it was verified with",
+    )
+    options.add_argument(
+        "--threads",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="run each with each of these numbers; default: as many as there are cores",
+    )
+    options.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 …")
+    options.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the throughput")
+    return options
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Time, print, and write what was asked for."""
+    import os
+
+    from aoft_deploy.errors import OutputError
+    from aoft_deploy.files import json_text
+    from aoft_deploy.measurement import gemm_peaks, interleaved, machine
+    from aoft_deploy.plots import check_matplotlib
+
+    if options.plot:
+        check_matplotlib()
+    threads = options.threads or [os.cpu_count() or 1]
+    subjects = _subjects(options, threads)
+    size = _size(subjects)
+    timings = interleaved(subjects, options.batches, size, options.rounds, _progress(options))
+    on_cpu = all(subject.engine.device == "cpu" for subject in subjects)
+    peaks = gemm_peaks(max(threads)) if on_cpu else {}
+    _print(timings, peaks)
+    where = machine(max(threads))
+    try:
+        if options.json:
+            rows = [timing.to_dict(peaks) for timing in timings]
+            found = {"machine": where, "gemm_peaks": peaks, "rows": rows}
+            options.json.write_text(json_text(found, indent=1) + "\n", "utf-8")
+        if options.plot:
+            from aoft_deploy.speed_plot import draw_throughput
+
+            draw_throughput(timings, options.plot)
+    except OSError as error:
+        raise OutputError(f"The figures cannot be written: {error}.") from error
+
+
+def _subjects(options: argparse.Namespace, threads: Sequence[int]) -> list[Subject]:
+    """Every artefact in every engine asked for, named as shortly as tells them apart."""
+    from aoft_deploy.engines import load_artefact
+    from aoft_deploy.measurement import Subject
+
+    short = len({path.name for path in options.artefacts}) == len(options.artefacts)
+    found = []
+    for path in options.artefacts:
+        for name in options.engines or [None]:
+            for count in threads:
+                engine = load_artefact(path, engine=name, threads=count, device=options.device)
+                label = path.name if short else str(path)
+                label += f" {name}" if name else ""
+                label += f" ×{count}" if len(threads) > 1 else ""
+                found.append(Subject.of(label, engine))
+    return found
+
+
+def _size(subjects: Sequence[Subject]) -> int:
+    """Side of the images, the same for all.
+
+    Raises:
+        CheckpointError: An artefact does not tell.
+        SettingError: They differ.
+    """
+    from aoft_deploy.errors import CheckpointError, SettingError
+
+    sizes: dict[int, str] = {}
+    for subject in subjects:
+        try:
+            size = int(json.loads(subject.engine.info["preprocessing"])["size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{subject.name} names no preprocessing: it was not written by aoft-export."
+            ) from error
+        sizes.setdefault(size, subject.name)
+    if len(sizes) > 1:
+        told = ", ".join(f"{name} {size}" for size, name in sizes.items())
+        raise SettingError(f"Artefacts of different input sizes ({told}): time them apart.")
+    return next(iter(sizes))
+
+
+def _progress(options: argparse.Namespace) -> Any:
+    """A line on a terminal that says how far it is."""
+    if not sys.stderr.isatty():
+        return lambda done: None
+
+    def told(done: int) -> None:
+        end = "\n" if done == options.rounds else ""
+        print(f"\rround {done} of {options.rounds}", end=end, file=sys.stderr, flush=True)
+
+    return told
+
+
+def _print(timings: Sequence[Timing], peaks: dict[str, float]) -> None:
+    width = max(len(timing.subject.name) for timing in timings)
+    print(f"{'batch':>5}  {'artefact':{width}}  {'ms':>9}  {'img/s':>8}  {'ratio':>6}  of the peak")
+    for timing in timings:
+        share = timing.share(peaks)
+        told = "" if share is None else f"{share:.0%} of {timing.subject.precision}"
+        print(
+            f"{timing.batch:5}  {timing.subject.name:{width}}  {timing.median * 1e3:9.2f}  "
+            f"{timing.throughput:8.2f}  {timing.ratio:6.2f}  {told}".rstrip()
+        )
+    if peaks:
+        told = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
+        print(f"peak of large products on this machine, in 10⁹ operations a second: {told}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``aoft-bench --help``."""
+    return run(parser(), bench, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

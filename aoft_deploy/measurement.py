@@ -1,0 +1,229 @@
+"""Engines timed beside each other, and how much a machine can compute at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Engine
+from aoft_deploy.errors import CheckpointError
+
+__all__ = ["Subject", "Timing", "gemm_peaks", "inputs_for", "interleaved", "machine"]
+
+SIDE = 2048
+"""Of the square matrices that the peak is measured with: large enough to reuse every cache."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        name: In tables.
+        engine: What runs.
+        flops: Arithmetic of an image; None where it is not known.
+        precision: Of most of it: ``fp32``, ``bf16`` …
+    """
+
+    name: str
+    engine: Engine
+    flops: int | None
+    precision: str
+
+    @classmethod
+    def of(cls, name: str, engine: Engine) -> Subject:
+        """An engine with what its artefact says of itself."""
+        count = engine.info.get("flops", "")
+        known = int(count) if count.isdecimal() else None
+        return cls(name, engine, known, engine.info.get("precision", "fp32"))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a subject took for batches of a size.
+
+    Attributes:
+        subject: What ran.
+        batch: Images in a batch.
+        seconds: Of each round.
+        ratios: Throughput as a multiple of the first subject's in the same round.
+    """
+
+    subject: Subject
+    batch: int
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds for a batch."""
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median of ``ratios``."""
+        return statistics.median(self.ratios)
+
+    @property
+    def throughput(self) -> float:
+        """Images a second."""
+        return self.batch / self.median
+
+    def share(self, peaks: Mapping[str, float]) -> float | None:
+        """Of the machine's limit in the subject's precision; None where one is not known."""
+        peak = peaks.get(self.subject.precision)
+        if peak is None or self.subject.flops is None:
+            return None
+        return self.throughput * self.subject.flops / peak
+
+    def to_dict(self, peaks: Mapping[str, float]) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.subject.name,
+            "batch": self.batch,
+            "seconds": self.median,
+            "images_per_second": self.throughput,
+            "ratio": self.ratio,
+            "ratio_lowest": min(self.ratios),
+            "ratio_highest": max(self.ratios),
+            "share_of_peak": self.share(peaks),
+            "rounds": list(self.seconds),
+        }
+
+
+def inputs_for(engine: Engine, batch: int, size: int) -> tuple[NDArray[Any], ...]:
+    """Arguments of ``Engine.run``: random images, and of a fleet its tasks in turn.
+
+    Raises:
+        CheckpointError: The fleet does not name its tasks.
+    """
+    rng = np.random.default_rng(0)
+    if engine.takes_pixels:
+        images: NDArray[Any] = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    else:
+        images = rng.standard_normal((batch, 3, size, size), np.float32)
+    if not engine.takes_tasks:
+        return (images,)
+    try:
+        tasks = len(json.loads(engine.info["tasks"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("The fleet does not name its tasks.") from error
+    return images, np.arange(batch, dtype=np.int64) % tasks
+
+
+def interleaved(
+    subjects: Sequence[Subject],
+    batches: Sequence[int],
+    size: int,
+    rounds: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timing]:
+    """Time all subjects in turn, so that whatever else the machine does hits them alike.
+
+    Every other round goes the other way round. The first run of each is not counted.
+
+    Args:
+        subjects: The ratios are those to the first.
+        batches: Sizes.
+        size: Side of the square images, in pixels.
+        rounds: Times that each is run.
+        progress: Told the number of finished rounds.
+
+    Returns:
+        By batch size, then subject.
+    """
+    work = [(batch, place) for batch in batches for place in range(len(subjects))]
+    inputs = {
+        (batch, place): inputs_for(subjects[place].engine, batch, size) for batch, place in work
+    }
+    seconds: dict[tuple[int, int], list[float]] = {key: [] for key in work}
+    for key in work:
+        subjects[key[1]].engine.run(*inputs[key])
+    for turn in range(rounds):
+        for key in work if turn % 2 == 0 else reversed(work):
+            start = time.perf_counter()
+            subjects[key[1]].engine.run(*inputs[key])
+            seconds[key].append(time.perf_counter() - start)
+        progress(turn + 1)
+    return [
+        Timing(
+            subjects[place],
+            batch,
+            tuple(seconds[batch, place]),
+            tuple(
+                first / own
+                for first, own in zip(seconds[batch, 0], seconds[batch, place], strict=True)
+            ),
+        )
+        for batch, place in work
+    ]
+
+
+def gemm_peaks(threads: int | None = None, repeats: int = 8) -> dict[str, float]:
+    """Operations a second that this machine's CPU reaches in large products, by precision.
+
+    Measured by PyTorch's oneDNN and MKL; the best of ``repeats``. bf16 is left out where the
+    processor lacks it, and int8 is counted in integer operations.
+
+    Args:
+        threads: None is as many as PyTorch takes.
+        repeats: Products of each kind.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(SIDE, SIDE, generator=generator)
+    whole = torch.randint(-63, 64, (SIDE, SIDE), generator=generator, dtype=torch.int8)
+    products: dict[str, Callable[[], Any]] = {
+        "fp32": lambda: real @ real,
+        "int8": lambda: torch._int_mm(whole, whole),
+    }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _computes_bf16():
+        half = real.bfloat16()
+        products["bf16"] = lambda: half @ half
+    best = dict.fromkeys(products, float("inf"))
+    try:
+        for turn in range(repeats + 1):
+            for name, product in products.items():
+                start = time.perf_counter()
+                product()
+                taken = time.perf_counter() - start
+                best[name] = min(best[name], taken) if turn else best[name]
+    finally:
+        torch.set_num_threads(before)
+    return {name: 2 * SIDE**3 / taken for name, taken in best.items()}
+
+
+def _computes_bf16() -> bool:
+    """Whether the processor multiplies in bf16, instead of by way of float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def machine(threads: int | None) -> dict[str, Any]:
+    """Where the figures come from."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "threads": threads}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return " ".join((names or [platform.processor() or platform.machine()])[0].split())
