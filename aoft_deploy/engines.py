@@ -225,8 +225,8 @@ class DeviceExporter(FolderExporter, Protocol):
 
     BETWEEN: str
 
-    def device(self) -> str | None:
-        """Name of the device that artefacts run on here; None where there is none."""
+    def device(self, path: Path) -> str | None:
+        """Name of the device that the artefact at ``path`` runs on here; None if on none."""
 
     def stand_in(self, path: Path) -> Engine:
         """The graph that the artefact at ``path`` was built from, run on the CPU."""

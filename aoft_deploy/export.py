@@ -177,13 +177,13 @@ def export_merged(
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),
-                **on_device(exporter),
+                **on_device(exporter, draft),
             },
             "versions": versions(),
         }
         size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size, device_of(exporter))
+    return Exported(output, manifest_path(output), report, size, device_of(exporter, output))
 
 
 def bar_for(
@@ -243,23 +243,23 @@ def built_for(
     return {"batches": batches, "compute_capability": compute_capability}
 
 
-def device_of(exporter: Exporter) -> str | None:
-    """Where artefacts of an exporter run on this machine; None if nowhere."""
-    return exporter.device() if isinstance(exporter, DeviceExporter) else "CPU"
+def device_of(exporter: Exporter, artefact: Path) -> str | None:
+    """Where an artefact runs on this machine; None if nowhere."""
+    return exporter.device(artefact) if isinstance(exporter, DeviceExporter) else "CPU"
 
 
-def on_device(exporter: Exporter) -> dict[str, Any]:
+def on_device(exporter: Exporter, draft: Path) -> dict[str, Any]:
     """For a manifest: whether the artefact itself has run, and where."""
     if not isinstance(exporter, DeviceExporter):
         return {}
-    return {"verified_on_device": exporter.device() or False}
+    return {"verified_on_device": exporter.device(draft) or False}
 
 
 def verifiable(exporter: Exporter, draft: Path) -> Engine:
     """The artefact, or where this machine lacks its device the graph that it was built from."""
     if not isinstance(exporter, DeviceExporter):
         return exporter.load(draft)
-    engine = exporter.load(draft) if exporter.device() else exporter.stand_in(draft)
+    engine = exporter.load(draft) if exporter.device(draft) else exporter.stand_in(draft)
     (draft / exporter.BETWEEN).unlink()
     return engine
 

@@ -186,13 +186,13 @@ def export_fleet(
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),
-                **on_device(exporter),
+                **on_device(exporter, draft),
             },
             "versions": versions(),
         }
         size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size, device_of(exporter))
+    return Exported(output, manifest_path(output), report, size, device_of(exporter, output))
 
 
 def _fleet_exporter(to: str, form: str) -> FleetExporter:

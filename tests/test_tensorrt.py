@@ -173,7 +173,7 @@ def test_the_graph_between_gives_the_unmerged_logits(
     assert 1e-4 < np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
     sample = Metadata.read(tmp_path / "a" / METADATA).sample
     assert sample.difference(exporter.stand_in(tmp_path / "a"), (1, 8, 32)) == 0
-    assert exporter.device() == (GPU.name if GPU else None)
+    assert exporter.device(tmp_path / "a") == (GPU.name if GPU else None)
 
 
 def test_answers_that_an_engine_must_give_catch_another_model(

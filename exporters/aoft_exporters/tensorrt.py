@@ -203,10 +203,11 @@ def _cast_pixels_first(graph: Any) -> None:
         graph.node.extend(nodes)
 
 
-def device() -> str | None:
-    """Name of the GPU that engines run on here; None where there is none."""
+def device(path: Path) -> str | None:
+    """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
     gpu = libraries.find_gpu()
-    return gpu.name if gpu else None
+    fits = gpu is not None and gpu.capability == Metadata.read(path / METADATA).capability
+    return gpu.name if gpu and fits else None
 
 
 def stand_in(path: Path) -> OnnxEngine:

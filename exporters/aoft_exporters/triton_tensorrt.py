@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import SettingError
 from aoft_exporters import tensorrt, tensorrt_library
-from aoft_exporters.tensorrt import device
 from aoft_exporters.triton_config import check_labels, write_config
 
 if TYPE_CHECKING:
@@ -94,6 +93,11 @@ def _write(path: Path, recipe: Recipe, write_plan: Callable[[Path], None]) -> No
     path.mkdir()
     write_plan(path / "1")
     write_config(path, recipe, "tensorrt")
+
+
+def device(path: Path) -> str | None:
+    """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
+    return tensorrt.device(path / "1")
 
 
 def stand_in(path: Path) -> OnnxEngine:
