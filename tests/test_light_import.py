@@ -26,7 +26,7 @@ def imported(code: str, *arguments: object) -> set[str]:
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("command", ["export", "inspect", "predict", "train"])
+@pytest.mark.parametrize("command", ["export", "inspect", "predict", "serve", "train"])
 def test_help_needs_no_heavy_library(command: str) -> None:
     code = (
         f"from aoft_deploy.cli.{command} import main\n"
@@ -36,7 +36,7 @@ def test_help_needs_no_heavy_library(command: str) -> None:
     assert imported(code) == set()
 
 
-@pytest.mark.parametrize("command", ["export", "inspect", "predict", "train"])
+@pytest.mark.parametrize("command", ["export", "inspect", "predict", "serve", "train"])
 def test_wrong_usage_is_told_without_a_heavy_library(command: str) -> None:
     code = (
         f"from aoft_deploy.cli.{command} import main\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.http as triton
-import tritonclient.http.aio as triton_aio
-from tritonclient.utils import InferenceServerException
 
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.prediction import load_classifier
+
+triton: Any = importlib.import_module("tritonclient.http")  # has no types
+triton_aio: Any = importlib.import_module("tritonclient.http.aio")
+InferenceServerException: type[Exception] = importlib.import_module(
+    "tritonclient.utils"
+).InferenceServerException
 
 TOKEN = "a token of more than sixteen bytes"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}

@@ -11,7 +11,9 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -26,6 +28,9 @@ __all__ = ["serve"]
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
+PAUSE_SECONDS = 0.1
+"""For what is on its way when the socket closes."""
+
 IDLE_SECONDS = 1
 """Left to uvicorn after everything was answered, to close what stayed open."""
 
@@ -93,10 +98,38 @@ async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
         else:
             starting.cancel()
         await service.drain()
+        await _stop_listening(server, bound)
     finally:
         server.should_exit = True
         await asyncio.wait({listening})
     log("ended")
+
+
+async def _stop_listening(server: uvicorn.Server, bound: socket.socket) -> None:
+    """Close the socket so that nobody who got through is reset.
+
+    The system resets connections that wait to be accepted when a socket closes. So they are
+    accepted in the same breath, and told that the server drains.
+    """
+    late = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            late.append(bound.accept()[0])
+    for listener in getattr(server, "servers", ()):
+        listener.close()
+    loop = asyncio.get_running_loop()
+    for connection in late:
+        await loop.connect_accepted_socket(partial(_protocol, server), connection)
+    await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _protocol(server: uvicorn.Server) -> asyncio.Protocol:
+    """As uvicorn makes one for each connection."""
+    make: Any = server.config.http_protocol_class
+    protocol: asyncio.Protocol = make(
+        config=server.config, server_state=server.server_state, app_state={}
+    )
+    return protocol
 
 
 def _bound(settings: Settings) -> socket.socket:

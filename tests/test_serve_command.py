@@ -1,0 +1,102 @@
+"""aoft-serve as a command: what it takes, and what it says before it serves."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aoft_deploy.cli.serve import main, parser
+
+
+def failed(*arguments: object) -> str:
+    """The one line that a command says which ends with 1."""
+    command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
+    done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = lines
+    assert line.startswith("error: ")
+    return line
+
+
+def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--host", "--max-batch", "--admin-token-file", "--config", "127.0.0.1", "8000"):
+        assert flag in shown
+
+
+@pytest.mark.parametrize("arguments", [["--port", "x"], ["--nothing"], ["--max-batch"]])
+def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+def test_flags_come_before_the_file_s_settings(tmp_path: Path) -> None:
+    options = parser().parse_args(["a.onnx", "--max-batch", "8", "--log-requests"])
+    assert (options.artefacts, options.max_batch, options.log_requests) == (["a.onnx"], 8, True)
+    assert options.port is None
+
+
+def test_nothing_to_serve_is_told() -> None:
+    assert "nothing to serve" in failed()
+
+
+def test_what_cannot_be_served_is_told(artefact: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert "There is no file" in failed(tmp_path / "none.onnx")
+    junk = tmp_path / "junk.onnx"
+    junk.write_bytes(b"\x80\x04junk")
+    assert "no ONNX model, or a damaged one" in failed(junk)
+    assert "is a checkpoint, but no fleet is served" in failed(checkpoint)
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04.")
+    assert "is no artefact of aoft-export" in failed(tmp_path / "a.pkl")
+    assert "same name" in failed(artefact, artefact)
+    assert "cannot be called 'a\\nb'" in failed(f"a\nb={artefact}")
+
+
+def test_bad_settings_are_told(artefact: Path, tmp_path: Path) -> None:
+    assert "max_batch is 0: use from 1 to 4096" in failed(artefact, "--max-batch", 0)
+    token = tmp_path / "token"
+    assert "cannot be read" in failed(artefact, "--admin-token-file", token)
+    token.write_text("short")
+    assert "token of 5 bytes: use 16 or more" in failed(artefact, "--admin-token-file", token)
+    assert "cannot be read as TOML" in failed("--config", tmp_path / "none.toml")
+    assert "Cannot listen on 256.0.0.1" in failed(artefact, "--host", "256.0.0.1")
+
+
+def test_an_address_in_use_is_told(artefact: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "aoft_deploy.cli.serve",
+            str(artefact),
+            "--port",
+            str(port),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Cannot listen on 127.0.0.1" in done.stderr
+
+
+def test_a_file_of_settings_serves(
+    serve: Callable[..., Any], artefact: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(f'max-batch = 3\nartefacts = {{ "my task" = "{artefact}" }}\n')
+    server = serve("--config", config)
+    answer = json.loads(server.ask("GET", "/v2/models/my%20task/config")[2])
+    assert (answer["name"], answer["max_batch_size"]) == ("my task", 3)
+    assert server.stop() == 0

@@ -1,0 +1,355 @@
+"""A server's life: starting, answering, following its files, draining, ending."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aoft_deploy.fleet import Fleet
+from aoft_deploy.images import read_image
+from aoft_deploy.prediction import load_classifier
+
+psutil: Any = importlib.import_module("psutil")  # its types are partial
+IMAGES = np.random.default_rng(4).normal(size=(2, 3, 16, 16)).astype(np.float32)
+BODY = json.dumps(
+    {
+        "inputs": [
+            {
+                "name": "pixel_values",
+                "datatype": "FP32",
+                "shape": [1, 3, 16, 16],
+                "data": [0.25] * 768,
+            }
+        ]
+    }
+).encode()
+
+
+@pytest.fixture(scope="module")
+def served(
+    serve: Callable[..., Any],
+    artefact: Path,
+    pixel_artefact: Path,
+    fleet_artefact: Path,
+    fleet_tasks: dict[str, Path],
+) -> Any:
+    store = fleet_tasks["pets"].parent
+    return serve(artefact, pixel_artefact, fleet_artefact, "--store", store, "--log-requests")
+
+
+def form(files: list[bytes]) -> tuple[bytes, dict[str, str]]:
+    head = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.jpg"\r\n\r\n'
+    content = b"".join(head + file + b"\r\n" for file in files) + b"--x--\r\n"
+    return content, {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize("model", ["task", "pixels"])
+def test_pictures_are_answered_as_the_library_answers(
+    served: Any, model: str, artefact: Path, pixel_artefact: Path, photos: list[Path]
+) -> None:
+    path = {"task": artefact, "pixels": pixel_artefact}[model]
+    wanted = load_classifier(path).classify([read_image(photo) for photo in photos], top=5)
+    files = [photo.read_bytes() for photo in photos]
+    address = f"/v2/models/{model}/classify"
+    status, _, content = served.ask("POST", address, *form(files))
+    found = json.loads(content)
+    assert (status, found["model_name"]) == (200, model)
+    for answer, row in zip(found["predictions"], wanted, strict=True):
+        assert [p["label"] for p in answer] == [p.label for p in row]
+        assert np.allclose([p["probability"] for p in answer], [p.probability for p in row])
+    for file, row in zip(files, wanted, strict=True):
+        (answer,) = json.loads(served.ask("POST", address + "?top=2", file)[2])["predictions"]
+        assert [p["label"] for p in answer] == [p.label for p in row[:2]]
+
+
+def test_tasks_of_a_fleet_are_models_those_of_its_store_too(
+    served: Any, fleet_artefact: Path, fleet_tasks: dict[str, Path], photos: list[Path]
+) -> None:
+    fleet = Fleet(fleet_artefact, store=fleet_tasks["pets"].parent, threads=1)
+    for name in fleet_tasks:
+        address = name.replace(" ", "%20").replace("ü", "%C3%BC")
+        wanted = np.stack(fleet.predict(IMAGES, [name] * 2))
+        assert np.abs(served.logits(address, IMAGES) - wanted).max() < 1e-5
+        assert served.ask("GET", f"/v2/models/{address}/ready")[0] == 200
+        assert (
+            served.ask("POST", f"/v2/models/{address}/classify", photos[0].read_bytes())[0] == 200
+        )
+    index = json.loads(served.ask("POST", "/v2/repository/index", b'{"ready": true}')[2])
+    assert {entry["name"] for entry in index} == {*fleet_tasks, "task", "pixels"}
+
+
+def test_requests_of_different_tasks_share_batches(served: Any) -> None:
+    def request(i: int) -> None:
+        name = ("pets", "birds")[i % 2]
+        assert served.ask("POST", f"/v2/models/{name}/infer", BODY)[0] == 200
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(request, range(200)))
+    lines = served.ask("GET", "/metrics")[2].decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    batches = float(values['aoft_batch_size_count{artefact="fleet"}'])
+    assert float(values['aoft_batch_size_sum{artefact="fleet"}']) > 1.5 * batches
+    assert values["aoft_ready"] == "1" and float(values["aoft_in_flight"]) == 1
+    assert values['aoft_queue_depth{artefact="fleet"}'] == "0"
+    assert float(values['aoft_resident{artefact="fleet",key="tasks"}']) >= 2
+    assert float(values['aoft_engine_seconds_total{artefact="fleet"}']) > 0
+    for stage in ("queue", "engine", "request"):
+        assert float(values[f'aoft_stage_seconds_count{{artefact="fleet",stage="{stage}"}}']) >= 200
+
+
+def test_a_request_has_an_id_in_its_answer_and_in_the_log(served: Any) -> None:
+    for wanted, given in (("mine-1.a:b", True), ("not mine!", False), ("x" * 200, False)):
+        headers = {"X-Request-Id": wanted}
+        _, found, _ = served.ask("POST", "/v2/models/pets/infer", BODY, headers)
+        assert (found["x-request-id"] == wanted) is given
+        time.sleep(0.05)
+        (event,) = [e for e in served.events if e.get("request") == found["x-request-id"]]
+        assert (event["event"], event["status"], event["model"]) == ("request", 200, "pets")
+        assert event["milliseconds"] > 0 and event["method"] == "POST"
+
+
+def test_the_server_needs_neither_torch_nor_timm_nor_other_engines(served: Any) -> None:
+    maps = Path(f"/proc/{served.process.pid}/maps").read_text()
+    assert "onnxruntime" in maps
+    assert not any(f"/{name}/" in maps for name in ("torch", "openvino", "sklearn", "scipy"))
+
+
+def test_only_this_machine_is_listened_to(served: Any) -> None:
+    process = psutil.Process(served.process.pid)
+    listening = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert [(c.laddr.ip, c.laddr.port) for c in listening] == [("127.0.0.1", served.port)]
+    assert not process.children()
+
+
+def test_a_connection_serves_many_requests_and_pipelined_ones(served: Any) -> None:
+    request = b"POST /v2/models/pets/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as connection:
+        connection.sendall((request % len(BODY) + BODY) * 5)
+        found = b""
+        while found.count(b'"outputs"') < 5:
+            found += connection.recv(65536)
+    assert found.count(b"HTTP/1.1 200") == 5
+
+
+def test_an_openvino_folder_is_served(
+    serve: Callable[..., Any], checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    code = "import sys\nfrom aoft_deploy.cli.export import main\nsys.exit(main(sys.argv[1:]))"
+    folder = tmp_path / "task.openvino"
+    options = ["--merge", checkpoint, "--to", "openvino", "--backbone-weights", backbone_weights]
+    command = [sys.executable, "-c", code, *map(str, options), "-o", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    server = serve(folder)
+    assert server.logits("task", IMAGES).shape == (2, 5)
+    answer = json.loads(server.ask("GET", "/v2/models/task/config")[2])
+    assert answer["backend"] == "openvino"
+    assert server.stop() == 0
+
+
+def test_it_says_no_until_it_is_warm(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(f"a={artefact}", f"b={artefact}", "--max-batch", 4096, ready=False)
+    while "ready" not in {event["event"] for event in server.events}:
+        status, headers, content = server.ask("POST", "/v2/models/a/infer", BODY)
+        assert status in (200, 404, 503), content
+        if status == 503:
+            assert json.loads(content) == {"error": "The server is starting."}
+            assert headers["retry-after"] == "1"
+        assert server.ask("GET", "/v2/health/live")[0] == 200
+    assert server.ask("GET", "/v2/health/ready")[0] == 200
+
+
+def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Thread]:
+    """Clients that keep their connections; what they get goes to ``server.found``."""
+    server.found = []
+
+    def client() -> None:
+        import http.client
+
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        while not stop.is_set():
+            try:
+                connection.request("POST", "/v2/models/task/infer", BODY)
+                response = connection.getresponse()
+                server.found.append((response.status, response.read()))
+                if response.headers.get("Connection") == "close":
+                    connection.close()
+            except ConnectionRefusedError:
+                return
+            except (http.client.HTTPException, OSError) as error:
+                server.found.append((0, repr(error).encode()))
+                connection.close()
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact)
+    stop = threading.Event()
+    threads = clients(server, 12, stop)
+    time.sleep(0.7)
+    start = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - start < 3
+    stop.set()
+    for thread in threads:
+        thread.join()
+    counts = {status: sum(s == status for s, _ in server.found) for status in (0, 200, 503)}
+    assert counts[200] > 50 and sum(counts.values()) == len(server.found)
+    assert counts[0] == 0, [content for status, content in server.found if not status]
+    assert all(b"draining" in content for status, content in server.found if status == 503)
+    assert server.event("drained")["lost"] == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_idle_connections_and_half_sent_bodies_do_not_hold_the_end(
+    serve: Callable[..., Any], artefact: Path
+) -> None:
+    server = serve(artefact)
+    head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+    idle, half = [
+        [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(50)]
+        for _ in range(2)
+    ]
+    for connection in half:
+        connection.sendall(head)
+    time.sleep(0.2)
+    start = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - start < 3
+    for connection in idle + half:
+        connection.close()
+
+
+def test_a_second_signal_ends_it_now(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+    connection.sendall(
+        b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    )
+    time.sleep(0.1)
+    server.process.send_signal(signal.SIGINT)
+    server.event("draining")
+    start = time.monotonic()
+    assert server.stop() == 1
+    assert time.monotonic() - start < 0.5
+    connection.close()
+
+
+def test_a_signal_while_it_starts_ends_it(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact, ready=False)
+    assert server.stop() == 0
+
+
+def wait(until: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_folder_is_followed_and_no_request_is_dropped_by_a_reload(
+    serve: Callable[..., Any],
+    artefact: Path,
+    fleet_artefact: Path,
+    fleet_tasks: dict[str, Path],
+    checkpoint: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+) -> None:
+    from aoft_deploy.cli.export import main
+
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    shutil.copy(artefact, folder / "task.onnx")
+    server = serve(fleet_artefact, "--repository", folder, "--follow", 0.1)
+
+    def names() -> set[str]:
+        index = json.loads(server.ask("POST", "/v2/repository/index")[2])
+        return {entry["name"] for entry in index if entry["state"] == "READY"}
+
+    assert names() == {"task", "pets", "birds"}
+    stop = threading.Event()
+    threads = clients(server, 4, stop)
+    before = server.logits("task", IMAGES)
+    shutil.copy(fleet_tasks["zürich"], folder / "new.ckpt")
+    wait(lambda: "new" in names())
+    first = server.logits("new", IMAGES)
+    (folder / "task.onnx").write_bytes(b"junk")
+    wait(lambda: any(e["event"] == "model not loaded" for e in server.events))
+    assert np.array_equal(server.logits("task", IMAGES), before)
+    other = tmp_path / "other.onnx"
+    options = ["--merge", fleet_tasks["pets"], "--backbone-weights", backbone_weights, "-o", other]
+    assert main([str(option) for option in options]) == 0
+    os.replace(other, folder / "task.onnx")
+    wait(lambda: not np.allclose(server.logits("task", IMAGES), before))
+    assert np.allclose(server.logits("task", IMAGES), server.logits("pets", IMAGES), atol=1e-4)
+    shutil.copy(fleet_tasks["birds"], folder / "new.ckpt")
+    wait(lambda: not np.allclose(server.logits("new", IMAGES), first))
+    assert np.allclose(server.logits("new", IMAGES), server.logits("birds", IMAGES), atol=1e-5)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(server.found) > 100 and {status for status, _ in server.found} == {200}
+    for name in ("new.ckpt", "task.onnx"):
+        (folder / name).unlink()
+    wait(lambda: names() == {"pets", "birds"})
+    assert server.stop() == 0
+
+
+def test_engines_that_went_away_leave_no_thread(
+    serve: Callable[..., Any], artefact: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    server = serve(artefact, "--admin-token-file", token)
+    headers = {"Authorization": "Bearer 0123456789abcdef"}
+
+    def load() -> int:
+        server.logits("task", IMAGES)
+        address = "/v2/repository/models/task/load"
+        assert server.ask("POST", address, b"", headers)[0] == 200
+        return int(psutil.Process(server.process.pid).num_threads())
+
+    counts = [load() for _ in range(20)]
+    assert max(counts[10:]) <= max(counts[:10]) + 1
+
+
+def test_too_many_connections_are_told(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact, "--max-connections", 10)
+    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(10)]
+    time.sleep(0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 503") and b'{"error":"Too many connections."}' in answer
+    for connection in held:
+        connection.close()
+    time.sleep(0.1)
+    assert server.ask("GET", "/v2/health/ready")[0] == 200
+
+
+def test_a_lone_client_waits_for_nothing(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact, "--max-wait", 5)
+    for _ in range(5):
+        start = time.monotonic()
+        server.logits("task", IMAGES)
+        assert time.monotonic() - start < 1
