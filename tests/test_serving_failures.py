@@ -603,16 +603,11 @@ def test_27_a_poison_sample_fails_alone(served: Any, second: float) -> None:
 
 def test_30_an_engine_that_does_not_return(served: Any, second: float) -> None:
     start = time.monotonic()
-    ((status, seconds, _),) = at_once(served, [(asking(turns=4.5 * second), {})])
+    ((status, seconds, _),) = at_once(served, [(asking(turns=1000 * second), {})])
     assert status == 504 and 2.9 < seconds < 3.5
-    assert served.refused("GET", "/v2/models/made/ready")[0] == 503
-    assert served.refused("GET", "/v2/health/ready")[0] == 503
-    assert served.refused("POST", "/v2/models/made/infer", body())[0] == 503
-    assert served.ask("GET", "/v2/health/live")[0] == 200
-    assert np.array_equal(served.logits("task", IMAGES), served.expected)
-    while served.ask("GET", "/v2/models/made/ready")[0] != 200:
-        assert time.monotonic() - start < 30
-        time.sleep(0.05)
+    while served.ask("GET", "/v2/models/made/ready")[0] != 200:  # the runtime is told to stop
+        assert time.monotonic() - start < 6
+        time.sleep(0.01)
     served.logits("made", asking())
 
 

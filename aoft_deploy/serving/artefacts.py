@@ -6,8 +6,9 @@ The one place where the server opens engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from aoft_deploy.engines import load_artefact
+from aoft_deploy.engines import Engine, load_artefact
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.preprocessing import Preprocessing
@@ -74,22 +75,23 @@ def open_artefact(
     """
     mark = signature(path)
     info = read_metadata(path) if path.suffix == ".onnx" else None
-    if info is not None and "tasks" in info:
+    engine = None
+    if info is None or "tasks" not in info:
+        asked = {"engine": settings.engine, "device": settings.device}
+        engine = load_artefact(path, threads=settings.threads, **asked)
+    fleet: Fleet | None = None
+    if engine is None or engine.takes_tasks:
         fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
-        preprocessing, pixels = fleet.preprocessing, False
-        classes: tuple[str, ...] = ()
+        preprocessing, pixels, stop = fleet.preprocessing, False, None
         run: Run = fleet.predict
+        classes: tuple[str, ...] = ()
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
-        stop = None
     else:
-        fleet = None
-        engine = load_artefact(path)
         preprocessing, classes = _described(path, engine.info)
-        pixels = engine.takes_pixels
-        run = lambda images, tasks: engine.run(images)  # noqa: E731
+        pixels, stop = engine.takes_pixels, getattr(engine, "stop", None)
+        run = partial(_answers, engine)
         tasks, width = [""], len(classes)
-        stop = getattr(engine, "stop", None)
     size = preprocessing.size
     tensor = (
         Tensor("image", "UINT8", (size, size, 3))
@@ -130,6 +132,10 @@ def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
         raise CheckpointError(
             f"{path} names no classes and preprocessing: it was not written by aoft-export."
         ) from error
+
+
+def _answers(engine: Engine, images: NDArray[Any], tasks: Sequence[str]) -> NDArray[np.float32]:
+    return engine.run(images)
 
 
 def _warm_up(

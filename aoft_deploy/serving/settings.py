@@ -55,6 +55,12 @@ class Settings:
             "file with the token that load and unload take; without one they are refused"
         ),
     )
+    engine: str | None = field(
+        default=None, metadata=_about("runtime of merged models; else what they were verified with")
+    )
+    device: str | None = field(
+        default=None, metadata=_about("device of merged models, such as cuda:1; else the engine's")
+    )
     threads: int | None = field(default=None, metadata=_about("threads of an engine", 1, 1024))
     max_batch: int = field(default=16, metadata=_about("samples in a batch", 1, 4096))
     max_wait: float = field(
@@ -118,6 +124,7 @@ class Settings:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
+    "str | None": (str,),
     "bool": (bool,),
     "int": (int,),
     "int | None": (int,),
@@ -133,6 +140,7 @@ _WORDS: dict[type, str] = {
 }
 PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
+    "str | None": str,
     "int": int,
     "int | None": int,
     "float": float,

@@ -103,6 +103,7 @@ class OnnxEngine:
         if not path.is_file():
             raise CheckpointError(f"There is no file {path}.")
         self._session = _session(path, threads, device, path)
+        self._runs = self._new_runs()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._input = self._session.get_inputs()[0]
@@ -134,8 +135,21 @@ class OnnxEngine:
         check_batch(images, task, takes=self._takes, tasks=self._tasks)
         if task is not None:
             return _fleet_logits(self._session, images, task, {}, self.info)
-        logits: Any = self._session.run(["logits"], {self.input_name: images})[0]
+        feed = {self.input_name: images}
+        logits: Any = self._session.run(["logits"], feed, self._runs)[0]
         return np.asarray(logits, np.float32)
+
+    def stop(self) -> None:
+        """Let what runs now fail between two operators; what is run later is not touched."""
+        runs, self._runs = self._runs, self._new_runs()
+        runs.terminate = True
+
+    @staticmethod
+    def _new_runs() -> Any:
+        import onnxruntime
+
+        ort: Any = onnxruntime
+        return ort.RunOptions()
 
 
 class OnnxFleet:
