@@ -36,6 +36,7 @@ __all__ = [
     "exporter_names",
     "get_exporter",
     "load_artefact",
+    "load_fleet",
 ]
 
 GROUP = "aoft_deploy.exporters"
@@ -303,6 +304,25 @@ def load_artefact(
             return exporter.load(path, engine=engine, threads=threads, device=device)
     raise CheckpointError(
         f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge first."
+    )
+
+
+def load_fleet(path: Path, *, threads: int | None = None) -> Any:
+    """A fleet whose caller has the tasks' tables.
+
+    It has ``info``, ``tables`` and ``run(images, task, tables)``.
+
+    Raises:
+        CheckpointError: The artefact is no fleet, or of a kind whose tasks cannot change.
+    """
+    for entry in entry_points(group=GROUP):
+        exporter: Any = entry.load()
+        marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
+        if (path.suffix == exporter.SUFFIX or marked) and hasattr(exporter, "load_fleet"):
+            return exporter.load_fleet(path, threads=threads)
+    raise CheckpointError(
+        f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to onnx "
+        "or openvino."
     )
 
 

@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.engines import get_exporter
+from aoft_deploy.engines import load_fleet
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.resident_tasks import ResidentTasks
@@ -64,8 +63,7 @@ class Fleet:
         budget: int | None = None,
         threads: int | None = None,
     ) -> None:
-        exporter: Any = get_exporter("onnx")
-        self._engine = exporter.load_fleet(Path(path), threads=threads)
+        self._engine = load_fleet(Path(path), threads=threads)
         tables, self._engine.tables = self._engine.tables, {}
         try:
             named = json.loads(self._engine.info["tasks"])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from aoft_deploy.engines import (
     Exporter,
@@ -96,6 +97,7 @@ def export_fleet(
     force: bool = False,
     images: Sequence[Path] = (),
     precision: str = "fp32",
+    calibrate: Sequence[Path] = (),
     min_agreement: float = MIN_AGREEMENT,
     form: str = "auto",
     batches: tuple[int, int, int] | None = None,
@@ -115,6 +117,8 @@ def export_fleet(
         images: Real images, or folders of them, that every task is verified with beside the
             built-in ones; below fp32 alone.
         precision: Of the shared backbone; the tasks' numbers stay float32.
+        calibrate: Real images, or folders of them, to learn ranges of activations from, where the
+            precision needs them; the tasks take turns on them.
         min_agreement: Below fp32, least share of answers with the unmerged models' top class.
         form: ``mixed``: a batch may hold any tasks, each sample's update is added as it goes.
             ``folded``: the runtime is given one task at a time, which the graph folds into its
@@ -136,10 +140,11 @@ def export_fleet(
     exporter = _fleet_exporter(to, form)
     bar = bar_for(exporter, to, precision, min_agreement, images)
     built = built_for(exporter, to, batches, compute_capability, opset)
+    learnt = calibration_files(exporter, to, precision, calibrate, images)
     if isinstance(exporter, FolderExporter):
         check_output_folder(output)
     else:
-        sources = [*checkpoints, *([weights] if weights else []), *images]
+        sources = [*checkpoints, *([weights] if weights else []), *images, *calibrate]
         check_output(output, exporter.SUFFIX, sources)
     pictures = [read_image(path) for path in image_files(images)]
     tasks = [read_checkpoint(path) for path in checkpoints]
@@ -160,7 +165,8 @@ def export_fleet(
         **flops(merge(tuned), preprocessing.size),
     }
     mean, std = preprocessing.mean, preprocessing.std
-    recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, **built)
+    ranges = calibration_pixels(learnt, preprocessing)
+    recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         try:
@@ -183,6 +189,7 @@ def export_fleet(
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
             ],
+            **({"calibration": {"images": len(learnt)}} if learnt else {}),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),

@@ -257,11 +257,18 @@ def test_full_fine_tuning_is_refused(
     assert "full changes every weight" in line
 
 
-@pytest.mark.parametrize("option", [["--uint8"], ["--backbone", "x"], ["--to", "timm"]])
+@pytest.mark.parametrize("option", [["--uint8"], ["--backbone", "x"]])
 def test_options_of_a_merge_do_not_go_with_a_fleet(option: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--fleet", "a.ckpt", *option])
     assert ended.value.code == 2
+
+
+def test_an_exporter_without_fleets_is_refused(
+    make_task: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(main, "--fleet", make_task(tmp_path, "one", "rlrr"), "--to", "timm")
+    assert "--to timm writes no fleets: choose onnx or openvino" in line
 
 
 class Mixed:

@@ -36,7 +36,7 @@ def test_a_checkpoint_tells_its_task_and_counts_its_numbers(
 def test_an_artefact_tells_its_graph_and_that_its_manifest_matches(artefact: Path) -> None:
     found = inspect_file(artefact)
     assert found["kind"] == "ONNX artefact"
-    assert found["opset"] == {"ai.onnx": 20}
+    assert found["opset"] == {"ai.onnx": 23}
     assert found["inputs"] == ["pixel_values float [batch, 3, 16, 16]"]
     assert found["outputs"] == ["logits float [batch, 5]"]
     assert found["nodes"] == sum(found["operators"].values())

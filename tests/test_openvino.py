@@ -414,13 +414,11 @@ def test_calibration_is_refused_where_it_is_missing_unused_or_too_small(
         assert "learns nothing from images: leave --calibrate out" in line
 
 
-def test_calibration_does_not_go_with_a_fleet(
-    checkpoint: Path, many: Path, capsys: pytest.CaptureFixture[str]
+def test_calibration_does_not_go_with_a_fleet_in_fp32(
+    checkpoint: Path, many: Path, refused: Callable[..., str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["--fleet", str(checkpoint), "--calibrate", str(many)])
-    assert end.value.code == 2
-    assert "--calibrate does not go with --fleet" in capsys.readouterr().err
+    line = refused(main, "--fleet", checkpoint, "--to", "openvino", "--calibrate", many)
+    assert "learns nothing from images: leave --calibrate out" in line
 
 
 def test_judged_images_are_not_calibrated_with_and_many_are_thinned(

@@ -130,7 +130,7 @@ def export(options: argparse.Namespace) -> None:
     command = ["aoft-export", *(options.argv or [])]
     batches = tuple(options.batches) if options.batches else None
     if options.fleet:
-        for name in ("uint8", "backbone", "calibrate", "refittable", "refit"):
+        for name in ("uint8", "backbone", "refittable", "refit"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
         from aoft_deploy.engines import get_exporter
@@ -144,6 +144,7 @@ def export(options: argparse.Namespace) -> None:
             force=options.force,
             images=options.images,
             precision=options.precision,
+            calibrate=options.calibrate,
             min_agreement=options.min_agreement,
             form=options.form,
             batches=batches,

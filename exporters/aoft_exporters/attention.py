@@ -206,7 +206,7 @@ def _packed(graph: _Graph, qkv: list[str], heads: int, width: int) -> str:
     sources = set()
     for place, name in enumerate(qkv):
         squeeze = graph.maker(name, "Squeeze")
-        part = graph.maker(squeeze.input[0], "Slice") if squeeze else None
+        part: Any = graph.maker(squeeze.input[0], "Slice") if squeeze else None
         bounds = [graph.values(name) for name in part.input[1:]] if part else []
         if bounds not in ([[place], [place + 1], [0]], [[place], [place + 1], [0], [1]]):
             return ""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from aoft_deploy.engines import Recipe
-from aoft_deploy.errors import MissingExtraError, SettingError
+from aoft_deploy.errors import MissingExtraError
 
 __all__ = ["quantised", "require"]
 
@@ -34,32 +33,23 @@ def require() -> Any:
     return nncf
 
 
-def quantised(graph: Any, recipe: Recipe) -> Any:
+def quantised(graph: Any, images: int, inputs: Callable[[int], Any]) -> Any:
     """The graph with its linear maps and attention products in int8.
 
     Args:
         graph: An OpenVINO model in float32.
-        recipe: With the images to calibrate with.
+        images: How many there are to calibrate with.
+        inputs: What the graph takes for an image.
 
     Returns:
         A new OpenVINO model; the same input gives the same one.
 
     Raises:
-        SettingError: The recipe has no images.
         MissingExtraError: NNCF is not installed.
     """
-    if recipe.calibration is None:
-        raise SettingError("int8 of --to openvino needs a recipe with images to calibrate with.")
     nncf = require()
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
-    from aoft_deploy.export import normalised
-
-    def inputs(index: int) -> Any:
-        pixels = recipe.calibration[index : index + 1]  # type: ignore[index]
-        return pixels if recipe.uint8 else normalised(pixels, recipe)
-
-    images = len(recipe.calibration)
     with _quiet():
         nncf.set_log_level(40)
         return nncf.quantize(
@@ -68,9 +58,23 @@ def quantised(graph: Any, recipe: Recipe) -> Any:
             model_type=nncf.ModelType.TRANSFORMER,
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=images,
-            ignored_scope=nncf.IgnoredScope(names=_classifier(graph)),
+            ignored_scope=nncf.IgnoredScope(names=[*_classifier(graph), *_tasks_own(graph)]),
             advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
         )
+
+
+def _tasks_own(graph: Any) -> list[str]:
+    """Names of the products of a fleet that take a task's own numbers, which stay in float32."""
+    depends: dict[str, frozenset[str]] = {}
+    names = []
+    for node in graph.get_ordered_ops():
+        kind, given = node.get_type_name(), [value.get_node() for value in node.input_values()]
+        own = {node.get_friendly_name()} if kind == "Parameter" else set[str]()
+        sides = [depends[source.get_friendly_name()] for source in given]
+        depends[node.get_friendly_name()] = frozenset(own.union(*sides))
+        if kind == "MatMul" and any(side and "pixel_values" not in side for side in sides):
+            names.append(node.get_friendly_name())
+    return names
 
 
 def _classifier(graph: Any) -> list[str]:

@@ -40,6 +40,7 @@ __all__ = [
     "OnnxFleet",
     "export",
     "export_fleet",
+    "fleet_graph",
     "load",
     "load_fleet",
     "plain_graph",
@@ -135,6 +136,31 @@ def export_fleet(
         OutputError: Weights and tables do not fit into a single ONNX file.
         SettingError: ``uint8`` is asked.
     """
+    import onnx
+
+    proto = fleet_graph(model, recipe, tables, opset=_opset(recipe))
+    inputs = {value.name: value for value in proto.graph.input}
+    for name in FLEET_TABLES:
+        proto.graph.input.remove(inputs[name])
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
+    _save(proto, path, recipe)
+
+
+def fleet_graph(
+    model: FleetModel, recipe: Recipe, tables: Mapping[str, NDArray[Any]], *, opset: int = OPSET
+) -> Any:
+    """A fleet's model as an ONNX protobuf in float32 that takes the tasks' tables as inputs.
+
+    Args:
+        model: The model that all tasks share; it is not changed.
+        recipe: Size of the input and metadata; pixels are not taken.
+        tables: The tasks' tables, for their shapes.
+        opset: One from 23 on states attention as one operator.
+
+    Raises:
+        OutputError: Weights and tables do not fit into a single ONNX file.
+        SettingError: ``uint8`` is asked.
+    """
     if recipe.uint8:
         raise SettingError("A fleet takes normalised pixel_values: export it without --uint8.")
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -144,7 +170,6 @@ def export_fleet(
             f"Backbone and tasks take {size / 2**30:.1f} GiB, but one ONNX file holds 2 GiB: "
             "export fewer tasks and add the others to the running fleet."
         )
-    import onnx
     import torch
 
     examples = {
@@ -154,12 +179,7 @@ def export_fleet(
     for name, axis in FLEET_TABLES.items():  # several rows, since one would be taken for fixed
         few = np.zeros((len(examples) + 1, *tables[name].shape[1:]), tables[name].dtype)
         examples[name] = torch.from_numpy(few), axis
-    proto = graph_of(model, examples, _kind(recipe, model), opset=_opset(recipe))
-    inputs = {value.name: value for value in proto.graph.input}
-    for name in FLEET_TABLES:
-        proto.graph.input.remove(inputs[name])
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
-    _save(proto, path, recipe)
+    return graph_of(model, examples, _kind(recipe, model), opset=opset)
 
 
 def _kind(recipe: Recipe, model: nn.Module) -> dict[str, Any] | None:

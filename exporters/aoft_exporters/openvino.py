@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +22,35 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe, check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
-from aoft_exporters.onnxruntime_engine import folded_logits
+from aoft_exporters.onnxruntime_engine import FLEET_TABLES, folded_logits
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from aoft_deploy.mixed import FleetModel
+
 __all__ = [
     "CALIBRATED",
     "ENGINES",
+    "FORMS",
     "MARKER",
     "PRECISIONS",
     "SUFFIX",
     "TOLERANCE",
     "OpenvinoEngine",
+    "OpenvinoFleet",
     "export",
+    "export_fleet",
     "load",
+    "load_fleet",
 ]
 
 SUFFIX = ".openvino"
 MARKER = "openvino_model.xml"
+TASKS = "tasks.safetensors"
+"""A fleet's tables."""
+
+FORMS = ("mixed", "folded")
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32", "bf16", "int8")
 ENGINES = ("openvino",)
@@ -67,21 +77,76 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         OutputError: The weights take more than 2 GiB, which the ONNX graph between cannot hold.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
+    from aoft_exporters import onnx
+
+    _write(path, recipe, lambda: onnx.plain_graph(model, recipe, separate=True), _images(recipe))
+
+
+def export_fleet(
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a fleet as such a folder, its tasks beside the graph in a safetensors file.
+
+    Args:
+        model: The model that all tasks share; it is not changed.
+        path: Folder to make.
+        recipe: Size of the input, metadata, precision, and images to calibrate int8 with.
+        tables: The tasks' tables; ``MixedModel.forward`` names them.
+
+    Raises:
+        MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
+        SettingError: bf16 is asked of a processor that does not compute in it, or ``uint8``.
+        OutputError: The weights take more than 2 GiB, which the ONNX graph between cannot hold.
+    """
+    from safetensors.numpy import save_file
+
+    from aoft_exporters import onnx
+
+    tasks = len(tables["count"])
+    image = _images(recipe)
+
+    def sample(index: int) -> dict[str, NDArray[Any]]:
+        return {"pixel_values": image(index), "task": np.array([index % tasks]), **tables}
+
+    _write(path, recipe, lambda: onnx.fleet_graph(model, recipe, tables), sample)
+    save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, path / TASKS)
+
+
+def _images(recipe: Recipe) -> Callable[[int], NDArray[Any]]:
+    """The images to calibrate with, each as a batch of one."""
+    from aoft_deploy.export import normalised
+
+    if recipe.precision == "int8" and recipe.calibration is None:
+        raise SettingError("int8 of --to openvino needs a recipe with images to calibrate with.")
+
+    def image(index: int) -> NDArray[Any]:
+        assert recipe.calibration is not None
+        pixels = recipe.calibration[index : index + 1]
+        return pixels if recipe.uint8 else normalised(pixels, recipe)
+
+    return image
+
+
+def _write(
+    path: Path, recipe: Recipe, graph_of: Callable[[], Any], sample: Callable[[int], Any]
+) -> None:
+    """Make the folder with an ONNX graph as OpenVINO's, in the recipe's precision."""
     openvino = _openvino()
     _check_arithmetic(openvino.Core(), recipe.precision)
     from onnx import save
 
-    from aoft_exporters import nncf_int8, onnx
+    from aoft_exporters import nncf_int8
 
     if recipe.precision == "int8":
         nncf_int8.require()
     path.mkdir()
     between = path / "graph.onnx"
-    save(onnx.plain_graph(model, recipe, separate=True), between)
+    save(graph_of(), between)
     graph = openvino.convert_model(between)
     _renumber(graph)
     if recipe.precision == "int8":
-        graph = nncf_int8.quantised(graph, recipe)
+        images = 0 if recipe.calibration is None else len(recipe.calibration)
+        graph = nncf_int8.quantised(graph, images, sample)
         _renumber(graph)
     between.unlink()
     for name, text in {**recipe.metadata, "precision": recipe.precision}.items():
@@ -165,11 +230,79 @@ class OpenvinoEngine:
             what = "file" if file == path else "folder"
             also = "" if file == path else f" with an {MARKER}"
             raise CheckpointError(f"There is no {what} {path}{also}.")
+        self._compiled = _Compiled(path, file, threads)
+        self.info: Mapping[str, str] = self._compiled.info
+        self.takes_tasks = "task" in self._compiled.inputs
+        self.takes_pixels = "image" in self._compiled.inputs
+        name = "image" if self.takes_pixels else "pixel_values"
+        self._takes = np.uint8 if self.takes_pixels else np.float32, self._compiled.inputs[name]
+        self._name = name
+        self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
+        self._tables = _tables(path) if "bank" in self._compiled.inputs else {}
+
+    @property
+    def arithmetic(self) -> str:
+        """What OpenVINO reports to compute in: ``f32`` or ``bf16``."""
+        return str(self._compiled.property("INFERENCE_PRECISION_HINT").to_string())
+
+    @property
+    def threads(self) -> int:
+        """Threads within a batch."""
+        return int(self._compiled.property("INFERENCE_NUM_THREADS"))
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the artefact's own input form; see ``Engine``."""
+        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        if task is None:
+            return self._compiled.answer({self._name: images})
+        return self._compiled.fleet_answer(images, task, self._tables)
+
+
+class OpenvinoFleet:
+    """A fleet's folder that reads the tasks' tables where the caller has them.
+
+    Attributes:
+        info: Metadata stored in the graph.
+        tables: The tasks that the folder holds, as ``MixedModel.forward`` takes them.
+
+    Args:
+        path: What ``export_fleet`` wrote.
+        threads: Threads within a batch; None lets OpenVINO choose.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, or no fleet.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if not (path / MARKER).is_file():
+            raise CheckpointError(f"There is no folder {path} with an {MARKER}.")
+        if not (path / TASKS).is_file():
+            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
+        self._compiled = _Compiled(path, path / MARKER, threads)
+        self.info: Mapping[str, str] = self._compiled.info
+        self.tables = _tables(path)
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        task: NDArray[np.int64],
+        tables: Mapping[str, NDArray[Any]],
+    ) -> NDArray[np.float32]:
+        """Logits, (batch, columns), −inf beyond each task's own."""
+        return self._compiled.fleet_answer(images, np.asarray(task, np.int64), tables)
+
+
+class _Compiled:
+    """A graph compiled for the CPU, with requests that threads take and give back."""
+
+    def __init__(self, path: Path, file: Path, threads: int | None) -> None:
         core = _openvino().Core()
         graph = _read(core, file, path)
-        self.info: Mapping[str, str] = (
-            _metadata_of_onnx(file) if file == path else _metadata(graph, path)
-        )
+        found = _metadata_of_onnx(file) if file == path else _metadata(graph, path)
+        self.info: Mapping[str, str] = found
         precision = self.info["precision"]
         _check_arithmetic(core, precision)
         options: dict[str, Any] = {
@@ -179,51 +312,88 @@ class OpenvinoEngine:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._compiled = core.compile_model(graph, "CPU", options)
+            self._model = core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise CheckpointError(f"{path} cannot be compiled ({_reason(error)}).") from error
-        given = {port.get_any_name(): port for port in self._compiled.inputs}
-        self.takes_tasks = "task" in given
-        images = given["image" if "image" in given else "pixel_values"]
-        self.takes_pixels = bool(images.element_type.to_dtype() == np.uint8)
-        shape = tuple(axis.get_length() for axis in list(images.partial_shape)[1:])
-        self._takes = np.uint8 if self.takes_pixels else np.float32, shape
-        self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
-        self._names = [images.get_any_name(), *(["task"] if self.takes_tasks else [])]
+        self.inputs: dict[str, tuple[int | None, ...]] = {
+            port.get_any_name(): tuple(
+                None if axis.is_dynamic else axis.get_length()
+                for axis in list(port.partial_shape)[1:]
+            )
+            for port in self._model.inputs
+        }
         self._idle: deque[Any] = deque()
 
-    @property
-    def arithmetic(self) -> str:
-        """What OpenVINO reports to compute in: ``f32`` or ``bf16``."""
-        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    def property(self, name: str) -> Any:
+        """A property as the plugin reports it."""
+        return self._model.get_property(name)
 
-    @property
-    def threads(self) -> int:
-        """Threads within a batch."""
-        return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
-
-    def run(
-        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of a batch in the artefact's own input form; see ``Engine``."""
-        check_batch(images, task, takes=self._takes, tasks=self._tasks)
-        if task is None:
-            return self._answer(images)
-        if self.info.get("form") == "folded":
-            return folded_logits(self._answer, images, task)
-        return self._answer(images, task)
-
-    def _answer(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
-        feed = {n: np.ascontiguousarray(v) for n, v in zip(self._names, inputs, strict=True)}
+    def answer(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Logits; inputs are read in place where they are contiguous."""
         try:
             request = self._idle.pop()  # of a deque it is atomic
         except IndexError:
-            request = self._compiled.create_infer_request()
+            request = self._model.create_infer_request()
         try:
-            (logits,) = request.infer(feed, share_inputs=True).values()
-            return np.asarray(logits, np.float32)
+            given = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+            (logits,) = request.infer(given, share_inputs=True).values()
+            return np.array(logits, np.float32)
         finally:
             self._idle.append(request)
+
+    def fleet_answer(
+        self, images: NDArray[Any], task: NDArray[np.int64], tables: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Logits of a fleet, in its form."""
+        task, tables = _taken(task, tables)
+
+        def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+            return self.answer({"pixel_values": images, "task": task, **tables})
+
+        if self.info.get("form") == "folded":
+            return folded_logits(answer, images, task)
+        return answer(images, task)
+
+
+def _taken(
+    task: NDArray[np.int64], tables: Mapping[str, NDArray[Any]]
+) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+    """The rows of the tasks that a batch takes, and their numbers among these.
+
+    OpenVINO answers with nothing where a table has more than 2³¹ numbers, as those of a live fleet
+    may; the rows of a batch's tasks are few.
+    """
+    chosen, own = np.unique(task, return_inverse=True)
+    first, count = tables["first"][chosen], tables["count"][chosen]
+    heads = np.concatenate(
+        [tables["heads"][start : start + rows] for start, rows in zip(first, count, strict=True)]
+    )
+    taken = {
+        "bank": tables["bank"][chosen],
+        "heads": heads,
+        "first": np.cumsum(count) - count,
+        "count": count,
+        "columns": tables["columns"],
+    }
+    return own.astype(np.int64), taken
+
+
+def _tables(path: Path) -> dict[str, NDArray[Any]]:
+    """The tables of a fleet's own tasks.
+
+    Raises:
+        CheckpointError: Their file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tables = load_file(path / TASKS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / TASKS} cannot be read ({error}).") from error
+    if set(tables) != set(FLEET_TABLES):
+        raise CheckpointError(f"{path / TASKS} does not hold a fleet's tables.")
+    return tables
 
 
 def _read(core: Any, file: Path, path: Path) -> Any:
@@ -282,3 +452,8 @@ def load(
             f"OpenVINO runs artefacts on the CPU, not on {device!r}: leave --device out."
         )
     return OpenvinoEngine(Path(path), threads)
+
+
+def load_fleet(path: Path, *, threads: int | None = None) -> OpenvinoFleet:
+    """Open a fleet whose tasks may change; see ``OpenvinoFleet``."""
+    return OpenvinoFleet(Path(path), threads)
