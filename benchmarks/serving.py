@@ -1,0 +1,234 @@
+"""aoft-serve beside the bare engine, on the same artefact and machine, in turn.
+
+--artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone.
+In each round the engine runs alone in a process of its own, batch after batch, then the server
+under as many clients as fill two batches, each with one image a request: tensors as bytes, JPEGs,
+one task of the fleet, and all its tasks mixed; and one client alone at batch 1. Printed are medians
+of rounds: images a second, their share of the bare engine's in the same round, p50 and p99 in
+milliseconds, what the server adds to the p50, and its processor time a request.
+
+    python benchmarks/serving.py --artefact vitb.onnx --fleet fleet.onnx --batch 8 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+BARE = """
+import json, sys, time
+import numpy as np
+from pathlib import Path
+from aoft_deploy.engines import load_artefact
+from aoft_deploy.fleet import Fleet
+path, batch, seconds, mixed, threads = json.loads(sys.argv[1])
+size = None
+if mixed:
+    fleet = Fleet(Path(path), threads=threads)
+    tasks = list(fleet.tasks) if mixed == "mixed" else list(fleet.tasks)[:1]
+    names = (tasks * batch)[:batch]
+    size, run = fleet.preprocessing.size, lambda images: fleet.predict(images, names)
+else:
+    engine = load_artefact(Path(path), threads=threads)
+    size, run = json.loads(engine.info["preprocessing"])["size"], engine.run
+images = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+run(images)
+run(images)
+times, end = [], time.perf_counter() + seconds
+while time.perf_counter() < end:
+    start = time.perf_counter()
+    run(images)
+    times.append(time.perf_counter() - start)
+print(json.dumps(times))
+"""
+
+
+class Load(NamedTuple):
+    """What clients saw.
+
+    Attributes:
+        rate: Images a second.
+        milliseconds: Of each request.
+        cpu: Seconds of the server's processor time a request.
+        failed: Requests that were not answered with 200.
+    """
+
+    rate: float
+    milliseconds: list[float]
+    cpu: float
+    failed: int
+
+
+class Server:
+    """An aoft-serve process."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
+        self.process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE)
+        assert self.process.stderr is not None
+        self.port = 0
+        for line in self.process.stderr:
+            event = json.loads(line) if line.startswith(b"{") else {"event": line.decode()}
+            self.port = event.get("port", self.port)
+            if event["event"] == "ready":
+                break
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def load(
+        self, requests: list[tuple[str, bytes, dict[str, str]]], clients: int, seconds: float
+    ) -> Load:
+        """Ask again and again with as many connections."""
+        times: list[float] = []
+        failed = 0
+        begin = time.perf_counter() + 0.5 + 0.1 * seconds  # the batches settle first
+        end = begin + seconds
+
+        def client(number: int) -> None:
+            nonlocal failed
+            connection = http.client.HTTPConnection("127.0.0.1", self.port)
+            turn = number
+            while (start := time.perf_counter()) < end:
+                address, body, headers = requests[turn % len(requests)]
+                connection.request("POST", address, body, headers)
+                response = connection.getresponse()
+                response.read()
+                if begin <= start and time.perf_counter() < end:
+                    times.append(time.perf_counter() - start)
+                    failed += response.status != 200
+                turn += clients
+            connection.close()
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(max(begin - time.perf_counter(), 0))
+        before = self.cpu()
+        time.sleep(max(end - time.perf_counter(), 0))
+        spent = self.cpu() - before
+        for thread in threads:
+            thread.join()
+        count = max(len(times), 1)
+        return Load(len(times) / seconds, [1e3 * t for t in times], spent / count, failed)
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def tensors(model: str, size: int, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
+    """Requests of one image each, as bytes."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(count):
+        image = rng.normal(size=(1, 3, size, size)).astype(np.float32)
+        entry = {"name": "pixel_values", "datatype": "FP32", "shape": image.shape}
+        entry["parameters"] = {"binary_data_size": image.nbytes}
+        text = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(text))}
+        found.append((f"/v2/models/{model}/infer", text + image.tobytes(), headers))
+    return found
+
+
+def jpegs(model: str, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
+    """Requests of one JPEG of 500 x 375 each, the size of ImageNet's median."""
+    rng, found = np.random.default_rng(2), []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+        stream = io.BytesIO()
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+        found.append((f"/v2/models/{model}/classify", stream.getvalue(), {}))
+    return found
+
+
+def bare(path: Path, options: argparse.Namespace, batch: int, mixed: str = "") -> list[float]:
+    """Seconds of each batch of the engine alone."""
+    given = json.dumps([str(path), batch, options.seconds, mixed, options.threads])
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, given], check=True, capture_output=True, text=True
+    )
+    times: list[float] = json.loads(done.stdout)
+    return times
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--artefact", type=Path, required=True)
+    parser.add_argument("--fleet", type=Path)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    threads = [] if options.threads is None else ["--threads", options.threads]
+    size = int(json.loads(Path(f"{options.artefact}.json").read_text())["preprocessing"]["size"])
+    cases: list[tuple[str, Path, str, Any, int]] = [
+        ("tensors", options.artefact, "", tensors("merged", size, 32), options.batch),
+        ("JPEGs", options.artefact, "", jpegs("merged", 32), options.batch),
+        ("tensors, batch 1", options.artefact, "", tensors("merged", size, 8), 1),
+    ]
+    if options.fleet:
+        names = [t["name"] for t in json.loads(Path(f"{options.fleet}.json").read_text())["tasks"]]
+        one = tensors(names[0], size, 16)
+        mixed = [tensors(name, size, 1)[0] for name in names]
+        cases.append(("fleet, one task", options.fleet, "one", one, options.batch))
+        cases.append((f"fleet, {len(names)} tasks", options.fleet, "mixed", mixed, options.batch))
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(options.rounds):
+        for name, path, mixed_bare, requests, batch in cases:
+            alone = bare(path, options, batch, mixed_bare)
+            label = "merged" if path == options.artefact else "fleet"
+            server = Server(f"{label}={path}", "--max-batch", batch, *threads)
+            load = server.load(requests, 1 if batch == 1 else 2 * batch, options.seconds)
+            server.stop()
+            rate = batch / statistics.median(alone)
+            ranked = sorted(load.milliseconds)
+            found.setdefault(name, []).append(
+                {
+                    "bare": rate,
+                    "served": load.rate,
+                    "share": load.rate / rate,
+                    "p50": statistics.median(ranked),
+                    "p99": ranked[int(0.99 * len(ranked))],
+                    "added_p50": statistics.median(ranked) - 1e3 * statistics.median(alone),
+                    "cpu_ms": 1e3 * load.cpu,
+                    "failed": load.failed,
+                }
+            )
+    result = {
+        "command": "python benchmarks/serving.py " + " ".join(sys.argv[1:]),
+        "cases": {
+            name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            for name, rows in found.items()
+        },
+        "rounds": found,
+    }
+    for name, row in result["cases"].items():
+        print(f"{name:20}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
