@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aoft_deploy.cli.command import run
+
+if TYPE_CHECKING:
+    from aoft_deploy.export import Exported
 
 __all__ = ["main"]
 
@@ -38,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         "--to",
         default="onnx",
         metavar="NAME",
-        help="onnx (default), openvino, tensorrt, triton, triton-tensorrt, timm or peft",
+        help="onnx (default), openvino, tensorrt, triton, triton-tensorrt, timm or peft; auto: the "
+        "fastest on this machine whose answers hold",
     )
     options.add_argument(
         "-o",
@@ -65,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--precision",
-        default="fp32",
         metavar="NAME",
         help="fp32 (default); int8, fp16 or bf16 where the exporter has it, judged on --images",
     )
@@ -143,7 +147,7 @@ def export(options: argparse.Namespace) -> None:
             weights=options.backbone_weights,
             force=options.force,
             images=options.images,
-            precision=options.precision,
+            precision=options.precision or "fp32",
             calibrate=options.calibrate,
             min_agreement=options.min_agreement,
             form=options.form,
@@ -154,6 +158,8 @@ def export(options: argparse.Namespace) -> None:
         )
     elif options.form != "auto":
         parser().error("--form goes with --fleet")
+    elif options.to == "auto":
+        exported = _fastest(options, command)
     else:
         from aoft_deploy.export import export_merged
 
@@ -166,7 +172,7 @@ def export(options: argparse.Namespace) -> None:
             weights=options.backbone_weights,
             force=options.force,
             images=options.images,
-            precision=options.precision,
+            precision=options.precision or "fp32",
             calibrate=options.calibrate,
             min_agreement=options.min_agreement,
             batches=batches,
@@ -191,6 +197,37 @@ def export(options: argparse.Namespace) -> None:
             "are those of the graph it was built from; the engine is compared with it when loaded"
         )
     print(f"manifest: {exported.manifest}")
+
+
+def _fastest(options: argparse.Namespace, command: list[str]) -> Exported:
+    """Try every way, and say how each did."""
+    for name in ("precision", "opset", "batches", "compute_capability", "refittable", "refit"):
+        if getattr(options, name):
+            parser().error(f"--{name.replace('_', '-')} does not go with --to auto")
+    from aoft_deploy.fastest import BATCHES, Candidate, export_fastest
+
+    def told(candidate: Candidate) -> None:
+        print(f"tried {candidate.to} {candidate.precision}: {candidate.reason or 'answers hold'}")
+
+    exported, tried = export_fastest(
+        options.merge,
+        options.output,
+        uint8=options.uint8,
+        backbone=options.backbone,
+        weights=options.backbone_weights,
+        force=options.force,
+        images=options.images,
+        calibrate=options.calibrate,
+        min_agreement=options.min_agreement,
+        command=command,
+        progress=told,
+    )
+    batches = " and ".join(map(str, BATCHES))
+    for candidate in tried:
+        if candidate.ratios:
+            ratios = " and ".join(f"{ratio:.2f}×" for ratio in candidate.ratios)
+            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}")
+    return exported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
