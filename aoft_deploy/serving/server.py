@@ -17,9 +17,9 @@ from typing import Any
 
 import uvicorn
 
-from aoft_deploy.errors import OutputError
+from aoft_deploy.errors import MissingExtraError, OutputError
 from aoft_deploy.serving.application import Application
-from aoft_deploy.serving.connections import limited
+from aoft_deploy.serving.connections import connections
 from aoft_deploy.serving.log import JsonHandler, log
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
@@ -53,6 +53,7 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     Raises:
         AoftError: Something that was given cannot be served.
         OutputError: The address cannot be had.
+        MissingExtraError: The HTTP parser is not installed.
     """
     quiet = logging.getLogger("uvicorn.error")
     quiet.handlers, quiet.propagate = [JsonHandler()], False
@@ -65,9 +66,13 @@ async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     bound = _bound(settings)
     gc.freeze()  # what is there by now stays: collections need not look at it
     gc.set_threshold(10_000, 20, 50)
+    try:
+        http = connections(settings.http, settings.max_connections)
+    except ImportError as error:
+        raise MissingExtraError(settings.http, "serve") from error
     config = uvicorn.Config(
         Application(service),
-        http=limited(settings.max_connections) if settings.http == "h11" else "httptools",
+        http=http,
         ws="none",
         lifespan="off",
         loop="none",

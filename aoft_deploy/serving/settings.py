@@ -33,8 +33,8 @@ class Settings:
         default=8000, metadata=_about("port to listen on; 0 takes a free one", 0, 65535)
     )
     http: str = field(
-        default="h11",
-        metadata=_about("HTTP parser: h11, or httptools behind a proxy that limits headers"),
+        default="httptools",
+        metadata=_about("HTTP parser: httptools, or h11, in Python and half as fast"),
     )
     repository: Path | None = field(
         default=None,
