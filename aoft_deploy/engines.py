@@ -62,6 +62,8 @@ class Recipe:
         refittable: Whether the artefact may be given other weights later.
         refit: An artefact of the same graph to give these weights to, instead of building.
         opset: Of ONNX; None is the exporter's own choice.
+        min_agreement: Share of ``calibration`` that must keep its top class, for exporters that
+            can give up some speed for it.
     """
 
     size: int
@@ -76,6 +78,7 @@ class Recipe:
     refittable: bool = False
     refit: Path | None = None
     opset: int | None = None
+    min_agreement: float = 0.0
 
 
 class Engine(Protocol):

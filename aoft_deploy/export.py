@@ -159,6 +159,7 @@ def export_merged(
     }
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
+    built["min_agreement"] = min_agreement if learnt else 0.0
     recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
@@ -173,7 +174,7 @@ def export_merged(
             **provenance(draft, to, command),
             "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
             **_contents(tuned, task, recipe),
-            **({"calibration": {"images": len(learnt)}} if learnt else {}),
+            **learnt_from(learnt, engine),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),
@@ -262,6 +263,14 @@ def verifiable(exporter: Exporter, draft: Path) -> Engine:
     engine = exporter.load(draft) if exporter.device(draft) else exporter.stand_in(draft)
     (draft / exporter.BETWEEN).unlink()
     return engine
+
+
+def learnt_from(images: Sequence[Path], engine: Engine) -> dict[str, Any]:
+    """For a manifest: from how many images ranges were learnt, and which layers have none."""
+    if not images:
+        return {}
+    left = json.loads(engine.info.get("left_in_float", "[]"))
+    return {"calibration": {"images": len(images), "left_in_float": left}}
 
 
 def flops(model: nn.Module, size: int) -> dict[str, str]:

@@ -44,6 +44,7 @@ from aoft_deploy.export import (
     check_output_folder,
     device_of,
     flops,
+    learnt_from,
     logits,
     manifest_path,
     normalised,
@@ -166,6 +167,7 @@ def export_fleet(
     }
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
+    built["min_agreement"] = min_agreement if learnt else 0.0
     recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
@@ -176,7 +178,8 @@ def export_fleet(
                 raise
             reason = " ".join(str(error).split())[:200]
             raise OutputError(f"The fleet could not be written ({reason}).") from error
-        report = _verified(verifiable(exporter, draft), inputs, expected, bar, recipe.batches)
+        engine = verifiable(exporter, draft)
+        report = _verified(engine, inputs, expected, bar, recipe.batches)
         manifest = {
             **provenance(draft, to, command),
             **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
@@ -189,7 +192,7 @@ def export_fleet(
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
             ],
-            **({"calibration": {"images": len(learnt)}} if learnt else {}),
+            **learnt_from(learnt, engine),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),

@@ -209,7 +209,7 @@ def test_int8_keeps_the_answers_and_its_classifier_in_float(
     int8: Path, folder: Path, many: Path, make_tuned: Callable[..., TunedModel]
 ) -> None:
     manifest = json.loads(int8.with_name("task.json").read_text("utf-8"))
-    assert manifest["calibration"] == {"images": 40}
+    assert manifest["calibration"] == {"images": 40, "left_in_float": []}
     assert manifest["versions"]["nncf"]
     assert manifest["verification"]["agreement"] >= 0.8
     assert manifest["verification"]["real_images"] == 9
@@ -224,6 +224,32 @@ def test_int8_keeps_the_answers_and_its_classifier_in_float(
     assert kinds["head.weight"].to_string() == "f32"
     integers = sorted(list(c.shape) for c in constants if c.element_type.to_string() == "i8")
     assert integers == sorted([[32, 3, 8, 8], *[[32, 32]] * 4, [128, 32], [32, 128]])
+
+
+def test_layers_that_cost_top_classes_stay_in_float(
+    merged: nn.Module, many: Path, tmp_path: Path
+) -> None:
+    pixels = pixels_of(many)
+    x = normalised(pixels)
+    wanted = logits_of(merged, x).argmax(1)
+    agreement = []
+    for name, asked in (("rough", 0.0), ("finer", 0.97)):
+        recipe = Recipe(16, False, MEAN, STD, {}, "int8", pixels, min_agreement=asked)
+        exporter.export(merged, tmp_path / name, recipe)
+        engine = exporter.load(tmp_path / name)
+        agreement.append(float((engine.run(x).argmax(1) == wanted).mean()))
+    assert agreement[0] < 0.97 <= agreement[1]
+    left = json.loads(engine.info["left_in_float"])
+    assert left and len(set(left)) == len(left)
+    assert "left_in_float" not in exporter.load(tmp_path / "rough").info
+
+
+def test_where_no_choice_of_layers_suffices_all_stay_in_int8(
+    merged: nn.Module, many: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(16, False, MEAN, STD, {}, "int8", pixels_of(many), min_agreement=1.1)
+    exporter.export(merged, tmp_path / "a", recipe)
+    assert "left_in_float" not in exporter.load(tmp_path / "a").info
 
 
 def test_int8_of_pixels_is_calibrated_with_pixels(

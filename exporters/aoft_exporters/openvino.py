@@ -140,16 +140,19 @@ def _write(
     if recipe.precision == "int8":
         nncf_int8.require()
     path.mkdir()
+    told = {**recipe.metadata, "precision": recipe.precision}
     between = path / "graph.onnx"
     save(graph_of(), between)
     graph = openvino.convert_model(between)
     _renumber(graph)
     if recipe.precision == "int8":
         images = 0 if recipe.calibration is None else len(recipe.calibration)
-        graph = nncf_int8.quantised(graph, images, sample)
+        graph, left = nncf_int8.quantised(graph, images, sample, recipe.min_agreement)
         _renumber(graph)
+        if left:
+            told["left_in_float"] = json.dumps(left)
     between.unlink()
-    for name, text in {**recipe.metadata, "precision": recipe.precision}.items():
+    for name, text in told.items():
         graph.set_rt_info(text, [SECTION, name])
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
 
