@@ -152,6 +152,23 @@ def test_two_artefacts_with_the_same_task_are_refused(fleet_artefact: Path, arte
     asyncio.run(run())
 
 
+def test_too_many_pictures_are_refused_before_they_are_decoded(
+    artefact: Path, photos: list[Path]
+) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        gate = threading.Event()
+        blockers = [asyncio.create_task(service.aside(gate.wait, 10)) for _ in range(256)]
+        await asyncio.sleep(0)
+        answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        gate.set()
+        assert all(await asyncio.gather(*blockers))
+        answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
+        assert answer.status_code == 200
+
+    inside([("a", artefact)], play)
+
+
 def test_bodies_that_were_answered_are_let_go(artefact: Path) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         pixels = np.zeros((2, 3, 16, 16), np.float32).tobytes()

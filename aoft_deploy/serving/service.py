@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.models import Models
 from aoft_deploy.serving.observations import Observations
+from aoft_deploy.serving.refusals import Refusal
 from aoft_deploy.serving.settings import Settings
 
 __all__ = ["Service"]
@@ -53,6 +55,7 @@ class Service:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self.token = _token(settings.admin_token_file)
         self._pool = ThreadPoolExecutor(settings.decoders, "decode")
+        self._aside = 0
         self._follower: asyncio.Task[None] | None = None
 
     @property
@@ -91,9 +94,20 @@ class Service:
         log("drained", lost=self.observations.in_flight)
 
     async def aside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run in one of the threads for what would hold the event loop up."""
+        """Run in one of the threads for what would hold the event loop up.
+
+        Raises:
+            Refusal: 429: too many wait for them already.
+        """
+        if self._aside >= self.settings.queue:
+            after = {"Retry-After": "1"}
+            raise Refusal(429, "Too many requests wait: try again later.", headers=after)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        self._aside += 1
+        try:
+            return await loop.run_in_executor(self._pool, partial(function, *args, **kwargs))
+        finally:
+            self._aside -= 1
 
 
 def _token(path: Path | None) -> bytes | None:
