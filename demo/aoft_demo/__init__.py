@@ -1,0 +1,1 @@
+"""The demo: many tasks on one backbone, live in a browser."""

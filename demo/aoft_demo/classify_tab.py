@@ -1,0 +1,108 @@
+"""The tab Classify: a picture, the tasks that are asked, their answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from aoft_demo import cards
+from aoft_demo.classify import classify
+from aoft_demo.told import sentence
+from aoft_demo.visitors import Visitors
+
+__all__ = ["FIRST", "ClassifyTab", "classify_tab", "raw_path"]
+
+FIRST = 6
+"""Tasks that are chosen at the beginning."""
+
+START = cards.empty(
+    "Drop a picture, or pick an example",
+    "Every chosen task answers about it at once, in one pass through the backbone.",
+)
+
+
+@dataclass(frozen=True)
+class ClassifyTab:
+    """What other tabs and the page need of it.
+
+    Attributes:
+        picture: The picture's file.
+        tasks: The chosen tasks.
+    """
+
+    picture: gr.Image
+    tasks: gr.CheckboxGroup
+
+
+def raw_path(payload: Any) -> str | None:
+    """The uploaded file itself: we read pictures ourselves, and say what is wrong with them."""
+    return None if payload is None else payload.path
+
+
+def classify_tab(visitors: Visitors) -> ClassifyTab:
+    """Lay out the tab and connect it."""
+    names = list(visitors.stage.tasks)
+    with gr.Row(elem_id="classify", equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            picture = gr.Image(
+                label="Picture",
+                type="filepath",
+                sources=["upload", "webcam", "clipboard"],
+                height=250,
+                elem_id="picture",
+                buttons=[],
+            )
+            picture.preprocess = raw_path  # type: ignore[method-assign]
+            gallery = gr.Gallery(
+                [str(path) for path in visitors.stage.examples],
+                label="Examples",
+                show_label=False,
+                columns=12,
+                allow_preview=False,
+                object_fit="contain",
+                elem_id="examples",
+                buttons=[],
+                interactive=False,
+                visible=bool(visitors.stage.examples),
+            )
+            tasks = gr.CheckboxGroup(
+                names,
+                value=names[:FIRST],
+                label="Tasks to ask",
+                show_select_all=True,
+                elem_id="tasks",
+            )
+        with gr.Column(scale=6, min_width=300):
+            answers = gr.HTML(START, elem_id="answers")
+
+    def pick(event: gr.SelectData) -> str:
+        return str(visitors.stage.examples[int(event.index)])
+
+    def answer(path: str | None, chosen: Sequence[str], request: gr.Request) -> str:
+        if path is None:
+            return START
+        if not chosen:
+            return cards.empty("No task is chosen", "Tick one below the picture.")
+        visitor = visitors.of(request.session_hash)
+        known = [name for name in chosen if name in visitor.tasks]
+        try:
+            return cards.answer_cards(classify(visitor, Path(path), known))
+        except Exception as error:
+            return cards.problem("No answer", sentence(error))
+
+    gallery.select(pick, outputs=picture, show_progress="hidden", api_visibility="private")
+    gr.on(
+        [picture.change, tasks.change],
+        answer,
+        [picture, tasks],
+        answers,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_limit=4,
+        api_visibility="private",
+    )
+    return ClassifyTab(picture, tasks)

@@ -1,0 +1,64 @@
+"""aoft-demo: many tasks on one backbone, in a browser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from aoft_deploy.cli.command import positive, run
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="aoft-demo",
+        description="Show tasks on one backbone in a browser: classify, swap, look inside, train, "
+        "export. Nothing leaves this machine.",
+    )
+    add = options.add_argument
+    add(
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="ARTEFACT|CKPT",
+        help="a fleet of aoft-export --fleet, model.ckpt files, or both; default: bundled tasks",
+    )
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
+    add("--port", type=port, default=7860, metavar="P", help="0 takes a free one (7860)")
+    add("--backbone-weights", type=Path, metavar="FILE", help="the backbone's weights")
+    add("--examples", type=Path, metavar="DIR", help="pictures to offer; default: bundled ones")
+    add("--threads", type=positive, metavar="N", help="of the runtime; default: its own choice")
+    return options
+
+
+def port(text: str) -> int:
+    """A port, for ``type=``."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
+    return int(text)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Serve the page until a signal comes."""
+    from aoft_demo.server import serve
+
+    serve(
+        options.paths,
+        host=options.host,
+        port=options.port,
+        weights=options.backbone_weights,
+        examples=options.examples,
+        threads=options.threads,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see ``aoft-demo --help``."""
+    return run(parser(), show, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

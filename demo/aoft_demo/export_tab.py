@@ -1,0 +1,87 @@
+"""The tab Export: one task as a merged ONNX file, verified, with its manifest."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from aoft_demo import cards
+from aoft_demo.stage import checkpoint_of
+from aoft_demo.told import told
+from aoft_demo.visitors import Visitor, Visitors
+
+if TYPE_CHECKING:
+    from aoft_deploy.export import Exported
+from aoft_deploy.errors import CheckpointError
+
+__all__ = ["ExportTab", "export_tab", "export_task"]
+
+
+@dataclass(frozen=True)
+class ExportTab:
+    """What the page needs of it.
+
+    Attributes:
+        task: Names to choose from.
+    """
+
+    task: gr.Dropdown
+
+
+def export_task(visitor: Visitor, name: str, *, uint8: bool) -> Exported:
+    """A task's merged model with its manifest, among the visitor's files.
+
+    Raises:
+        AoftError: The task has no checkpoint, or its answers would differ.
+    """
+    from aoft_deploy.export import export_merged
+
+    folder = visitor.folder / "exports"
+    shutil.rmtree(folder, ignore_errors=True)
+    return export_merged(
+        checkpoint_of(visitor.task(name), name),
+        folder / f"{name}.onnx",
+        uint8=uint8,
+        weights=visitor.stage.weights,
+        command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] if uint8 else [])],
+    )
+
+
+def export_tab(visitors: Visitors) -> ExportTab:
+    """Lay out the tab and connect it."""
+    names = list(visitors.stage.tasks)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300):
+            task = gr.Dropdown(
+                names, value=names[0] if names else None, label="Task", elem_id="export-task"
+            )
+            uint8 = gr.Checkbox(
+                label="Take pixels (uint8) instead of normalised numbers", elem_id="uint8"
+            )
+            write = gr.Button("Merge, verify and export", variant="primary", elem_id="export")
+            files = gr.File(
+                label="Download", interactive=False, visible=False, elem_id="files", height=110
+            )
+        with gr.Column(scale=6, min_width=300):
+            panel = gr.HTML(
+                cards.empty(
+                    "Nothing exported yet",
+                    "The task's numbers are folded into the backbone's weights. The file is run "
+                    "and compared with the unmerged model before you get it.",
+                ),
+                elem_id="exported",
+            )
+
+    @told
+    def run(chosen: str | None, pixels: bool, request: gr.Request) -> tuple[str, Any]:
+        if not chosen:
+            raise CheckpointError("There is no task to export: add one on the tab Swap.")
+        done = export_task(visitors.of(request.session_hash), chosen, uint8=pixels)
+        paths = [str(done.path), str(done.manifest)]
+        return cards.export_card(chosen, done), gr.File(paths, visible=True)
+
+    write.click(run, [task, uint8], [panel, files], concurrency_limit=1, api_visibility="private")
+    return ExportTab(task)

@@ -1,0 +1,206 @@
+"""Training in the page: pictures to a folder, ``aoft-train`` in a process, its metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aoft_demo.classify import MAX_PIXELS
+from aoft_demo.stage import Stage
+from aoft_demo.visitors import task_name
+from aoft_deploy.data import load_folder
+from aoft_deploy.errors import DataError, SettingError
+from aoft_deploy.images import read_image
+from aoft_deploy.tasks import load_task, write_folder
+
+__all__ = ["EFFORTS", "Step", "plan", "run", "write_pictures", "write_task"]
+
+EFFORTS = {"quick": 1500, "normal": 4000}
+"""Pictures that training looks at in all, each time that it looks counted."""
+
+LEAST, MOST = 3, 200
+"""Pictures of a class."""
+
+SECONDS = 600
+"""After which a training is stopped."""
+
+STORED = 512
+"""Longest side of a stored picture."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a training stands.
+
+    Attributes:
+        epochs: In all.
+        lines: Metrics of the finished epochs, as metrics.jsonl has them.
+        test: Accuracy on the pictures kept for the test, at the end.
+        checkpoint: At the end.
+        seconds: Since the start.
+    """
+
+    epochs: int
+    lines: tuple[Mapping[str, Any], ...]
+    test: float | None
+    checkpoint: Path | None
+    seconds: float
+
+
+def write_task(name: str, images: int, seed: int, root: Path) -> None:
+    """An offline task's pictures as a folder.
+
+    Raises:
+        UnknownNameError: There is no such task.
+    """
+    held_out = max(images // 5, 30)
+    write_folder(load_task(name, seed=seed, train=images, val=held_out, test=held_out), root)
+
+
+def write_pictures(groups: Sequence[tuple[str, Sequence[Path]]], root: Path) -> None:
+    """Uploaded pictures as a folder with a subfolder for each class.
+
+    Args:
+        groups: Name and pictures of each class; those with neither are left out.
+        root: The folder, which is made.
+
+    Raises:
+        SettingError: A class has no name, or two have the same.
+        DataError: There are fewer than two classes, or too few or too many pictures of one.
+        ImageError: A picture cannot be used.
+    """
+    given = [(name, files) for name, files in groups if name.strip() or files]
+    names = [_class_name(name, number) for number, (name, _) in enumerate(given, 1)]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError(f"Two classes are called {name!r}: rename one.")
+    if len(given) < 2:
+        raise DataError("A task needs two classes at least: name them and add pictures of each.")
+    for name, (_, files) in zip(names, given, strict=True):
+        if not LEAST <= len(files) <= MOST:
+            raise DataError(
+                f"Class {name!r} has {len(files)} pictures: give {LEAST} to {MOST} of each class."
+            )
+    for name, (_, files) in zip(names, given, strict=True):
+        (root / name).mkdir(parents=True)
+        for number, file in enumerate(files):
+            image = read_image(file, max_pixels=MAX_PIXELS)
+            image.thumbnail((STORED, STORED))
+            image.save(root / name / f"{number:03}.png")
+
+
+def _class_name(text: str, number: int) -> str:
+    if not text.strip():
+        raise SettingError(f"Class {number} has pictures but no name: type one.")
+    return task_name(text)
+
+
+def plan(stage: Stage, data: Path, out: Path, effort: str, seed: int = 0) -> tuple[list[str], int]:
+    """The command that trains a task for the stage's fleet, and its number of epochs.
+
+    Raises:
+        DataError: The pictures cannot be split.
+        SettingError: Such tasks cannot be trained here.
+    """
+    if not stage.backbone:
+        raise SettingError(
+            "The fleet's manifest is missing, so its backbone's name is not known: start aoft-demo "
+            "with the fleet's checkpoints instead."
+        )
+    kind = stage.fleet.kind
+    train = len(load_folder(data, seed=seed).train)
+    batch = 8 if train < 100 else 16 if train < 300 else 32
+    epochs = min(max(math.ceil(EFFORTS[effort] / train), 3), 40)
+    words: list[object] = ["--data", data, "--out", out, "--method", kind.method]
+    words += ["--backbone", stage.backbone["name"], "--seed", seed, "--quiet"]
+    words += ["--epochs", epochs, "--batch-size", batch]
+    for name, value in kind.settings.items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
+    if "img_size" in stage.backbone.get("args", {}):
+        words += ["--img-size", stage.backbone["args"]["img_size"]]
+    if stage.weights is not None:
+        words += ["--backbone-weights", stage.weights]
+    return [str(word) for word in words], epochs
+
+
+def run(arguments: Sequence[str], out: Path, epochs: int, stop: threading.Event) -> Iterator[Step]:
+    """Train, and say where it stands whenever that changes.
+
+    Args:
+        arguments: Of aoft-train.
+        out: Its folder for results.
+        epochs: How many it will do.
+        stop: Set by anyone to end it early.
+
+    Raises:
+        SettingError: It failed, was stopped, or took too long; the sentence says why.
+    """
+    command = [sys.executable, "-m", "aoft_deploy.cli.train", *arguments]
+    start = time.monotonic()
+    with (out.parent / "train.log").open("w+b") as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            told = -1
+            while True:
+                ended = _waited(process, 0.25)
+                seconds = time.monotonic() - start
+                if ended and process.returncode:
+                    log.seek(0)
+                    raise SettingError(_reason(log.read().decode("utf-8", "replace")))
+                lines = _metrics(out / "metrics.jsonl")
+                if ended:
+                    fitted, test = lines[:-1], lines[-1].get("test_accuracy")
+                    yield Step(epochs, tuple(fitted), test, out / "model.ckpt", seconds)
+                    return
+                if stop.is_set():
+                    raise SettingError("Training was stopped; nothing was added.")
+                if seconds > SECONDS:
+                    raise SettingError(
+                        f"Training took longer than {SECONDS} s and was ended: use fewer pictures."
+                    )
+                if len(lines) != told:
+                    told = len(lines)
+                    fitted = [line for line in lines if "lr" in line]
+                    yield Step(epochs, tuple(fitted), None, None, seconds)
+        finally:
+            _stop(process)
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it has ended within some time."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        if not _waited(process, 5):
+            process.kill()
+            process.wait()
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the metrics so far."""
+    if not path.is_file():
+        return []
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _reason(log: str) -> str:
+    """The command's own sentence, or the end of what it said."""
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    last = errors[-1].removeprefix("error: ") if errors else "its process ended early."
+    return f"Training failed: {last}"

@@ -1,0 +1,129 @@
+"""The page's server: on this machine alone, no call to any other, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from aoft_deploy.errors import MissingExtraError, OutputError
+
+__all__ = ["MAX_UPLOAD", "running", "serve"]
+
+MAX_UPLOAD = "20mb"
+
+
+def serve(
+    paths: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    weights: Path | None = None,
+    examples: Path | None = None,
+    threads: int | None = None,
+) -> None:
+    """Serve until interrupted; see ``running`` for the arguments."""
+    print("Opening the tasks; the first time that takes about half a minute …", flush=True)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        running(
+            paths, host=host, port=port, weights=weights, examples=examples, threads=threads
+        ) as address,
+    ):
+        print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+
+
+@contextlib.contextmanager
+def running(
+    paths: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    weights: Path | None = None,
+    examples: Path | None = None,
+    threads: int | None = None,
+) -> Iterator[str]:
+    """A page that is served while the block runs.
+
+    Args:
+        paths: See ``open_stage``.
+        host: Address to listen on.
+        port: 0 takes a free one.
+        weights: File with the backbone's weights; None takes timm's own.
+        examples: Folder of pictures to offer; None takes the bundled ones.
+        threads: Of the runtime; None lets it choose.
+
+    Yields:
+        The page's address.
+
+    Raises:
+        MissingExtraError: Gradio is not installed.
+        OutputError: The port is taken.
+        AoftError: A path that cannot be shown.
+    """
+    port = _free(host, port)
+    with tempfile.TemporaryDirectory(prefix="aoft-demo-", ignore_cleanup_errors=True) as scratch:
+        os.environ.update(
+            GRADIO_ANALYTICS_ENABLED="False",
+            GRADIO_TEMP_DIR=str(Path(scratch, "uploads")),
+            HF_HUB_OFFLINE="1",
+        )
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError("gradio", "demo") from error
+
+        import PIL.Image
+
+        from aoft_demo.classify import MAX_PIXELS
+        from aoft_demo.page import build
+        from aoft_demo.stage import open_stage
+        from aoft_demo.style import CSS, theme
+        from aoft_demo.visitors import Visitors
+        from aoft_deploy.images import image_files
+
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        pictures = None if examples is None else image_files([examples])[:24]
+        stage = open_stage(
+            paths, Path(scratch), weights=weights, examples=pictures, threads=threads
+        )
+        page = build(Visitors(stage)).queue(max_size=64)
+        torch = threading.Thread(target=importlib.import_module, args=["aoft_deploy.export"])
+        try:
+            page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                show_error=False,
+                prevent_thread_lock=True,
+                max_file_size=MAX_UPLOAD,
+                footer_links=[],
+                enable_monitoring=False,
+                ssr_mode=False,
+                theme=theme(),
+                css=CSS,
+            )
+            torch.start()  # while people look at the page, for the tabs that need it
+            yield f"http://{host}:{port}"
+        finally:
+            if torch.ident is not None:
+                torch.join()
+            page.close(verbose=False)
+
+
+def _free(host: str, port: int) -> int:
+    """The port, or a free one for 0."""
+    try:
+        with socket.create_server((host, port)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise OutputError(
+            f"Cannot listen on {host}:{port} ({error.strerror}): choose another with --port."
+        ) from error

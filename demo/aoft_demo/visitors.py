@@ -1,0 +1,164 @@
+"""Who is looking: each visitor's own tasks, on the fleet that all share.
+
+A visitor's tasks lie in the fleet under names that nobody else sees, and leave it with the visitor.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from aoft_demo.stage import Stage, Task
+from aoft_deploy.errors import SettingError, UnknownNameError
+
+__all__ = ["MOST_TASKS", "Visitor", "Visitors", "task_name"]
+
+MOST_TASKS = 64
+"""Tasks that one visitor may add."""
+
+IDLE = 3600.0
+"""Seconds after which a visitor who did nothing is taken to have left."""
+
+NAME = re.compile(r"[\w][\w .,()+-]{0,39}", re.UNICODE)
+
+
+def task_name(text: str) -> str:
+    """A task's name as typed, without surrounding spaces.
+
+    Raises:
+        SettingError: It cannot be a name.
+    """
+    name = " ".join(text.split())
+    if not NAME.fullmatch(name):
+        raise SettingError(
+            "A task's name has 1 to 40 letters, digits, spaces, dots or dashes, and begins with a "
+            "letter or digit: type another."
+        )
+    return name
+
+
+class Visitor:
+    """One browser tab.
+
+    Attributes:
+        tasks: What it sees, by name.
+        folder: Its files; gone when it leaves.
+        seen: When it last did something.
+        shown: Names of the tasks that its page knows of.
+        stop: Set to end a training of its own.
+    """
+
+    def __init__(self, stage: Stage, key: str, folder: Path, now: float) -> None:
+        self.stage, self.folder, self.seen = stage, folder, now
+        self.tasks = dict(stage.tasks)
+        self.shown: set[str] = set()
+        self.stop = threading.Event()
+        self._key, self._count = key, 0
+        self._lock = threading.Lock()
+
+    def add(self, checkpoint: Path, name: str, origin: str = "added") -> Task:
+        """Take a task in, from a checkpoint, of which a copy is kept.
+
+        Raises:
+            SettingError: The name cannot be one or is taken, or there are too many.
+            CheckpointError: The file is damaged or does not belong to this backbone.
+        """
+        name = task_name(name)
+        with self._lock:
+            if name in self.tasks:
+                raise SettingError(f"There is a task {name!r}: remove it, or type another name.")
+            own = sum(task.origin != "given" for task in self.tasks.values())
+            if own >= MOST_TASKS:
+                raise SettingError(
+                    f"You have added {own} tasks, the most there may be: remove one."
+                )
+            self._count += 1
+            key = f"{self._key}/{self._count}"
+            kept = self.folder / f"{self._count}" / f"{name}.ckpt"
+            self.stage.fleet.add(checkpoint, key)
+            kept.parent.mkdir()
+            shutil.copyfile(checkpoint, kept)
+            task = Task(key, self.stage.fleet.classes(key), kept, origin)
+            self.tasks[name] = task
+        return task
+
+    def remove(self, name: str) -> None:
+        """Let a task go, for this visitor.
+
+        Raises:
+            UnknownNameError: There is no such task.
+        """
+        with self._lock:
+            task = self.task(name)
+            del self.tasks[name]
+            if task.origin != "given":
+                self._drop(task)
+
+    def task(self, name: str) -> Task:
+        """A task by its name.
+
+        Raises:
+            UnknownNameError: There is no such task.
+        """
+        if name not in self.tasks:
+            raise UnknownNameError("task", name, self.tasks)
+        return self.tasks[name]
+
+    def leave(self) -> None:
+        """Take this visitor's tasks out of the fleet, and its files away."""
+        self.stop.set()
+        with self._lock:
+            for task in self.tasks.values():
+                if task.origin != "given":
+                    self._drop(task)
+            self.tasks.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _drop(self, task: Task) -> None:
+        self.stage.fleet.remove(task.key)
+        if task.checkpoint is not None:
+            shutil.rmtree(task.checkpoint.parent, ignore_errors=True)
+
+
+class Visitors:
+    """All who are there; safe from any thread.
+
+    Args:
+        stage: What they look at.
+        clock: Seconds.
+    """
+
+    def __init__(self, stage: Stage, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stage, self._clock = stage, clock
+        self._here: dict[str, Visitor] = {}
+        self._lock = threading.Lock()
+
+    def of(self, key: str | None) -> Visitor:
+        """The visitor of a session, new where the session is."""
+        key, now = key or "", self._clock()
+        with self._lock:
+            gone = [k for k, v in self._here.items() if now - v.seen > IDLE and k != key]
+            left = [self._here.pop(k) for k in gone]
+            if key not in self._here:
+                folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=self.stage.folder))
+                self._here[key] = Visitor(self.stage, folder.name, folder, now)
+            visitor = self._here[key]
+            visitor.seen = now
+        for other in left:
+            other.leave()
+        return visitor
+
+    def leave(self, key: str | None) -> None:
+        """Forget a session."""
+        with self._lock:
+            visitor = self._here.pop(key or "", None)
+        if visitor is not None:
+            visitor.leave()
+
+    def __len__(self) -> int:
+        return len(self._here)
