@@ -1,8 +1,9 @@
-"""One merged model in every engine and precision that the CPU offers, in one interleaved run.
+"""One merged model in every engine and precision that the CPU offers, beside what people use today.
 
-All artefacts are of the same merged model and take turns on the same batches, so that the machine's
-other work hits them alike. Medians of the time of a batch, as images a second, and the median ratio
-to ONNX Runtime fp32 of the same round. Random weights and images: for the speed, not the answers.
+All run the same ViT in one interleaved run: what torch's exporter writes in ONNX Runtime (the
+first, to which ratios are), the same of timm's, PyTorch as it is and compiled, PEFT's unmerged
+LoRA, the plain backbone by our exporter, and the merged artefacts. Medians; random weights and
+images: for the speed, not the answers, which `aoft-export` judges on images.
 
     python benchmarks/engines.py --out benchmarks/results/engines.json
 """
@@ -10,92 +11,157 @@ to ONNX Runtime fp32 of the same round. Random weights and images: for the speed
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import io
 import json
 import os
-import platform
-import statistics
 import tempfile
-import time
+import warnings
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx as onnx_library
 import timm
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from aoft_deploy.backbone import identify
 from aoft_deploy.engines import Engine, Recipe
-from aoft_deploy.export import normalised
+from aoft_deploy.flops import flops_per_image
+from aoft_deploy.measurement import Subject, gemm_peaks, interleaved, machine
 from aoft_deploy.tuned import attach, merge
 from aoft_deploy.verification import random_pixels
 from aoft_exporters import onnx, openvino
+from aoft_exporters.onnxruntime_engine import OnnxEngine
 
-VARIANTS: dict[str, tuple[Any, str]] = {
-    "onnxruntime fp32": (onnx, "fp32"),
-    "onnxruntime int8": (onnx, "int8"),
-    "openvino fp32": (openvino, "fp32"),
-    "openvino bf16": (openvino, "bf16"),
-    "openvino int8": (openvino, "int8"),
+HALF = (0.5, 0.5, 0.5)
+CLASSES = 100
+
+
+class InTorch:
+    """A PyTorch module as an engine."""
+
+    device, takes_pixels, takes_tasks = "cpu", False, False
+    info: Mapping[str, str] = {}
+
+    def __init__(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.model = model
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits."""
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
+        return logits
+
+
+class Variants:
+    """What is timed, made when asked for."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(options.threads)
+        self.options, self.folder = options, folder
+        self.plain = timm.create_model(options.model, num_classes=CLASSES).eval()
+        self.size = int(self.plain.pretrained_cfg["input_size"][-1])
+        taken = copy.deepcopy(self.plain)
+        self.merged = merge(attach(taken, options.method, backbone=identify(taken)).eval())
+
+    def stock(self) -> Engine:
+        """What ``torch.onnx.export`` writes, in ONNX Runtime."""
+        path = self.folder / "stock.onnx"
+        with _quiet():
+            torch.onnx.export(
+                self.merged,
+                (torch.zeros(2, 3, self.size, self.size),),
+                path,
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch"},),
+                external_data=False,
+            )
+        return OnnxEngine(path, self.options.threads)
+
+    def timms(self) -> Engine:
+        """What timm's own exporter writes by default, by way of TorchScript, in ONNX Runtime."""
+        from timm.utils.onnx import onnx_export
+
+        path = self.folder / "timm.onnx"
+        with _quiet():
+            onnx_export(
+                self.merged,
+                str(path),
+                example_input=torch.zeros(2, 3, self.size, self.size),
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                check=False,
+            )
+        return OnnxEngine(path, self.options.threads)
+
+    def peft(self) -> Engine:
+        """LoRA of rank 8 beside the frozen weights."""
+        import peft
+
+        adapted = peft.get_peft_model(
+            timm.create_model(self.options.model, num_classes=CLASSES),
+            peft.LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"]),
+        )
+        return InTorch(adapted.eval())
+
+    def compiled(self) -> Engine:
+        """By torch's own compiler."""
+        return InTorch(torch.compile(self.merged, dynamic=False))
+
+    def ours(
+        self, exporter: Any, precision: str, model: nn.Module | None = None, **more: Any
+    ) -> Engine:
+        """An artefact of ours."""
+        learns = precision in getattr(exporter, "CALIBRATED", ())
+        pixels = random_pixels(self.options.calibration, self.size, seed=1) if learns else None
+        recipe = Recipe(self.size, False, HALF, HALF, {}, precision, pixels, **more)
+        name = f"{len(list(self.folder.iterdir()))}{exporter.SUFFIX}"
+        exporter.export(model or self.merged, self.folder / name, recipe)
+        engine: Engine = exporter.load(self.folder / name, threads=self.options.threads)
+        return engine
+
+    def nodes(self) -> dict[str, int]:
+        """Nodes of each ONNX file that was written."""
+        return {
+            path.name: len(onnx_library.load(path, load_external_data=False).graph.node)
+            for path in sorted(self.folder.glob("*.onnx"))
+        }
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Variants], Engine]]] = {
+    "torch.onnx.export, ONNX Runtime": ("fp32", Variants.stock),
+    "timm's export, ONNX Runtime": ("fp32", Variants.timms),
+    "PyTorch": ("fp32", lambda v: InTorch(v.merged)),
+    "torch.compile": ("fp32", Variants.compiled),
+    "PEFT, unmerged": ("fp32", Variants.peft),
+    "onnxruntime fp32, plain backbone": ("fp32", lambda v: v.ours(onnx, "fp32", v.plain)),
+    "onnxruntime fp32": ("fp32", lambda v: v.ours(onnx, "fp32")),
+    "onnxruntime fp32, opset 20": ("fp32", lambda v: v.ours(onnx, "fp32", opset=20)),
+    "onnxruntime int8": ("int8", lambda v: v.ours(onnx, "int8")),
+    "openvino fp32": ("fp32", lambda v: v.ours(openvino, "fp32")),
+    "openvino bf16": ("bf16", lambda v: v.ours(openvino, "bf16")),
+    "openvino int8": ("int8", lambda v: v.ours(openvino, "int8")),
 }
 FIRST = next(iter(VARIANTS))
-HALF = (0.5, 0.5, 0.5)
+OPTIONAL = ("torch.compile", "openvino bf16")
+"""Need a compiler, or a processor that computes in bf16."""
 
 
-def engines(options: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Engine]:
-    """Write the asked artefacts and open them."""
-    torch.manual_seed(0)
-    model = timm.create_model(options.model, num_classes=100)
-    merged = merge(attach(model, options.method, backbone=identify(model)).eval())
-    opened = {}
-    for name in options.variants:
-        exporter, precision = VARIANTS[name]
-        path = folder / f"{precision}{exporter.SUFFIX}"
-        learns = precision in getattr(exporter, "CALIBRATED", ())
-        pixels = random_pixels(options.calibration, recipe.size, seed=1) if learns else None
-        form = Recipe(recipe.size, False, HALF, HALF, {}, precision, pixels)
-        exporter.export(merged, path, form)
-        opened[name] = exporter.load(path, threads=options.threads)
-    return opened
-
-
-def timed(
-    opened: dict[str, Engine], images: NDArray[np.float32], options: argparse.Namespace
-) -> dict[int, dict[str, list[float]]]:
-    """Seconds of each round, by batch size and variant; every other round in reverse order."""
-    work = [(batch, name) for batch in options.batches for name in opened]
-    seconds: dict[int, dict[str, list[float]]] = {
-        batch: {name: [] for name in opened} for batch in options.batches
-    }
-    for batch, name in work:
-        opened[name].run(images[:batch])  # warms up
-    for turn in range(options.rounds):
-        for batch, name in work if turn % 2 == 0 else work[::-1]:
-            start = time.perf_counter()
-            opened[name].run(images[:batch])
-            seconds[batch][name].append(time.perf_counter() - start)
-    return seconds
-
-
-def table(seconds: dict[int, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Medians, with the ratio of throughput to the first variant's of the same round."""
-    rows = []
-    for batch, found in seconds.items():
-        for name, times in found.items():
-            ratios = [a / b for a, b in zip(found[FIRST], times, strict=True)]
-            median = statistics.median(times)
-            rows.append(
-                {
-                    "batch": batch,
-                    "variant": name,
-                    "seconds": median,
-                    "images per second": batch / median,
-                    "ratio": statistics.median(ratios),
-                    "lowest and highest ratio": [min(ratios), max(ratios)],
-                }
-            )
-    return rows
+@contextlib.contextmanager
+def _quiet() -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def main() -> None:
@@ -103,38 +169,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--method", default="aoft-lora-star")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
-    variants = [name for name in VARIANTS if name != "openvino bf16"]
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=variants)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    usual = [name for name in VARIANTS if name not in OPTIONAL]
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=usual)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.variants = list(dict.fromkeys([FIRST, *options.variants]))
-    size = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
-    recipe = Recipe(size, False, HALF, HALF, {})
     with tempfile.TemporaryDirectory() as scratch:
-        opened = engines(options, recipe, Path(scratch))
-        images = normalised(random_pixels(max(options.batches), size), recipe)
-        rows = table(timed(opened, images, options))
-    print(f"{'batch':>5}  {'variant':18}{'seconds':>9}{'img/s':>8}{'ratio':>7}")
-    for row in rows:
+        variants = Variants(options, Path(scratch))
+        flops = flops_per_image(variants.merged, variants.size)
+        subjects = [
+            Subject(name, VARIANTS[name][1](variants), flops, VARIANTS[name][0])
+            for name in dict.fromkeys([FIRST, *options.variants])
+        ]
+        nodes = variants.nodes()
+        peaks = gemm_peaks(options.threads)
+        timings = interleaved(subjects, options.batches, variants.size, options.rounds)
+        after = gemm_peaks(options.threads)
+        peaks = {name: max(peak, after[name]) for name, peak in peaks.items()}
+    print(f"{'batch':>5}  {'variant':34}{'ms':>9}{'img/s':>8}{'ratio':>7}  of the peak")
+    for timing in timings:
+        share = timing.share(peaks)
+        told = "" if share is None else f"{share:6.0%} {timing.subject.precision}"
         print(
-            f"{row['batch']:5}  {row['variant']:18}{row['seconds']:9.3f}"
-            f"{row['images per second']:8.2f}{row['ratio']:7.2f}"
+            f"{timing.batch:5}  {timing.subject.name:34}{timing.median * 1e3:9.1f}"
+            f"{timing.throughput:8.2f}{timing.ratio:7.2f}  {told}"
         )
+    print(f"nodes {nodes}; peak GOP/s { {n: round(p / 1e9) for n, p in peaks.items()} }")
     if options.out:
-        packages = ("torch", "timm", "onnxruntime", "openvino", "nncf")
-        where = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            **{package: version(package) for package in packages},
+        packages = ("torch", "timm", "onnxruntime", "openvino", "nncf", "peft")
+        found = {
+            "machine": machine(options.threads),
+            "versions": {package: version(package) for package in packages},
             "model": options.model,
             "method": options.method,
-            "rounds": options.rounds,
+            "nodes": nodes,
+            "gemm_peaks": peaks,
+            "rows": [timing.to_dict(peaks) for timing in timings],
         }
-        options.out.write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
