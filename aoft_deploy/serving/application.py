@@ -80,6 +80,7 @@ class Application:
             if status == 0:
                 await self._refuse(refusal, scope, receive, reply)
             status = refusal.status
+            del refusal  # its traceback holds this frame, and so the request's body
         finally:
             observations.in_flight -= 1
             service.bodies.release(call.body)

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,13 +123,14 @@ class Batcher:
         if not self._collector.add(job, len(images), job.arrived):
             after = {"Retry-After": str(self._retry_after())}
             raise Refusal(429, "Too many requests wait: try again later.", headers=after)
-        self._deadlines.add(job, seconds, lambda: self._expire(job))
+        self._deadlines.add(job, seconds, partial(self._expire, job))
         self._pump()
         try:
             return await job.future
         finally:
             self._deadlines.discard(job)
             self._collector.discard(job)
+            del job  # an error in its future holds this frame, and so its images
 
     def close(self) -> None:
         """End the thread as soon as nothing waits any more."""

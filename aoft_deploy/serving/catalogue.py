@@ -10,6 +10,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.serving.calls import Call
 from aoft_deploy.serving.models import Model
 from aoft_deploy.serving.openapi import description, page
@@ -66,7 +67,7 @@ class Catalogue:
         """``GET /v2/models/{model}``."""
         model = self._model(request)
         tensor = model.artefact.tensor
-        shape = [-1, len(await self._service.models.classes(model))]
+        shape = [-1, self._classes(model)]
         return _json(
             {
                 "name": model.name,
@@ -83,7 +84,7 @@ class Catalogue:
         """``GET /v2/models/{model}/config``, as Triton writes it."""
         model, settings = self._model(request), self._service.settings
         tensor = model.artefact.tensor
-        classes = len(await self._service.models.classes(model))
+        classes = self._classes(model)
         return _json(
             {
                 "name": model.name,
@@ -153,6 +154,12 @@ class Catalogue:
         model = self._service.models.find(request.path_params["model"])
         request.scope["aoft.call"].model = model.name
         return model
+
+    def _classes(self, model: Model) -> int:
+        try:
+            return len(self._service.models.classes(model))
+        except UnknownNameError:
+            raise Refusal(404, f"There is no model {shown(model.name)}.") from None
 
     async def _body(self, request: Request) -> dict[str, Any]:
         call: Call = request.scope["aoft.call"]

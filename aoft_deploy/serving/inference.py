@@ -59,7 +59,7 @@ class Inference:
                 asked = await service.aside(parse_request, *arguments)
             parsed = time.perf_counter()
             model, answer = await self._answer(model, call, asked.images, asked.timeout)
-            names: Sequence[str] = await self._classes(model, answer) if asked.top else ()
+            names: Sequence[str] = self._classes(model, answer) if asked.top else ()
         begun = time.perf_counter()
         text, length = format_answer(model.name, asked, answer.logits, names)
         headers = [JSON]
@@ -98,7 +98,7 @@ class Inference:
             parsed = time.perf_counter()
             service.observations.stages.observe(parsed - call.start, artefact.name, "decode")
             model, answer = await self._answer(model, call, np.stack(samples), None)
-            names = await self._classes(model, answer)
+            names = self._classes(model, answer)
         begun = time.perf_counter()
         classes = [
             [{"label": p.label, "probability": p.probability} for p in row]
@@ -158,9 +158,9 @@ class Inference:
                 raise Refusal(500, "The model's task cannot be read.") from None
             raise Refusal(500, "The model failed on this request.") from None
 
-    async def _classes(self, model: Model, answer: Answer) -> Sequence[str]:
+    def _classes(self, model: Model, answer: Answer) -> Sequence[str]:
         try:
-            names = await self._service.models.classes(model)
+            names = self._service.models.classes(model)
         except AoftError:
             names = ()
         if len(names) != answer.logits.shape[1]:

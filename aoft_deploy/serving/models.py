@@ -101,12 +101,14 @@ class Models:
                 return Model(name, artefact, name)
         raise Refusal(404, f"There is no model {shown(name)}.")
 
-    async def classes(self, model: Model) -> tuple[str, ...]:
-        """Classes of a model, in the order of its logits."""
+    def classes(self, model: Model) -> tuple[str, ...]:
+        """Classes of a model, in the order of its logits; read from the store if it has left.
+
+        Raises:
+            AoftError: The task has gone, or the store cannot give it.
+        """
         fleet = model.artefact.fleet
-        if fleet is None:
-            return model.artefact.classes
-        return await in_thread(fleet.classes, model.task)
+        return model.artefact.classes if fleet is None else fleet.classes(model.task)
 
     async def load(self, name: str) -> None:
         """Open a model, or exchange it for what its file holds now.

@@ -65,7 +65,7 @@ async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     service = Service(settings, given)
     bound = _bound(settings)
     gc.freeze()  # what is there by now stays: collections need not look at it
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(10_000, 10, 10)
     try:
         http = connections(settings.http, settings.max_connections)
     except ImportError as error:
@@ -145,6 +145,7 @@ def _bound(settings: Settings) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)  # who connects before the event loop runs waits
     except OSError as error:
         where = f"{settings.host}, port {settings.port}"
         raise OutputError(f"Cannot listen on {where}: {error.strerror or error}.") from error

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["in_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+MOST = 4
+"""Threads; a few that stay leave less memory behind than a new one for each function."""
+
+_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_threads: list[threading.Thread] = []
+_busy = 0
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -19,16 +28,17 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     Raises:
         Exception: Whatever the function raises.
     """
+    global _busy
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: T | None, error: Exception | None) -> None:
+    def settle(value: Any, error: Exception | None) -> None:
         if future.done():
             return
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(value)  # type: ignore[arg-type]
+            future.set_result(value)
 
     def work() -> None:
         value, error = None, None
@@ -36,10 +46,22 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
             value = function(*args, **kwargs)
         except Exception as raised:
             error = raised
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, value, error)
-        except RuntimeError:
-            pass  # the loop has ended
 
-    threading.Thread(target=work, name="files", daemon=True).start()
-    return await future
+    _busy += 1
+    if len(_threads) < min(_busy, MOST):
+        _threads.append(threading.Thread(target=_serve, name="files", daemon=True))
+        _threads[-1].start()
+    _work.put(work)
+    try:
+        return await future
+    finally:
+        _busy -= 1
+
+
+def _serve() -> None:
+    while True:
+        work = _work.get()
+        work()
+        del work
