@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+from aoft_deploy.manifest import check_unchanged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -293,7 +294,8 @@ def load_artefact(
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
 
     Raises:
-        CheckpointError: No exporter writes such files or folders, or this one is damaged.
+        CheckpointError: No exporter writes such files or folders, or this one is damaged or not
+            the one that the manifest beside it is of.
         UnknownNameError: The engine does not run such artefacts.
         SettingError: The engine cannot run this artefact, or not on that device.
         MissingExtraError: The runtime is not installed.
@@ -302,6 +304,7 @@ def load_artefact(
         exporter = cast(Exporter, entry.load())
         marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
         if path.suffix == exporter.SUFFIX or marked:
+            check_unchanged(path)
             if engine is not None and engine not in exporter.ENGINES:
                 raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
             return exporter.load(path, engine=engine, threads=threads, device=device)
@@ -322,6 +325,7 @@ def load_fleet(path: Path, *, threads: int | None = None) -> Any:
         exporter: Any = entry.load()
         marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
         if (path.suffix == exporter.SUFFIX or marked) and hasattr(exporter, "load_fleet"):
+            check_unchanged(path)
             return exporter.load_fleet(path, threads=threads)
     raise CheckpointError(
         f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to onnx "

@@ -36,9 +36,10 @@ from aoft_deploy.engines import (
     get_exporter,
 )
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
-from aoft_deploy.files import file_digest, folder_digest, json_text, settle, writable_folder
+from aoft_deploy.files import json_text, settle, writable_folder
 from aoft_deploy.flops import flops_per_image
 from aoft_deploy.images import image_files, read_image
+from aoft_deploy.manifest import artefact_digest, artefact_files, manifest_path
 from aoft_deploy.peft_folder import FILES
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, merge
@@ -73,11 +74,6 @@ class Exported:
     report: Report
     size: int
     device: str | None = "CPU"
-
-
-def manifest_path(artefact: Path) -> Path:
-    """Where an artefact's manifest stands: ``<artefact>.json``."""
-    return artefact.with_name(artefact.name + ".json")
 
 
 def export_merged(
@@ -172,7 +168,10 @@ def export_merged(
         )
         manifest = {
             **provenance(draft, to, command),
-            "checkpoint": {"name": checkpoint.resolve().name, "sha256": _digest(checkpoint, FILES)},
+            "checkpoint": {
+                "name": checkpoint.resolve().name,
+                "sha256": artefact_digest(checkpoint, FILES),
+            },
             **_contents(tuned, task, recipe),
             **learnt_from(learnt, engine),
             "verification": {
@@ -294,7 +293,7 @@ def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
     """Which file the manifest is of, and how it came to be."""
     return {
         "artefact": draft.name,
-        "sha256": _digest(draft, [str(path.relative_to(draft)) for path in _files(draft)]),
+        "sha256": artefact_digest(draft),
         "bytes": artefact_size(draft),
         "exporter": to,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -302,21 +301,9 @@ def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _files(artefact: Path) -> list[Path]:
-    """The file itself, or all files of a folder."""
-    if not artefact.is_dir():
-        return [artefact]
-    return sorted(path for path in artefact.rglob("*") if path.is_file())
-
-
 def artefact_size(artefact: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
-    return sum(path.stat().st_size for path in _files(artefact))
-
-
-def _digest(path: Path, names: Iterable[str]) -> str:
-    """Of a file, or of the named files of a folder."""
-    return folder_digest(path, names) if path.is_dir() else file_digest(path)
+    return sum(path.stat().st_size for path in artefact_files(artefact))
 
 
 def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -372,7 +359,7 @@ def publish(draft: Path, output: Path, contents: Mapping[str, Any]) -> None:
 def _name(draft: Path, output: Path, draft_manifest: Path) -> None:
     """Give both files their names; the artefact is never there without its manifest."""
     manifest = manifest_path(output)
-    for path in (*_files(draft), draft_manifest):
+    for path in (*artefact_files(draft), draft_manifest):
         settle(path)
     draft_manifest.replace(manifest)
     try:

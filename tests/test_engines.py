@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from aoft_deploy.engines import exporter_names, get_exporter, load_artefact
+from aoft_deploy.engines import exporter_names, get_exporter, load_artefact, load_fleet
 from aoft_deploy.errors import CheckpointError, UnknownNameError
 
 
@@ -54,3 +55,22 @@ def test_an_onnx_artefact_opens_by_its_suffix(artefact: Path) -> None:
     engine = load_artefact(artefact)
     assert not engine.takes_pixels
     assert engine.info["format"] == "aoft-deploy/1"
+
+
+@pytest.mark.parametrize("opening", [load_artefact, load_fleet])
+def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
+    fleet_artefact: Path, tmp_path: Path, opening: Callable[[Path], object]
+) -> None:
+    artefact, manifest = tmp_path / "f.onnx", tmp_path / "f.onnx.json"
+    artefact.write_bytes(fleet_artefact.read_bytes())
+    opening(artefact)
+    manifest.write_bytes(fleet_artefact.with_name(fleet_artefact.name + ".json").read_bytes())
+    opening(artefact)
+    content = bytearray(artefact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artefact.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"f\.onnx was changed after its manifest f\.onnx"):
+        opening(artefact)
+    manifest.write_text("[]", "utf-8")
+    with pytest.raises(CheckpointError, match=r"f\.onnx\.json is no manifest of aoft-export"):
+        opening(artefact)
