@@ -111,3 +111,48 @@ def test_a_fleet_in_int8_keeps_its_tasks_numbers_and_takes_new_tasks(
     picture = np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)
     one, three = (fleet.predict(picture, [name])[0] for name in ("one", "three"))
     assert np.array_equal(one, three)
+
+
+@pytest.mark.parametrize("fleet", [False, True])
+def test_fp16_halves_the_weights_and_keeps_float_where_it_must(
+    fleet: bool,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    task, output = tmp_path / "task.ckpt", tmp_path / "half.onnx"
+    task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
+    options = ["--fleet" if fleet else "--merge", task, "--backbone-weights", backbone_weights]
+    options += ["--precision", "fp16", "--images", photos[0].parent, "-o", output]
+    assert main([str(option) for option in options]) == 0
+    proto = onnx.load(output)
+    types = {i.name: i.data_type for i in proto.graph.initializer}
+    assert types["blocks.0.mlp.fc1.weight"] == onnx.TensorProto.FLOAT16
+    assert types["head.weight" if not fleet else "bank"] == onnx.TensorProto.FLOAT
+    assert types["blocks.0.norm1.weight"] == onnx.TensorProto.FLOAT
+    values = [*proto.graph.input, *proto.graph.output]
+    kinds = {v.name: v.type.tensor_type.elem_type for v in values}
+    assert kinds["pixel_values"] == kinds["logits"] == onnx.TensorProto.FLOAT
+    manifest = json.loads(output.with_name("half.onnx.json").read_text("utf-8"))
+    assert 0 < manifest["verification"]["max_abs"] < 0.05
+    assert manifest["verification"]["agreement"] >= 0.99
+
+
+def test_fp16_of_another_opset_than_its_own_is_refused(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--images", photos[0]]
+    options += ["--precision", "fp16", "-o", tmp_path / "a.onnx"]
+    assert "fp16 is written in opset 20: leave --opset out" in refused(
+        main, *options, "--opset", 23
+    )
+    line = refused(main, "--merge", checkpoint, "--opset", 17, "-o", tmp_path / "a.onnx")
+    assert "--opset 17 is nothing that --to onnx writes: take 23 or 20" in line
+    line = refused(main, "--merge", checkpoint, "--to", "timm", "--opset", 20)
+    assert "--opset 20 is nothing that --to timm writes: leave it out" in line
+    assert not list(tmp_path.iterdir())
