@@ -112,8 +112,8 @@ class Server:
                 connection.request("POST", address, body, headers)
                 response = connection.getresponse()
                 response.read()
-                if begin <= start and time.perf_counter() < end:
-                    times.append(time.perf_counter() - start)
+                if begin <= (now := time.perf_counter()) < end:
+                    times.append(now - start)
                     failed += response.status != 200
                 turn += clients
             connection.close()
@@ -128,6 +128,8 @@ class Server:
         for thread in threads:
             thread.join()
         count = max(len(times), 1)
+        if not times:
+            raise SystemExit(f"Nothing was answered in {seconds} seconds: give --seconds more.")
         return Load(len(times) / seconds, [1e3 * t for t in times], spent / count, failed)
 
     def stop(self) -> None:
