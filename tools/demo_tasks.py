@@ -25,6 +25,9 @@ from aoft_deploy.training import train
 SETTINGS = {"rank": 64, "targets": ["q", "v"]}
 """As checkpoints of about 35 KB; a wider choice would triple them for little accuracy."""
 
+TASKS = tuple(name for name in task_names() if name != "position")
+"""Of the offline tasks those that so few numbers learn: position stays at a quarter right."""
+
 EXAMPLES = 2
 
 
@@ -68,7 +71,7 @@ def main() -> None:
     """Train, draw, and say how well each task went."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo/aoft_demo/bundled"))
-    parser.add_argument("--tasks", nargs="*", default=task_names(), metavar="NAME")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, metavar="NAME")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--no-lora", action="store_true", help="leave lora_angles.json as it is")
     options = parser.parse_args()
