@@ -114,7 +114,7 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
     ids=["narrow", "one", "wide", "deep"],
 )
 def test_an_answer_of_another_shape_is_refused(answers: Logits) -> None:
-    with pytest.raises(VerificationError, match="where \\(4, 3\\) and finite values are expected"):
+    with pytest.raises(VerificationError, match="where \\(1, 3\\) and finite values are expected"):
         verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
 
 
@@ -206,7 +206,7 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "zeros": (always(0), "At batch size 1 the artefact's logits differ"),
     "nan": (always(np.nan), "finite values are expected"),
     "inf": (always(np.inf), "finite values are expected"),
-    "one row": (one_row, "At batch size 2 the artefact answers with shape \\(4, 5\\)"),
+    "one row": (one_row, "At batch size 2 the artefact answers with shape \\(1, 5\\)"),
     "order": (wrong_in_batches, "At batch size 2 the artefact's logits differ"),
     "mixing": (mixing_samples, "At batch size 2 the artefact's logits differ"),
     "fixed batch": (fixed_batch, "At batch size 1 the artefact does not run .Got: 1 Expected: 2"),
