@@ -36,7 +36,9 @@ def test_there_are_snippets_to_run() -> None:
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)
-    module = importlib.import_module(f"aoft_deploy.cli.{name.removeprefix('aoft-')}")
+    command = name.removeprefix("aoft-")
+    home = "aoft_demo.cli" if command == "demo" else f"aoft_deploy.cli.{command}"
+    module = importlib.import_module(home)
     module.parser().parse_args(arguments)
 
 

@@ -223,10 +223,11 @@ def evidence_cards(accuracy: Sequence[Accuracy], speed: Sequence[Speed]) -> str:
     )
     ratios = [Bar(f"{s.name}", s.ratio, f"{s.ratio:.2f} ×") for s in speed]
     right = bars(ratios, title="ViT-B/16 on two CPU cores: throughput", most=3)
+    against = speed[0].against if speed else "nothing"
     note = (
-        '<p class="note">Merged models are compared with ONNX Runtime fp32, fleets with one '
-        "task's merged model in the same precision. Scripts: benchmarks/methods.py, engines.py, "
-        "fleet.py.</p>"
+        f'<p class="note">Merged models, batches of 16: against {escape(against)}. Fleets of 16 '
+        "tasks in a batch: against one task's merged model in the same precision. "
+        "benchmarks/engines.py, fleet.py, methods.py have the commands.</p>"
     )
     return f'<div class="two"><div>{left}</div><div>{right}{note}</div></div>'
 

@@ -75,7 +75,7 @@ def export_tab(visitors: Visitors) -> ExportTab:
                 elem_id="exported",
             )
 
-    @told
+    @told("Not exported", 0, of=2)
     def run(chosen: str | None, pixels: bool, request: gr.Request) -> tuple[str, Any]:
         if not chosen:
             raise CheckpointError("There is no task to export: add one on the tab Swap.")

@@ -55,7 +55,7 @@ def inside_tab(visitors: Visitors, picture: gr.Image) -> InsideTab:
                 elem_id="inside",
             )
 
-    @told
+    @told("Nothing to see", 0, of=2)
     def show(chosen: str | None, path: str | None, request: gr.Request) -> tuple[str, str]:
         if not chosen:
             raise CheckpointError("There is no task to look into: add one on the tab Swap.")

@@ -73,11 +73,13 @@ def running(
             GRADIO_ANALYTICS_ENABLED="False",
             GRADIO_TEMP_DIR=str(Path(scratch, "uploads")),
             HF_HUB_OFFLINE="1",
+            ORT_DISABLE_TELEMETRY="1",  # which onnxruntime reads when it is imported
         )
         try:
             import gradio  # noqa: F401
+            import onnxruntime  # noqa: F401
         except ImportError as error:
-            raise MissingExtraError("gradio", "demo") from error
+            raise MissingExtraError(str(error.name), "demo") from error
 
         import PIL.Image
 

@@ -73,7 +73,7 @@ def swap_tab(visitors: Visitors) -> SwapTab:
         with gr.Column(scale=6, min_width=300):
             resident = gr.HTML(elem_id="resident")
 
-    @told
+    @told("Not added", 2, of=3)
     def add_task(path: str | None, typed: str, request: gr.Request) -> tuple[None, str, str]:
         if path is None:
             raise CheckpointError("Choose a model.ckpt first: drop it on the field above.")
@@ -84,14 +84,14 @@ def swap_tab(visitors: Visitors) -> SwapTab:
         where = cards.done(chosen, f"joined the fleet with {len(task.classes)} classes.")
         return None, "", where
 
-    @told
+    @told("Not removed")
     def remove_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
             raise CheckpointError("There is no task to remove.")
         visitors.of(request.session_hash).remove(chosen)
         return cards.done(chosen, "has left; its room is free again.")
 
-    @told
+    @told("Not verified")
     def verify_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
             raise CheckpointError("There is no task to verify.")
@@ -99,8 +99,9 @@ def swap_tab(visitors: Visitors) -> SwapTab:
         return cards.agreement_card(chosen, verify(visitor, chosen))
 
     plain: dict[str, Any] = {"api_visibility": "private"}
-    added = add.click(add_task, [upload, name], [upload, name, verdict], **plain)
-    removed = drop.click(remove_task, remove, verdict, **plain)
+    quick = {**plain, "show_progress": "hidden"}
+    added = add.click(add_task, [upload, name], [upload, name, verdict], **quick)
+    removed = drop.click(remove_task, remove, verdict, **quick)
     prove.click(verify_task, check, verdict, concurrency_limit=2, **plain)
     return SwapTab(resident, remove, check, [added, removed])
 

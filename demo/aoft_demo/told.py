@@ -8,10 +8,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import gradio as gr
 
+from aoft_demo.cards import problem
 from aoft_deploy.errors import AoftError
 
 __all__ = ["sentence", "told"]
@@ -29,30 +30,38 @@ def sentence(error: Exception) -> str:
     return "This did not work, and the fault is ours; the page goes on. The log has the details."
 
 
-def told(function: F) -> F:
-    """A handler whose faults appear on the page as a message."""
-    if inspect.isgeneratorfunction(function):
+def told(title: str, place: int = 0, of: int = 1) -> Callable[[F], F]:
+    """A handler whose faults appear where its result would, and stay there.
+
+    Args:
+        title: What did not happen.
+        place: Which of the handler's outputs shows it.
+        of: Number of outputs; the others stay as they are.
+    """
+
+    def card(error: Exception) -> Any:
+        shown = problem(title, sentence(error))
+        return shown if of == 1 else tuple(shown if i == place else gr.skip() for i in range(of))
+
+    def wrap(function: F) -> F:
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def generate(*arguments: Any) -> Iterator[Any]:
+                try:
+                    yield from function(*arguments)
+                except Exception as error:
+                    yield card(error)
+
+            return generate  # type: ignore[return-value]
 
         @functools.wraps(function)
-        def generate(*arguments: Any) -> Iterator[Any]:
+        def call(*arguments: Any) -> Any:
             try:
-                yield from function(*arguments)
+                return function(*arguments)
             except Exception as error:
-                _raise(error)
+                return card(error)
 
-        return generate  # type: ignore[return-value]
+        return call  # type: ignore[return-value]
 
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Exception as error:
-            _raise(error)
-
-    return call  # type: ignore[return-value]
-
-
-def _raise(error: Exception) -> NoReturn:
-    if isinstance(error, gr.Error):
-        raise error
-    raise gr.Error(sentence(error), title="Not done", print_exception=False) from None
+    return wrap

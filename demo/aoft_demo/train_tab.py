@@ -94,7 +94,7 @@ def train_tab(visitors: Visitors) -> TrainTab:
             )
             file = gr.File(label="Checkpoint", interactive=False, visible=False, elem_id="trained")
 
-    @told
+    @told("Not trained", 0, of=2)
     def work(
         where: str,
         chosen: str,
