@@ -159,8 +159,8 @@ class Comparison:
         if agreement < self.bar.min_agreement:
             raise VerificationError(
                 f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
-                f"about {images} images, but at least {self.bar.min_agreement:.2%} is asked: "
-                "nothing is written. Choose a higher --precision, or lower --min-agreement."
+                f"({self.agreeing} of {self.compared}) about {images} images, but at least "
+                f"{self.bar.min_agreement:.2%} is asked: nothing is written. Choose a higher --precision, or lower --min-agreement."
             )
         return Report(
             images=images,

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -221,3 +223,11 @@ def test_an_image_whose_name_is_no_text_is_answered(
     strange.write_bytes(photos[0].read_bytes())
     assert main([str(artefact), str(strange)]) == 0
     assert r"caf\udce9.png" in capsys.readouterr().out
+
+
+def test_onnx_runtime_reports_no_use(artefact: Path, photos: list[Path], tmp_path: Path) -> None:
+    code = "import sys\nfrom aoft_deploy.cli.predict import main\nsys.exit(main(sys.argv[1:]))"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", code, str(artefact), str(photos[0])]
+    subprocess.run(command, check=True, env={**environment, "TMPDIR": str(tmp_path)})
+    assert not list(tmp_path.iterdir())  # with reports on, it keeps its session there

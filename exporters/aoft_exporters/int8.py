@@ -8,13 +8,14 @@ tasks' own numbers of a fleet, and the classifier.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.errors import MissingExtraError
+from aoft_exporters.onnxruntime_engine import library
 
 __all__ = ["quantised"]
 
@@ -36,11 +37,8 @@ def quantised(proto: Any) -> Any:
     """
     import onnx
 
-    try:
-        import onnxruntime.quantization
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
-    quantization: Any = onnxruntime.quantization  # its package does not export what it documents
+    library()
+    quantization: Any = importlib.import_module("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "int8.onnx"
         quantization.quantize_dynamic(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 
-__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits"]
+__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library"]
 
 FLEET_TABLES = {
     "bank": "tasks",
@@ -32,13 +34,22 @@ PROVIDERS = {
 """What ONNX Runtime calls the kinds of device."""
 
 
-def _session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
-    """An ONNX Runtime session on exactly the device asked for."""
+def library() -> Any:
+    """The library, which reports no use: it looks for the variable when it is imported.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
-    ort: Any = onnxruntime  # its stubs do not export what its documentation names
+
+
+def _session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
+    """An ONNX Runtime session on exactly the device asked for."""
+    ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -146,10 +157,7 @@ class OnnxEngine:
 
     @staticmethod
     def _new_runs() -> Any:
-        import onnxruntime
-
-        ort: Any = onnxruntime
-        return ort.RunOptions()
+        return library().RunOptions()
 
 
 class OnnxFleet:
