@@ -100,3 +100,11 @@ def test_a_file_of_settings_serves(
     answer = json.loads(server.ask("GET", "/v2/models/my%20task/config")[2])
     assert (answer["name"], answer["max_batch_size"]) == ("my task", 3)
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize("option", [["--engine", "openvino"], ["--device", "cuda"]])
+def test_a_fleet_does_not_silently_run_elsewhere_than_asked(
+    fleet_artefact: Path, option: list[str]
+) -> None:
+    line = failed(fleet_artefact, *option)
+    assert "is a fleet, which runs on the CPU in the engine that it was exported for" in line

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from aoft_deploy.engines import Engine, load_artefact
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.serving.batcher import Batcher, Run
@@ -71,6 +71,7 @@ def open_artefact(
 
     Raises:
         CheckpointError: It is damaged, names files outside, or answers nonsense.
+        SettingError: It is a fleet, and an engine or a device is asked for.
         MissingExtraError: Its engine's package is not installed.
     """
     mark = signature(path)
@@ -81,6 +82,12 @@ def open_artefact(
         engine = load_artefact(path, threads=settings.threads, **asked)
     fleet: Fleet | None = None
     if engine is None or engine.takes_tasks:
+        engine = None
+        if settings.engine is not None or settings.device not in (None, "cpu"):
+            raise SettingError(
+                f"{path} is a fleet, which runs on the CPU in the engine that it was exported for: "
+                "leave --engine and --device out."
+            )
         fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
         preprocessing, pixels, stop = fleet.preprocessing, False, None
         run: Run = fleet.predict
