@@ -207,8 +207,9 @@ def _save(proto: Any, path: Path, recipe: Recipe) -> None:
         proto = quantised(proto)
     elif recipe.precision != "fp32":
         proto = typed(proto, recipe.precision)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    content = proto.SerializeToString()  # once: with the weights it takes a second
+    onnx.checker.check_model(content)
+    path.write_bytes(content)
 
 
 def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:
