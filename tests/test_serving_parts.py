@@ -31,9 +31,9 @@ from aoft_deploy.serving.models import artefact_name
 from aoft_deploy.serving.pictures import sample
 from aoft_deploy.serving.refusals import Refusal
 from aoft_deploy.serving.settings import Settings, read_toml
-from aoft_deploy.serving.single_file import read_metadata
 from aoft_deploy.serving.statistics import MOST, Statistics
 from aoft_deploy.serving.uploads import uploaded
+from aoft_deploy.single_file import read_metadata
 
 HALF = (0.5, 0.5, 0.5)
 

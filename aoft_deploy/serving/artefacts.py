@@ -22,8 +22,8 @@ from aoft_deploy.fleet import Fleet
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.serving.batcher import Batcher, Run
 from aoft_deploy.serving.settings import Settings
-from aoft_deploy.serving.single_file import read_metadata
 from aoft_deploy.serving.tensors import DTYPES, Tensor
+from aoft_deploy.single_file import read_metadata
 
 __all__ = ["Artefact", "open_artefact", "signature"]
 
