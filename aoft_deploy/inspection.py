@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest, folder_digest
+from aoft_deploy.manifest import manifest_path
 
 if TYPE_CHECKING:
     from aoft_deploy.checkpoint import Checkpoint
@@ -237,7 +238,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _manifest(path: Path, digest: str | None = None) -> dict[str, Any]:
     """The verification from the manifest beside an artefact, if it is of this very one."""
     path = path.resolve() if path.is_dir() else path
-    manifest = path.with_name(path.name + ".json")
+    manifest = manifest_path(path)
     if not manifest.is_file():
         return {"manifest": "none"}
     values = _json(manifest)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import CheckpointError, VerificationError
-from aoft_deploy.files import folder_digest, json_text
+from aoft_deploy.files import json_text
+from aoft_deploy.manifest import check_unchanged
 from aoft_deploy.verification import random_pixels
 from aoft_exporters.tensorrt_library import Target
 
@@ -236,16 +237,5 @@ def check_files(path: Path, metadata: Metadata, files: tuple[str, str]) -> bytes
             f"{path / files[0]} is not the plan that {files[1]} names: it was changed after it was "
             "written and is not run; export it again."
         )
-    whole = path.resolve()
-    manifest = whole.with_name(whole.name + ".json")
-    if manifest.is_file():
-        try:
-            recorded = json.loads(manifest.read_text("utf-8"))["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{manifest} is no manifest of aoft-export.") from error
-        if recorded != folder_digest(path, files):
-            raise CheckpointError(
-                f"{path} was changed after its manifest {manifest.name} was written: it is not "
-                "run; export it again."
-            )
+    check_unchanged(path)
     return plan
