@@ -300,17 +300,26 @@ def load_artefact(
         SettingError: The engine cannot run this artefact, or not on that device.
         MissingExtraError: The runtime is not installed.
     """
+    exporter = _exporter_of(path)
+    if exporter is None:
+        raise CheckpointError(
+            f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge "
+            "first."
+        )
+    check_unchanged(path)
+    if engine is not None and engine not in exporter.ENGINES:
+        raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
+    return exporter.load(path, engine=engine, threads=threads, device=device)
+
+
+def _exporter_of(path: Path) -> Exporter | None:
+    """The exporter that writes such files or folders."""
     for entry in entry_points(group=GROUP):
         exporter = cast(Exporter, entry.load())
         marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
         if path.suffix == exporter.SUFFIX or marked:
-            check_unchanged(path)
-            if engine is not None and engine not in exporter.ENGINES:
-                raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
-            return exporter.load(path, engine=engine, threads=threads, device=device)
-    raise CheckpointError(
-        f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge first."
-    )
+            return exporter
+    return None
 
 
 def load_fleet(path: Path, *, threads: int | None = None) -> Any:
@@ -321,16 +330,14 @@ def load_fleet(path: Path, *, threads: int | None = None) -> Any:
     Raises:
         CheckpointError: The artefact is no fleet, or of a kind whose tasks cannot change.
     """
-    for entry in entry_points(group=GROUP):
-        exporter: Any = entry.load()
-        marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
-        if (path.suffix == exporter.SUFFIX or marked) and hasattr(exporter, "load_fleet"):
-            check_unchanged(path)
-            return exporter.load_fleet(path, threads=threads)
-    raise CheckpointError(
-        f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to onnx "
-        "or openvino."
-    )
+    exporter: Any = _exporter_of(path)
+    if not hasattr(exporter, "load_fleet"):
+        raise CheckpointError(
+            f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to "
+            "onnx or openvino."
+        )
+    check_unchanged(path)
+    return exporter.load_fleet(path, threads=threads)
 
 
 def check_batch(
