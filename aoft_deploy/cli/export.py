@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.cli.command import run
 
@@ -131,8 +131,6 @@ def parser() -> argparse.ArgumentParser:
 
 def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
-    command = ["aoft-export", *(options.argv or [])]
-    batches = tuple(options.batches) if options.batches else None
     if options.fleet:
         for name in ("uint8", "backbone", "refittable", "refit"):
             if getattr(options, name):
@@ -144,22 +142,14 @@ def export(options: argparse.Namespace) -> None:
             options.fleet,
             options.output or Path(f"fleet{get_exporter(options.to).SUFFIX}"),
             to=options.to,
-            weights=options.backbone_weights,
-            force=options.force,
-            images=options.images,
-            precision=options.precision or "fp32",
-            calibrate=options.calibrate,
-            min_agreement=options.min_agreement,
             form=options.form,
-            batches=batches,
-            compute_capability=options.compute_capability,
-            opset=options.opset,
-            command=command,
+            **_given(options),
+            **_built(options),
         )
     elif options.form != "auto":
         parser().error("--form goes with --fleet")
     elif options.to == "auto":
-        exported = _fastest(options, command)
+        exported = _fastest(options)
     else:
         from aoft_deploy.export import export_merged
 
@@ -169,18 +159,10 @@ def export(options: argparse.Namespace) -> None:
             to=options.to,
             uint8=options.uint8,
             backbone=options.backbone,
-            weights=options.backbone_weights,
-            force=options.force,
-            images=options.images,
-            precision=options.precision or "fp32",
-            calibrate=options.calibrate,
-            min_agreement=options.min_agreement,
-            batches=batches,
-            compute_capability=options.compute_capability,
             refittable=options.refittable,
             refit=options.refit,
-            opset=options.opset,
-            command=command,
+            **_given(options),
+            **_built(options),
         )
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
@@ -199,7 +181,29 @@ def export(options: argparse.Namespace) -> None:
     print(f"manifest: {exported.manifest}")
 
 
-def _fastest(options: argparse.Namespace, command: list[str]) -> Exported:
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What every export is told."""
+    return {
+        "weights": options.backbone_weights,
+        "force": options.force,
+        "images": options.images,
+        "calibrate": options.calibrate,
+        "min_agreement": options.min_agreement,
+        "command": ["aoft-export", *(options.argv or [])],
+    }
+
+
+def _built(options: argparse.Namespace) -> dict[str, Any]:
+    """What an export is told that does not choose for itself."""
+    return {
+        "precision": options.precision or "fp32",
+        "batches": tuple(options.batches) if options.batches else None,
+        "compute_capability": options.compute_capability,
+        "opset": options.opset,
+    }
+
+
+def _fastest(options: argparse.Namespace) -> Exported:
     """Try every way, and say how each did."""
     for name in ("precision", "opset", "batches", "compute_capability", "refittable", "refit"):
         if getattr(options, name):
@@ -214,13 +218,8 @@ def _fastest(options: argparse.Namespace, command: list[str]) -> Exported:
         options.output,
         uint8=options.uint8,
         backbone=options.backbone,
-        weights=options.backbone_weights,
-        force=options.force,
-        images=options.images,
-        calibrate=options.calibrate,
-        min_agreement=options.min_agreement,
-        command=command,
         progress=told,
+        **_given(options),
     )
     batches = " and ".join(map(str, BATCHES))
     for candidate in tried:
