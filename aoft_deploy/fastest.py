@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.apart import Apart
 from aoft_deploy.engines import CalibratedExporter, FolderExporter, get_exporter, load_artefact
 from aoft_deploy.errors import AoftError, CheckpointError, OutputError, SettingError
 from aoft_deploy.export import (
@@ -156,10 +159,14 @@ def _missing(to: str, precision: str, images: Sequence[Path], calibrate: Sequenc
 def _timed(drafts: dict[Candidate, Exported]) -> dict[Candidate, Candidate]:
     """The candidates with their ratios to the first."""
     threads = os.cpu_count()
-    engines = {c: load_artefact(done.path, threads=threads) for c, done in drafts.items()}
-    subjects = [Subject.of(f"{c.to} {c.precision}", engine) for c, engine in engines.items()]
-    size = json.loads(subjects[0].engine.info["preprocessing"])["size"]
-    timings = interleaved(subjects, BATCHES, size, ROUNDS)
+    with ExitStack() as stack:
+        engines = {
+            c: stack.enter_context(Apart(partial(load_artefact, done.path, threads=threads)))
+            for c, done in drafts.items()
+        }
+        subjects = [Subject.of(f"{c.to} {c.precision}", engine) for c, engine in engines.items()]
+        size = json.loads(subjects[0].engine.info["preprocessing"])["size"]
+        timings = interleaved(subjects, BATCHES, size, ROUNDS)
     return {
         candidate: replace(
             candidate,

@@ -3,7 +3,8 @@
 All run the same ViT in one interleaved run: what torch's exporter writes in ONNX Runtime (the
 first, to which ratios are), the same of timm's, PyTorch as it is and compiled, PEFT's unmerged
 LoRA, the plain backbone by our exporter, and the merged artefacts. Medians; random weights and
-images: for the speed, not the answers, which `aoft-export` judges on images.
+images: for the speed, not the answers, which `aoft-export` judges on images. Each runs in a process
+of its own: see aoft_deploy/apart.py.
 
     python benchmarks/engines.py --out benchmarks/results/engines.json
 """
@@ -12,68 +13,43 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx as onnx_library
-import timm
 import torch
-from numpy.typing import NDArray
+import torch_engines
 from torch import nn
 
-from aoft_deploy.backbone import identify
-from aoft_deploy.engines import Engine, Recipe
+from aoft_deploy.apart import Apart
+from aoft_deploy.engines import Engine, Recipe, load_artefact
 from aoft_deploy.flops import flops_per_image
 from aoft_deploy.measurement import Subject, gemm_peaks, interleaved, machine
-from aoft_deploy.tuned import attach, merge
 from aoft_deploy.verification import random_pixels
 from aoft_exporters import onnx, openvino
 from aoft_exporters.onnxruntime_engine import OnnxEngine
 
 HALF = (0.5, 0.5, 0.5)
-CLASSES = 100
-
-
-class InTorch:
-    """A PyTorch module as an engine."""
-
-    device, takes_pixels, takes_tasks = "cpu", False, False
-    info: Mapping[str, str] = {}
-
-    def __init__(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.model = model
-
-    def run(
-        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits."""
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
-        return logits
+Load = Callable[[], Engine]
 
 
 class Variants:
     """What is timed, made when asked for."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        torch.manual_seed(0)
-        torch.set_num_threads(options.threads)
         self.options, self.folder = options, folder
-        self.plain = timm.create_model(options.model, num_classes=CLASSES).eval()
+        self.plain, self.merged = torch_engines.models(options.model, options.method)
         self.size = int(self.plain.pretrained_cfg["input_size"][-1])
-        taken = copy.deepcopy(self.plain)
-        self.merged = merge(attach(taken, options.method, backbone=identify(taken)).eval())
 
-    def stock(self) -> Engine:
+    def stock(self) -> Load:
         """What ``torch.onnx.export`` writes, in ONNX Runtime."""
         path = self.folder / "stock.onnx"
         with _quiet():
@@ -86,9 +62,9 @@ class Variants:
                 dynamic_shapes=({0: "batch"},),
                 external_data=False,
             )
-        return OnnxEngine(path, self.options.threads)
+        return partial(OnnxEngine, path, self.options.threads)
 
-    def timms(self) -> Engine:
+    def timms(self) -> Load:
         """What timm's own exporter writes by default, by way of TorchScript, in ONNX Runtime."""
         from timm.utils.onnx import onnx_export
 
@@ -102,33 +78,22 @@ class Variants:
                 output_names=["logits"],
                 check=False,
             )
-        return OnnxEngine(path, self.options.threads)
+        return partial(OnnxEngine, path, self.options.threads)
 
-    def peft(self) -> Engine:
-        """LoRA of rank 8 beside the frozen weights."""
-        import peft
-
-        adapted = peft.get_peft_model(
-            timm.create_model(self.options.model, num_classes=CLASSES),
-            peft.LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"]),
-        )
-        return InTorch(adapted.eval())
-
-    def compiled(self) -> Engine:
-        """By torch's own compiler."""
-        return InTorch(torch.compile(self.merged, dynamic=False))
+    def torch(self, make: Callable[[str, str, int], Engine]) -> Load:
+        """One of PyTorch's own ways."""
+        return partial(make, self.options.model, self.options.method, self.options.threads)
 
     def ours(
         self, exporter: Any, precision: str, model: nn.Module | None = None, **more: Any
-    ) -> Engine:
+    ) -> Load:
         """An artefact of ours."""
         learns = precision in getattr(exporter, "CALIBRATED", ())
         pixels = random_pixels(self.options.calibration, self.size, seed=1) if learns else None
         recipe = Recipe(self.size, False, HALF, HALF, {}, precision, pixels, **more)
         name = f"{len(list(self.folder.iterdir()))}{exporter.SUFFIX}"
         exporter.export(model or self.merged, self.folder / name, recipe)
-        engine: Engine = exporter.load(self.folder / name, threads=self.options.threads)
-        return engine
+        return partial(load_artefact, self.folder / name, threads=self.options.threads)
 
     def nodes(self) -> dict[str, int]:
         """Nodes of each ONNX file that was written."""
@@ -138,12 +103,12 @@ class Variants:
         }
 
 
-VARIANTS: dict[str, tuple[str, Callable[[Variants], Engine]]] = {
+VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
     "torch.onnx.export, ONNX Runtime": ("fp32", Variants.stock),
     "timm's export, ONNX Runtime": ("fp32", Variants.timms),
-    "PyTorch": ("fp32", lambda v: InTorch(v.merged)),
-    "torch.compile": ("fp32", Variants.compiled),
-    "PEFT, unmerged": ("fp32", Variants.peft),
+    "PyTorch": ("fp32", lambda v: v.torch(torch_engines.pytorch)),
+    "torch.compile": ("fp32", lambda v: v.torch(torch_engines.compiled)),
+    "PEFT, unmerged": ("fp32", lambda v: v.torch(torch_engines.peft)),
     "onnxruntime fp32, plain backbone": ("fp32", lambda v: v.ours(onnx, "fp32", v.plain)),
     "onnxruntime fp32": ("fp32", lambda v: v.ours(onnx, "fp32")),
     "onnxruntime fp32, opset 20": ("fp32", lambda v: v.ours(onnx, "fp32", opset=20)),
@@ -180,13 +145,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         variants = Variants(options, Path(scratch))
         flops = flops_per_image(variants.merged, variants.size)
-        subjects = [
-            Subject(name, VARIANTS[name][1](variants), flops, VARIANTS[name][0])
-            for name in dict.fromkeys([FIRST, *options.variants])
-        ]
-        nodes = variants.nodes()
+        loads = {
+            name: VARIANTS[name][1](variants) for name in dict.fromkeys([FIRST, *options.variants])
+        }
+        nodes, size = variants.nodes(), variants.size
+        del variants
         peaks = gemm_peaks(options.threads)
-        timings = interleaved(subjects, options.batches, variants.size, options.rounds)
+        with contextlib.ExitStack() as stack:
+            subjects = [
+                Subject(name, stack.enter_context(Apart(load)), flops, VARIANTS[name][0])
+                for name, load in loads.items()
+            ]
+            timings = interleaved(subjects, options.batches, size, options.rounds)
         after = gemm_peaks(options.threads)
         peaks = {name: max(peak, after[name]) for name, peak in peaks.items()}
     print(f"{'batch':>5}  {'variant':34}{'ms':>9}{'img/s':>8}{'ratio':>7}  of the peak")

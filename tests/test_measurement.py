@@ -39,7 +39,8 @@ def test_subjects_take_turns_and_every_other_round_goes_back() -> None:
     done: list[int] = []
     interleaved(subjects, [1, 2], 4, 2, done.append)
     once = ["a1", "b1", "a2", "b2"]
-    assert order == once + once + once[::-1]
+    turns = [turn for turn in once for _ in range(2)]
+    assert order == once + turns + turns[::-1]
     assert done == [1, 2]
 
 

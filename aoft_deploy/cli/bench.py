@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-bench",
-        description="Time artefacts in one interleaved run: images a second, the ratio to the "
-        "first, and the share of what this machine's processor can compute at most.",
+        description="Time artefacts in one interleaved run, each in a process of its own: images a "
+        "second, the ratio to the first, and the share of what this machine's processor can "
+        "compute at most.",
     )
     options.add_argument("artefacts", type=Path, nargs="+", metavar="ARTEFACT")
     options.add_argument(
@@ -60,9 +63,10 @@ def bench(options: argparse.Namespace) -> None:
     if options.plot:
         check_matplotlib()
     threads = options.threads or [os.cpu_count() or 1]
-    subjects = _subjects(options, threads)
-    size = _size(subjects)
-    timings = interleaved(subjects, options.batches, size, options.rounds, _progress(options))
+    with ExitStack() as engines:
+        subjects = _subjects(options, threads, engines)
+        size = _size(subjects)
+        timings = interleaved(subjects, options.batches, size, options.rounds, _progress(options))
     on_cpu = all(subject.engine.device == "cpu" for subject in subjects)
     peaks = gemm_peaks(max(threads)) if on_cpu else {}
     _print(timings, peaks)
@@ -80,8 +84,11 @@ def bench(options: argparse.Namespace) -> None:
         raise OutputError(f"The figures cannot be written: {error}.") from error
 
 
-def _subjects(options: argparse.Namespace, threads: Sequence[int]) -> list[Subject]:
+def _subjects(
+    options: argparse.Namespace, threads: Sequence[int], engines: ExitStack
+) -> list[Subject]:
     """Every artefact in every engine asked for, named as shortly as tells them apart."""
+    from aoft_deploy.apart import Apart
     from aoft_deploy.engines import load_artefact
     from aoft_deploy.measurement import Subject
 
@@ -90,7 +97,10 @@ def _subjects(options: argparse.Namespace, threads: Sequence[int]) -> list[Subje
     for path in options.artefacts:
         for name in options.engines or [None]:
             for count in threads:
-                engine = load_artefact(path, engine=name, threads=count, device=options.device)
+                load = partial(
+                    load_artefact, path, engine=name, threads=count, device=options.device
+                )
+                engine = engines.enter_context(Apart(load))
                 label = path.name if short else str(path)
                 label += f" {name}" if name else ""
                 label += f" ×{count}" if len(threads) > 1 else ""
