@@ -3,9 +3,10 @@
 --artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone.
 In each round the engine runs alone in a process of its own, batch after batch, then the server
 under as many clients as fill two batches, each with one image a request: tensors as bytes, JPEGs,
-one task of the fleet, and all its tasks mixed; and one client alone at batch 1. Printed are medians
-of rounds: images a second, their share of the bare engine's in the same round, p50 and p99 in
-milliseconds, what the server adds to the p50, and its processor time a request.
+one task of the fleet, and all its tasks mixed. Printed are medians of rounds: images a second, from
+the end of one batch to the end of another, their share of the bare engine's in the same round, p50
+and p99 in milliseconds, and the server's processor time a request. At batch 1 one client alone and
+the bare engine take turns, request by request: what the server adds is the difference of medians.
 
     python benchmarks/serving.py --artefact vitb.onnx --fleet fleet.onnx --batch 8 --rounds 5
 """
@@ -22,11 +23,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from aoft_deploy.apart import Apart
+from aoft_deploy.engines import load_artefact
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -62,7 +68,7 @@ class Load(NamedTuple):
     """What clients saw.
 
     Attributes:
-        rate: Images a second.
+        rate: Images a second, between the ends of two batches.
         milliseconds: Of each request.
         cpu: Seconds of the server's processor time a request.
         failed: Requests that were not answered with 200.
@@ -99,6 +105,7 @@ class Server:
     ) -> Load:
         """Ask again and again with as many connections."""
         times: list[float] = []
+        ends: list[float] = []
         failed = 0
         begin = time.perf_counter() + 0.5 + 0.1 * seconds  # the batches settle first
         end = begin + seconds
@@ -112,7 +119,8 @@ class Server:
                 connection.request("POST", address, body, headers)
                 response = connection.getresponse()
                 response.read()
-                if begin <= (now := time.perf_counter()) < end:
+                if begin <= (now := time.perf_counter()):
+                    ends.append(now)
                     times.append(now - start)
                     failed += response.status != 200
                 turn += clients
@@ -123,19 +131,42 @@ class Server:
             thread.start()
         time.sleep(max(begin - time.perf_counter(), 0))
         before = self.cpu()
-        time.sleep(max(end - time.perf_counter(), 0))
-        spent = self.cpu() - before
         for thread in threads:
             thread.join()
-        count = max(len(times), 1)
-        if not times:
-            raise SystemExit(f"Nothing was answered in {seconds} seconds: give --seconds more.")
-        return Load(len(times) / seconds, [1e3 * t for t in times], spent / count, failed)
+        spent, answers = self.cpu() - before, rate(ends, clients // 2)
+        return Load(answers, [1e3 * t for t in times], spent / len(times), failed)
+
+    def take_turns(
+        self, requests: list[tuple[str, bytes, dict[str, str]]], alone: Callable[[], float], n: int
+    ) -> tuple[list[float], list[float]]:
+        """Milliseconds of n requests, and of n runs of the bare engine between them."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        served, bare = [], []
+        for turn in range(n):
+            address, body, headers = requests[turn % len(requests)]
+            start = time.perf_counter()
+            connection.request("POST", address, body, headers)
+            response = connection.getresponse()
+            response.read()
+            served.append(1e3 * (time.perf_counter() - start))
+            if response.status != 200:
+                raise SystemExit(f"A request was answered with {response.status}.")
+            bare.append(1e3 * alone())
+        connection.close()
+        return served[1:], bare[1:]
 
     def stop(self) -> None:
         """End it."""
         self.process.terminate()
         self.process.wait(60)
+
+
+def rate(ends: list[float], batch: int) -> float:
+    """Answers a second, of those that come in batches: from the first batch's end to the last's."""
+    ends = sorted(ends)
+    if len(ends) <= 2 * batch:
+        raise SystemExit("Fewer than three batches were answered: give --seconds more.")
+    return (len(ends) - batch) / (ends[-1] - ends[batch - 1])
 
 
 def tensors(model: str, size: int, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
@@ -172,6 +203,19 @@ def bare(path: Path, options: argparse.Namespace, batch: int, mixed: str = "") -
     return times
 
 
+def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[str, float]:
+    """What the server adds to the time of one image."""
+    image = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
+    server = Server(f"merged={options.artefact}", "--max-batch", 1, *threads)
+    with Apart(partial(load_artefact, options.artefact, threads=options.threads)) as engine:
+        served, alone = server.take_turns(
+            tensors("merged", size, 8), lambda: engine.seconds(image), options.turns + 1
+        )
+    server.stop()
+    medians = {"bare_p50": statistics.median(alone), "p50": statistics.median(served)}
+    return {**medians, "added_p50": medians["p50"] - medians["bare_p50"]}
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -180,44 +224,44 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--turns", type=int, default=40, help="requests at batch 1, each round")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     threads = [] if options.threads is None else ["--threads", options.threads]
     size = int(json.loads(Path(f"{options.artefact}.json").read_text())["preprocessing"]["size"])
-    cases: list[tuple[str, Path, str, Any, int]] = [
-        ("tensors", options.artefact, "", tensors("merged", size, 32), options.batch),
-        ("JPEGs", options.artefact, "", jpegs("merged", 32), options.batch),
-        ("tensors, batch 1", options.artefact, "", tensors("merged", size, 8), 1),
+    cases: list[tuple[str, Path, str, Any]] = [
+        ("tensors", options.artefact, "", tensors("merged", size, 32)),
+        ("JPEGs", options.artefact, "", jpegs("merged", 32)),
     ]
     if options.fleet:
         names = [t["name"] for t in json.loads(Path(f"{options.fleet}.json").read_text())["tasks"]]
         one = tensors(names[0], size, 16)
         mixed = [tensors(name, size, 1)[0] for name in names]
-        cases.append(("fleet, one task", options.fleet, "one", one, options.batch))
-        cases.append((f"fleet, {len(names)} tasks", options.fleet, "mixed", mixed, options.batch))
+        cases.append(("fleet, one task", options.fleet, "one", one))
+        cases.append((f"fleet, {len(names)} tasks", options.fleet, "mixed", mixed))
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
-        for name, path, mixed_bare, requests, batch in cases:
-            alone = bare(path, options, batch, mixed_bare)
+        for name, path, mixed_bare, requests in cases:
+            alone = bare(path, options, options.batch, mixed_bare)
             label = "merged" if path == options.artefact else "fleet"
-            server = Server(f"{label}={path}", "--max-batch", batch, *threads)
-            load = server.load(requests, 1 if batch == 1 else 2 * batch, options.seconds)
+            server = Server(f"{label}={path}", "--max-batch", options.batch, *threads)
+            load = server.load(requests, 2 * options.batch, options.seconds)
             server.stop()
-            rate = batch / statistics.median(alone)
+            own = options.batch / statistics.median(alone)
             ranked = sorted(load.milliseconds)
             found.setdefault(name, []).append(
                 {
-                    "bare": rate,
+                    "bare": own,
                     "served": load.rate,
-                    "share": load.rate / rate,
+                    "share": load.rate / own,
                     "p50": statistics.median(ranked),
                     "p99": ranked[int(0.99 * len(ranked))],
-                    "added_p50": statistics.median(ranked) - 1e3 * statistics.median(alone),
                     "cpu_ms": 1e3 * load.cpu,
                     "failed": load.failed,
                 }
             )
+        found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
     result = {
         "command": "python benchmarks/serving.py " + " ".join(sys.argv[1:]),
         "cases": {
