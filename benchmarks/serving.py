@@ -71,12 +71,14 @@ class Load(NamedTuple):
         rate: Images a second, between the ends of two batches.
         milliseconds: Of each request.
         cpu: Seconds of the server's processor time a request.
+        memory: Of the server's process at the end, in MB.
         failed: Requests that were not answered with 200.
     """
 
     rate: float
     milliseconds: list[float]
     cpu: float
+    memory: float
     failed: int
 
 
@@ -134,7 +136,9 @@ class Server:
         for thread in threads:
             thread.join()
         spent, answers = self.cpu() - before, rate(ends, clients // 2)
-        return Load(answers, [1e3 * t for t in times], spent / len(times), failed)
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        memory = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return Load(answers, [1e3 * t for t in times], spent / len(times), memory, failed)
 
     def take_turns(
         self, requests: list[tuple[str, bytes, dict[str, str]]], alone: Callable[[], float], n: int
@@ -258,6 +262,7 @@ def main() -> None:
                     "p50": statistics.median(ranked),
                     "p99": ranked[int(0.99 * len(ranked))],
                     "cpu_ms": 1e3 * load.cpu,
+                    "memory_mb": load.memory,
                     "failed": load.failed,
                 }
             )

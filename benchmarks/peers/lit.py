@@ -1,0 +1,39 @@
+"""A LitServe server of a small ONNX model: python lit.py MODEL PORT {noop,tiny}."""
+
+import sys
+
+import litserve
+import numpy as np
+import onnxruntime
+
+PATH, PORT, KIND = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+
+class Model(litserve.LitAPI):
+    """The model, with LitServe's batching unless nothing is to be computed."""
+
+    def setup(self, device):
+        """Open it."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(PATH, options)
+
+    def decode_request(self, request):
+        """Numbers of a request."""
+        return np.asarray(request["data"], np.float32).reshape(3, 2, 2)
+
+    def predict(self, x):
+        """Logits."""
+        if KIND == "noop":
+            return np.zeros(10, np.float32)
+        return self.session.run(None, {"pixel_values": np.asarray(x)})[0]
+
+    def encode_response(self, output):
+        """JSON."""
+        return {"data": output.tolist()}
+
+
+if __name__ == "__main__":
+    batching = {} if KIND == "noop" else {"max_batch_size": 16, "batch_timeout": 0.002}
+    server = litserve.LitServer(Model(**batching), accelerator="cpu")
+    server.run(host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False)
