@@ -15,13 +15,14 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from aoft_deploy.backbone import Backbone, create_backbone, image_size
+from aoft_deploy.checkpoint_file import FORMAT, parse_description, read_tensors
 from aoft_deploy.errors import BackboneError, CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.files import replacing
 from aoft_deploy.low_rank import bypassed_layers
@@ -31,28 +32,7 @@ from aoft_deploy.published import is_published, published_preprocessing, read_pu
 from aoft_deploy.sites import classifier_names
 from aoft_deploy.tuned import TunedModel, attach
 
-__all__ = [
-    "FORMAT",
-    "Checkpoint",
-    "description",
-    "load",
-    "open_checkpoint",
-    "read_checkpoint",
-    "save",
-]
-
-FORMAT = 1
-"""Version of the layout that this code writes and reads."""
-
-KEYS = {
-    "format": int,
-    "method": str,
-    "settings": dict,
-    "backbone": dict,
-    "classes": list,
-    "preprocessing": dict,
-    "training": dict,
-}
+__all__ = ["Checkpoint", "description", "load", "open_checkpoint", "read_checkpoint", "save"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -147,14 +127,14 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = (file.metadata() or {}).get("aoft")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # beside its own error, safetensors raises what torch does
+        tensors, metadata = read_tensors(path, "pt")
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(_unreadable(path, error)) from error
-    if metadata is None:
+    if "aoft" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
-    return _parse(path, metadata, tensors)
+    return _parse(path, metadata["aoft"], tensors)
 
 
 def load(
@@ -342,19 +322,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The metadata of {path} is no JSON ({error}).") from error
-    version = metadata.get("format") if isinstance(metadata, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}, but this version reads up to {FORMAT}: "
-            "upgrade aoft-deploy."
-        )
-    for key, kind in KEYS.items():
-        if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):
-            raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
+    metadata = parse_description(path, text)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{name} in {path} is {tensor.dtype}, but must be a float type.")

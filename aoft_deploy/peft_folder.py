@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from aoft_deploy.checkpoint_file import read_tensors
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.low_rank import bounded
 from aoft_deploy.peft_config import AdapterConfig
@@ -224,10 +224,10 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         hint = pickled if (path / "adapter_model.bin").is_file() else ""
         raise CheckpointError(f"{path} has no {WEIGHTS}{hint}.")
     try:
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-            metadata = opened.metadata() or {}
-    except Exception as error:  # beside its own error, safetensors raises what torch does
+        tensors, metadata = read_tensors(file, "pt")
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}).") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:

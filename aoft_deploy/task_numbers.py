@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
+from aoft_deploy.checkpoint_file import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
 
 __all__ = ["TaskKind", "TaskNumbers", "name_of", "read_checkpoint_numbers"]
@@ -167,15 +167,16 @@ def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
             finite.
     """
     try:
-        with safe_open(path, "np") as file:
-            metadata = json.loads((file.metadata() or {})["aoft"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        classes = tuple(str(name) for name in metadata["classes"])
-        found = {key: metadata[key] for key in ("method", "settings", "preprocessing")}
-        found["digest"] = metadata["backbone"]["digest"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        tensors, metadata = read_tensors(path, "np")
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"{path} is no checkpoint of aoft-train ({error}).") from error
-    kind.check(path, found)
+    if "aoft" not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
+    described = parse_description(path, metadata["aoft"])
+    kind.check(path, {**described, "digest": described["backbone"].get("digest")})
+    classes = tuple(str(name) for name in described["classes"])
     if not classes:
         raise CheckpointError(f"{path} names no classes: a task needs one at least.")
     rest = dict(tensors)
@@ -200,7 +201,7 @@ def _head(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
 def _checked(
     path: Path, name: str, shape: Sequence[int], tensor: NDArray[Any] | None
 ) -> NDArray[np.float32]:
-    if tensor is not None and tensor.shape == tuple(shape):
+    if tensor is not None and tensor.shape == tuple(shape) and tensor.dtype.kind == "f":
         with np.errstate(over="ignore"):
             numbers = tensor.astype(np.float32, copy=False)
         if np.isfinite(numbers).all():

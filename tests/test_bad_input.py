@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import struct
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from safetensors_faults import FAULTS, faulty
 
 from aoft_deploy.checkpoint import save as save_checkpoint
 from aoft_deploy.cli.export import main
@@ -98,6 +100,16 @@ def test_a_checkpoint_with_bytes_after_its_end_is_refused(
     assert "is no checkpoint, or a truncated one" in line
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_with_a_faulty_header_is_refused(
+    fault: str, checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Refused
+) -> None:
+    path = faulty(checkpoint, tmp_path / "model.ckpt", fault)
+    line = refused(main, "--merge", path, "--backbone-weights", backbone_weights, "--to", "timm")
+    assert re.search(FAULTS[fault][1], line), line
+    assert re.search(FAULTS[fault][1], refused(inspect_main, path))
+
+
 def replaced(key: str, value: object) -> Change:
     return lambda data: data.update({key: value})
 
@@ -159,8 +171,6 @@ def test_wrong_metadata_are_refused(
     tmp_path: Path,
     refused: Refused,
 ) -> None:
-    import re
-
     change, message = METADATA[fault]
     path = with_metadata(checkpoint, tmp_path / "model.ckpt", change)
     line = refused(main, "--merge", path, "--backbone-weights", backbone_weights)
@@ -259,8 +269,6 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 def test_wrong_tensors_are_refused(
     fault: str, checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    import re
-
     change, message = TENSORS[fault]
     path = altered(checkpoint, tmp_path / "model.ckpt", change)
     options = ["--merge", path, "--backbone-weights", backbone_weights, "--to", "timm"]

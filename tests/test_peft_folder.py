@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors_faults import FAULTS, faulty
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -567,6 +569,15 @@ def test_a_truncated_file_is_refused(
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     assert "is no safetensors file" in refused(main, *options(copy, weights(VIT)))
+
+
+@pytest.mark.parametrize("fault", ["twice", "path", "200,000 tensors"])
+def test_a_faulty_header_is_refused(
+    fault: str, saved: Path, copy: Path, weights: Callable[[str], Path], refused: Callable[..., str]
+) -> None:
+    name = "adapter_model.safetensors"
+    faulty(saved / name, copy / name, fault)
+    assert re.search(FAULTS[fault][1], refused(main, *options(copy, weights(VIT))))
 
 
 def test_a_pickled_adapter_is_refused_and_not_read(
