@@ -70,8 +70,14 @@ class Fleet:
             names = [str(task["name"]) for task in named]
             classes = [tuple(map(str, task["classes"])) for task in named]
             self.kind = TaskKind.of_fleet(self._engine.info, tables["heads"].shape[1] - 1)
-        except (KeyError, TypeError, ValueError) as error:
+            last = tables["first"] + tables["count"]
+            heads = [tables["heads"][i:j] for i, j in zip(tables["first"], last, strict=True)]
+            numbers = map(TaskNumbers, tables["bank"], heads, classes)
+            own = list(zip(names, numbers, strict=True))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no fleet of aoft-export ({error}).") from error
+        for name, task in own:
+            self.kind.check_numbers(name, task)
         self.preprocessing = Preprocessing.from_dict(self.kind.preprocessing)
         if isinstance(store, str | Path):
             store = open_store(Path(store), self.kind)
@@ -80,10 +86,7 @@ class Fleet:
         if budget is None:
             budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._tables = TaskTables(self.kind.numbers, self.kind.width, budget)
-        last = tables["first"] + tables["count"]
-        heads = [tables["heads"][i:j] for i, j in zip(tables["first"], last, strict=True)]
-        own = map(TaskNumbers, tables["bank"], heads, classes)
-        self._tasks = ResidentTasks(self._tables, store, zip(names, own, strict=True))
+        self._tasks = ResidentTasks(self._tables, store, own)
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:

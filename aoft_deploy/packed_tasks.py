@@ -40,6 +40,9 @@ ENTRY = np.dtype(
 """Of each task: where its name ends, where its numbers begin, how many classes, bytes of their
 JSON, CRC-32 of all three."""
 
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error)
+"""What reading an index of anybody's raises."""
+
 
 class PackedTasks:
     """The tasks of a file that ``pack`` wrote.
@@ -69,7 +72,7 @@ class PackedTasks:
         weakref.finalize(self, os.close, self._file)
         try:
             self._read_index()
-        except (OSError, KeyError, TypeError, ValueError, struct.error) as error:
+        except UNREADABLE as error:
             raise CheckpointError(
                 f"{path} is no file of packed tasks, or a truncated one ({error})."
             ) from error
@@ -91,17 +94,24 @@ class PackedTasks:
             raise UnknownNameError("task", name, self.names.closest(name))
         entry = self._entries[place]
         numbers, classes, width = self.kind.numbers, int(entry["classes"]), self.kind.width + 1
-        data = np.empty(4 * (numbers + classes * width) + int(entry["text"]), np.uint8)
+        start, text = int(entry["start"]), int(entry["text"])
+        size = 4 * (numbers + classes * width) + text
+        damaged = CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file anew.")
+        if start + size > self._end:
+            raise damaged
+        data = np.empty(size, np.uint8)
         try:
-            length = os.preadv(self._file, [data.data], int(entry["start"]))
+            length = os.preadv(self._file, [data.data], start)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read ({error.strerror}).") from error
-        if length != len(data) or zlib.crc32(data.data) != entry["crc"]:
-            raise CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file anew.")
-        floats = data[: len(data) - int(entry["text"])].view("<f4")
-        head = floats[numbers:].reshape(classes, width)
-        text = data[len(data) - int(entry["text"]) :].tobytes()
-        return TaskNumbers(floats[:numbers], head, tuple(json.loads(text)))
+        if length != size or zlib.crc32(data.data) != entry["crc"]:
+            raise damaged
+        floats = data[: size - text].view("<f4")
+        try:
+            named = tuple(map(str, json.loads(data[size - text :].tobytes())))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise damaged from error
+        return TaskNumbers(floats[:numbers], floats[numbers:].reshape(classes, width), named)
 
     def _read_index(self) -> None:
         size = os.fstat(self._file).st_size
@@ -109,6 +119,7 @@ class PackedTasks:
         start, crc, magic = TRAILER.unpack(trailer)
         if magic != MAGIC or start > size:
             raise ValueError("its end is missing")
+        self._end = start
         index = os.pread(self._file, max(size - TRAILER.size - start, 0), start)
         if zlib.crc32(index) != crc:
             raise ValueError("its index is damaged")
@@ -117,7 +128,10 @@ class PackedTasks:
         (count,) = struct.unpack_from("<Q", index, 8 + length)
         self._entries = np.frombuffer(index, ENTRY, count, 16 + length)
         text = index[16 + length + self._entries.nbytes :]
-        self.names = Names(text, self._entries["name_end"].astype(np.int64))
+        ends = self._entries["name_end"].astype(np.int64)
+        if (np.diff(ends, prepend=0, append=len(text)) < 0).any():
+            raise ValueError("its names do not fit")
+        self.names = Names(text, ends)
 
 
 def pack(source: TaskStore, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import open_checkpoint, save
@@ -192,18 +195,78 @@ def test_what_does_not_belong_is_refused_and_the_fleet_goes_on(
     assert right(fleet.predict(images[:2], ["t1", "t0"]), ["t1", "t0"], [0, 1], expected)
 
 
-def test_numbers_that_are_not_finite_are_refused(
-    artefact: Path, tasks: dict[str, Path], tmp_path: Path
-) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+NUMBER, HEAD = "update.blocks.0.attn.qkv.q.q_down", "head.head.weight"
 
+UNFIT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
+    "number is nan": (lambda t, _: t[NUMBER].view(-1)[3].fill_(torch.nan), "q_down in .* finite"),
+    "number is inf": (lambda t, _: t[NUMBER].view(-1)[3].fill_(torch.inf), "q_down in .* finite"),
+    "classifier is nan": (lambda t, _: t[HEAD].view(-1)[0].fill_(torch.nan), "classifier in .* f"),
+    "no classifier": (lambda t, _: [t.pop(n) for n in list(t) if "head" in n], "classifier in"),
+    "no weight": (lambda t, _: t.pop(HEAD), "classifier in"),
+    "fewer classes": (lambda _, m: m["classes"].pop(), "classifier in .* of shape"),
+    "no number": (lambda t, _: t.pop(NUMBER), "q_down in"),
+    "shape": (lambda t, _: t.update({NUMBER: t[NUMBER][:-1].clone()}), "q_down in .* of shape"),
+    "other backbone": (lambda _, m: m["backbone"].update(digest="0" * 64), "weights 000000000000"),
+    "other rank": (lambda _, m: m["settings"].update(rank=3), "has settings"),
+    "other preprocessing": (lambda _, m: m["preprocessing"].update(crop_pct=0.5), "has preproc"),
+    "newer format": (lambda _, m: m.update(format=2), "has format 2"),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_a_checkpoint_that_does_not_fit_takes_no_task_s_place(
+    fault: str,
+    artefact: Path,
+    tasks: dict[str, Path],
+    images: NDArray[np.float32],
+    expected: dict[str, NDArray[np.float32]],
+    tmp_path: Path,
+) -> None:
+    change, message = UNFIT[fault]
     tensors = load_file(tasks["t2"])
-    tensors["update.blocks.0.attn.qkv.q.q_down"][3] = float("nan")
     with safe_open(tasks["t2"], "pt") as file:
-        save_file(tensors, tmp_path / "nan.ckpt", metadata=file.metadata())
-    with pytest.raises(CheckpointError, match=r"q_down in .* must be finite"):
-        Fleet(artefact, threads=1).add(tmp_path / "nan.ckpt")
+        metadata = json.loads(file.metadata()["aoft"])
+    change(tensors, metadata)
+    save_file(tensors, tmp_path / "bad.ckpt", metadata={"aoft": json.dumps(metadata)})
+    fleet = Fleet(artefact, threads=1)
+    before = fleet.residency
+    for name in ("t0", "new"):
+        with pytest.raises(CheckpointError, match=message):
+            fleet.add(tmp_path / "bad.ckpt", name, replace=True)
+    assert fleet.residency == before and "new" not in fleet
+    assert right(fleet.predict(images[:1], ["t0"]), ["t0"], [0], expected)
+
+
+FLEETS: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], object], str]] = {
+    "tasks nested too deeply": (lambda _, m: m.update(tasks="[" * 100_000), "is no fleet of aoft"),
+    "tasks that are none": (lambda _, m: m.update(tasks="7"), "is no fleet of aoft"),
+    "a row nested too deeply": (lambda _, m: m.update(row="[" * 100_000), "is no fleet of aoft"),
+    "a task less": (lambda t, _: t.update(bank=t["bank"][:1]), "is no fleet of aoft"),
+    "a number that is nan": (lambda t, _: t["bank"].fill(np.nan), "'t0' holds numbers that are"),
+    "a classifier that is inf": (lambda t, _: t["heads"].fill(np.inf), "'t0' holds numbers that"),
+    "shorter rows": (lambda t, _: t.update(bank=t["bank"][:, :-1]), "'t0' has numbers of shape"),
+    "rows elsewhere": (lambda t, _: t["first"].fill(10**6), "'t0' has numbers of shape"),
+}
+
+
+@pytest.mark.parametrize("fault", FLEETS)
+def test_a_fleet_whose_own_tasks_make_no_sense_is_refused(
+    fault: str, artefact: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    change, message = FLEETS[fault]
+    proto = onnx.load(artefact)
+    stored = {i.name: i for i in proto.graph.initializer if i.name in ("bank", "heads", "first")}
+    tables = {name: onnx.numpy_helper.to_array(i).copy() for name, i in stored.items()}
+    info = {entry.key: entry.value for entry in proto.metadata_props}
+    change(tables, info)
+    for name, table in tables.items():
+        stored[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(table), name))
+    onnx.helper.set_model_props(proto, info)
+    onnx.save(proto, tmp_path / "fleet.onnx")
+    with pytest.raises(CheckpointError, match=message):
+        Fleet(tmp_path / "fleet.onnx", threads=1)
 
 
 def test_a_merged_model_is_no_fleet(artefact: Path, tasks: dict[str, Path], tmp_path: Path) -> None:

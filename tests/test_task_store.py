@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from safetensors_faults import FAULTS, faulty
 
 from aoft_deploy import packed_tasks
 from aoft_deploy.checkpoint_folder import CheckpointFolder
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
-from aoft_deploy.packed_tasks import PackedTasks, pack
+from aoft_deploy.packed_tasks import ENTRY, TRAILER, PackedTasks, pack
 from aoft_deploy.task_names import Names
 from aoft_deploy.task_numbers import TaskKind, TaskNumbers, read_checkpoint_numbers
 from aoft_deploy.task_store import open_store
@@ -43,6 +46,8 @@ def write(path: Path, classes: Sequence[str] = ("x", "ü"), seed: int = 0, **cha
     tensors["head.head.bias"] = rng.normal(size=len(classes)).astype(np.float32)
     tensors |= changes.pop("tensors", {})
     metadata = {
+        "format": 1,
+        "training": {},
         "method": KIND.method,
         "settings": KIND.settings,
         "preprocessing": KIND.preprocessing,
@@ -142,7 +147,12 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"settings": {"rank": 3}}, "has settings {'rank': 3}"),
     ({"preprocessing": {}}, "has preprocessing"),
     ({"backbone": {"digest": "0" * 64}}, "trained on backbone weights 000000000000"),
-    ({"backbone": {}}, "is no checkpoint of aoft-train"),
+    ({"backbone": {}}, "trained on backbone weights None"),
+    ({"backbone": "vit"}, "lacks backbone as dict"),
+    ({"settings": [1]}, "lacks settings as dict"),
+    ({"classes": "ab"}, "lacks classes as list"),
+    ({"format": 2}, "has format 2, but this version reads up to 1: upgrade aoft-deploy"),
+    ({"format": None}, "lacks format as int"),
     ({"classes": []}, "names no classes"),
     (
         {"tensors": {"head.head.weight": np.zeros((3, 4)), "head.head.bias": np.zeros(3)}},
@@ -151,6 +161,11 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"tensors": {"update.a.q": None}}, r"update.a.q in .* finite numbers of shape \(3,\)"),
     ({"tensors": {"update.a.q": np.full(3, np.nan, np.float32)}}, "update.a.q in .* finite"),
     ({"tensors": {"update.a.q": np.full(3, 1e300)}}, "update.a.q in .* finite"),
+    ({"tensors": {"update.a.b": np.zeros((3, 2))}}, r"update.a.b in .* shape \(2, 2\)"),
+    ({"tensors": {"update.a.q": np.zeros(3, np.int64)}}, "update.a.q in .* finite"),
+    ({"tensors": {"head.head.weight": np.full((2, 4), np.nan)}}, "classifier in .* finite"),
+    ({"tensors": {"head.head.bias": np.full(2, -np.inf)}}, "classifier in .* finite"),
+    ({"tensors": {"head.head.weight": None, "head.head.bias": None}}, "classifier in"),
     ({"tensors": {"update.b.q": np.zeros(3)}}, "classifier in"),
     ({"tensors": {"head.head.weight": None}}, "classifier in"),
     ({"tensors": {"head.head.bias": np.zeros(3)}}, "classifier in"),
@@ -169,6 +184,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_not_packed(
     with pytest.raises(CheckpointError, match=message):
         pack(folder, tmp_path / "tasks.pack")
     assert not (tmp_path / "tasks.pack").exists()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_with_a_faulty_header_is_refused_and_not_packed(
+    folder: CheckpointFolder, tmp_path: Path, fault: str
+) -> None:
+    path = faulty(write(tmp_path / "good.ckpt"), folder.path / "bad.ckpt", fault)
+    with pytest.raises(CheckpointError, match=FAULTS[fault][1]):
+        read_checkpoint_numbers(path, KIND)
+    with pytest.raises(CheckpointError, match=FAULTS[fault][1]):
+        pack(folder, tmp_path / "tasks.pack")
+    assert not (tmp_path / "tasks.pack").exists()
+
+
+@pytest.mark.parametrize("text", ["", "text", "[1]", "null", "[" * 100_000, "9" * 5000])
+def test_a_description_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    save_file({"a": np.ones(2)}, tmp_path / "a.ckpt", metadata={"aoft": text})
+    with pytest.raises(CheckpointError, match=r"The metadata of .*a\.ckpt"):
+        read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
+
+
+def test_other_files_than_checkpoints_are_refused(tmp_path: Path) -> None:
+    save_file({"a": np.ones(2)}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="a safetensors file, but no checkpoint of aoft-tr"):
+        read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
+    for content in (b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(50)):
+        (tmp_path / "a.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
+            read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
 
 
 class Given:
@@ -250,6 +294,86 @@ def test_a_file_truncated_while_it_is_open_is_an_error_and_not_the_end(packed: P
         file.truncate(50)
     with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file anew"):
         store.read("cats")
+
+
+def sealed(packed: Path, **changes: Any) -> Path:
+    """A packed file with another index, or another text of its first task, and right sums.
+
+    Args:
+        packed: The file.
+        changes: ``kind``: its text; ``names``: their text; fields of the first task's entry;
+            ``count``: of tasks; ``named``: the text of the first task's classes.
+    """
+    data = bytearray(packed.read_bytes())
+    start, _, magic = TRAILER.unpack(data[-TRAILER.size :])
+    index = bytes(data[start : -TRAILER.size])
+    (length,) = struct.unpack_from("<Q", index)
+    (count,) = struct.unpack_from("<Q", index, 8 + length)
+    entries = np.frombuffer(index, ENTRY, count, 16 + length).copy()
+    if "named" in changes:
+        text = changes.pop("named")
+        first = int(entries["start"][0])
+        size = 4 * (KIND.numbers + int(entries["classes"][0]) * (KIND.width + 1))
+        numbers = bytes(data[first : first + size])
+        entries["start"][0], entries["text"][0] = start, len(text)
+        entries["crc"][0] = zlib.crc32(numbers + text)
+        data[start:] = numbers + text
+        start = len(data)
+    kind = changes.pop("kind", index[8 : 8 + length])
+    names = changes.pop("names", index[16 + length + entries.nbytes :])
+    count = changes.pop("count", count)
+    for name, value in changes.items():
+        entries[name][0] = value
+    parts = struct.pack("<Q", len(kind)), kind, struct.pack("<Q", count), entries.tobytes(), names
+    index = b"".join(parts)
+    hurt = packed.with_name("hurt.pack")
+    hurt.write_bytes(data[:start] + index + TRAILER.pack(start, zlib.crc32(index), magic))
+    return hurt
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": b"[" * 100_000},
+        {"kind": b"[]"},
+        {"kind": b"{}"},
+        {"kind": b"text"},
+        {"names": b""},
+        {"name_end": -1},
+        {"name_end": 2**40},
+        {"count": 2**63},
+        {"count": 10**6},
+    ],
+    ids=str,
+)
+def test_an_index_that_makes_no_sense_is_refused_though_its_sum_is_right(
+    packed: Path, changes: dict[str, Any]
+) -> None:
+    assert same(PackedTasks(sealed(packed)).read("cats"), PackedTasks(packed).read("cats"))
+    with pytest.raises(CheckpointError, match="no file of packed tasks, or a truncated one"):
+        PackedTasks(sealed(packed, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": 2**32 - 1},
+        {"text": 2**32 - 1},
+        {"start": 2**63},
+        {"named": b"[" * 100_000},
+        {"named": b"text"},
+        {"named": b"\xff"},
+        {"named": b"7"},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+def test_a_task_that_makes_no_sense_is_refused_though_its_sum_is_right(
+    packed: Path, changes: dict[str, Any]
+) -> None:
+    hurt = PackedTasks(sealed(packed, **changes))
+    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file anew"):
+        hurt.read("cats")
+    assert same(hurt.read("dogs"), PackedTasks(packed).read("dogs"))
 
 
 def test_a_file_that_cannot_be_read_is_an_error(
