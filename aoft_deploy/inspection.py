@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest, folder_digest
 from aoft_deploy.manifest import manifest_path
+from aoft_deploy.single_file import read_metadata
 
 if TYPE_CHECKING:
     from aoft_deploy.checkpoint import Checkpoint
@@ -155,8 +156,9 @@ def _peft(path: Path) -> dict[str, Any]:
 def _onnx(path: Path) -> dict[str, Any]:
     import onnx
 
+    metadata = read_metadata(path)
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker raise classes of their own
         reason = " ".join(str(error).split())[:120]
@@ -167,7 +169,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "outputs": [_value(value) for value in model.graph.output],
         "nodes": len(model.graph.node),
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
-        **{entry.key: _decoded(entry.value) for entry in model.metadata_props},
+        **{key: _decoded(text) for key, text in metadata.items()},
     }
 
 

@@ -1,7 +1,7 @@
 """What an ONNX file says of itself, read without its weights: metadata, and whether it is whole.
 
-A model may name other files of the host as its weights. What is served does not: aoft-export
-writes single files, and others are refused before any runtime opens them.
+A model may name other files of the host, or places in memory, as its weights. aoft-export writes
+single files, and others are refused before any runtime opens them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     except (ValueError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} is no ONNX model, or a damaged one.") from error
     if not whole:
-        raise CheckpointError(f"{path} keeps weights in other files: only single files are served.")
+        raise CheckpointError(f"{path} keeps weights in other files: only single files are opened.")
     return found
 
 

@@ -368,6 +368,20 @@ def test_a_truncated_artefact_is_refused(
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_an_onnx_file_with_weights_elsewhere_is_refused_before_openvino_opens_them(
+    artefact: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    proto = onnx.load(artefact)
+    tensor = proto.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, "missing.bin")
+    tensor.ClearField("raw_data")
+    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckpointError, match="keeps weights in other files"):
+        load_artefact(tmp_path / "a.onnx", engine="openvino")
+
+
 def test_aoft_inspect_tells_what_the_artefact_holds(folder: Path, int8: Path) -> None:
     found = inspect_file(int8)
     assert (found["kind"], found["precision"], found["method"]) == (

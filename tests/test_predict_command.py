@@ -210,7 +210,7 @@ def test_what_is_no_artefact_is_refused(
     assert "is no artefact of aoft-export" in refused(main, checkpoint, photos[0])
     assert "There is no file" in refused(main, tmp_path / "missing.onnx", photos[0])
     (tmp_path / "text.onnx").write_text("text")
-    assert "is no ONNX model that can be run" in refused(main, tmp_path / "text.onnx", photos[0])
+    assert "is no ONNX model, or a damaged one" in refused(main, tmp_path / "text.onnx", photos[0])
     (tmp_path / "a.safetensors").write_bytes(checkpoint.read_bytes())
     line = refused(main, tmp_path / "a.safetensors", photos[0])
     assert "is no state dict of --to timm" in line

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.single_file import read_metadata
 
 __all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library"]
 
@@ -105,24 +106,22 @@ class OnnxEngine:
         device: ``cpu``, ``cuda`` or ``tensorrt``, and of several GPUs the number, as ``cuda:1``.
 
     Raises:
-        CheckpointError: The file is missing or ONNX Runtime cannot read it.
+        CheckpointError: The file is missing, names other files, or ONNX Runtime cannot read it.
         SettingError: The device does not exist or does not start.
         MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
     """
 
     def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {path}.")
+        self.info: Mapping[str, str] = read_metadata(path)
         self._session = _session(path, threads, device, path)
         self._runs = self._new_runs()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._input = self._session.get_inputs()[0]
-        self.info: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         dtype = np.uint8 if self.takes_pixels else np.float32
         shape = tuple(side if isinstance(side, int) else None for side in self._input.shape[1:])
         self._takes = dtype, shape
-        self._tasks = len(json.loads(self.info.get("tasks", "[]"))) if self.takes_tasks else None
+        self._tasks = _task_count(self.info, path) if self.takes_tasks else None
 
     @property
     def takes_pixels(self) -> bool:
@@ -160,6 +159,13 @@ class OnnxEngine:
         return library().RunOptions()
 
 
+def _task_count(info: Mapping[str, str], path: Path) -> int:
+    try:
+        return len(json.loads(info.get("tasks", "[]")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not name its tasks ({error}).") from error
+
+
 class OnnxFleet:
     """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
 
@@ -172,20 +178,18 @@ class OnnxFleet:
         threads: Threads within an operator; None lets ONNX Runtime choose.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or no fleet.
+        CheckpointError: The file is missing, damaged, no fleet, or names other files.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnx
 
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {path}.")
+        self.info: Mapping[str, str] = read_metadata(path)
         try:
-            proto = onnx.load(path)
+            proto = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf raises classes of its own
             raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
-        self.info = {entry.key: entry.value for entry in proto.metadata_props}
         stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
         if set(stored) != set(FLEET_TABLES):
             raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")

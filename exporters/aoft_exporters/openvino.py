@@ -304,9 +304,9 @@ class _Compiled:
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
         core = _openvino().Core()
+        found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
         graph = _read(core, file, path)
-        found = _metadata_of_onnx(file) if file == path else _metadata(graph, path)
-        self.info: Mapping[str, str] = found
+        self.info: Mapping[str, str] = _metadata(graph, path) if found is None else found
         precision = self.info["precision"]
         _check_arithmetic(core, precision)
         options: dict[str, Any] = {
