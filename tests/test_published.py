@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,9 +20,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from aoft_deploy.checkpoint import read_checkpoint
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import main as inspect_main
+from aoft_deploy.cli.predict import main as predict_main
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.published import is_published, published_preprocessing, read_published
+from aoft_deploy.task_numbers import TaskKind, read_checkpoint_numbers
 
 BACKBONE = "published_test_vit"
 SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 8, 48, 2, 3, 7
@@ -331,37 +336,102 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
-def bombs(folder: Path, marker: Path) -> list[Path]:
-    """Pickles that make ``marker`` when read carelessly: torch's archive, bare, old style."""
-    state = {**published_state(seed=1), "extra": Bomb(marker)}
-    paths = [folder / name for name in ("zip.pth", "bare.pth", "legacy.pth")]
-    torch.save(state, paths[0])
-    paths[1].write_bytes(pickle.dumps(state))
-    torch.save(state, paths[2], _use_new_zipfile_serialization=False)
-    return paths
+BOMBS = ("archive", "bare", "legacy", "module", "module.safetensors", "bare.safetensors")
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+def bomb(folder: Path, marker: Path, kind: str) -> Path:
+    """A pickle that makes ``marker`` when read carelessly.
+
+    torch's archive, bare, in torch's old form; a dict or a whole module; under its own name or that
+    of a safetensors file.
+    """
+    form, _, suffix = kind.partition(".")
+    path = folder / f"{form}.{suffix or 'pth'}"
+    module = torch.nn.Linear(2, 2)
+    module.more = Bomb(marker)  # type: ignore[assignment]
+    content = module if form == "module" else {**published_state(seed=1), "extra": Bomb(marker)}
+    if form == "bare":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    return path
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A TorchScript archive, which is code by its nature."""
+    path = tmp_path / "script.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather not make such files any more
+        trace: Any = torch.jit.trace
+        trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_the_bombs_of_these_tests_do_go_off(kind: str, tmp_path: Path) -> None:
+    path = bomb(tmp_path, tmp_path / "ran", kind)
+    with path.open("rb") as file:
+        if kind.startswith("bare"):
+            pickle.load(file)
+        else:
+            torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", BOMBS)
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
-    which: int, npz: Path, tmp_path: Path, refused: Callable[..., str]
+    kind: str, npz: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker = tmp_path / "ran"
-    path = bombs(tmp_path, marker)[which]
+    path = bomb(tmp_path, marker, kind)
     assert "would run code" in refused(main, *options(path, npz))
     assert "is a pickle, which could run code" in refused(main, "--merge", path)
     with pytest.raises(CheckpointError, match="would run code"):
         read_published(path)
+    with pytest.raises(CheckpointError, match="is a pickle, which could run code"):
+        read_checkpoint(path)
+    with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
+        read_checkpoint_numbers(path, TaskKind("", "rlrr", {}, {}, (), WIDTH))
+    said = "is no safetensors file" if path.suffix == ".safetensors" else "would run code"
+    assert said in refused(inspect_main, path)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_backbone_weights_that_would_run_code_are_refused_and_do_not_run(
-    which: int, pth: Path, tmp_path: Path, refused: Callable[..., str]
+@pytest.mark.parametrize("kind", BOMBS)
+def test_an_artefact_or_adapter_that_would_run_code_is_refused_and_does_not_run(
+    kind: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker = tmp_path / "ran"
-    path = bombs(tmp_path, marker)[which]
+    artefact = bomb(tmp_path, marker, kind).rename(tmp_path / "a.safetensors")
+    line = refused(predict_main, artefact, tmp_path / "a.png")
+    assert "is no state dict of --to timm" in line
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+    artefact.rename(folder / "adapter_model.safetensors")
+    assert "is no safetensors file" in refused(main, "--merge", folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_backbone_weights_that_would_run_code_are_refused_and_do_not_run(
+    kind: str, pth: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    marker = tmp_path / "ran"
+    path = bomb(tmp_path, marker, kind)
     assert "cannot be read as weights" in refused(main, *options(pth, path))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors", ".ckpt"])
+def test_torchscript_is_refused(
+    suffix: str, script: Path, pth: Path, npz: Path, refused: Callable[..., str]
+) -> None:
+    path = script.rename(script.with_suffix(suffix))
+    assert "would run code" in refused(main, *options(path, npz))
+    assert "is a pickle, which could run code" in refused(main, "--merge", path)
+    assert "cannot be read as weights" in refused(main, *options(pth, path))
 
 
 def test_an_npz_with_a_pickled_array_is_refused_and_does_not_run(
