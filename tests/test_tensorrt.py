@@ -243,6 +243,20 @@ def test_an_artefact_that_was_changed_is_not_run(file: str, copy: Path) -> None:
             load_artefact(copy)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999, -1])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_truncated_plan_is_not_run(manifest: bool, kept: float, copy: Path) -> None:
+    plan = (copy / exporter.MARKER).read_bytes()
+    end = kept if isinstance(kept, int) else int(kept * len(plan))
+    (copy / exporter.MARKER).write_bytes(plan[:end])
+    if not manifest:
+        copy.with_name(f"{copy.name}.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not the plan that engine\.json names"):
+        exporter.load(copy)
+    with pytest.raises(CheckpointError, match=r"was changed after|is not the plan that engine"):
+        load_artefact(copy)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', None])
 def test_metadata_that_are_missing_or_of_others_are_refused(text: str | None, copy: Path) -> None:
     (copy / METADATA).unlink()
