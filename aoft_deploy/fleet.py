@@ -149,6 +149,22 @@ class Fleet:
         """
         self._tasks.remove(name)
 
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Find tasks, and read those that are not in memory: all that a request does beforehand.
+
+        Args:
+            names: Of tasks; where the budget has no room for all of them, the last ones stay.
+
+        Raises:
+            UnknownNameError: There is no such task.
+            CheckpointError: The store cannot give a task's numbers.
+            SettingError: The tasks added leave no room for one of the store.
+        """
+        rest = list(dict.fromkeys(names))
+        while rest:
+            with self._tasks.holding(rest) as slots:
+                rest = [name for name in rest if name not in slots]
+
     def predict(
         self, images: NDArray[np.float32], tasks: Sequence[str]
     ) -> list[NDArray[np.float32]]:

@@ -328,6 +328,25 @@ def test_tasks_of_a_store_answer_as_their_merged_models_in_any_budget(
     assert found.tasks == 2 + found.misses - found.evictions
 
 
+def test_tasks_that_were_fetched_before_are_in_memory_when_they_are_asked(
+    artefact: Path, stores: dict[str, Path], images: NDArray[np.float32]
+) -> None:
+    fleet = Fleet(artefact, store=stores["packed"], threads=1)
+    fleet.prefetch(["t5", "t0", "t5"])
+    fleet.prefetch([])
+    assert list(fleet.tasks) == ["t0", "t1", "t5"] and fleet.residency.misses == 1
+    fleet.predict(images[:2], ["t5", "t0"])
+    assert fleet.residency.misses == 1
+    with pytest.raises(UnknownNameError, match="Unknown task 't99'"):
+        fleet.prefetch(["t5", "t99"])
+    room = room_for(Fleet(artefact, threads=1), [max(WIDTHS)])
+    small = Fleet(artefact, store=stores["packed"], budget=room, threads=1)
+    small.prefetch(["t2", "t3", "t5"])
+    assert "t5" in small.tasks and "t2" not in small.tasks
+    small.remove("t5")  # nobody holds it any more
+    assert small.residency.bytes <= room
+
+
 def test_a_task_of_the_store_that_was_removed_does_not_answer_and_its_name_may_be_another(
     artefact: Path,
     tasks: dict[str, Path],

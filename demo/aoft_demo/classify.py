@@ -68,8 +68,7 @@ def classify(visitor: Visitor, picture: Path, names: Sequence[str], top: int = T
 
 
 def _switch(visitor: Visitor, keys: Sequence[str]) -> float:
-    """What a request spends on going to its tasks: finding and holding their slots."""
+    """What a request spends on going to its tasks: finding their numbers."""
     start = time.perf_counter()
-    with visitor.stage.fleet._tasks.holding(keys):
-        pass
+    visitor.stage.fleet.prefetch(keys)
     return time.perf_counter() - start
