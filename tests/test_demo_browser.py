@@ -7,13 +7,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import struct
-import subprocess
-import sys
 import time
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browser
+from running_demo import Demo, bomb
 
 from aoft_demo.evidence import accuracies
 from aoft_demo.stage import BUNDLED, bundled_checkpoints
@@ -35,42 +31,6 @@ ROOT = Path(__file__).parent.parent
 TASKS = [path.stem for path in bundled_checkpoints()]
 PICTURE = BUNDLED / "digits-7.png"
 WAIT = 60_000  # milliseconds that a busy machine may take
-
-
-class Demo:
-    """The command in a process, at ``address`` once it says so."""
-
-    def __init__(self, log: Path, *paths: Path) -> None:
-        command = [sys.executable, "-u", "-m", "aoft_demo.cli", *map(str, paths)]
-        command += ["--port", "0", "--threads", "1"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)}
-        self.log, self.folder, start = log, log.parent, time.monotonic()
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-        self.address = self._address(120)
-        self.seconds = time.monotonic() - start
-
-    def _address(self, seconds: float) -> str:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            found = re.search(r"is at (http://\S+)", self.log.read_text())
-            if found:
-                return found[1]
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def end(self) -> int:
-        """As Ctrl-C does."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
 
 
 @pytest.fixture(scope="module")
@@ -340,20 +300,6 @@ def png(path: Path, pixels: np.ndarray[Any, Any]) -> None:
     from PIL import Image
 
     Image.fromarray(pixels).save(path)
-
-
-def bomb() -> bytes:
-    """A PNG of 21 KB whose pixels would take 170 MB and more."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checked = kind + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    side = 13_000
-    rows = zlib.compress(bytes((side // 8 + 2) * side), 9)
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_bad_uploads_are_told_and_leave_the_page_usable(

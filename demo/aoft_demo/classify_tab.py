@@ -14,7 +14,7 @@ from aoft_demo.classify import classify
 from aoft_demo.told import sentence
 from aoft_demo.visitors import Visitors
 
-__all__ = ["FIRST", "ClassifyTab", "classify_tab", "raw_path"]
+__all__ = ["FIRST", "ClassifyTab", "classify_tab", "uploaded"]
 
 FIRST = 6
 """Tasks that are chosen at the beginning."""
@@ -38,9 +38,17 @@ class ClassifyTab:
     tasks: gr.CheckboxGroup
 
 
-def raw_path(payload: Any) -> str | None:
-    """The uploaded file itself: we read pictures ourselves, and say what is wrong with them."""
-    return None if payload is None else payload.path
+def uploaded(payload: Any) -> str | None:
+    """The uploaded file itself: we read pictures ourselves, and say what is wrong with them.
+
+    Gradio checks the place of files that call themselves uploaded; of others it is checked here.
+    """
+    if payload is None or payload.path is None:
+        return None
+    path, folder = Path(payload.path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
+    if not path.is_relative_to(folder):
+        raise gr.Error("This picture was not uploaded.", print_exception=False)
+    return str(path)
 
 
 def classify_tab(visitors: Visitors) -> ClassifyTab:
@@ -56,7 +64,7 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
                 elem_id="picture",
                 buttons=[],
             )
-            picture.preprocess = raw_path  # type: ignore[method-assign]
+            picture.preprocess = uploaded  # type: ignore[method-assign]
             gallery = gr.Gallery(
                 [str(path) for path in visitors.stage.examples],
                 label="Examples",

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from aoft_deploy.errors import MissingExtraError, OutputError
 
@@ -71,6 +72,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="aoft-demo-", ignore_cleanup_errors=True) as scratch:
         os.environ.update(
             GRADIO_ANALYTICS_ENABLED="False",
+            GRADIO_RUN_HISTORY="False",  # which keeps pictures in the browser, or sends them on
             GRADIO_TEMP_DIR=str(Path(scratch, "uploads")),
             HF_HUB_OFFLINE="1",
             ORT_DISABLE_TELEMETRY="1",  # which onnxruntime reads when it is imported
@@ -91,6 +93,7 @@ def running(
         from aoft_deploy.images import image_files
 
         PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        _fetch_nothing()
         pictures = None if examples is None else image_files([examples])[:24]
         stage = open_stage(
             paths, Path(scratch), weights=weights, examples=pictures, threads=threads
@@ -118,6 +121,16 @@ def running(
             if torch.ident is not None:
                 torch.join()
             page.close(verbose=False)
+
+
+def _fetch_nothing() -> None:
+    """Gradio would fetch an address that a visitor names as the place of a file."""
+    fetcher: Any = importlib.import_module("safehttpx")
+
+    async def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError("Nothing is fetched from elsewhere.")
+
+    fetcher.get = fetcher.async_validate_url = refuse
 
 
 def _free(host: str, port: int) -> int:
