@@ -16,6 +16,8 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    "--use-fake-device-for-media-stream",  # a webcam that shows a pattern, and may be used
+    "--use-fake-ui-for-media-stream",
 )
 
 HOW = "The browser tests need Chromium: apt-get install chromium, as root, or name it in CHROMIUM."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from aoft_deploy.analysis import analyse_file
 from aoft_deploy.checkpoint import load, read_checkpoint
 from aoft_deploy.images import read_image
 from aoft_deploy.prediction import load_classifier, ranked
+
+psutil: Any = importlib.import_module("psutil")  # its types are partial
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +86,13 @@ class Visit:
         """A message about a fault has come."""
         toast = self.page.locator(".toast-body").filter(has_text=text).first
         self.expect(toast).to_be_visible(timeout=WAIT)
+
+    def choose(self, selector: str, name: str) -> None:
+        """Pick from a list by typing."""
+        field = self.page.locator(f"{selector} input")
+        field.fill(name)
+        field.press("Enter")
+        self.expect(field).to_have_value(name)
 
     def upload(self, selector: str, *files: Path) -> None:
         self.page.locator(f"{selector} input[type=file]").set_input_files([str(f) for f in files])
@@ -165,6 +175,24 @@ def test_classifying(visit: Callable[..., Visit]) -> None:
     page.expect(page.page.locator("#answers .card")).to_have_count(len(TASKS))
     page.page.keyboard.press("Space")
     page.shows("#answers", "No task is chosen")
+
+
+def test_classifying_what_the_webcam_sees(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    page = visit(permissions=["camera"])
+    page.page.get_by_label("Capture from camera").click()
+    page.page.get_by_text("Click to Access Webcam").click()
+    page.see("#picture video")
+    page.page.wait_for_function("document.querySelector('#picture video').readyState === 4")
+    page.page.get_by_label("capture photo").click()
+    page.see("#answers .card")
+    taken = page.context.request.get(page.see("#picture img").get_attribute("src"))
+    (tmp_path / "taken").write_bytes(taken.body())
+    image = read_image(tmp_path / "taken")
+    page.shows("#answers .facts", f"{image.width} × {image.height} pixels")
+    found = page.answers()
+    assert set(found) == set(TASKS)
+    for task in TASKS:
+        assert found[task] == pytest.approx(own_answers(task, tmp_path / "taken"), abs=2e-5)
 
 
 def test_the_main_tab_needs_no_scrolling_and_a_phone_no_sideways_one(
@@ -296,6 +324,30 @@ def test_training_and_exporting(visit: Callable[..., Visit], tmp_path: Path) -> 
     assert dict(answer) == pytest.approx(found, abs=2e-5)
 
 
+def training(demo: Demo) -> list[str]:
+    """What a training of the demo's has running, and lying about."""
+    children = psutil.Process(demo.process.pid).children(recursive=True)
+    running = [" ".join(child.cmdline()) for child in children]
+    return [command for command in running if "cli.train" in command] + [
+        str(path) for path in demo.folder.glob("aoft-demo-*/visitor-*/training-*")
+    ]
+
+
+def test_a_training_that_is_stopped_adds_nothing(demo: Demo, visit: Callable[..., Visit]) -> None:
+    page = visit()
+    page.tab("Train")
+    page.page.locator("#train-name input, #train-name textarea").fill("halted")
+    page.page.locator("#train").click()
+    page.page.wait_for_selector("#curve polyline", timeout=120_000)
+    assert len(training(demo)) == 2
+    page.page.locator("#stop").click()
+    page.shows("#curve [role=alert]", "Training was stopped; nothing was added.")
+    assert training(demo) == []
+    page.shows("#head", f"{len(TASKS)} tasks")
+    page.tab("Classify")
+    assert set(page.classify(PICTURE)) == set(TASKS)
+
+
 def png(path: Path, pixels: np.ndarray[Any, Any]) -> None:
     from PIL import Image
 
@@ -375,9 +427,63 @@ def test_fifty_tasks_are_no_slower_to_use(demo: Demo, chrome: Any, tmp_path: Pat
         assert len({str(a) for n, a in page.answers().items() if n.startswith("task")}) == 1
         many = milliseconds(page)
         assert many < 2 * few  # for each answer, however many there are
+        swap_train_and_export_among_fifty(page, tmp_path)
+        assert not page.complaints
         page.context.close()
     finally:
         running.end()
+
+
+def swap_train_and_export_among_fifty(page: Visit, tmp_path: Path) -> None:
+    """The other flows, with names that only some of the fifty have."""
+    page.tab("Swap")
+    rows = page.page.locator("#resident tbody tr")
+    page.expect(rows).to_have_count(50)
+    shutil.copyfile(BUNDLED / "shape.ckpt", tmp_path / "one more.ckpt")
+    page.upload("#upload", tmp_path / "one more.ckpt")
+    page.see("#upload .file-preview")
+    page.page.locator("#add").click()
+    page.shows("#verdict", "one more joined the fleet with")
+    page.expect(rows).to_have_count(51)
+    page.choose("#verify-name", "task 07")
+    page.page.locator("#verify").click()
+    page.shows("#verdict", "The answers agree.")
+    page.choose("#remove-name", "task 33")
+    page.page.locator("#remove").click()
+    page.shows("#verdict", "task 33 has left")
+    page.expect(rows).to_have_count(50)
+
+    page.tab("Inside")
+    page.choose("#inside-task", "task 21")
+    page.page.locator("#look").click()
+    page.see("#inside .chart")
+    assert page.see("#attention img").get_attribute("alt").startswith("Where the class token")
+
+    page.tab("Train")  # pictures that the demo draws
+    page.choose("#kind", "colour")
+    page.page.locator("#count input[type=number]").fill("60")
+    page.page.locator("#train-name input, #train-name textarea").fill("drawn")
+    page.page.get_by_label("quick", exact=True).check()
+    page.page.locator("#train").click()
+    page.expect(page.page.locator("#curve")).to_contain_text("joined the fleet", timeout=120_000)
+    accuracy = float(page.page.locator("#curve [data-test]").get_attribute("data-test"))
+    page.shows("#head", "51 tasks")
+
+    page.tab("Export")
+    page.choose("#export-task", "drawn")
+    page.page.locator("#export").click()
+    page.shows("#exported", "drawn is merged and verified")
+    with page.page.expect_download() as download:
+        page.see("#files a[download]").first.click()
+    download.value.save_as(tmp_path / "drawn.onnx")
+
+    page.tab("Classify")
+    answers = page.classify(BUNDLED / "colour-green.png")
+    assert set(answers) >= {"drawn", "one more", "task 07"} and "task 33" not in answers
+    classifier = load_classifier(tmp_path / "drawn.onnx", threads=1)
+    (answer,) = classifier.classify([read_image(BUNDLED / "colour-green.png")], 4)
+    assert answers["drawn"] == pytest.approx(dict(answer), abs=2e-5)
+    assert accuracy > 1.5 / len(classifier.classes)
 
 
 def milliseconds(page: Visit) -> float:
