@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,17 @@ def _session(model: Path | bytes, threads: int | None, device: str, path: Path) 
     """An ONNX Runtime session on exactly the device asked for."""
     ort = library()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is told by the exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
     asked = _providers(ort, device)
-    if asked[0][0] != PROVIDERS["cpu"]:
-        options.log_severity_level = 4  # what goes wrong is told below
     try:
         session = ort.InferenceSession(model, options, asked)
         session.get_inputs()[0]
     except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path} is no ONNX model that can be run ({reason}).") from error
+        raise CheckpointError(
+            f"{path} is no ONNX model that can be run ({_reason(error)})."
+        ) from error
     if session.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
         raise SettingError(
             f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
@@ -71,6 +71,13 @@ def _session(model: Path | bytes, threads: int | None, device: str, path: Path) 
             "--device cpu."
         )
     return session
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime found, without its own name, its source and where the model lies."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text)
+    return re.sub(r"/\S+:\d+ .*?\) ", "", text)[:160].rstrip(".")
 
 
 def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
