@@ -69,12 +69,17 @@ class Application:
 
         observations.in_flight += 1
         try:
+            call.check()
             await self._router(scope, receive, reply)
         except Disconnected:
             status = GONE
         except asyncio.CancelledError:
-            status = GONE
-            raise
+            if status or service.state != "draining":
+                status = GONE
+                raise
+            call.read = True  # no time is left to read on
+            ended = Refusal(503, "The server has ended.", close=True)
+            await self._refuse(ended, scope, receive, reply)
         except Exception as error:
             refusal = _refusal(error, call)
             if status == 0:

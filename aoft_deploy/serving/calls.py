@@ -13,8 +13,12 @@ from typing import Any, Self
 
 from aoft_deploy.serving.bodies import Disconnected, Receive
 from aoft_deploy.serving.deadlines import Deadlines
+from aoft_deploy.serving.refusals import Refusal
 
-__all__ = ["Call", "Departure"]
+__all__ = ["MAX_HEADERS", "Call", "Departure"]
+
+MAX_HEADERS = 256
+"""Of one request."""
 
 _process = secrets.token_hex(4)
 _numbers = itertools.count(1)
@@ -26,6 +30,7 @@ class Call:
     """What is known of a request beside its content.
 
     Attributes:
+        count: Of its headers.
         headers: By name in lower case.
         id: Of this request, the client's own or ours; in answer and log.
         model: Name of the model, once it is known that there is one.
@@ -34,9 +39,10 @@ class Call:
         read: Whether the body was read to its end.
     """
 
-    __slots__ = ("body", "headers", "id", "model", "read", "start")
+    __slots__ = ("body", "count", "headers", "id", "model", "read", "start")
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
+        self.count = len(scope["headers"])
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         wanted = self.headers.get(b"x-request-id")
         if wanted is not None and re.fullmatch(rb"[\w.:\-]{1,128}", wanted):
@@ -46,6 +52,18 @@ class Call:
         self.model: str | None = None
         self.start = time.perf_counter()
         self.body, self.read = 0, False
+
+    def check(self) -> None:
+        """Whether every server would read the same request.
+
+        Raises:
+            Refusal: 400: it says in two ways where its body ends, of which a proxy may believe the
+                other; 431: it has too many headers.
+        """
+        if b"content-length" in self.headers and b"transfer-encoding" in self.headers:
+            raise Refusal(400, "Both Content-Length and Transfer-Encoding: give one.", close=True)
+        if self.count > MAX_HEADERS:
+            raise Refusal(431, f"There are more than {MAX_HEADERS} headers.", close=True)
 
     def header(self, name: bytes) -> str | None:
         """A header's text; None where there is none."""

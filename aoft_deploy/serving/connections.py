@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aoft_deploy.serving.calls import MAX_HEADERS
+
 __all__ = ["connections"]
 
 HEADER_SECONDS = 10.0
-"""Time for the headers of a connection's first request."""
+"""Time for a request's headers, from its first byte; of a connection's first, from its start."""
 
 MAX_HEAD = 65536
-"""Bytes of a request before its body; what arrives in one piece may be more."""
-
-MAX_HEADERS = 256
+"""Bytes before a body, between two parts of it or after it; what arrives in one piece may be more.
+"""
 
 if TYPE_CHECKING:
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
         def on_header(self, name: bytes, value: bytes) -> None: ...
         def on_headers_complete(self) -> None: ...
+        def on_body(self, body: bytes) -> None: ...
         def on_message_complete(self) -> None: ...
 else:
     _Connection = object
@@ -44,52 +46,75 @@ class _Limits(_Connection):
     """A connection that ends if no request comes, or if there are too many others."""
 
     most = 1024
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many."""
         super().connection_made(transport)
-        self._patience: asyncio.TimerHandle | None = None
         if len(self.connections) > self.most:
             transport.write(_plain(503, "Too many connections.", "Retry-After: 1\r\n"))
             transport.close()
         else:
-            self._patience = self.loop.call_later(HEADER_SECONDS, self._nothing_came)
+            self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in; what is no HTTP ends the connection."""
-        if not self.transport.is_closing():
-            super().data_received(data)
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._idle:
+            self._await_head()
+        else:
+            self._forget_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        if self._patience is not None:
-            self._patience.cancel()
+        self._forget_head()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Tell what is wrong in the protocol's own form, unless an answer is on its way."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            self.transport.write(_plain(400, msg))
+        """Tell what is wrong in the protocol's own form."""
+        self._end(400, msg)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or bool(self.cycle.response_complete)
+
+    def _end(self, status: int, message: str) -> None:
+        """Say why the connection ends, unless an answer is on its way."""
+        if self._idle or not self.cycle.response_started:
+            self.transport.write(_plain(status, message))
         self.transport.close()
 
+    def _await_head(self) -> None:
+        if self._patience is None:
+            self._patience = self.loop.call_later(HEADER_SECONDS, self._nothing_came)
+
+    def _forget_head(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
     def _nothing_came(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        if self._idle and not self.transport.is_closing():
             self.transport.close()
 
 
 class _LimitedHead(_Limits):
-    """For httptools: limits that h11 has by itself."""
+    """For httptools: limits that h11 has by itself.
 
-    _head, _in_head = 0, True
+    Trailers and what stands beside a chunk's size count too: httptools keeps or reads all of it.
+    """
+
+    _head = 0
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in, not more than a head may have."""
-        if self._in_head:
-            self._head += len(data)
+        self._head += len(data)
         super().data_received(data)
-        if self._in_head and self._head > MAX_HEAD and not self.transport.is_closing():
-            self.transport.write(_plain(431, "The headers are too large."))
-            self.transport.close()
+        if self._head > MAX_HEAD and not self.transport.is_closing():
+            self._end(431, "The headers are too large.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; what is raised here ends the connection with 400."""
@@ -102,12 +127,21 @@ class _LimitedHead(_Limits):
 
     def on_headers_complete(self) -> None:
         """A body follows."""
-        self._in_head = False
+        self._head = 0
         super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """A part of the body follows, or its trailers."""
+        self._head = 0
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body came."""
+        self._head = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next request's head follows."""
-        self._head, self._in_head = 0, True
+        self._head = 0
         super().on_message_complete()
 
 
