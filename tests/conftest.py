@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,22 +276,31 @@ def write_fgvc() -> Callable[..., Path]:
     return write
 
 
+HOST = ("/tmp", "traceback", ".py", "onnxruntime", "0x")
+"""What no client is told, in lower case."""
+
+
 class Served:
-    """An aoft-serve process of the tests, on a free port of this machine alone.
+    """An aoft-serve process of the tests, on this machine alone, in a session of its own.
 
     Args:
         folder: Where its log goes.
         arguments: Of the command.
+        port: Where it listens; 0 takes a free one.
     """
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
+    def __init__(self, folder: Path, *arguments: object, port: int = 0) -> None:
         self.log_file = folder / "serve.log"
         command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", "0", "--threads", "1"], stderr=log, env=environment
+                [*command, "--port", str(port), "--threads", "1"],
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
+        self._checked = 0
         self.port = int(self.event("listening")["port"])
 
     @property
@@ -330,11 +340,16 @@ class Served:
 
     def refused(self, *request: Any, **more: Any) -> tuple[int, str]:
         """Status and sentence of a request that fails in the protocol's form."""
-        status, headers, content = self.ask(*request, **more)
+        return self.sentence(*self.ask(*request, **more))
+
+    @staticmethod
+    def sentence(status: int, headers: Mapping[str, str], content: bytes) -> tuple[int, str]:
+        """Status and sentence of an answer in the form of failures."""
         assert status >= 400, content
         assert headers["content-type"] == "application/json"
         found = json.loads(content)
         assert list(found) == ["error"] and isinstance(found["error"], str) and found["error"]
+        assert not any(word in found["error"].lower() for word in HOST), found
         return status, found["error"]
 
     def logits(self, model: str, images: np.ndarray[Any, Any], **more: Any) -> Any:
@@ -350,10 +365,45 @@ class Served:
         (output,) = json.loads(content)["outputs"]
         return np.array(output["data"], np.float32).reshape(output["shape"])
 
+    def check(self) -> None:
+        """Assert that it lives, is ready, and has told JSON alone and no failure of its own.
+
+        Only of an engine that failed it tells where.
+        """
+        assert self.process.poll() is None
+        assert self.ask("GET", "/v2/health/ready")[0] == 200
+        whole, _, _ = self.log_file.read_bytes()[self._checked :].rpartition(b"\n")
+        self._checked += len(whole)
+        for line in whole.splitlines():
+            assert b"Traceback" not in line
+            event = json.loads(line) if line else {"event": ""}
+            assert event["event"] not in ("request failed", "library", "following files failed")
+            assert "traceback" not in event or event["event"] == "engine failed"
+
     def memory(self) -> int:
         """Bytes of memory that it has now."""
         text = Path(f"/proc/{self.process.pid}/statm").read_text()
         return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    @contextmanager
+    def within(self, extra: int) -> Iterator[None]:
+        """Assert that it has for no moment more memory than that beside what it has now."""
+        folder = Path(f"/proc/{self.process.pid}")
+        (folder / "clear_refs").write_text("5")  # forgets the peak
+        before = self.memory()
+        yield
+        lines = (folder / "status").read_text().splitlines()
+        (peak,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        assert peak - before < extra
+
+    def session(self) -> set[int]:
+        """Processes of its session, which those that it leaves behind stay in."""
+        found = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(ProcessLookupError, PermissionError):
+                if os.getsid(int(folder.name)) == self.process.pid:
+                    found.add(int(folder.name))
+        return found
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 15) -> int:
         """Send a signal and wait for the end; the exit code."""
@@ -371,8 +421,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Start a server with the command's arguments; it ends with the tests of the module."""
     started: list[Served] = []
 
-    def start(*arguments: object, ready: bool = True) -> Served:
-        started.append(Served(tmp_path_factory.mktemp("serve"), *arguments))
+    def start(*arguments: object, ready: bool = True, port: int = 0) -> Served:
+        started.append(Served(tmp_path_factory.mktemp("serve"), *arguments, port=port))
         if ready:
             started[-1].event("ready")
         return started[-1]

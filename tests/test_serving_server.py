@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_model import answered, asking, harmless, made, metadata_of
 
+from aoft_deploy.engines import load_artefact
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.images import read_image
 from aoft_deploy.prediction import load_classifier
@@ -201,14 +203,24 @@ def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Th
     return threads
 
 
-def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], artefact: Path) -> None:
+def load_logits(artefact: Path) -> Any:
+    """What an artefact answers in this process."""
+    return load_artefact(artefact, threads=1).run(IMAGES)
+
+
+def test_sigterm_under_load_loses_no_request_and_leaves_nothing_behind(
+    serve: Callable[..., Any], artefact: Path
+) -> None:
     server = serve(artefact)
     stop = threading.Event()
     threads = clients(server, 12, stop)
     time.sleep(0.7)
+    assert server.session() == {server.process.pid}
+    children = psutil.Process(server.process.pid).children(recursive=True)
     start = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - start < 3
+    assert not server.session() and not any(child.is_running() for child in children)
     stop.set()
     for thread in threads:
         thread.join()
@@ -219,25 +231,167 @@ def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], artefact
     assert server.event("drained")["lost"] == 0
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port))
+    again = serve(artefact, port=server.port)
+    assert again.port == server.port
+    assert np.array_equal(again.logits("task", IMAGES), load_logits(artefact))
+    assert again.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def slow(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact that takes a while for every batch, first when it is opened."""
+    path = tmp_path_factory.mktemp("slow") / "slow.onnx"
+    return made(path, metadata_of(artefact), always=1000)
+
+
+def working(server: Any) -> None:
+    """Wait until an engine computes."""
+    process = psutil.Process(server.process.pid)
+    before = process.cpu_times().user
+    wait(lambda: process.cpu_times().user > before + 1)
+
+
+def metric(server: Any, name: str) -> float:
+    lines = server.ask("GET", "/metrics")[2].decode().splitlines()
+    (value,) = (line.split()[-1] for line in lines if line.startswith(name + " "))
+    return float(value)
+
+
+def test_sigterm_lets_slow_requests_end_and_says_no_to_others(
+    serve: Callable[..., Any], artefact: Path, tmp_path: Path
+) -> None:
+    server = serve(artefact, made(tmp_path / "made.onnx", metadata_of(artefact)))
+    images = [harmless(i) for i in range(12)]
+    start = time.monotonic()
+    server.logits("made", asking(turns=0.1))
+    second = 0.1 / (time.monotonic() - start)
+    for image in images:
+        image[0, 0, 0, 0] = second
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(server.logits, "made", image) for image in images]
+        wait(lambda: metric(server, "aoft_in_flight") == 13)
+        server.process.send_signal(signal.SIGTERM)
+        server.event("draining")
+        status, message = server.refused("GET", "/v2/health/ready")
+        assert (status, message) == (503, "The server is draining.")
+        assert server.refused("POST", "/v2/models/made/infer", BODY)[0] == 503
+        assert server.ask("GET", "/v2/health/live")[0] == 200
+        assert not any(answer.done() for answer in asked)
+        for answer, image in zip(asked, images, strict=True):
+            assert np.allclose(answer.result(), answered(image), atol=1e-4)
+    assert server.process.wait(5) == 0 and server.event("drained")["lost"] == 0
 
 
 def test_idle_connections_and_half_sent_bodies_do_not_hold_the_end(
     serve: Callable[..., Any], artefact: Path
 ) -> None:
     server = serve(artefact)
-    head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
-    idle, half = [
+    head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    fresh, idle, half = [
         [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(50)]
-        for _ in range(2)
+        for _ in range(3)
     ]
+    for connection in idle:
+        connection.sendall(head % len(BODY) + BODY)
+        found = b""
+        while not found.endswith(b"}"):
+            found += connection.recv(65536)
+        assert found.startswith(b"HTTP/1.1 200")
     for connection in half:
-        connection.sendall(head)
+        connection.sendall(head % 99 + b"{")
     time.sleep(0.2)
     start = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - start < 3
-    for connection in idle + half:
+    assert server.event("drained")["lost"] == 0
+    for connection in fresh + idle:
+        assert connection.recv(1) == b""
+    for connection in half:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+    for connection in fresh + idle + half:
         connection.close()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_sigterm_does_not_wait_for_an_engine_that_is_being_opened(
+    serve: Callable[..., Any], artefact: Path, slow: Path, tmp_path: Path, given: bool
+) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    options = ["--repository", folder, "--follow", 0.1]
+    server = serve(f"task={artefact}", *options) if not given else serve(slow, ready=False)
+    if not given:
+        shutil.copy(slow, folder / "slow.onnx")
+    working(server)
+    if not given:
+        assert server.ask("POST", "/v2/models/task/infer", BODY)[0] == 200
+    start = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - start < 3
+    assert "ended" in {event["event"] for event in server.events} and not server.session()
+
+
+def test_sigterm_waits_for_a_change_that_a_client_asked_for_no_longer_than_grace(
+    serve: Callable[..., Any], artefact: Path, slow: Path, tmp_path: Path
+) -> None:
+    folder, token = tmp_path / "repository", tmp_path / "token"
+    folder.mkdir()
+    token.write_text("0123456789abcdef")
+    options = ["--repository", folder, "--follow", 0, "--admin-token-file", token, "--grace", 1]
+    server = serve(f"task={artefact}", *options)
+    shutil.copy(slow, folder / "slow.onnx")
+    content = b"POST /v2/repository/models/slow/load HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(content + b"Authorization: Bearer 0123456789abcdef\r\n\r\n{}")
+        working(server)
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert 1 <= time.monotonic() - start < 4
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503") and b'{"error":"The server has ended."}' in answer
+    assert server.event("drained")["lost"] == 1 and not server.session()
+    assert "traceback" not in server.log_file.read_text().lower()
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_after_sigkill_under_load_it_serves_again_on_the_same_port(
+    serve: Callable[..., Any],
+    artefact: Path,
+    fleet_artefact: Path,
+    fleet_tasks: dict[str, Path],
+    contents: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+    http: str,
+) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    shutil.copy(artefact, folder / "task.onnx")
+    shutil.copy(fleet_tasks["zürich"], folder / "new.ckpt")
+    before = contents(folder)
+    options = [fleet_artefact, "--repository", folder, "--follow", 0.1, "--http", http]
+    server = serve(*options)
+    names = ("task", "new", "pets", "birds")
+    expected = [server.logits(name, IMAGES) for name in names]
+    stop = threading.Event()
+    threads = clients(server, 12, stop)
+    wait(lambda: len(server.found) > 100)
+    server.kill()
+    for thread in threads:
+        thread.join()
+    assert contents(folder) == before and not server.session()
+    start = time.monotonic()
+    again = serve(*options, port=server.port)
+    assert time.monotonic() - start < 10
+    threads = clients(again, 12, stop)
+    for name, logits in zip(names, expected, strict=True):
+        assert np.array_equal(again.logits(name, IMAGES), logits)
+    wait(lambda: len(again.found) > 100)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert {status for status, _ in again.found} == {200}
+    again.check()
+    assert again.stop() == 0
 
 
 def test_a_second_signal_ends_it_now(serve: Callable[..., Any], artefact: Path) -> None:

@@ -24,7 +24,10 @@ from aoft_deploy.serving.collector import Collector
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.refusals import Refusal
 
-__all__ = ["Answer", "Batcher", "Run"]
+__all__ = ["ENGINE", "Answer", "Batcher", "Run"]
+
+ENGINE = "engine"
+"""Name of every engine's thread; there is none where no engine computes and all are closed."""
 
 Run = Callable[[NDArray[Any], Sequence[str]], Iterable[NDArray[np.float32]]]
 """From a batch and the name of each sample's task to the logits of each sample."""
@@ -140,7 +143,7 @@ class Batcher:
     def _started(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            threading.Thread(target=self._work, name="engine", daemon=True).start()
+            threading.Thread(target=self._work, name=ENGINE, daemon=True).start()
         return self._loop
 
     def _retry_after(self) -> int:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ import uvicorn
 
 from aoft_deploy.errors import MissingExtraError, OutputError
 from aoft_deploy.serving.application import Application
+from aoft_deploy.serving.batcher import ENGINE
 from aoft_deploy.serving.connections import connections
 from aoft_deploy.serving.log import JsonHandler, log
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
+from aoft_deploy.serving.threads import working
 
 __all__ = ["serve"]
 
@@ -59,6 +62,10 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     quiet.handlers, quiet.propagate = [JsonHandler()], False
     quiet.setLevel(logging.ERROR)
     asyncio.run(_serve(settings, given))
+    if working() or any(thread.name == ENGINE for thread in threading.enumerate()):
+        # A runtime that returned to Python while that ends would abort the process.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["in_thread"]
+__all__ = ["in_thread", "working"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,6 +19,7 @@ MOST = 4
 
 _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _threads: list[threading.Thread] = []
+_working: set[threading.Thread] = set()
 _busy = 0
 
 
@@ -60,8 +61,16 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         _busy -= 1
 
 
+def working() -> bool:
+    """Whether a function still runs, also one that nobody waits for any more."""
+    return bool(_working)
+
+
 def _serve() -> None:
+    own = threading.current_thread()
     while True:
         work = _work.get()
+        _working.add(own)
         work()
+        _working.discard(own)
         del work
