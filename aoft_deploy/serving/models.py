@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoft_deploy.engines import TunedExporter, exporter_names, get_exporter
-from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
+from aoft_deploy.errors import AoftError, CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.serving.artefacts import Artefact, open_artefact, signature
 from aoft_deploy.serving.log import log
@@ -208,6 +208,11 @@ class Models:
             self._faults[name] = _told(error, path)
             log("model not loaded", model=name, reason=str(error))
             raise
+        except Exception as error:  # a file of anybody's makes readers raise what they trip over
+            fault = CheckpointError(f"{path} cannot be read ({type(error).__name__}).")
+            self._faults[name] = _told(fault, path)
+            log("model not loaded", model=name, reason=f"{fault} {error}")
+            raise fault from error
         self._faults.pop(name, None)
         log("model loaded", model=name)
 
@@ -259,7 +264,7 @@ class Models:
             suffixes = _suffixes()
             entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
             for path in sorted(entries, key=lambda p: (p.suffix == CHECKPOINT, p.name)):
-                if path.suffix in suffixes and _is_name(path.stem):
+                if path.suffix in suffixes and _is_name(path.stem) and _is_readable(path):
                     found.setdefault(path.stem, path)
         return found
 
@@ -283,6 +288,11 @@ def _is_name(name: str) -> bool:
     return re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) is not None and name not in (".", "..")
 
 
+def _is_readable(path: Path) -> bool:
+    """Whether it is a file or a folder, and no pipe, which nobody may ever write to."""
+    return path.is_file() or path.is_dir()
+
+
 def _check_name(name: str) -> None:
     if not _is_name(name):
         raise SettingError(f"A model cannot be called {name!r} in an address: rename it.")
@@ -291,6 +301,7 @@ def _check_name(name: str) -> None:
 def _told(error: AoftError, path: Path) -> str:
     """An error's sentence without where things lie on the host."""
     text = str(error).replace(str(path), path.name)
+    text = re.sub(r"\[\w+Error\] : \d+ : \w+ : ", "", text)  # ONNX Runtime's own
     return re.sub(r"(?<![\w.])/[\w.\-/ ]*/(?=[\w.\-])", "", text)
 
 

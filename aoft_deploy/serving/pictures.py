@@ -36,7 +36,7 @@ def sample(
     if not _allowed(data):
         raise Refusal(415 if data else 400, "The picture is no JPEG, PNG or WebP.")
     try:
-        width, height = read_size(data, max_pixels=2**62)
+        width, height = read_size(data, max_pixels=2**64)
         if width * height > max_pixels:
             raise Refusal(
                 413,
