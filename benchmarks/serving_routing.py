@@ -25,6 +25,7 @@ import time
 from bisect import bisect
 from collections import OrderedDict
 from heapq import heappop, heappush
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,10 @@ def simulate(way: str, options: argparse.Namespace) -> dict[str, Any]:
                 chosen = one if held[one] <= held[other] else other
             else:
                 point = ring.next(where[i])
-                bound = options.factor * (len(ends) + 1) / len(living)
+                bound = ceil(options.factor * (len(ends) + 1) / len(living))
                 while True:
                     chosen = ring.owners[point]
-                    if alive[chosen] and (way == "hash" or held[chosen] + 1 <= max(bound, 1)):
+                    if alive[chosen] and (way == "hash" or held[chosen] < bound):
                         break
                     point = (point + 1) % len(ring.points)
                     asked += 1
