@@ -45,8 +45,8 @@ class Disk:
 
     def fsync(self, file: int) -> None:
         self._sync(file)
-        content = Path(f"/proc/self/fd/{file}").read_bytes()
-        self.synced[os.fstat(file).st_ino] = content
+        found = os.fstat(file)
+        self.synced[found.st_ino] = os.pread(file, found.st_size, 0)
 
     def replace(self, source: Any, target: Any) -> None:
         source = Path(source)
