@@ -110,7 +110,7 @@ from aoft_deploy.serving.pictures import sample
 from aoft_deploy.serving.refusals import Refusal
 
 HALF = (0.5, 0.5, 0.5)
-prepare = Preprocessing(16, 0.9, HALF, HALF)
+prepare = Preprocessing(224, 0.9, HALF, HALF)
 
 def now():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -124,7 +124,7 @@ for path in map(Path, sys.argv[1:]):
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     before, start = now(), time.process_time()
     try:
-        sample(data, prepare, 16, 10**6)
+        sample(data, prepare, 224, 10**6)
     except Refusal as refusal:
         status, message = refusal.status, refusal.message
     print(json.dumps([status, message, time.process_time() - start, peak() - before]))

@@ -314,10 +314,13 @@ NO_PICTURES: dict[str, tuple[bytes, int]] = {
 }
 
 
+THREADS = [(1, 65), (1, 1000), (1040, 1), (30000, 1)]
+
+
 @pytest.fixture(scope="module")
 def cost_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cost]:
     pictures = {name: data for name, (data, _) in NO_PICTURES.items()}
-    pictures["thread"] = encoded(Image.new("RGB", (30000, 1)))
+    pictures |= {str(size): encoded(Image.new("RGB", size)) for size in THREADS}
     warm = {format: encoded(Image.new("RGB", (300, 200)), format) for format in WHOLE}
     return costs(pictures, tmp_path_factory.mktemp("pictures"), warm)
 
@@ -332,10 +335,12 @@ def test_what_is_no_good_picture_is_refused_before_it_costs_anything(
     assert cost.seconds < 0.05 and cost.memory < 20 * 2**20
 
 
-def test_a_picture_like_a_thread_costs_no_more_than_one_that_is_allowed(
-    cost_of: dict[str, Cost],
+@pytest.mark.parametrize("size", THREADS)
+def test_a_picture_like_a_thread_costs_little(
+    size: tuple[int, int], cost_of: dict[str, Cost]
 ) -> None:
-    assert cost_of["thread"].status == 200 and cost_of["thread"].memory < 64 * 2**20
+    cost = cost_of[str(size)]
+    assert cost.status == 200 and cost.seconds < 0.25 and cost.memory < 24 * 2**20
 
 
 def test_metrics_read_as_prometheus_writes_them() -> None:
