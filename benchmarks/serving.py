@@ -1,14 +1,16 @@
 """aoft-serve beside the bare engine, on the same artefact and machine, in turn.
 
---artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone.
+--artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone,
+to which --task is added --tasks times.
 In each round the engine runs alone in a process of its own, batch after batch, then the server
 under as many clients as fill two batches, each with one image a request: tensors as bytes, JPEGs,
 one task of the fleet, and all its tasks mixed. Printed are medians of rounds: images a second, from
 the end of one batch to the end of another, their share of the bare engine's in the same round, p50
 and p99 in milliseconds, and the server's processor time a request. At batch 1 one client alone and
-the bare engine take turns, request by request: what the server adds is the difference of medians.
+the bare engine take turns, each twice, of which the second counts: what the server adds is the
+difference of medians.
 
-    python benchmarks/serving.py --artefact vitb.onnx --fleet fleet.onnx --batch 8 --rounds 5
+    python benchmarks/serving.py --artefact vitb.onnx --fleet fleet.onnx --task task.ckpt
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import http.client
 import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -42,11 +46,12 @@ import numpy as np
 from pathlib import Path
 from aoft_deploy.engines import load_artefact
 from aoft_deploy.fleet import Fleet
-path, batch, seconds, mixed, threads = json.loads(sys.argv[1])
+path, batch, seconds, tasks, threads, repository = json.loads(sys.argv[1])
 size = None
-if mixed:
+if tasks:
     fleet = Fleet(Path(path), threads=threads)
-    tasks = list(fleet.tasks) if mixed == "mixed" else list(fleet.tasks)[:1]
+    for file in sorted(Path(repository).iterdir()):
+        fleet.add(file)
     names = (tasks * batch)[:batch]
     size, run = fleet.preprocessing.size, lambda images: fleet.predict(images, names)
 else:
@@ -143,19 +148,21 @@ class Server:
     def take_turns(
         self, requests: list[tuple[str, bytes, dict[str, str]]], alone: Callable[[], float], n: int
     ) -> tuple[list[float], list[float]]:
-        """Milliseconds of n requests, and of n runs of the bare engine between them."""
+        """Milliseconds of n requests and n runs of the bare engine, each the second of two."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         served, bare = [], []
         for turn in range(n):
             address, body, headers = requests[turn % len(requests)]
-            start = time.perf_counter()
-            connection.request("POST", address, body, headers)
-            response = connection.getresponse()
-            response.read()
-            served.append(1e3 * (time.perf_counter() - start))
-            if response.status != 200:
-                raise SystemExit(f"A request was answered with {response.status}.")
-            bare.append(1e3 * alone())
+            for _ in range(2):
+                start = time.perf_counter()
+                connection.request("POST", address, body, headers)
+                response = connection.getresponse()
+                response.read()
+                seconds = time.perf_counter() - start
+                if response.status != 200:
+                    raise SystemExit(f"A request was answered with {response.status}.")
+            served.append(1e3 * seconds)
+            bare.append(1e3 * [alone(), alone()][1])
         connection.close()
         return served[1:], bare[1:]
 
@@ -197,14 +204,49 @@ def jpegs(model: str, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
     return found
 
 
-def bare(path: Path, options: argparse.Namespace, batch: int, mixed: str = "") -> list[float]:
+def bare(path: Path, options: argparse.Namespace, tasks: list[str], folder: str) -> list[float]:
     """Seconds of each batch of the engine alone."""
-    given = json.dumps([str(path), batch, options.seconds, mixed, options.threads])
+    given = json.dumps([str(path), options.batch, options.seconds, tasks, options.threads, folder])
     done = subprocess.run(
         [sys.executable, "-c", BARE, given], check=True, capture_output=True, text=True
     )
     times: list[float] = json.loads(done.stdout)
     return times
+
+
+def rounds(
+    cases: list[tuple[str, Path, list[str], Any]],
+    options: argparse.Namespace,
+    size: int,
+    folder: str,
+) -> dict[str, list[dict[str, float]]]:
+    """All cases again and again."""
+    threads = [] if options.threads is None else ["--threads", options.threads]
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(options.rounds):
+        for name, path, tasks, requests in cases:
+            alone = bare(path, options, tasks, folder)
+            label = "fleet" if tasks else "merged"
+            more = ["--repository", folder] if tasks else []
+            server = Server(f"{label}={path}", "--max-batch", options.batch, *threads, *more)
+            load = server.load(requests, 2 * options.batch, options.seconds)
+            server.stop()
+            own = options.batch / statistics.median(alone)
+            ranked = sorted(load.milliseconds)
+            found.setdefault(name, []).append(
+                {
+                    "bare": own,
+                    "served": load.rate,
+                    "share": load.rate / own,
+                    "p50": statistics.median(ranked),
+                    "p99": ranked[int(0.99 * len(ranked))],
+                    "cpu_ms": 1e3 * load.cpu,
+                    "memory_mb": load.memory,
+                    "failed": load.failed,
+                }
+            )
+        found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
+    return found
 
 
 def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[str, float]:
@@ -225,6 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--artefact", type=Path, required=True)
     parser.add_argument("--fleet", type=Path)
+    parser.add_argument("--task", type=Path, help="checkpoint of the fleet's backbone")
+    parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10)
@@ -232,43 +276,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    threads = [] if options.threads is None else ["--threads", options.threads]
     size = int(json.loads(Path(f"{options.artefact}.json").read_text())["preprocessing"]["size"])
-    cases: list[tuple[str, Path, str, Any]] = [
-        ("tensors", options.artefact, "", tensors("merged", size, 32)),
-        ("JPEGs", options.artefact, "", jpegs("merged", 32)),
+    cases: list[tuple[str, Path, list[str], Any]] = [
+        ("tensors", options.artefact, [], tensors("merged", size, 32)),
+        ("JPEGs", options.artefact, [], jpegs("merged", 32)),
     ]
-    if options.fleet:
-        names = [t["name"] for t in json.loads(Path(f"{options.fleet}.json").read_text())["tasks"]]
-        one = tensors(names[0], size, 16)
-        mixed = [tensors(name, size, 1)[0] for name in names]
-        cases.append(("fleet, one task", options.fleet, "one", one))
-        cases.append((f"fleet, {len(names)} tasks", options.fleet, "mixed", mixed))
-    found: dict[str, list[dict[str, float]]] = {}
-    for _ in range(options.rounds):
-        for name, path, mixed_bare, requests in cases:
-            alone = bare(path, options, options.batch, mixed_bare)
-            label = "merged" if path == options.artefact else "fleet"
-            server = Server(f"{label}={path}", "--max-batch", options.batch, *threads)
-            load = server.load(requests, 2 * options.batch, options.seconds)
-            server.stop()
-            own = options.batch / statistics.median(alone)
-            ranked = sorted(load.milliseconds)
-            found.setdefault(name, []).append(
-                {
-                    "bare": own,
-                    "served": load.rate,
-                    "share": load.rate / own,
-                    "p50": statistics.median(ranked),
-                    "p99": ranked[int(0.99 * len(ranked))],
-                    "cpu_ms": 1e3 * load.cpu,
-                    "memory_mb": load.memory,
-                    "failed": load.failed,
-                }
-            )
-        found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.fleet:
+            names = [f"task{i}" for i in range(options.tasks)]
+            for name in names:
+                shutil.copy(options.task, Path(folder) / f"{name}.ckpt")
+            one, mixed = tensors(names[0], size, 16), [tensors(name, size, 1)[0] for name in names]
+            cases.append(("fleet, one task", options.fleet, names[:1], one))
+            cases.append((f"fleet, {len(names)} tasks", options.fleet, names, mixed))
+        found = rounds(cases, options, size, folder)
     result = {
-        "command": "python benchmarks/serving.py " + " ".join(sys.argv[1:]),
         "cases": {
             name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
             for name, rows in found.items()
