@@ -276,6 +276,13 @@ def write_fgvc() -> Callable[..., Path]:
     return write
 
 
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**18),
+    "MALLOC_TRIM_THRESHOLD_": str(2**18),
+}
+"""The C library gives back what is free, so that a process has little more than it holds."""
+
 HOST = ("/tmp", "traceback", ".py", "onnxruntime", "0x")
 """What no client is told, in lower case."""
 
@@ -292,7 +299,7 @@ class Served:
     def __init__(self, folder: Path, *arguments: object, port: int = 0) -> None:
         self.log_file = folder / "serve.log"
         command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(port), "--threads", "1"],

@@ -69,7 +69,10 @@ INFER = "/v2/models/task/infer"
 CLASSIFY = "/v2/models/task/classify"
 POST = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\n"
 ROOM = 20 * 2**20
-"""Bytes by which a server may have grown after any of the tests."""
+"""Bytes by which a server may have grown after any of the tests.
+
+Nine MiB are the most that was seen: pieces of a MiB in which some object of Python's still lies.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +97,8 @@ HARMLESS = harmless(4, 2)
 
 
 def known(server: Any, **models: Any) -> Any:
-    """A warm server, with what it answers at first and what memory it takes.
-
-    Warm after the costliest pictures that it allows, of which the allocator keeps something.
-    """
+    """A warm server, with what it answers at first and what memory it takes."""
     server.expected = {name: (each, server.logits(name, each)) for name, each in models.items()}
-    stream = io.BytesIO()
-    Image.new("L", (30000, 1)).save(stream, "PNG")
-    thread = stream.getvalue()
-    with ThreadPoolExecutor(8) as pool:
-        for status, *_ in pool.map(lambda _: server.ask("POST", CLASSIFY, thread), range(16)):
-            assert status == 200
     for _ in range(50):
         server.logits("task", IMAGES)
     server.baseline = server.memory()
@@ -805,7 +799,7 @@ def test_26_clients_that_go_away(served: Any, second: float) -> None:
     before, done = counted(served, "made", 499), executed(served)
     content = body(entry(data=asking().ravel().tolist()))
     head = b"POST /v2/models/made/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
-    with busy(served, second) as blocker:
+    with busy(served, 1.4 * second) as blocker:
         for cut in (10, len(content)):
             for _ in range(20):
                 with socket.create_connection(("127.0.0.1", served.port)) as connection:
@@ -813,7 +807,9 @@ def test_26_clients_that_go_away(served: Any, second: float) -> None:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
                     connection.sendall(head % len(content) + content[:cut])
                     time.sleep(0.01)
-        time.sleep(0.15)
+        while counted(served, "made", 499) - before < 40:
+            assert blocker.is_alive()
+            time.sleep(0.01)
         text = served.ask("GET", "/metrics")[2].decode()
         assert 'aoft_queue_depth{artefact="made"} 0' in text and "aoft_in_flight 2" in text
         assert counted(served, "made", 499) - before == 40 and blocker.is_alive()
