@@ -336,6 +336,7 @@ def training(demo: Demo) -> list[str]:
 def test_a_training_that_is_stopped_adds_nothing(demo: Demo, visit: Callable[..., Visit]) -> None:
     page = visit()
     page.tab("Train")
+    page.page.locator("#count input[type=number]").fill("60")
     page.page.locator("#train-name input, #train-name textarea").fill("halted")
     page.page.locator("#train").click()
     page.page.wait_for_selector("#curve polyline", timeout=120_000)
