@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import platform
 import random
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -504,3 +507,37 @@ def test_nothing_but_an_error_comes_of_a_distorted_onnx_file(
         read_metadata(path)
     except CheckpointError:
         pass
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from aoft_deploy.serving.memory import give_large_blocks_back
+
+def resident():
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
+
+if sys.argv[1] == "set":
+    give_large_blocks_back()
+batch = b"x" * 2**23
+del batch  # the largest block that was freed
+before = resident()
+bodies, small = [], []
+for number in range(32):
+    bodies.append(bytes([number]) * 2**21)
+    small.append([object() for _ in range(100)])
+    small.append(bytes([number]) * 5000)
+del bodies
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_are_given_back_between_small_ones_that_stay() -> None:
+    kept = {}
+    for how in ("set", "not"):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, how], capture_output=True, text=True, check=True
+        )
+        kept[how] = int(done.stdout)
+    assert kept["set"] < 8 < 40 < kept["not"]  # of 64 MB
