@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -55,9 +54,9 @@ class Demo:
         raise AssertionError(self.log.read_text())
 
     def end(self) -> int:
-        """As Ctrl-C does."""
+        """As a supervisor does; Ctrl-C means the same, but is ignored below ``nohup`` and ``&``."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()
         try:
             return self.process.wait(30)
         except subprocess.TimeoutExpired:
