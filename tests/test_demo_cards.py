@@ -79,6 +79,7 @@ def test_the_evidence_is_that_of_the_readme() -> None:
     assert [s.ratio for s in speeds()][: len(ratios)] == ratios
     html = cards.evidence_cards(accuracies(), speeds())
     assert "96.8 ± 0.7" in html and f"{max(ratios):.2f} ×" in html
+    assert f"batches of {most}:" in html
 
 
 def test_an_installation_without_results_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,10 +223,10 @@ def evidence_cards(accuracy: Sequence[Accuracy], speed: Sequence[Speed]) -> str:
     )
     ratios = [Bar(f"{s.name}", s.ratio, f"{s.ratio:.2f} ×") for s in speed]
     right = bars(ratios, title="ViT-B/16 on two CPU cores: throughput", most=3)
-    against = speed[0].against if speed else "nothing"
+    against, batch = (speed[0].against, speed[0].batch) if speed else ("nothing", 0)
     note = (
-        f'<p class="note">Merged models, batches of 16: against {escape(against)}. Fleets of 16 '
-        "tasks in a batch: against one task's merged model in the same precision. "
+        f'<p class="note">Merged models, batches of {batch}: against {escape(against)}. Fleets of '
+        "16 tasks in a batch: against one task's merged model in the same precision. "
         "benchmarks/engines.py, fleet.py, methods.py have the commands.</p>"
     )
     return f'<div class="two"><div>{left}</div><div>{right}{note}</div></div>'

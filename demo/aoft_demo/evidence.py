@@ -43,11 +43,13 @@ class Speed:
         name: What ran.
         ratio: Its throughput over that of what it is compared with.
         against: What that is.
+        batch: Images in a batch.
     """
 
     name: str
     ratio: float
     against: str
+    batch: int
 
 
 def results_folder() -> Path | None:
@@ -96,15 +98,20 @@ def speeds() -> list[Speed]:
 def _engines(folder: Path) -> list[Speed]:
     rows = json.loads((folder / "engines.json").read_text("utf-8"))["rows"]
     most = max(row["batch"] for row in rows)
-    named = [(row.get("name") or row["variant"], row) for row in rows if row["batch"] == most]
-    against = next(name for name, row in named if row["ratio"] == 1)
-    return [Speed(name, row["ratio"], against) for name, row in named]
+    largest = [row for row in rows if row["batch"] == most]
+    against = next(row["name"] for row in largest if row["ratio"] == 1)
+    return [Speed(row["name"], row["ratio"], against, most) for row in largest]
 
 
 def _fleets(folder: Path) -> list[Speed]:
     rows = json.loads((folder / "fleet_16.json").read_text("utf-8"))["rows"]
     return [
-        Speed(f"{row['variant']}, {row['tasks']} tasks", row["of merged"], "its merged model")
+        Speed(
+            f"{row['variant']}, {row['tasks']} tasks",
+            row["of merged"],
+            "its merged model",
+            row["batch"],
+        )
         for row in rows
         if row["variant"] in ("fleet", "fleet int8")
     ]
