@@ -21,7 +21,8 @@ __all__ = ["Preprocessing"]
 _CROP_MODES = ("border", "center", "squash")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
 _MAX_RESIZED = 64_000_000  # pixels
-_THREAD = 64, 4_000_000  # an image that much longer than wide, resized to so many pixels
+_LONGEST = 64  # times as long as wide, up to which an image is resized whole
+_ALWAYS_WHOLE = 4_000_000  # pixels, up to which any image is
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class Preprocessing:
     def _resized(self, image: Image.Image) -> Image.Image:
         width, height = self._resized_size(image.width, image.height)
         resample = Image.Resampling[self.interpolation.upper()]
-        ratio, most = _THREAD
-        if width * height <= min(max(most, ratio * min(width, height) ** 2), _MAX_RESIZED):
+        whole = max(_ALWAYS_WHOLE, _LONGEST * min(width, height) ** 2)
+        if width * height <= min(whole, _MAX_RESIZED):
             return image.resize((width, height), resample)
         # A thread-like image would fill the memory: compute only the part that the crop keeps.
         # Equal up to one level of 255, since the box is rounded.
