@@ -26,7 +26,7 @@ __all__ = ["Apart"]
 
 
 class Apart:
-    """An ``Engine`` that another process runs.
+    """An ``Engine`` that another process runs, for one thread at a time.
 
     It ends with ``close``, as a context, or with this process.
 
