@@ -324,3 +324,25 @@ def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
         assert called[-1] == "e"
 
     asyncio.run(run())
+
+
+def test_deadlines_do_not_wake_the_loop_before_they_are_due() -> None:
+    async def run() -> None:
+        deadlines, called = Deadlines(), list[str]()
+        for name in "abc":
+            deadlines.add(name, 30.0, partial(called.append, name))
+        wakes, select = 0, asyncio.get_running_loop()._selector.select  # type: ignore[attr-defined]
+
+        def counted(timeout: float | None) -> object:
+            nonlocal wakes
+            wakes += 1
+            return select(timeout)
+
+        asyncio.get_running_loop()._selector.select = counted  # type: ignore[attr-defined]
+        await asyncio.sleep(0.3)
+        assert wakes <= 3
+        deadlines.add("d", 0.02, partial(called.append, "d"))  # earlier than those there are
+        await asyncio.sleep(0.1)
+        assert called == ["d"]
+
+    asyncio.run(run())

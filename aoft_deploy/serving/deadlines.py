@@ -1,6 +1,8 @@
 """Many deadlines that are seldom met, at the price of a dictionary's entry each.
 
-asyncio's timers cost more than reading a small request. Here one timer looks at all of them.
+asyncio's timers cost more than reading a small request. Here one timer looks at all of them, and
+only when the first of those it knew is due: a loop that wakes while an engine computes on all cores
+holds up the thread it displaces, and with it all others.
 """
 
 from __future__ import annotations
@@ -19,15 +21,14 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, tuple[float, Callable[[], object]]] = {}
-        self._ticking = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, key: Hashable, seconds: float, call: Callable[[], object]) -> None:
         """Make a call after some seconds, in place of an earlier one under that key."""
         loop = asyncio.get_running_loop()
-        self._calls[key] = loop.time() + seconds, call
-        if not self._ticking:
-            self._ticking = True
-            loop.call_later(min(seconds, TICK), self._tick, loop)
+        when = loop.time() + seconds
+        self._calls[key] = when, call
+        self._look(when, loop)
 
     def discard(self, key: Hashable) -> None:
         """Leave a call out that may have been made."""
@@ -35,15 +36,26 @@ class Deadlines:
 
     def shorten(self, seconds: float) -> None:
         """Make every call after some seconds at the latest."""
-        end = asyncio.get_running_loop().time() + seconds
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
         self._calls = {key: (min(when, end), call) for key, (when, call) in self._calls.items()}
+        if self._calls:
+            self._look(end, loop)
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
+    def _look(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Look at all calls at that time, or before."""
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self._due, loop)
+
+    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, now = None, loop.time()
         due = [(key, call) for key, (when, call) in self._calls.items() if when <= now]
         for key, call in due:
-            del self._calls[key]
-            call()
-        self._ticking = bool(self._calls)
-        if self._ticking:
-            loop.call_later(TICK, self._tick, loop)
+            if self._calls.pop(key, None) is not None:
+                call()
+        if self._calls:
+            first = min(when for when, _ in self._calls.values())
+            self._look(max(first, loop.time() + TICK), loop)
