@@ -27,8 +27,9 @@ from PIL import Image
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.images import read_image
 from aoft_deploy.preprocessing import Preprocessing
-from aoft_deploy.serving.bodies import Bodies, Disconnected
+from aoft_deploy.serving.bodies import Bodies
 from aoft_deploy.serving.encodings import compressed, decompressed
+from aoft_deploy.serving.inflow import Disconnected
 from aoft_deploy.serving.metrics import Counter, Histogram, exposition, gauge
 from aoft_deploy.serving.models import artefact_name
 from aoft_deploy.serving.pictures import sample
@@ -56,7 +57,7 @@ def receiving(*parts: bytes, delay: float = 0.0, ends: bool = True) -> Callable[
 
 
 def read(bodies: Bodies, receive: Callable[[], Any], length: str | None = None) -> bytes:
-    return asyncio.run(bodies.read(receive, length))
+    return bytes(asyncio.run(bodies.read(receive, length)))
 
 
 def test_a_body_is_read_whole_and_counted_until_it_is_released() -> None:

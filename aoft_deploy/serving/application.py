@@ -13,10 +13,10 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aoft_deploy.errors import AoftError
-from aoft_deploy.serving.bodies import Disconnected
 from aoft_deploy.serving.calls import Call
 from aoft_deploy.serving.catalogue import Catalogue
 from aoft_deploy.serving.inference import Inference
+from aoft_deploy.serving.inflow import Disconnected
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.refusals import Refusal
 from aoft_deploy.serving.service import Service

@@ -7,17 +7,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from aoft_deploy.serving.deadlines import Deadlines
+from aoft_deploy.serving.inflow import Disconnected, Inflow, place
 from aoft_deploy.serving.refusals import Refusal, shown
 
-__all__ = ["Bodies", "Disconnected", "Receive"]
+__all__ = ["Bodies", "Receive"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 DRAIN_SECONDS = 1.0
 """How long a body that is on its way when the server drains may still take."""
-
-
-class Disconnected(Exception):
-    """The client has gone."""
 
 
 class Bodies:
@@ -43,12 +40,15 @@ class Bodies:
         self._draining = True
         self._deadlines.shorten(DRAIN_SECONDS)
 
-    async def read(self, receive: Receive, length: str | None) -> bytes:
+    async def read(
+        self, receive: Receive, length: str | None, inflow: Inflow | None = None
+    ) -> bytes | memoryview:
         """A whole body. Its bytes count until :meth:`release` is told of them.
 
         Args:
             receive: ASGI's.
             length: The header ``Content-Length``.
+            inflow: A shorter way than ``receive``, where the connection has one.
 
         Raises:
             Refusal: 413 for too many bytes, 408 for too slow ones, 429 where all bodies together
@@ -61,48 +61,57 @@ class Bodies:
             raise self._too_large()
         task = asyncio.current_task()
         assert task is not None
-        late = False
+        late, came = False, 0
 
         def give_up() -> None:
             nonlocal late
             late = True
             task.cancel()
 
-        parts: list[bytes] = []
+        def arrived(size: int) -> None:
+            nonlocal came
+            came += size
+            self.bytes += size
+            if came > self.limit:
+                raise self._too_large()
+            if self.bytes > self.total:
+                after = {"Retry-After": "1"}
+                raise Refusal(429, "Too many bytes are under way.", headers=after, close=True)
+
         seconds = min(self.seconds, DRAIN_SECONDS) if self._draining else self.seconds
         self._deadlines.add(task, seconds, give_up)
         try:
-            await self._collect(receive, parts)
+            if inflow is None or length is None:
+                return await _collected(receive, arrived)
+            body = place(int(length))
+            await inflow.fill(body, arrived)
+            return body
         except BaseException as error:
-            self.bytes -= sum(map(len, parts))
+            self.bytes -= came
             if late and isinstance(error, asyncio.CancelledError):
                 task.uncancel()
                 raise Refusal(408, "The body did not arrive in time.", close=True) from None
             raise
         finally:
             self._deadlines.discard(task)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def release(self, size: int) -> None:
         """A body of that size is in memory no more."""
         self.bytes -= size
 
-    async def _collect(self, receive: Receive, parts: list[bytes]) -> None:
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected
-            part = message.get("body", b"")
-            more = message.get("more_body", False)
-            parts.append(part)
-            size += len(part)
-            self.bytes += len(part)
-            if size > self.limit:
-                raise self._too_large()
-            if self.bytes > self.total:
-                after = {"Retry-After": "1"}
-                raise Refusal(429, "Too many bytes are under way.", headers=after, close=True)
-
     def _too_large(self) -> Refusal:
         return Refusal(413, f"The body has more than {self.limit} bytes.", close=True)
+
+
+async def _collected(receive: Receive, arrived: Callable[[int], None]) -> bytes:
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        part = message.get("body", b"")
+        more = message.get("more_body", False)
+        parts.append(part)
+        arrived(len(part))
+    return parts[0] if len(parts) == 1 else b"".join(parts)

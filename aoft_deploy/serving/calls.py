@@ -11,8 +11,9 @@ from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Self
 
-from aoft_deploy.serving.bodies import Disconnected, Receive
+from aoft_deploy.serving.bodies import Receive
 from aoft_deploy.serving.deadlines import Deadlines
+from aoft_deploy.serving.inflow import INFLOW, Disconnected, Inflow
 from aoft_deploy.serving.refusals import Refusal
 
 __all__ = ["MAX_HEADERS", "Call", "Departure"]
@@ -33,15 +34,17 @@ class Call:
         count: Of its headers.
         headers: By name in lower case.
         id: Of this request, the client's own or ours; in answer and log.
+        inflow: The short way of its body, where the connection has one.
         model: Name of the model, once it is known that there is one.
         start: When it began, by ``perf_counter``.
         body: Bytes of its body that count as in memory.
         read: Whether the body was read to its end.
     """
 
-    __slots__ = ("body", "count", "headers", "id", "model", "read", "start")
+    __slots__ = ("body", "count", "headers", "id", "inflow", "model", "read", "start")
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
+        self.inflow: Inflow | None = scope.get(INFLOW)
         self.count = len(scope["headers"])
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         wanted = self.headers.get(b"x-request-id")

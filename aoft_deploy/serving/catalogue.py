@@ -164,7 +164,7 @@ class Catalogue:
     async def _body(self, request: Request) -> dict[str, Any]:
         call: Call = request.scope["aoft.call"]
         length = call.header(b"content-length")
-        body = await self._service.bodies.read(request.receive, length)
+        body = bytes(await self._service.bodies.read(request.receive, length))
         call.body, call.read = len(body), True
         if len(body) > 65536:
             raise Refusal(413, "The body has more than 65536 bytes.")

@@ -1,17 +1,20 @@
 """HTTP/1.1 connections: uvicorn's, with limits and failures of their own.
 
 uvicorn waits for a request's first bytes for ever, on httptools takes headers of any size and
-number, and tells failures of HTTP itself in plain text.
+number, and tells failures of HTTP itself in plain text. Large bodies go past it, see
+:mod:`~aoft_deploy.serving.inflow`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from aoft_deploy.serving.calls import MAX_HEADERS
+from aoft_deploy.serving.inflow import INFLOW, Disconnected, Inflow
 
 __all__ = ["connections"]
 
@@ -22,6 +25,9 @@ MAX_HEAD = 65536
 """Bytes before a body, between two parts of it or after it; what arrives in one piece may be more.
 """
 
+SCRATCH = memoryview(bytearray(65536))
+"""What any connection's socket gave and no place waits for; whoever reads it copies it at once."""
+
 if TYPE_CHECKING:
 
     class _Connection(asyncio.Protocol):
@@ -31,9 +37,13 @@ if TYPE_CHECKING:
         transport: asyncio.Transport
         connections: set[Any]
         cycle: Any
+        flow: Any
         parser: Any
+        pipeline: Any
+        scope: dict[str, Any]
         headers: list[tuple[bytes, bytes]]
 
+        def _unset_keepalive_if_required(self) -> None: ...
         def on_header(self, name: bytes, value: bytes) -> None: ...
         def on_headers_complete(self) -> None: ...
         def on_body(self, body: bytes) -> None: ...
@@ -62,10 +72,7 @@ class _Limits(_Connection):
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self._idle:
-            self._await_head()
-        else:
-            self._forget_head()
+        self._look_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
@@ -87,6 +94,13 @@ class _Limits(_Connection):
             self.transport.write(_plain(status, message))
         self.transport.close()
 
+    def _look_for_head(self) -> None:
+        """Bytes came: of a request that is being answered, or of one to come."""
+        if self._idle:
+            self._await_head()
+        else:
+            self._forget_head()
+
     def _await_head(self) -> None:
         if self._patience is None:
             self._patience = self.loop.call_later(HEADER_SECONDS, self._nothing_came)
@@ -102,19 +116,54 @@ class _Limits(_Connection):
 
 
 class _LimitedHead(_Limits):
-    """For httptools: limits that h11 has by itself.
+    """For httptools: limits that h11 has by itself, and bodies that go straight to their place.
 
     Trailers and what stands beside a chunk's size count too: httptools keeps or reads all of it.
     """
 
     _head = 0
+    _left = 0  # of a body whose length is known
+    _inflow: Inflow | None = None  # of the body that the parser sees no more of
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the system may write what came."""
+        if self._inflow is None:
+            return SCRATCH
+        return self._inflow.rest or SCRATCH[: self._left]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take in what was written there."""
+        if self._inflow is None:
+            self.data_received(bytes(SCRATCH[:nbytes]))
+            return
+        self._unset_keepalive_if_required()
+        if self._inflow.rest:
+            self._inflow.took(nbytes)
+            self._left -= nbytes
+        else:
+            self.on_body(bytes(SCRATCH[:nbytes]))
+        if not self._left:
+            self.parser = _parser(self)  # the old one waits for a body
+            self.on_message_complete()
+        self._look_for_head()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in, not more than a head may have."""
         self._head += len(data)
         super().data_received(data)
-        if self._head > MAX_HEAD and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._head > MAX_HEAD:
             self._end(431, "The headers are too large.")
+        elif self._left and not self.pipeline:
+            self._inflow = Inflow(partial(self._begin, self.cycle))
+            self.scope[INFLOW] = self._inflow
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it, and tell who waits for a body."""
+        super().connection_lost(exc)
+        if self._inflow is not None:
+            self._inflow.lost()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; what is raised here ends the connection with 400."""
@@ -129,6 +178,10 @@ class _LimitedHead(_Limits):
         """A body follows."""
         self._head = 0
         super().on_headers_complete()
+        fields = dict(self.headers)
+        length = fields.get(b"content-length", b"")
+        known = b"transfer-encoding" not in fields and not self.parser.should_upgrade()
+        self._left = int(length) if known and length.isdigit() and len(length) <= 18 else 0
 
     def on_chunk_header(self) -> None:
         """A part of the body follows, or its trailers."""
@@ -137,12 +190,26 @@ class _LimitedHead(_Limits):
     def on_body(self, body: bytes) -> None:
         """A part of the body came."""
         self._head = 0
+        self._left -= min(len(body), self._left)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next request's head follows."""
-        self._head = 0
+        self._head = self._left = 0
+        self._inflow = None
         super().on_message_complete()
+
+    def _begin(self, cycle: Any) -> bytearray:
+        """Give a request what has come of its body, and read on."""
+        if cycle.disconnected:
+            raise Disconnected
+        if cycle.waiting_for_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        first: bytearray = cycle.body
+        cycle.body = bytearray()
+        self.flow.resume_reading()
+        return first
 
 
 def connections(http: str, most: int) -> type[asyncio.Protocol]:
@@ -155,16 +222,24 @@ def connections(http: str, most: int) -> type[asyncio.Protocol]:
     Raises:
         ImportError: The parser is not installed.
     """
-    base: type[Any]
     if http == "h11":
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
-        base, limits = H11Protocol, _Limits
+        bases: tuple[type[Any], ...] = _Limits, H11Protocol
     else:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-        base, limits = HttpToolsProtocol, _LimitedHead
-    return type("Connection", (limits, base), {"most": most})
+        bases = _LimitedHead, HttpToolsProtocol, asyncio.BufferedProtocol
+    return type("Connection", bases, {"most": most})
+
+
+def _parser(connection: object) -> Any:
+    """As uvicorn makes one for each connection."""
+    import httptools
+
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 def _plain(status: int, message: str, headers: str = "") -> bytes:

@@ -14,7 +14,7 @@ SMALLEST = 1024
 """Bytes of a body that is worth compressing."""
 
 
-def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+def decompressed(body: bytes | memoryview, encoding: str, limit: int) -> bytes | memoryview:
     """A body as it was before its ``Content-Encoding``.
 
     Raises:
@@ -27,7 +27,8 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
     if name not in WINDOWS:
         raise Refusal(415, f"Content-Encoding is {shown(encoding)}: use gzip or deflate.")
     unpack = zlib.decompressobj(WINDOWS[name])
-    parts, total, rest = [], 0, body
+    rest: bytes | memoryview = body
+    parts, total = [], 0
     try:
         while not unpack.eof and rest:
             part = unpack.decompress(rest, 2**20)

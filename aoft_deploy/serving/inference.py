@@ -78,7 +78,7 @@ class Inference:
         service, call = self._service, scope["aoft.call"]
         model = self._model(scope, call)
         top = _top(QueryParams(scope["query_string"]).get("top", "5"))
-        body = await self._body(receive, call)
+        body = bytes(await self._body(receive, call))
         async with Departure(receive, service.deadlines):
             kind = call.header(b"content-type") or ""
             if kind.lower().startswith("multipart/form-data"):
@@ -119,9 +119,10 @@ class Inference:
         call.model = model.name
         return model
 
-    async def _body(self, receive: Receive, call: Call) -> bytes:
+    async def _body(self, receive: Receive, call: Call) -> bytes | memoryview:
         service = self._service
-        body = await service.bodies.read(receive, call.header(b"content-length"))
+        length = call.header(b"content-length")
+        body = await service.bodies.read(receive, length, call.inflow)
         call.body, call.read = len(body), True
         encoding = call.header(b"content-encoding")
         if encoding is not None:

@@ -54,7 +54,9 @@ class InferRequest:
     top: int
 
 
-def parse_request(body: bytes, json_length: str | None, tensor: Tensor) -> InferRequest:
+def parse_request(
+    body: bytes | memoryview, json_length: str | None, tensor: Tensor
+) -> InferRequest:
     """Read the body of an inference request.
 
     Args:
