@@ -20,7 +20,7 @@ class Demo:
 
     Args:
         log: Where its output goes; temporary files lie beside.
-        paths: Arguments of the command.
+        arguments: Of the command.
         cwd: Its working directory.
         environment: Variables beside those of this process.
     """
@@ -28,11 +28,11 @@ class Demo:
     def __init__(
         self,
         log: Path,
-        *paths: Path,
+        *arguments: Path | str,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        command = [sys.executable, "-u", "-m", "aoft_demo.cli", *map(str, paths)]
+        command = [sys.executable, "-u", "-m", "aoft_demo.cli", *map(str, arguments)]
         command += ["--port", "0", "--threads", "1"]
         own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent), **(environment or {})}
         self.log, self.folder, start = log, log.parent, time.monotonic()

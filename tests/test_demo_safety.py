@@ -91,7 +91,8 @@ class Stranger:
         """Status, headers in lower case, and content."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         try:
-            connection.putrequest(method, path)
+            named = any(name.lower() == "host" for name in headers or {})
+            connection.putrequest(method, path, skip_host=named)
             given = {"Content-Length": str(len(body))} if body is not None else {}
             for name, value in {**given, **(headers or {})}.items():
                 connection.putheader(name, value)
@@ -179,7 +180,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "AOFT_ASKED": str(folder / "asked"),
     }
-    demo = Demo(log, cwd=cwd, environment=environment)
+    demo = Demo(log, "--allow-host", "page.lan", cwd=cwd, environment=environment)
     try:
         yield Stranger(demo, cwd, home, folder / "asked")
     finally:
@@ -527,6 +528,20 @@ def test_the_page_itself_may_read(stranger: Stranger) -> None:
     headers = {"Origin": stranger.demo.address}
     found = stranger.ask("GET", "/config", None, headers)[1]
     assert found["access-control-allow-origin"] == stranger.demo.address
+
+
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/join"])
+def test_a_name_that_was_pointed_here_is_refused(stranger: Stranger, path: str, name: str) -> None:
+    body = b"{}" if path.endswith("join") else None
+    headers = {"Host": name, "Origin": f"http://{name}", "Content-Type": "application/json"}
+    status, _, content = stranger.ask("POST" if body else "GET", path, body, headers)
+    assert (status, content) == (400, b"Invalid host header")
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST:9", "127.0.0.1", "[::1]:80", "page.lan"])
+def test_own_names_are_answered_and_a_proxys_that_was_given(stranger: Stranger, name: str) -> None:
+    assert stranger.ask("GET", "/config", None, {"Host": name})[0] == 200
 
 
 def test_an_upload_above_the_limit_is_refused_and_not_kept(stranger: Stranger) -> None:

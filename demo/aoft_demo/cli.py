@@ -28,6 +28,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
     add("--port", type=port, default=7860, metavar="P", help="0 takes a free one (7860)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which a proxy on this machine asks for the page",
+    )
     add("--backbone-weights", type=Path, metavar="FILE", help="the backbone's weights")
     add("--examples", type=Path, metavar="DIR", help="pictures to offer; default: bundled ones")
     add("--threads", type=positive, metavar="N", help="of the runtime; default: its own choice")
@@ -52,6 +59,7 @@ def show(options: argparse.Namespace) -> None:
         weights=options.backbone_weights,
         examples=options.examples,
         threads=options.threads,
+        allowed_hosts=options.allow_host,
     )
 
 

@@ -17,6 +17,7 @@ from aoft_deploy.errors import MissingExtraError, OutputError
 __all__ = ["MAX_UPLOAD", "running", "serve"]
 
 MAX_UPLOAD = "20mb"
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def serve(
@@ -27,13 +28,20 @@ def serve(
     weights: Path | None = None,
     examples: Path | None = None,
     threads: int | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve until interrupted; see ``running`` for the arguments."""
     print("Opening the tasks; the first time that takes about half a minute …", flush=True)
     with (
         contextlib.suppress(KeyboardInterrupt),
         running(
-            paths, host=host, port=port, weights=weights, examples=examples, threads=threads
+            paths,
+            host=host,
+            port=port,
+            weights=weights,
+            examples=examples,
+            threads=threads,
+            allowed_hosts=allowed_hosts,
         ) as address,
     ):
         print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
@@ -49,6 +57,7 @@ def running(
     weights: Path | None = None,
     examples: Path | None = None,
     threads: int | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> Iterator[str]:
     """A page that is served while the block runs.
 
@@ -59,6 +68,9 @@ def running(
         weights: File with the backbone's weights; None takes timm's own.
         examples: Folder of pictures to offer; None takes the bundled ones.
         threads: Of the runtime; None lets it choose.
+        allowed_hosts: Further names by which a page on this machine's own address may be asked for,
+            such as a proxy's. Other names are refused: a website whose name was pointed to
+            127.0.0.1 would reach the page from a visitor's browser.
 
     Yields:
         The page's address.
@@ -84,6 +96,8 @@ def running(
             raise MissingExtraError(str(error.name), "demo") from error
 
         import PIL.Image
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from aoft_demo.classify import MAX_PIXELS
         from aoft_demo.page import build
@@ -92,6 +106,8 @@ def running(
         from aoft_demo.visitors import Visitors
         from aoft_deploy.images import image_files
 
+        names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else ["*"]
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
         PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
         _fetch_nothing()
         pictures = None if examples is None else image_files([examples])[:24]
@@ -114,6 +130,7 @@ def running(
                 ssr_mode=False,
                 theme=theme(),
                 css=CSS,
+                app_kwargs={"middleware": [trusted]},
             )
             torch.start()  # while people look at the page, for the tabs that need it
             yield f"http://{host}:{port}"
