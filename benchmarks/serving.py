@@ -2,10 +2,10 @@
 
 --artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone,
 to which --task is added --tasks times.
-In each round the engine runs alone in a process of its own, batch after batch, then the server
-under as many clients as fill two batches, each with one image a request: tensors as bytes, JPEGs,
-one task of the fleet, and all its tasks mixed. Printed are medians of rounds: images a second, from
-the end of one batch to the end of another, their share of the bare engine's in the same round, p50
+In each round the engine alone in a process of its own, batch after batch, and the server under as
+many clients as fill two batches take turns of a few seconds, with one image a request: tensors as
+bytes, JPEGs, one task of the fleet, and all its tasks mixed. Printed are medians: images a second,
+from the end of one batch to the end of another, their share of the bare engine's just before, p50
 and p99 in milliseconds, and the server's processor time a request. At batch 1 one client alone, a
 bare socket, and the bare engine take turns, each twice, of which the second counts. added_p50 is
 the difference of their medians. around_p50 is the median of what a request took beside the engine's
@@ -62,12 +62,13 @@ else:
 images = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
 run(images)
 run(images)
-times, end = [], time.perf_counter() + seconds
-while time.perf_counter() < end:
-    start = time.perf_counter()
-    run(images)
-    times.append(time.perf_counter() - start)
-print(json.dumps(times))
+for _ in sys.stdin:
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - start)
+    print(json.dumps(times), flush=True)
 """
 
 
@@ -236,14 +237,31 @@ def jpegs(model: str, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
     return found
 
 
-def bare(path: Path, options: argparse.Namespace, tasks: list[str], folder: str) -> list[float]:
-    """Seconds of each batch of the engine alone."""
-    given = json.dumps([str(path), options.batch, options.seconds, tasks, options.threads, folder])
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, given], check=True, capture_output=True, text=True
-    )
-    times: list[float] = json.loads(done.stdout)
-    return times
+class Bare:
+    """The engine alone, in a process that waits until it is asked."""
+
+    def __init__(
+        self, path: Path, options: argparse.Namespace, tasks: list[str], folder: str
+    ) -> None:
+        given = [str(path), options.batch, options.seconds, tasks, options.threads, folder]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BARE, json.dumps(given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self) -> list[float]:
+        """Seconds of each batch of a while."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        times: list[float] = json.loads(self.process.stdout.readline())
+        return times
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.communicate()
 
 
 def rounds(
@@ -257,28 +275,33 @@ def rounds(
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for name, path, tasks, requests in cases:
-            alone = bare(path, options, tasks, folder)
             label = "fleet" if tasks else "merged"
             more = ["--repository", folder] if tasks else []
+            alone = Bare(path, options, tasks, folder)
             server = Server(f"{label}={path}", "--max-batch", options.batch, *threads, *more)
-            load = server.load(requests, 2 * options.batch, options.seconds)
+            for _ in range(options.windows):
+                own = options.batch / statistics.median(alone.run())
+                load = server.load(requests, 2 * options.batch, options.seconds)
+                found.setdefault(name, []).append(row(load, own))
             server.stop()
-            own = options.batch / statistics.median(alone)
-            ranked = sorted(load.milliseconds)
-            found.setdefault(name, []).append(
-                {
-                    "bare": own,
-                    "served": load.rate,
-                    "share": load.rate / own,
-                    "p50": statistics.median(ranked),
-                    "p99": ranked[int(0.99 * len(ranked))],
-                    "cpu_ms": 1e3 * load.cpu,
-                    "memory_mb": load.memory,
-                    "failed": load.failed,
-                }
-            )
+            alone.stop()
         found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
     return found
+
+
+def row(load: Load, own: float) -> dict[str, float]:
+    """What a while under load and one of the engine alone say."""
+    ranked = sorted(load.milliseconds)
+    return {
+        "bare": own,
+        "served": load.rate,
+        "share": load.rate / own,
+        "p50": statistics.median(ranked),
+        "p99": ranked[int(0.99 * len(ranked))],
+        "cpu_ms": 1e3 * load.cpu,
+        "memory_mb": load.memory,
+        "failed": load.failed,
+    }
 
 
 def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[str, float]:
@@ -305,7 +328,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--windows", type=int, default=3, help="turns of both in a round")
+    parser.add_argument("--seconds", type=float, default=6, help="of a turn")
     parser.add_argument("--turns", type=int, default=40, help="requests at batch 1, each round")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
