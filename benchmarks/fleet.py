@@ -6,6 +6,7 @@ of the time of one batch, each beside that of the merged model of a single task 
 * ``merged``       one task's merged model in ONNX Runtime: the limit
 * ``fleet``        ours in ONNX Runtime, every image with another one of the tasks
 * ``merged int8``, ``fleet int8``: the same with the shared weights in 8 bits
+* ``merged openvino int8``, ``fleet openvino int8``: in OpenVINO, its ranges learnt from noise
 * ``sessions``     a merged model's session for each task, one image after the other
 * ``LoraAdapter``  ONNX Runtime's own adapters (rank 8), switched before each image
 * ``torch merged``, ``torch fleet``, ``PEFT`` (rank 8 on qkv, ``adapter_names``) in PyTorch
@@ -37,10 +38,12 @@ import peft
 import timm
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import save
+from aoft_deploy.engines import load_artefact
 from aoft_deploy.export import export_merged
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.fleet_export import export_fleet
@@ -174,6 +177,7 @@ class Rivals:
         self.fleet_int8 = Fleet(small[1], threads=options.threads)
         for path in self.checkpoints[2:]:
             self.fleet_int8.add(path)
+        self.openvino(options, folder, weights)
         self.lora, self.adapters = adapter_session(options, folder)
         tuned = tuned_model(options, folder)
         rows, heads = [], []
@@ -192,6 +196,25 @@ class Rivals:
             "columns": torch.arange(CLASSES),
         }
         self.peft = peft_model(options, max(options.tasks))
+
+    def openvino(self, options: argparse.Namespace, folder: Path, weights: Path) -> None:
+        """OpenVINO's own, of the same checkpoints."""
+        noise = folder / "noise"
+        noise.mkdir()
+        side, rng = self.fleet.preprocessing.size, np.random.default_rng(0)
+        for i in range(32):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(
+                noise / f"{i}.png"
+            )
+        how: dict[str, Any] = {"to": "openvino", "precision": "int8", "weights": weights}
+        how |= {"calibrate": [noise], "images": [noise / "0.png"], "min_agreement": 0.0}
+        merged, fleet = folder / "merged.openvino", folder / "fleet.openvino"
+        export_merged(self.checkpoints[0], merged, **how)
+        export_fleet(self.checkpoints[:2], fleet, **how)
+        self.merged_openvino = load_artefact(merged, threads=options.threads)
+        self.fleet_openvino = Fleet(fleet, threads=options.threads)
+        for path in self.checkpoints[2:]:
+            self.fleet_openvino.add(path)
 
     def variants(self, case: Case, images: NDArray[np.float32]) -> dict[str, Callable[[], Any]]:
         """What answers one batch, by name."""
@@ -213,6 +236,8 @@ class Rivals:
             "fleet": lambda: self.fleet.predict(images, names),
             "merged int8": lambda: self.merged_int8.run(None, {"pixel_values": images}),
             "fleet int8": lambda: self.fleet_int8.predict(images, names),
+            "merged openvino int8": lambda: self.merged_openvino.run(images),
+            "fleet openvino int8": lambda: self.fleet_openvino.predict(images, names),
             "sessions": one_by_one,
             "LoraAdapter": switched,
             "torch merged": lambda: self.torch_merged(pixels),
@@ -240,9 +265,13 @@ def timed(
         if options.variants:
             chosen = {name: run for name, run in chosen.items() if name in options.variants}
         if case.tasks > 1:  # these answer as fast however many tasks there are
-            fixed = ("merged", "merged int8", "sessions", "LoraAdapter", "torch merged")
+            fixed = ("sessions", "LoraAdapter")
             if any(c.batch == case.batch and c.tasks < case.tasks for c in cases):
-                chosen = {name: run for name, run in chosen.items() if name not in fixed}
+                chosen = {
+                    name: run
+                    for name, run in chosen.items()
+                    if name not in fixed and "merged" not in name
+                }
         work += [(case, name, run) for name, run in chosen.items()]
     seconds: dict[Case, dict[str, list[float]]] = {case: {} for case in cases}
     with torch.inference_mode():
@@ -268,7 +297,9 @@ def table(seconds: dict[Case, dict[str, list[float]]]) -> list[dict[str, Any]]:
     for case, found in seconds.items():
         for name, times in found.items():
             runtime = "torch merged" if name.startswith("torch") or name == "PEFT" else "merged"
-            limit = merged.get((case.batch, "merged int8" if "int8" in name else runtime))
+            if "int8" in name:
+                runtime = name.replace("fleet", "merged")
+            limit = merged.get((case.batch, runtime))
             ratios = [a / b for a, b in zip(limit or [], times, strict=False)]
             rows.append(
                 {
@@ -309,11 +340,11 @@ def main() -> None:
             "resident bytes of a session": rivals.session_bytes,
             "seconds to load a session": rivals.session_seconds,
         }
-    print(f"{'batch':>5}{'tasks':>6}  {'variant':14}{'seconds':>9}{'img/s':>8}{'of merged':>11}")
+    print(f"{'batch':>5}{'tasks':>6}  {'variant':21}{'seconds':>9}{'img/s':>8}{'of merged':>11}")
     for row in rows:
         ratio = f"{row['of merged']:11.3f}" if row["of merged"] else ""
         print(
-            f"{row['batch']:5}{row['tasks']:6}  {row['variant']:14}{row['seconds']:9.3f}"
+            f"{row['batch']:5}{row['tasks']:6}  {row['variant']:21}{row['seconds']:9.3f}"
             f"{row['images per second']:8.2f}{ratio}"
         )
     for what, value in cost.items():

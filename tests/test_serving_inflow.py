@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +20,6 @@ from aoft_deploy.serving.bodies import Bodies
 from aoft_deploy.serving.connections import connections
 from aoft_deploy.serving.inflow import INFLOW, Disconnected, Inflow, place
 from aoft_deploy.serving.refusals import Refusal
-
-uvicorn = pytest.importorskip("uvicorn")
 
 Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
@@ -63,13 +64,14 @@ def talked(play: Play, bodies: Bodies | None = None) -> Echo:
     echo = Echo(bodies or Bodies(10**7, 10**8, 5.0))
 
     async def run() -> None:
-        config = uvicorn.Config(echo, http=connections("httptools", 100), lifespan="off")
+        make: Any = connections("httptools", 100)
+        config = uvicorn.Config(echo, http=make, lifespan="off")
         config.load()
         state = uvicorn.server.ServerState()
         loop = asyncio.get_running_loop()
 
         def protocol() -> Any:
-            return config.http_protocol_class(config=config, server_state=state, app_state={})
+            return make(config=config, server_state=state, app_state={})
 
         server = await loop.create_server(protocol, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -210,7 +212,7 @@ def test_a_body_that_nobody_reads_is_none_of_the_next_request() -> None:
     talked(play)
 
 
-@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 602_112])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 602_112, 5_000_000])
 def test_a_place_ends_on_a_round_address(size: int) -> None:
     room = place(size)
     assert len(room) == size and not room.readonly
@@ -218,6 +220,21 @@ def test_a_place_ends_on_a_round_address(size: int) -> None:
         assert np.frombuffer(room[size % 4 :], np.float32).flags.aligned
     array = np.frombuffer(room, np.uint8)
     assert not size or (array.__array_interface__["data"][0] + size) % 64 == 0
+
+
+def test_places_take_no_memory_before_bytes_come() -> None:
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    always = pages.exists() and "[always]" in pages.read_text()  # then a byte takes 2 MB
+    before = resident()
+    rooms = [place(64 * 2**20) for _ in range(32)]
+    for room in rooms:
+        room[0] = 1
+    assert resident() - before < (96 if always else 32) * 2**20
+    assert len(rooms) == 32
 
 
 def test_what_cannot_be_told_of_a_part_ends_the_wait() -> None:
