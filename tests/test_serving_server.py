@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -309,6 +310,31 @@ def test_idle_connections_and_half_sent_bodies_do_not_hold_the_end(
     for connection in half:
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
     for connection in fresh + idle + half:
+        connection.close()
+
+
+def test_those_who_knock_on_do_not_hold_the_end(serve: Callable[..., Any], artefact: Path) -> None:
+    server = serve(artefact)
+    head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+    stopped, knocked = threading.Event(), list[socket.socket]()
+
+    def knock() -> None:  # each refusal is heard out for a second, and another comes meanwhile
+        with contextlib.suppress(OSError):
+            while not stopped.wait(0.05):
+                knocked.append(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+                knocked[-1].sendall(head)
+
+    knocking = threading.Thread(target=knock)
+    knocking.start()
+    wait(lambda: len(knocked) > 10)
+    start = time.monotonic()
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - start < 5
+    assert server.event("drained")["lost"] == 0
+    stopped.set()
+    knocking.join()
+    for connection in knocked:
         connection.close()
 
 

@@ -67,6 +67,8 @@ class Application:
                     headers.append((b"connection", b"close"))
             await send(message)
 
+        taken = int(service.state != "draining")
+        service.taken += taken
         observations.in_flight += 1
         try:
             call.check()
@@ -87,6 +89,7 @@ class Application:
             status = refusal.status
             del refusal  # its traceback holds this frame, and so the request's body
         finally:
+            service.taken -= taken
             observations.in_flight -= 1
             service.bodies.release(call.body)
             observations.requests.add(observations.label(call.model), str(status))

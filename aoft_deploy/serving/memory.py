@@ -9,8 +9,7 @@ import os
 __all__ = ["give_large_blocks_back"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGE = 2**20
-SPARE = 4 * 2**20
+LARGE = SPARE = 2**20
 
 
 def give_large_blocks_back() -> None:

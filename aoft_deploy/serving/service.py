@@ -33,6 +33,7 @@ class Service:
         settings: As given.
         models: What is served.
         observations: What is counted.
+        taken: Requests that came before the server drained and are not answered.
         bodies: Reads requests.
         deadlines: Of requests that are answered.
         state: Inference is answered where it is ``ready``.
@@ -49,6 +50,7 @@ class Service:
     def __init__(self, settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
         self.settings = settings
         self.observations = Observations()
+        self.taken = 0
         self.models = Models(settings, given, self.observations.batch)
         self.deadlines = Deadlines()
         self.bodies = Bodies(settings.max_body, settings.max_buffered, settings.body_timeout)
@@ -80,18 +82,18 @@ class Service:
     async def drain(self) -> None:
         """Take no more requests, and wait for those that were taken."""
         self.state = "draining"
-        log("draining", in_flight=self.observations.in_flight)
+        log("draining", in_flight=self.taken)
         self.bodies.drain()
         loop = asyncio.get_running_loop()
         end = loop.time() + self.settings.grace
         await asyncio.sleep(min(LINGER_SECONDS, self.settings.grace))
-        while self.observations.in_flight and loop.time() < end:
+        while self.taken and loop.time() < end:  # those who knock on are refused all the while
             await asyncio.sleep(0.02)
         if self._follower is not None:
             self._follower.cancel()
         self.models.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        log("drained", lost=self.observations.in_flight)
+        log("drained", lost=self.taken)
 
     async def aside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run in one of the threads for what would hold the event loop up.
