@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from PIL import Image
 
 from aoft_deploy.apart import Apart
 from aoft_deploy.engines import load_artefact
+from aoft_deploy.measurement import machine
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -274,7 +276,7 @@ def rounds(
     threads = [] if options.threads is None else ["--threads", options.threads]
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
-        for name, path, tasks, requests in cases:
+        for name, path, tasks, requests in cases if options.windows else []:
             label = "fleet" if tasks else "merged"
             more = ["--repository", folder] if tasks else []
             alone = Bare(path, options, tasks, folder)
@@ -285,7 +287,8 @@ def rounds(
                 found.setdefault(name, []).append(row(load, own))
             server.stop()
             alone.stop()
-        found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
+        if options.turns:
+            found.setdefault("batch 1, in turn", []).append(in_turn(options, size, threads))
     return found
 
 
@@ -328,9 +331,13 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=3, help="turns of both in a round")
+    parser.add_argument(
+        "--windows", type=int, default=3, help="turns of both in a round; 0 for none"
+    )
     parser.add_argument("--seconds", type=float, default=6, help="of a turn")
-    parser.add_argument("--turns", type=int, default=40, help="requests at batch 1, each round")
+    parser.add_argument(
+        "--turns", type=int, default=40, help="requests at batch 1, each round; 0: none"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -349,6 +356,8 @@ def main() -> None:
             cases.append((f"fleet, {len(names)} tasks", options.fleet, names, mixed))
         found = rounds(cases, options, size, folder)
     result = {
+        "machine": machine(options.threads),
+        "onnxruntime": version("onnxruntime"),
         "cases": {
             name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
             for name, rows in found.items()
