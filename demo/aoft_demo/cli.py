@@ -50,9 +50,9 @@ def port(text: str) -> int:
 
 def show(options: argparse.Namespace) -> None:
     """Serve the page until a signal comes."""
-    from aoft_demo.server import serve
+    from aoft_demo.server import running, serve
 
-    serve(
+    page = running(
         options.paths,
         host=options.host,
         port=options.port,
@@ -61,6 +61,7 @@ def show(options: argparse.Namespace) -> None:
         threads=options.threads,
         allowed_hosts=options.allow_host,
     )
+    serve(page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,30 +20,10 @@ MAX_UPLOAD = "20mb"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
-def serve(
-    paths: Sequence[Path],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    weights: Path | None = None,
-    examples: Path | None = None,
-    threads: int | None = None,
-    allowed_hosts: Sequence[str] = (),
-) -> None:
-    """Serve until interrupted; see ``running`` for the arguments."""
+def serve(page: contextlib.AbstractContextManager[str]) -> None:
+    """Serve what ``running`` gives until interrupted."""
     print("Opening the tasks; the first time that takes about half a minute …", flush=True)
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        running(
-            paths,
-            host=host,
-            port=port,
-            weights=weights,
-            examples=examples,
-            threads=threads,
-            allowed_hosts=allowed_hosts,
-        ) as address,
-    ):
+    with contextlib.suppress(KeyboardInterrupt), page as address:
         print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 
