@@ -1,0 +1,180 @@
+"""Plant faults in the code, one at a time, and see whether the tests notice.
+
+``python tools/mutants.py`` plants every fault of ``tools/mutants/*.toml``; with names of those
+files, or with parts of the names of sources, only some. Each fault is planted in a copy of the
+checkout, where the tests that the list names must fail. It is run by hand, not in CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTS = Path(__file__).with_suffix("")
+SOURCES = ("aoft_deploy", "exporters", "demo")
+COPIED = (*SOURCES, "tests", "benchmarks", "tools", "deploy", "docs")
+NOTHING_RAN = (2, 3, 4, 5)
+"""Exit codes of pytest that say that no test was judged."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault to plant.
+
+    Attributes:
+        file: Source, relative to the checkout.
+        find: Text that occurs once in it.
+        replace: What stands there instead.
+        tests: Arguments of pytest: what must fail.
+        why: What a user would suffer.
+        survives: Why no test can see it; empty where one must.
+    """
+
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+    why: str
+    survives: str = ""
+
+
+def read_list(path: Path) -> list[Mutant]:
+    """The faults of a list.
+
+    Raises:
+        ValueError: An entry has a missing or an unknown key, or its text does not occur just once.
+    """
+    found = []
+    for number, entry in enumerate(tomllib.loads(path.read_text("utf-8"))["mutant"], 1):
+        try:
+            mutant = Mutant(**entry | {"tests": tuple(entry["tests"])})
+            count = (ROOT / mutant.file).read_text("utf-8").count(mutant.find)
+        except (KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{path.name}, mutant {number}: {error}.") from error
+        if count != 1 or mutant.find == mutant.replace:
+            raise ValueError(
+                f"{path.name}, mutant {number}: its text occurs {count} times in {mutant.file}, "
+                "but must occur once and be replaced by another."
+            )
+        found.append(mutant)
+    return found
+
+
+def copy_checkout(folder: Path) -> None:
+    """The files that tests read, in a folder of their own."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, folder / path.name)
+
+
+def run_tests(folder: Path, tests: Sequence[str], seconds: float) -> int | None:
+    """The exit code of pytest on a copy of the checkout; None where it took too long."""
+    places = [folder, *(folder / source for source in SOURCES[1:])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            timeout=seconds,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode
+
+
+def judge(mutant: Mutant, folder: Path, seconds: float) -> str:
+    """What became of a fault; the copy is as before afterwards."""
+    path = folder / mutant.file
+    before = path.read_text("utf-8")
+    path.write_text(before.replace(mutant.find, mutant.replace), "utf-8")
+    try:
+        code = run_tests(folder, mutant.tests, seconds)
+    finally:
+        path.write_text(before, "utf-8")
+    if code is None:
+        return "killed: hangs"
+    if code in NOTHING_RAN:
+        return "NOTHING RAN"
+    return "killed" if code else "SURVIVED"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plant faults and print what became of each; 0 where all that must be killed were."""
+    parser = argparse.ArgumentParser(description="Plant faults and see whether the tests notice.")
+    parser.add_argument("only", nargs="*", help="names of lists, or parts of the names of sources")
+    parser.add_argument("--jobs", type=int, default=1, help="copies of the checkout at work")
+    parser.add_argument("--seconds", type=float, default=600, help="longest time for one fault")
+    parser.add_argument("--check", action="store_true", help="read the lists, and plant nothing")
+    options = parser.parse_args(argv)
+    mutants = [
+        mutant
+        for path in sorted(LISTS.glob("*.toml"))
+        for mutant in read_list(path)
+        if not options.only
+        or path.stem in options.only
+        or any(name in mutant.file for name in options.only)
+    ]
+    if options.check:
+        print(f"{len(mutants)} faults in {len({mutant.file for mutant in mutants})} sources")
+        return 0
+    results = plant(mutants, options.jobs, options.seconds)
+    killed = sum(result.startswith("killed") for result in results)
+    print(f"{killed} of {len(mutants)} killed")
+    missed = [
+        m
+        for m, r in zip(mutants, results, strict=True)
+        if not r.startswith("killed") and not m.survives
+    ]
+    return 1 if missed else 0
+
+
+def plant(mutants: Sequence[Mutant], jobs: int, seconds: float) -> list[str]:
+    """Judge every fault, several at a time, and print each as it ends."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(jobs):
+            copy_checkout(Path(scratch, str(number)))
+            copies.put(Path(scratch, str(number)))
+
+        def one(mutant: Mutant) -> str:
+            folder, start = copies.get(), time.perf_counter()
+            try:
+                result = judge(mutant, folder, seconds)
+            finally:
+                copies.put(folder)
+            spent = time.perf_counter() - start
+            because = f" ({mutant.survives})" if mutant.survives else ""
+            print(f"{result:14} {spent:4.0f} s  {mutant.file}: {mutant.why}{because}", flush=True)
+            return result
+
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(one, mutants))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
