@@ -5,34 +5,47 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: quickstart test lint clean
+# Every package has the release that constraints.txt names. An empty CONSTRAINTS resolves anew.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %)
+TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: quickstart test test-latest constraints lint clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/test_openvino.py
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_openvino.py  # OpenVINO ends a process that has run the others
+	$(TESTS) -n $(JOBS) --dist worksteal --ignore tests/test_openvino.py
+	$(TESTS) tests/test_openvino.py  # OpenVINO ends a process that has run the others
+
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=
+
+constraints:
+	$(MAKE) .venv-latest/.lint VENV=.venv-latest CONSTRAINTS=
+	.venv-latest/bin/python -m pip freeze --all --exclude-editable > constraints.txt
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.runtime: pyproject.toml
+$(VENV)/.runtime: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
+	$(INSTALL) --upgrade 'pip>=25.3'
+	$(INSTALL) $(CONSTRAINTS:%=--build-constraint %) --editable '.[cpu]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --group test
+	$(INSTALL) --group test
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --group lint
+	$(INSTALL) --group lint
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) .venv-latest build dist runs
