@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from aoft_deploy.apart import Apart
 from aoft_deploy.engines import Engine
 from aoft_deploy.errors import CheckpointError
 
-__all__ = ["Subject", "Timing", "gemm_peaks", "inputs_for", "interleaved", "machine"]
+__all__ = ["Subject", "Timing", "gemm_peaks", "inputs_for", "interleaved", "machine", "trusted"]
 
-SIDE = 2048
-"""Of the square matrices that the peak is measured with: large enough to reuse every cache."""
+SIDES = (256, 512, 1024, 2048)
+"""Of the square matrices that the peak is measured with. The largest reuses every cache; where one
+would take too long, the smaller ones before it count."""
+
+REPEATS = 8
+"""Products of the largest size; of a smaller one two, of which the first may set things up."""
+
+Product = Callable[[], Any]
+"""One product of two square matrices."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Timing:
         return self.batch / self.median
 
     def share(self, peaks: Mapping[str, float]) -> float | None:
-        """Of the machine's limit in the subject's precision; None where one is not known."""
+        """Of a peak of ``gemm_peaks``, in the subject's precision; None where one is not known."""
         peak = peaks.get(self.subject.precision)
         if peak is None or self.subject.flops is None:
             return None
@@ -128,6 +136,7 @@ def interleaved(
     size: int,
     rounds: int,
     progress: Callable[[int], None] = lambda done: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time all subjects in turn, so that whatever else the machine does hits them alike.
 
@@ -141,6 +150,7 @@ def interleaved(
         size: Side of the square images, in pixels.
         rounds: Times that each is run.
         progress: Told the number of finished rounds.
+        clock: Seconds; an engine that is ``Apart`` has its own.
 
     Returns:
         By batch size, then subject.
@@ -151,11 +161,11 @@ def interleaved(
     }
     seconds: dict[tuple[int, int], list[float]] = {key: [] for key in work}
     for key in work:
-        _seconds(subjects[key[1]].engine, inputs[key])
+        _seconds(subjects[key[1]].engine, inputs[key], clock)
     for turn in range(rounds):
         for key in work if turn % 2 == 0 else reversed(work):
-            _seconds(subjects[key[1]].engine, inputs[key])
-            seconds[key].append(_seconds(subjects[key[1]].engine, inputs[key]))
+            _seconds(subjects[key[1]].engine, inputs[key], clock)
+            seconds[key].append(_seconds(subjects[key[1]].engine, inputs[key], clock))
         progress(turn + 1)
     return [
         Timing(
@@ -171,59 +181,92 @@ def interleaved(
     ]
 
 
-def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...]) -> float:
+def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...], clock: Callable[[], float]) -> float:
     """Of one run."""
     if isinstance(engine, Apart):
         return engine.seconds(*inputs)
-    start = time.perf_counter()
+    start = clock()
     engine.run(*inputs)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def gemm_peaks(threads: int | None = None, repeats: int = 8) -> dict[str, float]:
+def gemm_peaks(
+    threads: int | None = None,
+    seconds: float = 6.0,
+    *,
+    products: Mapping[str, Callable[[int], Product]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Operations a second that this machine's CPU reaches in large products, by precision.
 
-    Measured by PyTorch's oneDNN and MKL; the best of ``repeats``. bf16 is left out where the
-    processor lacks it, and int8 is counted in integer operations.
+    The best that PyTorch's libraries reach. A precision is left out unless it is faster than fp32:
+    without instructions for it the processor has no limit of its own there, and PyTorch may have
+    no kernel at all (int8 on AVX2 takes 25 s for a product that fp32 does in 0.2). int8 is counted
+    in integer operations.
 
     Args:
         threads: None is as many as PyTorch takes.
-        repeats: Products of each kind.
+        seconds: Time for all of it; exceeded by at most one small product of each precision.
+        products: From a precision to a function that makes a product from a side; None is
+            PyTorch's, with ``fp32`` among them.
+        clock: Seconds.
     """
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(SIDE, SIDE, generator=generator)
-    whole = torch.randint(-63, 64, (SIDE, SIDE), generator=generator, dtype=torch.int8)
-    products: dict[str, Callable[[], Any]] = {
-        "fp32": lambda: real @ real,
-        "int8": lambda: torch._int_mm(whole, whole),
-    }
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _computes_bf16():
-        half = real.bfloat16()
-        products["bf16"] = lambda: half @ half
-    best = dict.fromkeys(products, float("inf"))
+    kinds = _torch_products() if products is None else products
     try:
-        for turn in range(repeats + 1):
-            for name, product in products.items():
-                start = time.perf_counter()
-                product()
-                taken = time.perf_counter() - start
-                best[name] = min(best[name], taken) if turn else best[name]
+        rates = {name: _rate(make, seconds / len(kinds), clock) for name, make in kinds.items()}
     finally:
         torch.set_num_threads(before)
-    return {name: 2 * SIDE**3 / taken for name, taken in best.items()}
+    return {n: rate for n, rate in rates.items() if n == "fp32" or rate > rates["fp32"]}
 
 
-def _computes_bf16() -> bool:
-    """Whether the processor multiplies in bf16, instead of by way of float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text("ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def _torch_products() -> dict[str, Callable[[int], Product]]:
+    """Products in PyTorch, by precision."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def real(side: int, kind: torch.dtype) -> Product:
+        matrix = torch.randn(side, side, generator=generator).to(kind)
+        return lambda: matrix @ matrix
+
+    def whole(side: int) -> Product:
+        matrix = torch.randint(-63, 64, (side, side), generator=generator, dtype=torch.int8)
+        return lambda: torch._int_mm(matrix, matrix)
+
+    return {
+        "fp32": partial(real, kind=torch.float32),
+        "bf16": partial(real, kind=torch.bfloat16),
+        "int8": whole,
+    }
+
+
+def _rate(make: Callable[[int], Product], seconds: float, clock: Callable[[], float]) -> float:
+    """Operations a second of the best product, of growing ones for as long as there is time."""
+    start, best = clock(), 0.0
+    for side in SIDES:
+        operations, product = 2 * side**3, make(side)
+        for _ in range(REPEATS if side == SIDES[-1] else 2):
+            begin = clock()
+            if best and begin - start + operations / best > seconds:
+                return best
+            product()
+            best = max(best, operations / (clock() - begin))
+    return best
+
+
+def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
+    """Those of ``gemm_peaks`` that no engine exceeds.
+
+    An engine's own kernels may be faster than PyTorch's. What was measured is no limit then, and
+    a share of it says nothing about any engine of that precision.
+    """
+    shares = [(timing.subject.precision, timing.share(peaks) or 0.0) for timing in timings]
+    exceeded = {precision for precision, share in shares if share > 1}
+    return {name: peak for name, peak in peaks.items() if name not in exceeded}
 
 
 def machine(threads: int | None) -> dict[str, Any]:

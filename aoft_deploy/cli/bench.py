@@ -57,7 +57,7 @@ def bench(options: argparse.Namespace) -> None:
 
     from aoft_deploy.errors import OutputError
     from aoft_deploy.files import json_text
-    from aoft_deploy.measurement import gemm_peaks, interleaved, machine
+    from aoft_deploy.measurement import gemm_peaks, interleaved, machine, trusted
     from aoft_deploy.plots import check_matplotlib
 
     if options.plot:
@@ -67,14 +67,16 @@ def bench(options: argparse.Namespace) -> None:
         subjects = _subjects(options, threads, engines)
         size = _size(subjects)
         timings = interleaved(subjects, options.batches, size, options.rounds, _progress(options))
+    _print(timings)
     on_cpu = all(subject.engine.device == "cpu" for subject in subjects)
-    peaks = gemm_peaks(max(threads)) if on_cpu else {}
-    _print(timings, peaks)
+    measured = gemm_peaks(max(threads)) if on_cpu else {}
+    peaks = trusted(measured, timings)
+    _print_shares(timings, peaks, measured)
     where = machine(max(threads))
     try:
         if options.json:
             rows = [timing.to_dict(peaks) for timing in timings]
-            found = {"machine": where, "gemm_peaks": peaks, "rows": rows}
+            found = {"machine": where, "gemm_peaks": measured, "rows": rows}
             options.json.write_text(json_text(found, indent=1) + "\n", "utf-8")
         if options.plot:
             from aoft_deploy.speed_plot import draw_throughput
@@ -144,19 +146,33 @@ def _progress(options: argparse.Namespace) -> Any:
     return told
 
 
-def _print(timings: Sequence[Timing], peaks: dict[str, float]) -> None:
+def _print(timings: Sequence[Timing]) -> None:
     width = max(len(timing.subject.name) for timing in timings)
-    print(f"{'batch':>5}  {'artefact':{width}}  {'ms':>9}  {'img/s':>8}  {'ratio':>6}  of the peak")
+    print(f"{'batch':>5}  {'artefact':{width}}  {'ms':>9}  {'img/s':>8}  {'ratio':>6}")
     for timing in timings:
-        share = timing.share(peaks)
-        told = "" if share is None else f"{share:.0%} of {timing.subject.precision}"
         print(
             f"{timing.batch:5}  {timing.subject.name:{width}}  {timing.median * 1e3:9.2f}  "
-            f"{timing.throughput:8.2f}  {timing.ratio:6.2f}  {told}".rstrip()
+            f"{timing.throughput:8.2f}  {timing.ratio:6.2f}",
+            flush=True,
         )
-    if peaks:
-        told = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
-        print(f"peak of large products on this machine, in 10⁹ operations a second: {told}")
+
+
+def _print_shares(
+    timings: Sequence[Timing], peaks: dict[str, float], measured: dict[str, float]
+) -> None:
+    """What large products reach on this machine, and how much of that each artefact does."""
+    if not measured:
+        return
+    told = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in measured.items())
+    print(f"peak of large products on this machine, in 10⁹ operations a second: {told}")
+    for name in (name for name in measured if name not in peaks):
+        print(
+            f"no share of {name}: an artefact is faster than these products, so they are no limit"
+        )
+    for timing in timings:
+        share, subject = timing.share(peaks), timing.subject
+        if share is not None:
+            print(f"{timing.batch:5}  {subject.name}  {share:.0%} of {subject.precision}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
