@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -24,9 +24,10 @@ from aoft_deploy.export import (
     publish,
 )
 from aoft_deploy.files import writable_folder
+from aoft_deploy.manifest import check_unchanged
 from aoft_deploy.measurement import Subject, interleaved, machine
 
-__all__ = ["CANDIDATES", "Candidate", "export_fastest"]
+__all__ = ["CANDIDATES", "Candidate", "choose", "export_fastest"]
 
 CANDIDATES = (
     ("onnx", "fp32"),
@@ -47,21 +48,25 @@ class Candidate:
     Attributes:
         to: Name of the exporter.
         precision: Of the artefact.
-        ratios: Throughput at batch 1 and 8 as a multiple of the first candidate's; empty where it
+        ratios: Throughput at the ``BATCHES`` as a multiple of the first candidate's; empty where it
             was left out.
         reason: Why it was left out; empty where it was not.
+        slower_at: Batch sizes at which it is slower than the fp32 that it is compared with: it is
+            not chosen then.
     """
 
     to: str
     precision: str
     ratios: tuple[float, ...] = ()
     reason: str = ""
+    slower_at: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         told = {"batches": list(BATCHES), "ratios": list(self.ratios)} if self.ratios else {}
         left = {"left_out": self.reason} if self.reason else {}
-        return {"exporter": self.to, "precision": self.precision, **told, **left}
+        slow = {"slower_than_fp32_at": list(self.slower_at)} if self.slower_at else {}
+        return {"exporter": self.to, "precision": self.precision, **told, **left, **slow}
 
 
 def export_fastest(
@@ -70,6 +75,7 @@ def export_fastest(
     *,
     images: Sequence[Path] = (),
     calibrate: Sequence[Path] = (),
+    overwrite: bool = False,
     command: Sequence[str] = (),
     progress: Callable[[Candidate], None] = lambda candidate: None,
     **options: Any,
@@ -77,13 +83,16 @@ def export_fastest(
     """Export a checkpoint in every way that this machine offers, and keep the fastest.
 
     A precision below fp32 is tried only with ``images`` to judge it on, and kept only if it reaches
-    ``min_agreement``. Artefacts are timed in turn, in one run.
+    ``min_agreement``. Artefacts are timed in turn, in one run, and ``choose`` chooses. What will be
+    chosen is not known before, so nothing that has one of the possible names may be there.
 
     Args:
         checkpoint: As of ``export_merged``.
         output: The artefact without its suffix; None puts it beside the checkpoint.
         images: Real images to judge with.
         calibrate: Real images to learn ranges of activations from.
+        overwrite: Replace the artefact that has the name of the chosen one. Those of other
+            exporters stay.
         command: The command line, for the manifest.
         progress: Told every candidate when it has been exported or left out.
         **options: Further ones of ``export_merged``.
@@ -92,18 +101,24 @@ def export_fastest(
         The artefact that was kept, and all candidates.
 
     Raises:
+        OutputError: An artefact or a manifest of a possible name is there already, and is not to
+            be overwritten or cannot be.
         AoftError: Anything wrong with the input, or no candidate holds; no file is left then.
     """
     if not checkpoint.exists():
         raise CheckpointError(f"There is no file {checkpoint}.")
-    target = output or checkpoint.resolve().with_suffix("")
-    finals = {to: target.with_name(target.name + get_exporter(to).SUFFIX) for to, _ in CANDIDATES}
-    for to, final in finals.items():
-        if isinstance(get_exporter(to), FolderExporter):
-            check_output_folder(final)
-        else:
-            check_output(final, get_exporter(to).SUFFIX, [checkpoint, *images, *calibrate])
-    with writable_folder(target.parent) as scratch:
+    finals = _finals(output or checkpoint.resolve().with_suffix(""))
+    inputs = [checkpoint, *images, *calibrate]
+    inputs += [options["weights"]] if options.get("weights") else []
+
+    def check_finals() -> None:
+        for to, final in finals.items():
+            if not overwrite:
+                _check_absent(final)
+            _check_replaceable(to, final, inputs)
+
+    check_finals()
+    with writable_folder(next(iter(finals.values())).parent) as scratch:
         tried, drafts = [], dict[Candidate, Exported]()
         for to, precision in CANDIDATES:
             candidate = Candidate(to, precision, reason=_missing(to, precision, images, calibrate))
@@ -129,17 +144,108 @@ def export_fastest(
             progress(candidate)
         if not drafts:
             raise OutputError(f"Nothing could be exported: {tried[0].reason}")
-        timed = _timed(drafts)
-        best = max(timed, key=lambda candidate: prod(timed[candidate].ratios))
-        ranked = [timed.get(candidate, candidate) for candidate in tried]
+        best, judged = choose(_timed(drafts))
+        known = {(candidate.to, candidate.precision): candidate for candidate in judged}
+        ranked = [known.get((one.to, one.precision), one) for one in tried]
+        chosen = drafts[Candidate(best.to, best.precision)]
         final = finals[best.to]
-        contents = json.loads(drafts[best].manifest.read_text("utf-8"))
+        contents = json.loads(chosen.manifest.read_text("utf-8"))
         contents["chosen"] = {
             "machine": machine(os.cpu_count()),
             "among": [candidate.to_dict() for candidate in ranked],
         }
-        publish(drafts[best].path, final, contents)
-        return replace(drafts[best], path=final, manifest=manifest_path(final)), ranked
+        check_finals()  # the world went on meanwhile
+        with _away(final, scratch):
+            publish(chosen.path, final, contents)
+        return replace(chosen, path=final, manifest=manifest_path(final)), ranked
+
+
+def choose(timed: Sequence[Candidate]) -> tuple[Candidate, list[Candidate]]:
+    """The fastest of all batch sizes together that is slower than fp32 at none.
+
+    First the fastest fp32 that is nowhere slower than the first candidate; then, of the precisions
+    below, the fastest that is nowhere slower than that fp32.
+
+    Args:
+        timed: Candidates with ratios, fp32 before others.
+
+    Returns:
+        The choice, and all with their ``slower_at``.
+    """
+    judged = list[Candidate]()
+    best = timed[0]
+    for full in (True, False):
+        limit = best
+        for candidate in timed:
+            if (candidate.precision == "fp32") is not full:
+                continue
+            pairs = zip(BATCHES, candidate.ratios, limit.ratios, strict=True)
+            slower = tuple(batch for batch, own, least in pairs if own < least)
+            judged.append(replace(candidate, slower_at=slower))
+            if not slower and prod(candidate.ratios) > prod(best.ratios):
+                best = candidate
+    return best, judged
+
+
+def _finals(target: Path) -> dict[str, Path]:
+    """The names that artefacts may get, by exporter."""
+    suffixes = {to: get_exporter(to).SUFFIX for to, _ in CANDIDATES}
+    if target.name in ("", "..") or target.suffix in suffixes.values():
+        raise OutputError(
+            f"{target} is no name for --to auto, which chooses between "
+            f"{' and '.join(suffixes.values())}: name it without a suffix with -o."
+        )
+    return {to: target.with_name(target.name + suffix) for to, suffix in suffixes.items()}
+
+
+def _check_absent(final: Path) -> None:
+    """Whether nothing has the name of an artefact or of its manifest, not even a dead link."""
+    for path in (final, manifest_path(final)):
+        if os.path.lexists(path) and not _is_empty_folder(path):
+            raise OutputError(
+                f"{path} exists, and --to auto may choose that name: name another with -o, or "
+                "replace it with --overwrite."
+            )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _check_replaceable(to: str, final: Path, inputs: Sequence[Path]) -> None:
+    """Whether an artefact can take a name, in place of one of its kind.
+
+    A folder goes as a whole, so it must be just what was exported.
+    """
+    exporter = get_exporter(to)
+    if not isinstance(exporter, FolderExporter):
+        check_output(final, exporter.SUFFIX, inputs)
+    elif final.is_symlink() or not (final / exporter.MARKER).is_file():
+        check_output_folder(final)
+    elif not manifest_path(final).is_file():
+        raise OutputError(f"{final} has no manifest of aoft-export: name another with -o.")
+    else:
+        try:
+            check_unchanged(final)
+        except CheckpointError as error:
+            raise OutputError(f"{error} Name another with -o.") from error
+
+
+@contextmanager
+def _away(final: Path, scratch: Path) -> Iterator[None]:
+    """Put a folder that stands there, and its manifest, aside; back if the block fails."""
+    if not final.is_dir() or _is_empty_folder(final):
+        yield
+        return
+    moved = [path for path in (final, manifest_path(final)) if path.exists()]
+    for path in moved:
+        path.rename(scratch / f"old-{path.name}")
+    try:
+        yield
+    except BaseException:
+        for path in moved:
+            (scratch / f"old-{path.name}").rename(path)
+        raise
 
 
 def _learns(to: str, precision: str) -> bool:
@@ -156,7 +262,7 @@ def _missing(to: str, precision: str, images: Sequence[Path], calibrate: Sequenc
     return ""
 
 
-def _timed(drafts: dict[Candidate, Exported]) -> dict[Candidate, Candidate]:
+def _timed(drafts: dict[Candidate, Exported]) -> list[Candidate]:
     """The candidates with their ratios to the first."""
     threads = os.cpu_count()
     with ExitStack() as stack:
@@ -167,10 +273,7 @@ def _timed(drafts: dict[Candidate, Exported]) -> dict[Candidate, Candidate]:
         subjects = [Subject.of(f"{c.to} {c.precision}", engine) for c, engine in engines.items()]
         size = json.loads(subjects[0].engine.info["preprocessing"])["size"]
         timings = interleaved(subjects, BATCHES, size, ROUNDS)
-    return {
-        candidate: replace(
-            candidate,
-            ratios=tuple(t.ratio for t in timings if t.subject is subject),
-        )
+    return [
+        replace(candidate, ratios=tuple(t.ratio for t in timings if t.subject is subject))
         for candidate, subject in zip(engines, subjects, strict=True)
-    }
+    ]

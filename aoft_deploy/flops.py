@@ -86,11 +86,11 @@ def _written_out() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the arithmetic of all products, and keeps the names of those it does not know."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total, self.unknown = 0, set[str]()
 
     def __torch_dispatch__(

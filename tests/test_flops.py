@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import set_fused_attn
+from timm.layers.config import set_fused_attn
 from torch import nn
 from torch.nn import functional as F
 

@@ -49,7 +49,13 @@ def parser() -> argparse.ArgumentParser:
         "-o",
         "--output",
         type=Path,
-        help="artefact; default: beside the checkpoint, or a fleet's in this folder",
+        help="artefact; default: beside the checkpoint, or a fleet's in this folder; a file of "
+        "that name is replaced, a folder is not",
+    )
+    options.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="of auto, which replaces nothing otherwise: replace the artefact of the chosen name",
     )
     options.add_argument(
         "--uint8",
@@ -131,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
 
 def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
+    if options.overwrite and (options.fleet or options.to != "auto"):
+        parser().error("--overwrite goes with --to auto: other exports replace a file as they are")
     if options.fleet:
         for name in ("uint8", "backbone", "refittable", "refit"):
             if getattr(options, name):
@@ -218,6 +226,7 @@ def _fastest(options: argparse.Namespace) -> Exported:
         options.output,
         uint8=options.uint8,
         backbone=options.backbone,
+        overwrite=options.overwrite,
         progress=told,
         **_given(options),
     )
@@ -225,7 +234,9 @@ def _fastest(options: argparse.Namespace) -> Exported:
     for candidate in tried:
         if candidate.ratios:
             ratios = " and ".join(f"{ratio:.2f}×" for ratio in candidate.ratios)
-            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}")
+            slow = " and ".join(map(str, candidate.slower_at))
+            told_slow = f"; slower than fp32 at batch {slow}: not chosen" if slow else ""
+            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}{told_slow}")
     return exported
 
 
