@@ -42,6 +42,7 @@ def main() -> None:
     """Train everything, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="digits")
+    parser.add_argument("--images", type=int, default=1000, help="to train with")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
@@ -57,7 +58,7 @@ def main() -> None:
             method, method_settings, is_random = RUNS[name]
             results = [
                 train(
-                    load_task(options.task, seed=seed),
+                    load_task(options.task, seed=seed, train=options.images),
                     folder / f"{name}-{seed}",
                     TrainingSettings(
                         method=method,
@@ -80,7 +81,7 @@ def main() -> None:
             listed = ", ".join(f"{a:.2%}" for a in accuracies)
             print(f"{name:24}{statistics.mean(accuracies):8.2%}  ({listed})", flush=True)
     if options.out:
-        settings = {k: getattr(options, k) for k in ("task", "epochs", "seeds")}
+        settings = {k: getattr(options, k) for k in ("task", "images", "epochs", "seeds")}
         options.out.write_text(json.dumps({**settings, "runs": rows}, indent=2) + "\n")
 
 

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,24 @@ from aoft_deploy.fleet_export import export_fleet
 from aoft_deploy.mixed import Layout, MixedModel, classifier_rows
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, attach, merge
-from aoft_exporters.int8 import quantised
+from aoft_exporters.attention import ATTENTION_OPSET, lower
 from aoft_exporters.tracing import trace
 
 CLASSES = 10
 HALF = (0.5, 0.5, 0.5)
+VARIANTS = (
+    "merged",
+    "fleet",
+    "merged int8",
+    "fleet int8",
+    "merged openvino int8",
+    "fleet openvino int8",
+    "sessions",
+    "LoraAdapter",
+    "torch merged",
+    "torch fleet",
+    "PEFT",
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,7 @@ def adapter_session(options: argparse.Namespace, folder: Path) -> tuple[Any, lis
     base = peft_model(options, 1).base_model.model
     side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
     proto = trace(base, {"pixel_values": (torch.zeros(2, 3, side, side), "batch")}).proto
+    lower(proto, ATTENTION_OPSET)
     replaced = [i for i in proto.graph.initializer if "lora" in i.name or "head" in i.name]
     for tensor in replaced:
         shape = list(tensor.dims)
@@ -142,7 +157,7 @@ def adapter_session(options: argparse.Namespace, folder: Path) -> tuple[Any, lis
 
 
 class Rivals:
-    """Everything that is timed, made once.
+    """Everything that is timed; what is not asked for is not made.
 
     Args:
         options: The command's.
@@ -150,18 +165,13 @@ class Rivals:
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
         self.checkpoints = write_tasks(options, folder)
-        weights = folder / "backbone.safetensors"
-        self.merged_file = export_merged(
-            self.checkpoints[0], folder / "merged.onnx", weights=weights
-        ).path
-        fleet_file = export_fleet(self.checkpoints[:2], folder / "fleet.onnx", weights=weights).path
-        self.fleet = Fleet(fleet_file, threads=options.threads)
-        self.adding = []
-        for path in self.checkpoints[2:]:
-            start = time.perf_counter()
-            self.fleet.add(path)
-            self.adding.append(time.perf_counter() - start)
+        self.weights = folder / "backbone.safetensors"
+        self.merged_file = self.exported("merged.onnx")
+        self.adding: list[float] = []
+        self.fleet = self.filled(self.exported_fleet("fleet.onnx"), self.adding)
+        self.side = self.fleet.preprocessing.size
         loaded = [session(self.merged_file, options) for _ in range(2)]  # the first warms up
         gc.collect()
         before, start = resident(), time.perf_counter()
@@ -170,51 +180,104 @@ class Rivals:
         gc.collect()
         self.session_bytes = resident() - before
         self.merged = loaded[0]
-        small = folder / "merged.int8.onnx", folder / "fleet.int8.onnx"
-        for source, target in zip((self.merged_file, fleet_file), small, strict=True):
-            onnx.save(quantised(onnx.load(source)), target)
-        self.merged_int8 = session(small[0], options)
-        self.fleet_int8 = Fleet(small[1], threads=options.threads)
-        for path in self.checkpoints[2:]:
-            self.fleet_int8.add(path)
-        self.openvino(options, folder, weights)
-        self.lora, self.adapters = adapter_session(options, folder)
-        tuned = tuned_model(options, folder)
-        rows, heads = [], []
-        layout = Layout(tuned.updates)
-        for i in range(max(2, *options.tasks)):
-            randomise(tuned, i)
-            rows.append(layout.row(tuned.trained()))
-            heads.append(classifier_rows(tuned))
-        self.torch_merged = merge(tuned)
-        self.torch_fleet = MixedModel(tuned)
-        self.tables = {
+        self.task_bytes = 4 * (
+            Layout(self.tuned.updates).numbers + classifier_rows(self.tuned).numel()
+        )
+
+    def exported(self, name: str, **how: Any) -> Path:
+        """The first task's merged model."""
+        output = self.folder / name
+        return export_merged(self.checkpoints[0], output, weights=self.weights, **how).path
+
+    def exported_fleet(self, name: str, **how: Any) -> Path:
+        """A fleet of the first two tasks."""
+        output = self.folder / name
+        return export_fleet(self.checkpoints[:2], output, weights=self.weights, **how).path
+
+    def filled(self, path: Path, seconds: list[float]) -> Fleet:
+        """A fleet to which the other tasks are added; how long each took is appended."""
+        fleet = Fleet(path, threads=self.options.threads)
+        for checkpoint in self.checkpoints[2:]:
+            start = time.perf_counter()
+            fleet.add(checkpoint)
+            seconds.append(time.perf_counter() - start)
+        return fleet
+
+    @cached_property
+    def noise(self) -> list[Path]:
+        """Pictures to learn ranges of activations from, and before them one to verify with."""
+        folder = self.folder / "noise"
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        paths = [folder / f"{i}.png" for i in range(1 + self.options.calibration)]
+        for path in paths:
+            Image.fromarray(rng.integers(0, 256, (self.side, self.side, 3), np.uint8)).save(path)
+        return paths
+
+    @property
+    def in_int8(self) -> dict[str, Any]:
+        """How an artefact in 8 bits is exported; for the speed, not the answers."""
+        return {"precision": "int8", "images": self.noise[:1], "min_agreement": 0.0}
+
+    @cached_property
+    def merged_int8(self) -> Any:
+        """ONNX Runtime's, in 8 bits."""
+        return session(self.exported("merged.int8.onnx", **self.in_int8), self.options)
+
+    @cached_property
+    def fleet_int8(self) -> Fleet:
+        """ONNX Runtime's, in 8 bits."""
+        return self.filled(self.exported_fleet("fleet.int8.onnx", **self.in_int8), [])
+
+    @cached_property
+    def merged_openvino(self) -> Any:
+        """OpenVINO's, in 8 bits."""
+        how = {"to": "openvino", "calibrate": self.noise[1:], **self.in_int8}
+        path = self.exported("merged.openvino", **how)
+        return load_artefact(path, threads=self.options.threads)
+
+    @cached_property
+    def fleet_openvino(self) -> Fleet:
+        """OpenVINO's, in 8 bits."""
+        how = {"to": "openvino", "calibrate": self.noise[1:], **self.in_int8}
+        return self.filled(self.exported_fleet("fleet.openvino", **how), [])
+
+    @cached_property
+    def lora(self) -> tuple[Any, list[Any]]:
+        """A session, and two adapters for it."""
+        return adapter_session(self.options, self.folder)
+
+    @cached_property
+    def tuned(self) -> TunedModel:
+        """The method on the backbone, in PyTorch."""
+        return tuned_model(self.options, self.folder)
+
+    @cached_property
+    def torch_merged(self) -> Any:
+        """The merged model in PyTorch."""
+        return merge(self.tuned)
+
+    @cached_property
+    def torch_fleet(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The model of mixed batches in PyTorch, and its tables."""
+        rows, heads, layout = [], [], Layout(self.tuned.updates)
+        for i in range(max(2, *self.options.tasks)):
+            randomise(self.tuned, i)
+            rows.append(layout.row(self.tuned.trained()))
+            heads.append(classifier_rows(self.tuned))
+        tables = {
             "bank": torch.stack(rows),
             "heads": torch.cat(heads),
             "first": CLASSES * torch.arange(len(rows)),
             "count": torch.full((len(rows),), CLASSES),
             "columns": torch.arange(CLASSES),
         }
-        self.peft = peft_model(options, max(options.tasks))
+        return MixedModel(self.tuned), tables
 
-    def openvino(self, options: argparse.Namespace, folder: Path, weights: Path) -> None:
-        """OpenVINO's own, of the same checkpoints."""
-        noise = folder / "noise"
-        noise.mkdir()
-        side, rng = self.fleet.preprocessing.size, np.random.default_rng(0)
-        for i in range(32):
-            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(
-                noise / f"{i}.png"
-            )
-        how: dict[str, Any] = {"to": "openvino", "precision": "int8", "weights": weights}
-        how |= {"calibrate": [noise], "images": [noise / "0.png"], "min_agreement": 0.0}
-        merged, fleet = folder / "merged.openvino", folder / "fleet.openvino"
-        export_merged(self.checkpoints[0], merged, **how)
-        export_fleet(self.checkpoints[:2], fleet, **how)
-        self.merged_openvino = load_artefact(merged, threads=options.threads)
-        self.fleet_openvino = Fleet(fleet, threads=options.threads)
-        for path in self.checkpoints[2:]:
-            self.fleet_openvino.add(path)
+    @cached_property
+    def peft(self) -> Any:
+        """PEFT, with an adapter for each task."""
+        return peft_model(self.options, max(self.options.tasks))
 
     def variants(self, case: Case, images: NDArray[np.float32]) -> dict[str, Callable[[], Any]]:
         """What answers one batch, by name."""
@@ -226,10 +289,15 @@ class Rivals:
                 self.merged.run(None, {"pixel_values": images[i : i + 1]})
 
         def switched() -> None:
+            session, adapters = self.lora
             for i in range(len(images)):
                 run = onnxruntime.RunOptions()
-                run.add_active_adapter(self.adapters[i % 2])
-                self.lora.run(None, {"pixel_values": images[i : i + 1]}, run)
+                run.add_active_adapter(adapters[i % 2])
+                session.run(None, {"pixel_values": images[i : i + 1]}, run)
+
+        def mixed_in_torch() -> None:
+            model, tables = self.torch_fleet
+            model(pixels, task, **tables)
 
         return {
             "merged": lambda: self.merged.run(None, {"pixel_values": images}),
@@ -241,7 +309,7 @@ class Rivals:
             "sessions": one_by_one,
             "LoraAdapter": switched,
             "torch merged": lambda: self.torch_merged(pixels),
-            "torch fleet": lambda: self.torch_fleet(pixels, task, **self.tables),
+            "torch fleet": mixed_in_torch,
             "PEFT": lambda: self.peft(pixels, adapter_names=names),
         }
 
@@ -256,14 +324,14 @@ def timed(
     rivals: Rivals, cases: list[Case], options: argparse.Namespace
 ) -> dict[Case, dict[str, list[float]]]:
     """Seconds of every variant in every case, all taking turns."""
-    side = rivals.fleet.preprocessing.size
+    side = rivals.side
     work = []
     for case in cases:
         rng = np.random.default_rng(0)
         images = rng.normal(size=(case.batch, 3, side, side)).astype(np.float32)
         chosen = rivals.variants(case, images)
         if options.variants:
-            chosen = {name: run for name, run in chosen.items() if name in options.variants}
+            chosen = {name: chosen[name] for name in options.variants}
         if case.tasks > 1:  # these answer as fast however many tasks there are
             fixed = ("sessions", "LoraAdapter")
             if any(c.batch == case.batch and c.tasks < case.tasks for c in cases):
@@ -321,8 +389,9 @@ def main() -> None:
     parser.add_argument("--method", default="aoft-lora-star")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 16, 64])
-    parser.add_argument("--variants", nargs="+", help="names of those to time; all if not given")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -332,10 +401,9 @@ def main() -> None:
         cases = [Case(b, t) for b in options.batches for t in options.tasks]
         rows = table(timed(rivals, cases, options))
         size = rivals.checkpoints[0].stat().st_size
-        head = CLASSES * (rivals.tables["heads"].shape[1]) * 4
         cost = {
             "checkpoint bytes": size,
-            "resident bytes of a task": rivals.tables["bank"].shape[1] * 4 + head + 16,
+            "resident bytes of a task": rivals.task_bytes + 16,
             "seconds to add a task": statistics.median(rivals.adding or [float("nan")]),
             "resident bytes of a session": rivals.session_bytes,
             "seconds to load a session": rivals.session_seconds,

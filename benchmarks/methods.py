@@ -108,7 +108,8 @@ def measured(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and describe what came out."""
     settings = settings_of(run, options)
     with tempfile.TemporaryDirectory() as scratch:
-        result = train(load_task(run.task, seed=run.seed), Path(scratch) / "run", settings)
+        splits = load_task(run.task, seed=run.seed, train=options.images)
+        result = train(splits, Path(scratch) / "run", settings)
         norm = relative_norm(result.checkpoint)
     return {
         **vars(run),
@@ -121,6 +122,7 @@ def measured(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         "relative_norm": norm,
         "img_size": options.img_size,
         "epochs": options.epochs,
+        "images": options.images,
     }
 
 
@@ -144,7 +146,8 @@ def finished(path: Path, options: argparse.Namespace) -> dict[Run, dict[str, Any
     return {
         Run(row["variant"], row["task"], row["seed"], row["factor"]): row
         for row in rows
-        if (row["img_size"], row["epochs"]) == (options.img_size, options.epochs)
+        if (row["img_size"], row["epochs"], row.get("images", 1000))
+        == (options.img_size, options.epochs, options.images)
     }
 
 
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["digits", "shape"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=1000, help="to train with")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--part", default="0/1", help="share of the variants to do, such as 0/2")

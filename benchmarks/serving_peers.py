@@ -65,7 +65,12 @@ def environment(folder: Path, name: str) -> Path:
     if not (venv / "made").exists():
         print(f"making {venv}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        subprocess.run([venv / "bin/pip", "install", "-q", *PEERS[name]], check=True)
+        words = [str(venv / "bin/pip"), "install", "-q", *PEERS[name]]
+        if subprocess.run(words).returncode:
+            raise SystemExit(
+                f"{name} cannot be installed, see above: leave it out with --peers, or install "
+                f"{' '.join(PEERS[name])} into {venv} and create the file {venv / 'made'}."
+            )
         (venv / "made").touch()
     return venv / "bin/python"
 
@@ -200,7 +205,13 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, required=True, help="folder for peers' environments")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=list(PEERS),
+        choices=list(PEERS),
+        help="none: aoft-serve alone",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.venvs = options.venvs.absolute()

@@ -325,15 +325,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fleet", type=Path, required=True)
     parser.add_argument("--task", type=Path, required=True, help="checkpoint that comes and goes")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--overload", type=float, default=120)
+    parser.add_argument("--warm-up", type=float, default=10, metavar="SECONDS")
+    parser.add_argument("--capacity", type=float, default=20, metavar="SECONDS")
+    parser.add_argument("--seconds", type=float, default=600, help="at 80 %% of the capacity")
+    parser.add_argument("--overload", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(options, Path(scratch))
-        soak.phase("warm-up", 10, 0, 32)
-        first = soak.phase("capacity", 20, 0, 32)
+        soak.phase("warm-up", options.warm_up, 0, 32)
+        first = soak.phase("capacity", options.capacity, 0, 32)
         capacity = first["answered a second"]
         found: dict[str, Any] = {
             "command": "python benchmarks/serving_soak.py " + " ".join(sys.argv[1:]),

@@ -58,7 +58,8 @@ def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
     model = build(variant, timm.create_model(options.model, num_classes=100)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3)
-    images = torch.randn(options.batch, 3, 224, 224)
+    side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
+    images = torch.randn(options.batch, 3, side, side)
     labels = torch.randint(0, 100, (options.batch,))
     bf16 = options.precision == "bf16"
 
@@ -95,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for v in options.variants
+        for v in dict.fromkeys(["peft-lora-8", *options.variants])  # to which the ratios are
     }
     seconds: dict[str, list[float]] = {v: [] for v in workers}
     peak: dict[str, float] = {}

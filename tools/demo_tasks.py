@@ -43,9 +43,8 @@ def save_examples(splits: Splits, name: str, folder: Path) -> None:
         image.save(folder / f"{name}-{splits.classes[label]}.png", optimize=True)
 
 
-def train_task(name: str, method: str, epochs: int, target: Path, **values: object) -> float:
+def train_task(splits: Splits, method: str, epochs: int, target: Path, **values: object) -> float:
     """Fine-tune the bundled backbone on a task; its accuracy on the test images."""
-    splits = load_task(name)
     settings = TrainingSettings(method=method, method_settings=values, epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
         result = train(splits, Path(folder), settings, progress=True)
@@ -54,11 +53,11 @@ def train_task(name: str, method: str, epochs: int, target: Path, **values: obje
     return result.test_accuracy
 
 
-def save_lora_angles(epochs: int, folder: Path) -> None:
+def save_lora_angles(images: int, epochs: int, folder: Path) -> None:
     """The angles between the columns of a trained LoRA's matrices."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch, "lora.ckpt")
-        accuracy = train_task("digits", "lora", epochs, checkpoint, rank=64, targets=["q", "v"])
+        checkpoint, splits = Path(scratch, "lora.ckpt"), load_task("digits", train=images)
+        accuracy = train_task(splits, "lora", epochs, checkpoint, rank=64, targets=["q", "v"])
         angles = analyse_file(checkpoint)["angles"]
     kept = {kind: angles[kind] for kind in ("down", "up")}
     for figures in kept.values():
@@ -72,17 +71,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo/aoft_demo/bundled"))
     parser.add_argument("--tasks", nargs="*", default=TASKS, metavar="NAME")
+    parser.add_argument("--images", type=int, default=1000, help="of each task, to train with")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--no-lora", action="store_true", help="leave lora_angles.json as it is")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.tasks:
         checkpoint = options.out / f"{name}.ckpt"
-        accuracy = train_task(name, "aoft-lora-star", options.epochs, checkpoint, **SETTINGS)
-        save_examples(load_task(name), name, options.out)
+        splits = load_task(name, train=options.images)
+        accuracy = train_task(splits, "aoft-lora-star", options.epochs, checkpoint, **SETTINGS)
+        save_examples(splits, name, options.out)
         print(json.dumps({"task": name, "test": accuracy, "bytes": checkpoint.stat().st_size}))
     if not options.no_lora:
-        save_lora_angles(options.epochs, options.out)
+        save_lora_angles(options.images, options.epochs, options.out)
 
 
 if __name__ == "__main__":

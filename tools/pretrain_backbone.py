@@ -606,8 +606,11 @@ def outline(shape: int, turn: float) -> Array:
     return np.asarray(points @ np.array([[c, s], [-s, c]]))
 
 
-def check(weights: Path) -> None:
-    """Print the accuracy of a linear probe on the class token, random against these weights."""
+def check(weights: Path, images: int) -> None:
+    """Print the accuracy of a linear probe on the class token, random against these weights.
+
+    Of so many images of each task half, but at most 1,000, are to train the probe.
+    """
     torch.manual_seed(0)
     overlay = {"file": str(weights)}
     models = {
@@ -617,7 +620,8 @@ def check(weights: Path) -> None:
         ).eval(),
     }
     tasks = {"digits": digits(), **{t: sketches(t) for t in ("shape", "count", "orientation")}}
-    for name, (x, y, n) in tasks.items():
+    for name, (x, y, most) in tasks.items():
+        x, y, n = x[:images], y[:images], min(most, images // 2)
         row: dict[str, Any] = {"task": name, "train": n, "test": len(y) - n}
         for kind, model in models.items():
             with torch.inference_mode():
@@ -649,8 +653,9 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="probe the weights in --out, no training"
     )
+    parser.add_argument("--images", type=int, default=2000, help="of each task, to check with")
     args = parser.parse_args()
-    check(args.out) if args.check else train(args)
+    check(args.out, args.images) if args.check else train(args)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 import os
 
-import bentoml
 import numpy as np
 import onnxruntime
+
+try:
+    import bentoml
+except ModuleNotFoundError:
+    raise SystemExit("BentoML is not installed: pip install bentoml") from None
 
 PATH, KIND = os.environ["MODEL"], os.environ["KIND"]
 

@@ -2,9 +2,13 @@
 
 import sys
 
-import litserve
 import numpy as np
 import onnxruntime
+
+try:
+    import litserve
+except ModuleNotFoundError:
+    raise SystemExit("LitServe is not installed: pip install litserve") from None
 
 PATH, PORT, KIND = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 

@@ -5,9 +5,13 @@ import sys
 
 import numpy as np
 import onnxruntime
-import ray
-from ray import serve
-from starlette.requests import Request
+
+try:
+    import ray
+    from ray import serve
+    from starlette.requests import Request
+except ModuleNotFoundError:
+    raise SystemExit("Ray Serve is not installed: pip install 'ray[serve]'") from None
 
 PATH, PORT, KIND = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
