@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Importing a plugin enters its format in Image.OPEN.
 from PIL import (  # noqa: F401
@@ -31,14 +33,52 @@ from PIL import (  # noqa: F401
 
 from aoft_deploy.errors import ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "image_files", "read_image", "read_size", "walk_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "image_files",
+    "is_system_folder",
+    "read_image",
+    "read_size",
+    "told_suffixes",
+    "walk_images",
+]
 
 IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+    ".apng .bmp .gif .jfif .jif .jpe .jpeg .jpg .mpo .pbm .pgm .pjp .pjpeg .png .pnm .ppm .tif "
+    ".tiff .webp".split()
 )
 """Suffixes, in lower case, of the files that an image folder is searched for."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+"""First bytes that no other kind of file has; WebP's are not in one piece."""
+
+_SYSTEM_FOLDERS = frozenset(
+    ("$recycle.bin", "@eadir", "__macosx", "__pycache__", "lost+found", "system volume information")
+)
+"""Folders, in lower case, that operating systems and archivers leave beside the data."""
+
+_STRANGERS = (
+    (b"<!doctype html", "it is an HTML page: download the image again"),
+    (b"<html", "it is an HTML page: download the image again"),
+    (b"version https://git-lfs", "it is a git-lfs pointer: run git lfs pull"),
+)
+"""First bytes, in lower case, of what is often saved in place of an image."""
+
+_ZEROS = 16  # at a JPEG's end, from which on it is looked at whether its own end is there
+
+_HEIF_BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"heim": "HEIC",
+    b"heis": "HEIC",
+    b"hevc": "HEIC",
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+}
 
 _EXIF_ORIENTATION = 0x0112
 _TO_UPRIGHT = {
@@ -74,11 +114,14 @@ def read_image(
         ImageError: The file cannot be opened, is of no allowed format, has too many pixels, is
             truncated or damaged, or holds 32-bit integers or floats, whose white is undefined.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels) as (image, stream):
+        layout, low = _layout(image), _low_bytes(image, stream)
         if least is not None:
             image.draft(None, (least, least))  # does nothing in other formats
         image.load()
-        return _upright(_to_rgb(image), image)
+        if image.format in ("JPEG", "MPO"):
+            _check_end(stream)
+        return _upright(_to_rgb(image, _transparent(image, layout, low)), image)
 
 
 def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) -> tuple[int, int]:
@@ -94,52 +137,112 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) 
     Raises:
         ImageError: As for :func:`read_image`, as far as the header tells.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels) as (image, _):
         return image.size
 
 
-def walk_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
+def is_system_folder(name: str) -> bool:
+    """Whether a folder is hidden, or made by an operating system or an archiver."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def walk_images(
+    folder: Path, seen: set[Path], others: Counter[str] | None = None
+) -> Iterator[Path]:
     """Images below a folder, in an order that the file system does not influence.
+
+    A file is an image by its suffix, or, where it has none, by its first bytes. A link that leads
+    nowhere counts by its suffix too, so that reading it says what is wrong. Hidden files, system
+    folders and what is no regular file are passed over.
 
     Args:
         folder: Where to look.
         seen: Folders already entered, so that circular links come to an end; it is added to.
+        others: Counts the files that are passed over, by suffix in lower case.
+
+    Raises:
+        OSError: A folder cannot be listed.
     """
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
     with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    for name, is_folder in found:
+        found = sorted(
+            (e.name, e.is_dir(), e.is_file()) for e in entries if not e.name.startswith(".")
+        )
+    for name, is_folder, is_file in found:
+        path = folder / name
         if is_folder:
-            yield from walk_images(folder / name, seen)
-        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            yield folder / name
+            if not is_system_folder(name):
+                yield from walk_images(path, seen, others)
+        elif is_file or (path.is_symlink() and not path.exists()):
+            suffix = path.suffix.lower()
+            if suffix in IMAGE_SUFFIXES or (not suffix and _is_signed(path)):
+                yield path
+            elif others is not None:
+                others[suffix] += 1
 
 
-def image_files(sources: Sequence[Path]) -> list[Path]:
+def _is_signed(path: Path) -> bool:
+    """Whether a file's first bytes are those of an image, and of nothing else."""
+    try:
+        with path.open("rb") as stream:
+            prefix = stream.read(16)
+    except OSError:
+        return False
+    return prefix.startswith(_SIGNATURES) or prefix[:4] + prefix[8:12] == b"RIFFWEBP"
+
+
+def told_suffixes(others: Counter[str]) -> str:
+    """A phrase that counts what ``walk_images`` passed over; empty where it was nothing."""
+    if not others:
+        return ""
+    kinds = ", ".join(
+        f"{suffix or 'no suffix'} {count:,}" for suffix, count in others.most_common()
+    )
+    files = "1 file" if others.total() == 1 else f"{others.total():,} files"
+    return f"{files} of other suffixes passed over ({kinds})"
+
+
+def image_files(sources: Sequence[Path], others: Counter[str] | None = None) -> list[Path]:
     """Files, and in place of each folder the images below it.
 
+    Args:
+        sources: Files and folders.
+        others: Counts the files of folders that are passed over, by suffix in lower case.
+
     Raises:
-        ImageError: A folder holds no images.
+        ImageError: A folder holds no images, or cannot be listed.
     """
     files = []
     for source in sources:
-        found = list(walk_images(source, set())) if source.is_dir() else [source]
+        other = Counter[str]()
+        try:
+            found = list(walk_images(source, set(), other)) if source.is_dir() else [source]
+        except OSError as error:
+            reason = error.strerror or error
+            raise ImageError(f"Folder {str(source)!r} cannot be listed: {reason}.") from error
         if not found:
-            raise ImageError(f"There are no images in the folder {source}.")
+            told = told_suffixes(other)
+            raise ImageError(
+                f"There are no images in the folder {source}{f': {told}' if told else ''}."
+            )
         files += found
+        if others is not None:
+            others.update(other)
     return files
 
 
 @contextmanager
-def _opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def _opened(
+    source: Path | bytes | BinaryIO, max_pixels: int
+) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     """Open and check the header; every failure, in the ``with`` block too, is an ImageError."""
     try:
         with _stream(source) as stream:
             image = _identified(stream)
             _check_pixels(image, max_pixels)
-            yield image
+            yield image, stream
     # Decoders meet hostile bytes and raise whatever their parsing happens to trip over.
     except Exception as error:
         raise ImageError(f"Cannot read image {_name(source)}: {_reason(error)}.") from error
@@ -171,7 +274,33 @@ def _identified(stream: BinaryIO) -> ImageFile.ImageFile:
         if accepts is not None and accepts(prefix) is True:
             stream.seek(0)
             return parse(stream, "")
-    raise ValueError(f"it is of no allowed format ({', '.join(_FORMATS)})")
+    raise ValueError(_stranger(prefix) or f"it is of no allowed format ({', '.join(_FORMATS)})")
+
+
+def _stranger(prefix: bytes) -> str | None:
+    """What a file is that is often taken for an image, and what to do."""
+    for signature, sentence in _STRANGERS:
+        if prefix.lower().startswith(signature[: len(prefix)]) and len(prefix) > 4:
+            return sentence
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
+        name = _HEIF_BRANDS[prefix[8:12]]
+        return f"it is of the format {name}: convert it to one of {', '.join(_FORMATS)}"
+    return None
+
+
+def _check_end(stream: BinaryIO) -> None:
+    """Refuse a JPEG whose rest is zeros, as interrupted copies leave it; the decoder does not."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(size - _ZEROS, 0))
+    if any(stream.read(_ZEROS)):
+        return
+    stream.seek(0)
+    data = stream.read()
+    at = 2  # from the first segment to the pixels: a thumbnail within a segment has its own end
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    if data.find(b"\xff\xd9", at) < 0:
+        raise ValueError("its end is missing: zeros stand in its place")
 
 
 def _check_pixels(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -191,22 +320,68 @@ def _check_pixels(image: ImageFile.ImageFile, max_pixels: int) -> None:
             )
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _low_bytes(image: ImageFile.ImageFile, stream: BinaryIO) -> NDArray[np.uint8] | None:
+    """The low bytes of a 16-bit RGB PNG that has a transparent colour; None of any other image.
+
+    Pillow keeps the high bytes alone, which do not tell whether a pixel is of that colour. Read as
+    of the other byte order, the file gives the low ones.
+    """
+    if _layout(image) != "RGB;16B" or "transparency" not in image.info:
+        return None
+    place = stream.tell()
+    stream.seek(0)
+    again = _identified(io.BytesIO(stream.read()))
+    stream.seek(place)
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    return np.asarray(again)
+
+
+def _layout(image: ImageFile.ImageFile) -> str | None:
+    """How a PNG that is not loaded yet stores its channels, in Pillow's words."""
+    layout = image.tile[0].args if image.format == "PNG" and image.tile else None
+    return layout if isinstance(layout, str) else None
+
+
+def _transparent(
+    image: ImageFile.ImageFile, layout: str | None, low: NDArray[np.uint8] | None
+) -> NDArray[np.bool_] | None:
+    """Where a PNG has the one colour that counts as transparent, in the cases that Pillow misses.
+
+    Pillow compares that colour with pixels that it has scaled (2 and 4 bits) or cut to their high
+    byte (16-bit RGB), and knows no transparency in 16-bit grey.
+
+    Returns:
+        (height, width), or None where there is no such colour, or Pillow finds it.
+    """
+    colour = image.info.get("transparency")
+    if colour is None:
+        return None
+    if low is not None:
+        value = np.asarray(colour)
+        return np.asarray(((np.asarray(image) == value >> 8) & (low == (value & 255))).all(-1))
+    scale = {"L;2": 85, "L;4": 17, "I;16B": 1}.get(layout or "")
+    return None if scale is None else np.asarray(np.asarray(image) == colour * scale)
+
+
+def _to_rgb(image: ImageFile.ImageFile, transparent: NDArray[np.bool_] | None) -> Image.Image:
     # Pillow holds 16-bit PGM files in mode I, scaled to 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("I", "F"):
+        rgb = Image.fromarray(grey).convert("RGB")
+    elif image.mode in ("I", "F"):
         raise ValueError(
             "it holds signed or 32-bit numbers, whose white is undefined: "
             "save it with 8 or 16 bits per channel"
         )
-    if image.has_transparency_data:
+    elif transparent is None and image.has_transparency_data:
         colours = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(colours, mask=colours)
-        return white
-    return image.convert("RGB")
+        rgb = Image.new("RGB", image.size, "white")
+        rgb.paste(colours, mask=colours)
+    else:
+        rgb = image.convert("RGB")
+    if transparent is not None:
+        rgb.paste("white", mask=Image.fromarray(transparent))
+    return rgb
 
 
 def _upright(rgb: Image.Image, image: ImageFile.ImageFile) -> Image.Image:
