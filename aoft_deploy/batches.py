@@ -205,7 +205,8 @@ def fingerprint(images: ImageList) -> str:
     for image in images.images:
         if isinstance(image, Path):
             size = image.stat().st_size if image.exists() else -1
-            digest.update(f"{image.parent.name}/{image.name} {size}\n".encode())
+            name = os.fsencode(f"{image.parent.name}/{image.name}")  # need not be UTF-8
+            digest.update(name + f" {size}\n".encode())
         else:
             digest.update(f"{image.shape}\n".encode() + np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()

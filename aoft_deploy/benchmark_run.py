@@ -19,7 +19,7 @@ from aoft_deploy.fgvc import load_fgvc
 from aoft_deploy.files import file_digest, write_json
 from aoft_deploy.recipes import Recipe
 from aoft_deploy.run_folder import check_same
-from aoft_deploy.training import Result, train
+from aoft_deploy.training import Result, check_splits, train
 from aoft_deploy.vtab import load_vtab
 
 __all__ = ["RECORD", "Outcome", "load_splits", "run_recipe"]
@@ -91,7 +91,7 @@ def run_recipe(
         out: Folder for the final run's ``model.ckpt`` and ``metrics.jsonl``, for ``result.json``,
             and in ``search`` for the runs to choose from.
         resume: Go on with the runs in ``out``, if there are any; a finished one is not repeated.
-        **options: ``workers``, ``progress`` and ``tensorboard`` of ``train``.
+        **options: ``workers``, ``progress``, ``tensorboard`` and ``trust_images`` of ``train``.
 
     Raises:
         OutputError: ``out`` cannot be written, or holds a run and ``resume`` is false.
@@ -109,6 +109,12 @@ def run_recipe(
                 "or name another folder."
             )
         return _read(record, decisive)
+    check_splits(
+        splits,
+        trust_images=options.pop("trust_images", False),
+        progress=options.get("progress", False),
+    )
+    options["checked"] = True
     rate, searched, seconds = _search(recipe, splits, out / "search", resume=resume, **options)
     settings = replace(recipe.at(rate), train_on="train+val", stop_after=searched.best_epoch)
     final = train(splits, out, settings, resume=resume, **options)

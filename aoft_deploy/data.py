@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
-from aoft_deploy.images import read_image, read_size, walk_images
+from aoft_deploy.image_folder import ClassFolders, quoted, read_image_folder
+from aoft_deploy.images import read_image, read_size
 
-__all__ = ["ImageList", "Splits", "check_images", "cut_parts", "load_data", "load_folder"]
+__all__ = [
+    "ImageList",
+    "Splits",
+    "check_images",
+    "cut_parts",
+    "find_faults",
+    "image_paths",
+    "load_data",
+    "load_folder",
+    "refuse_faults",
+]
 
-_VAL_NAMES = ("val", "valid", "validation")
-_SPLIT_NAMES = {"train", "test", *_VAL_NAMES}
-
-_Folder = dict[str, list[Path]]  # class name to its images
+_NAMED = 10  # classes that a summary names
+_AT_ONCE = 1024  # files that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,30 @@ class Splits:
         val: Images to choose settings and epochs by.
         test: Images to report on once, or None.
         classes: Class names in the order of the labels; those of folders are sorted.
+        origins: Where each part comes from, a phrase; empty where that is plain.
+        passed_over: What lies beside the images and is not used, a sentence each.
     """
 
     train: ImageList
     val: ImageList
     test: ImageList | None
     classes: tuple[str, ...]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+
+    def summary(self) -> list[str]:
+        """Lines that say which classes there are, and how many images each part has from where."""
+        more = ", …" if len(self.classes) > _NAMED else ""
+        phrases = []
+        for part in ("train", "val", "test"):
+            images: ImageList | None = getattr(self, part)
+            count = "none" if images is None else f"{len(images):,}"
+            origin = f" ({self.origins[part]})" if part in self.origins else ""
+            phrases.append(f"{part} {count}{origin}")
+        return [
+            f"{len(self.classes):,} classes: {', '.join(self.classes[:_NAMED])}{more}",
+            f"images: {', '.join(phrases)}",
+        ]
 
 
 def load_data(source: str, *, seed: int = 0) -> Splits:
@@ -89,12 +116,12 @@ def load_folder(
 ) -> Splits:
     """Load ``root/train/<class>/…`` with ``root/val`` and ``root/test``, or ``root/<class>/…``.
 
-    ``val`` may also be called ``valid`` or ``validation``, and is cut from ``train`` where it is
-    absent; ``test`` may be absent. Without ``train``, each class is split by its share, at least
-    one image to a part. Which image goes where depends on the seed, the class name and the file
-    names of that class only. Class folders are searched to the bottom, links followed once;
-    files of other suffixes and hidden ones are passed over. Images are read later:
-    :func:`check_images`.
+    Parts are known by their usual names in any case, such as ``Training``, ``valid``, ``dev`` and
+    ``Test_set``. ``val`` is cut from ``train`` where it is absent; ``test`` may be absent. Without
+    ``train``, each class is split by its share, at least one image to a part. Which image goes
+    where depends on the seed, the class name and the file names of that class only. Class folders
+    are searched to the bottom, links followed once. What is passed over stands in the result.
+    Images are read later: :func:`check_images`.
 
     Args:
         root: The folder.
@@ -104,7 +131,8 @@ def load_folder(
 
     Raises:
         DataError: No such folder, no classes or only one, a class without images or with too
-            few to split, or a class that is missing in ``train``.
+            few to split, a class that is missing in ``train``, or folders of which it cannot be
+            told whether they are parts or classes.
         SettingError: A share or the seed outside its range.
     """
     if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1 - val_fraction:
@@ -117,82 +145,110 @@ def load_folder(
     if not root.is_dir():
         raise DataError(f"Data folder {str(root)!r} is not a folder: give one that exists.")
     try:
-        parts = _read_parts(root)
+        found = read_image_folder(root)
     except OSError as error:
         raise DataError(
             f"Data folder {str(root)!r} cannot be listed: {error.strerror or error}."
         ) from error
-    _check_train(parts["train"], root)
-    classes = tuple(sorted(parts["train"]))
+    train, passed_over = found.parts["train"], list(found.passed_over)
+    _check_train(train, root, passed_over)
+    classes = tuple(sorted(train))
+    origins = {part: f"in {folder}" for part, folder in found.folders.items()}
+    parts = dict(found.parts)
     if "val" not in parts:
         shares = {"val": val_fraction, "test": 0 if "test" in parts else test_fraction}
-        parts |= cut_parts(parts["train"], {k: v for k, v in shares.items() if v}, seed)
+        cut = cut_parts(train, {k: v for k, v in shares.items() if v}, seed)
+        source = found.folders["train"]
+        origins |= {part: f"cut from {source} with seed {seed}" for part in cut}
+        origins["train"] = f"left in {source}"
+        parts |= cut
     lists = {part: _listed(folder, classes, part) for part, folder in parts.items()}
-    return Splits(lists["train"], lists["val"], lists.get("test"), classes)
+    for part in ("val", "test"):
+        missing = [name for name in classes if part in parts and not parts[part].get(name)]
+        if missing:
+            passed_over.append(f"{part} has no images of class {quoted(missing)}")
+    return Splits(
+        lists["train"], lists["val"], lists.get("test"), classes, origins, tuple(passed_over)
+    )
 
 
-def check_images(split: ImageList) -> None:
-    """Open the header of every file of a split, so that training need not fail later.
+def check_images(split: ImageList, *, whole: bool = False) -> None:
+    """Look at every file of a split, so that training need not fail later.
+
+    Args:
+        split: The images; arrays are sound.
+        whole: Decode the pixels too; else the headers alone are read.
 
     Raises:
         DataError: Some cannot be used; the first five are named.
     """
-    paths = [image for image in split.images if isinstance(image, Path)]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        faults = [fault for fault in pool.map(_fault, paths) if fault]
+    paths = image_paths(split)
+    refuse_faults(find_faults(paths, whole=whole), len(paths))
+
+
+def image_paths(split: ImageList) -> list[Path]:
+    """The images of a split that are files, each once."""
+    return list(dict.fromkeys(image for image in split.images if isinstance(image, Path)))
+
+
+def find_faults(
+    paths: Sequence[Path], *, whole: bool, tick: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Sentences about the files that cannot be used, in the order of the files.
+
+    Args:
+        paths: The files, which are read in threads.
+        whole: Decode the pixels too; else the headers alone are read.
+        tick: Called after each file.
+    """
+
+    def fault(path: Path) -> str | None:
+        try:
+            (read_image if whole else read_size)(path)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    faults = []
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(paths), _AT_ONCE):
+            for found in pool.map(fault, paths[start : start + _AT_ONCE]):
+                tick()
+                if found:
+                    faults.append(found)
+    return faults
+
+
+def refuse_faults(faults: Sequence[str], total: int) -> None:
+    """Refuse images that cannot be used.
+
+    Raises:
+        DataError: There are some; the first five are named.
+    """
     if faults:
         first = "; ".join(fault.rstrip(".") for fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise DataError(f"{len(faults)} of {len(paths)} images cannot be used: {first}{more}.")
+        raise DataError(f"{len(faults)} of {total} images cannot be used: {first}{more}.")
 
 
-def _fault(path: Path) -> str | None:
-    try:
-        read_size(path)
-    except ImageError as error:
-        return str(error)
-    return None
-
-
-def _read_parts(root: Path) -> dict[str, _Folder]:
-    """The parts that stand ready on the disk; ``train`` alone where there is no layout."""
-    folders = _subfolders(root)
-    if "train" not in folders or not _subfolders(folders["train"]):
-        if folders and set(folders) <= _SPLIT_NAMES:
-            raise DataError(
-                f"Data folder {str(root)!r} has {', '.join(folders)} but no train/<class>: add it."
-            )
-        return {"train": _read_classes(root)}
-    parts: dict[str, _Folder] = {}
-    for part, names in (("train", ("train",)), ("val", _VAL_NAMES), ("test", ("test",))):
-        for name in [name for name in names if name in folders][:1]:
-            parts[part] = _read_classes(folders[name])
-    return parts
-
-
-def _subfolders(folder: Path) -> dict[str, Path]:
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    return {name: folder / name for name in names}
-
-
-def _read_classes(folder: Path) -> _Folder:
-    above = {folder.resolve(), *folder.resolve().parents}
-    return {name: list(walk_images(path, set(above))) for name, path in _subfolders(folder).items()}
-
-
-def _check_train(train: _Folder, root: Path) -> None:
+def _check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> None:
     if not train:
         raise DataError(
             f"Data folder {str(root)!r} has no class folders: "
             "put each class's images into a folder named after the class."
         )
+    if len(train) == 1:
+        (name,) = train
+        raise DataError(
+            f"Data folder {str(root)!r} has one class, {name!r}: use at least 2, "
+            "or give the folder that holds the class folders."
+        )
     empty = [name for name, images in train.items() if not images]
     if empty:
-        names = ", ".join(repr(name) for name in empty[:5]) + (", …" if len(empty) > 5 else "")
-        raise DataError(f"No images for training in class folder {names}: add some or remove it.")
-    if len(train) == 1:
-        raise DataError(f"Data folder {str(root)!r} has one class, {min(train)!r}: use at least 2.")
+        told = f" ({'; '.join(passed_over)})" if passed_over else ""
+        raise DataError(
+            f"No images for training in class folder {quoted(empty)}: add some or remove it{told}."
+        )
 
 
 def cut_parts(
@@ -208,7 +264,7 @@ def cut_parts(
     Raises:
         DataError: A class has too few images.
     """
-    parts: dict[str, _Folder] = {part: {} for part in ("train", *shares)}
+    parts: dict[str, ClassFolders] = {part: {} for part in ("train", *shares)}
     for name, images in train.items():
         if len(images) <= len(shares):
             raise DataError(
@@ -226,13 +282,12 @@ def cut_parts(
     return parts
 
 
-def _listed(folder: _Folder, classes: tuple[str, ...], part: str) -> ImageList:
+def _listed(folder: ClassFolders, classes: tuple[str, ...], part: str) -> ImageList:
     foreign = sorted(name for name in folder if name not in classes)
     if foreign:
         close = difflib.get_close_matches(foreign[0], classes, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ": add it there or remove it here."
-        names = ", ".join(repr(name) for name in foreign[:5]) + (", …" if len(foreign) > 5 else "")
-        raise DataError(f"Class {names} of {part} is not in train{hint}")
+        raise DataError(f"Class {quoted(foreign)} of {part} is not in train{hint}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in folder.get(name, ())]
     if not pairs:
         raise DataError(f"Data folder's part {part} has no images: add some or remove it.")

@@ -47,7 +47,7 @@ def run_suite(
         given: Values of ``TrainingSettings`` but the seed, such as the method, that win over the
             recipes'.
         strict: Refuse other sizes than the benchmark's.
-        **options: ``workers``, ``progress`` and ``tensorboard`` of ``train``.
+        **options: ``workers``, ``progress``, ``tensorboard`` and ``trust_images`` of ``train``.
 
     Raises:
         UnknownNameError: No such benchmark or task.

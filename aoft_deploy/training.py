@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from aoft_deploy import checkpoint
@@ -33,14 +35,14 @@ from aoft_deploy.batches import (
     fingerprint,
     training_parts,
 )
-from aoft_deploy.data import ImageList, Splits, check_images
+from aoft_deploy.data import ImageList, Splits, find_faults, image_paths, refuse_faults
 from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.learner import Learner, create_model, diverged, model_preprocessing
 from aoft_deploy.optimisation import moments, restore_moments
 from aoft_deploy.run_folder import Progress, RunFolder
 
-__all__ = ["Result", "train"]
+__all__ = ["Result", "check_splits", "train"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def train(
     workers: int | None = None,
     progress: bool = False,
     tensorboard: bool = False,
+    trust_images: bool = False,
+    checked: bool = False,
 ) -> Result:
     """Fine-tune a backbone, choose the epoch by validation, and test it once.
 
@@ -98,6 +102,9 @@ def train(
             The numbers do not depend on it.
         progress: Show progress on stderr.
         tensorboard: Write the metrics for TensorBoard into ``out`` too.
+        trust_images: Read the headers alone of the training images before the first epoch, and
+            not their pixels too.
+        checked: ``check_splits`` has looked at the images already.
 
     Raises:
         UnknownNameError: Unknown backbone, method or method setting.
@@ -118,6 +125,10 @@ def train(
     with preserved_randomness(accelerator.device), _deterministic(accelerator.device):
         run = _Run(accelerator, splits, out, settings, workers, progress)
         state = run.folder.open(resume)
+        if not checked and state.result is None:
+            check_splits(splits, trust_images=trust_images, progress=progress)
+        if run.tells:
+            print(*splits.summary(), sep="\n", file=sys.stderr)
         accelerator.wait_for_everyone()  # nobody writes before all have looked
         run.restore(state)
         with _tensorboard(out, len(state.lines), tensorboard and run.writes) as log:
@@ -128,6 +139,38 @@ def train(
         elif run.tells:
             print(f"The run in {out} is complete already.", file=sys.stderr)
         return Result(checkpoint=run.folder.checkpoint, **state.result or {})
+
+
+def check_splits(splits: Splits, *, trust_images: bool = False, progress: bool = False) -> None:
+    """Look at every image before the first epoch, and name all that cannot be used.
+
+    Under ``accelerate launch``, the processes share the files.
+
+    Args:
+        splits: The images; those of ``val`` and ``test`` are decoded whole.
+        trust_images: Read the headers alone of the training images.
+        progress: Show progress on stderr, and a line for each file that cannot be used.
+
+    Raises:
+        DataError: Some cannot be used; the first five are named.
+    """
+    processes: Any = PartialState()
+    tells = progress and processes.is_main_process
+    lists = [(splits.train, not trust_images), (splits.val, True)]
+    if splits.test is not None:
+        lists.append((splits.test, True))
+    files = [(image_paths(images), whole) for images, whole in lists]
+    shares = [(paths[processes.process_index :: processes.num_processes], w) for paths, w in files]
+    hidden = None if tells else True
+    total = sum(len(paths) for paths, _ in shares)
+    with tqdm(total=total, desc="check images", disable=hidden, leave=False) as bar:
+        found = [find_faults(paths, whole=whole, tick=bar.update) for paths, whole in shares]
+    faults = [fault for each in found for fault in each]
+    if processes.num_processes > 1:
+        faults = gather_object(faults)
+    if tells and len(faults) > 1:
+        print(*faults, sep="\n", file=sys.stderr)
+    refuse_faults(faults, sum(len(paths) for paths, _ in files))
 
 
 class _Run:
@@ -145,9 +188,6 @@ class _Run:
         self.accelerator, self.settings, self.splits = accelerator, settings, splits
         self.writes = bool(accelerator.is_main_process)
         self.tells, self.workers = progress and self.writes, workers
-        for images in (splits.train, splits.val, splits.test):
-            if images is not None:
-                check_images(images)
         self.fitted = splits.train
         if settings.train_on == "train+val":
             labels = [*splits.train.labels, *splits.val.labels]

@@ -56,16 +56,22 @@ def _loop(options: argparse.Namespace) -> dict[str, Any]:
         "workers": options.workers,
         "progress": not options.quiet,
         "tensorboard": options.tensorboard,
+        "trust_images": options.trust_images,
     }
 
 
 def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
     settings = TrainingSettings(**given)
 
+    from accelerate.state import PartialState
+
     from aoft_deploy.data import load_data
     from aoft_deploy.training import train
 
     splits = load_data(options.data, seed=settings.seed)
+    if PartialState().is_main_process:
+        for sentence in splits.passed_over:
+            print(f"note: {sentence}.", file=sys.stderr)
     return train(splits, options.out, settings, resume=options.resume, **_loop(options))
 
 

@@ -32,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="show no progress")
     add("--tensorboard", action="store_true", help="write metrics for TensorBoard into --out too")
     add("--workers", type=int, metavar="N", help="processes that load images (0 on a CPU, else 8)")
+    add(
+        "--trust-images",
+        action="store_true",
+        help="do not decode every training image before the first epoch",
+    )
     _add_benchmark(p)
     _add_model(p)
     _add_optimisation(p)
