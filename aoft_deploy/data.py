@@ -153,14 +153,14 @@ def load_folder(
     train, passed_over = found.parts["train"], list(found.passed_over)
     _check_train(train, root, passed_over)
     classes = tuple(sorted(train))
-    origins = {part: f"in {folder}" for part, folder in found.folders.items()}
+    origins = {part: f"in {folder}" for part, folder in found.folders.items() if folder != "."}
     parts = dict(found.parts)
     if "val" not in parts:
         shares = {"val": val_fraction, "test": 0 if "test" in parts else test_fraction}
         cut = cut_parts(train, {k: v for k, v in shares.items() if v}, seed)
-        source = found.folders["train"]
-        origins |= {part: f"cut from {source} with seed {seed}" for part in cut}
-        origins["train"] = f"left in {source}"
+        source = origins.get("train", "in each class")
+        origins |= {part: f"cut with seed {seed}" for part in cut}
+        origins["train"] = f"left {source}"
         parts |= cut
     lists = {part: _listed(folder, classes, part) for part, folder in parts.items()}
     for part in ("val", "test"):

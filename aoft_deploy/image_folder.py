@@ -150,7 +150,7 @@ def _named_parts(root: Path, folders: Mapping[str, Path]) -> dict[str, str]:
                 f"Data folder {str(root)!r} has {quoted(names)}, which all stand for {part}: "
                 "keep one of them, and rename or move the rest."
             )
-    named = {part: found[part][0] for part in ("train", "val", "test") if part in found}
+    named: dict[str, str] = {part: found[part][0] for part in ("train", "val", "test") if part in found}
     _check_targets(root, {name: folders[name] for name in named.values()})
     return named
 

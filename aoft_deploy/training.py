@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils.operations import gather_object
 from tqdm import tqdm
 
 from aoft_deploy import checkpoint
