@@ -371,7 +371,7 @@ def test_parts_without_classes_are_refused_whatever_their_names(tmp_path: Path) 
     with pytest.raises(DataError, match="has Testing, Training but no train/<class>: add it"):
         load_folder(tmp_path)
     fill(tmp_path / "sample", 9)
-    with pytest.raises(DataError, match="'Testing', 'Training' in '.*' look like parts"):
+    with pytest.raises(DataError, match=r"'Testing', 'Training' in '.*' look like parts"):
         load_folder(tmp_path)
 
 
@@ -389,7 +389,7 @@ def test_names_that_speak_of_parts_are_refused(tmp_path: Path, depth: str) -> No
 def test_flat_folders_of_a_class_and_a_part_each_are_refused(tmp_path: Path) -> None:
     for name in ("cats_train", "cats_test", "dogs_train", "dogs_test"):
         fill(tmp_path / name, 5)
-    with pytest.raises(DataError, match="'cats_test', .* look like parts of a data set"):
+    with pytest.raises(DataError, match=r"'cats_test', .* look like parts of a data set"):
         load_folder(tmp_path)
 
 
@@ -431,7 +431,7 @@ def test_a_data_set_one_level_deeper_is_named(tmp_path: Path, beside: tuple[str,
         load_folder(tmp_path)
     three(tmp_path / "single" / "all", ".")
     with pytest.raises(
-        DataError, match="one class, 'all': .* or give the folder that holds the cl"
+        DataError, match=r"one class, 'all': .* or give the folder that holds the cl"
     ):
         load_folder(tmp_path / "single")
 
@@ -501,7 +501,7 @@ def test_classes_that_a_part_lacks_are_told(ready: Path) -> None:
 def test_two_links_to_one_folder_are_refused(flat: Path) -> None:
     (flat / "tiger").symlink_to(flat / "cat")
     with pytest.raises(
-        DataError, match="'cat', 'tiger' in .* are the same folder: remove one link"
+        DataError, match=r"'cat', 'tiger' in .* are the same folder: remove one link"
     ):
         load_folder(flat)
 
@@ -509,7 +509,7 @@ def test_two_links_to_one_folder_are_refused(flat: Path) -> None:
 def test_a_part_that_is_a_link_to_another_is_refused(ready: Path) -> None:
     (ready / "val").rename(ready / ".val")
     (ready / "val").symlink_to(ready / "train")
-    with pytest.raises(DataError, match="'train', 'val' in .* are the same folder"):
+    with pytest.raises(DataError, match=r"'train', 'val' in .* are the same folder"):
         load_folder(ready)
 
 
@@ -582,7 +582,7 @@ def test_pipes_are_no_images_and_dead_links_are_faults(flat: Path) -> None:
     splits = load_folder(flat)
     assert splits.test is not None
     paths = [*splits.train.images, *splits.val.images, *splits.test.images]
-    assert not any("pipe" in str(path) for path in paths)
+    assert not any(Path(str(path)).name == "pipe.png" for path in paths)
     with pytest.raises(DataError, match=r"dead\.png': no such file or directory"):
         check_images(ImageList(paths, [0] * len(paths)))
 
@@ -605,8 +605,7 @@ def test_each_class_has_a_permutation_of_its_own(tmp_path: Path) -> None:
 def test_the_summary_says_what_there_is_and_where_it_comes_from(flat: Path) -> None:
     assert load_folder(flat, seed=3).summary() == [
         "2 classes: cat, dog",
-        "images: train 40 (left in .), val 5 (cut from . with seed 3), "
-        "test 5 (cut from . with seed 3)",
+        "images: train 40 (left in each class), val 5 (cut with seed 3), test 5 (cut with seed 3)",
     ]
     assert load_data("digits").summary()[1] == "images: train 1,000, val 200, test 597"
 
@@ -643,8 +642,8 @@ def test_decoding_finds_what_headers_hide(ready: Path) -> None:
     (cats / "sound.jpg").write_bytes(whole)
     (cats / "sound padded.jpg").write_bytes(whole + bytes(512))
     train = load_folder(ready).train
-    check_images(train)
-    with pytest.raises(
-        DataError, match=r"^6 of 11 images cannot be used: .*bit\.png.*; and 1 more"
-    ):
+    with pytest.raises(DataError, match="^1 of 11 images"):  # a WebP's header has its length
+        check_images(train)
+    message = r"^6 of 11 images cannot be used: .*bit\.png.*; and 1 more\.$"
+    with pytest.raises(DataError, match=message):
         check_images(train, whole=True)
