@@ -642,7 +642,7 @@ def test_decoding_finds_what_headers_hide(ready: Path) -> None:
     (cats / "sound.jpg").write_bytes(whole)
     (cats / "sound padded.jpg").write_bytes(whole + bytes(512))
     train = load_folder(ready).train
-    with pytest.raises(DataError, match="^1 of 11 images"):  # a WebP's header has its length
+    with pytest.raises(DataError, match=r"^1 of 11 images"):  # a WebP's header has its length
         check_images(train)
     message = r"^6 of 11 images cannot be used: .*bit\.png.*; and 1 more\.$"
     with pytest.raises(DataError, match=message):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from aoft_deploy.errors import ImageError
-from aoft_deploy.images import IMAGE_SUFFIXES, read_image, read_size
+from aoft_deploy.images import IMAGE_SUFFIXES, image_files, read_image, read_size, told_suffixes
 
 LOSSLESS = ["PNG", "BMP", "GIF", "TIFF", "PPM"]
 
@@ -136,6 +137,48 @@ def test_a_transparent_colour_of_a_16_bit_png_does_no_harm() -> None:
     rows = b"\x00" + struct.pack(">3H", 0xFFFF, 0, 0x1234)
     transparency = chunk(b"tRNS", struct.pack(">3H", 0xFFFF, 0, 0))
     assert pixel(read_image(png(1, 1, 16, 2, rows, transparency))) == (255, 0, 0x12)
+
+
+def grey_key(depth: int, values: list[int], key: int) -> bytes:
+    """A grey PNG of a row of 8 values with a transparent one, as RFC 2083 (4.2.9) writes it."""
+    bits = "".join(f"{value:0{depth}b}" for value in values)
+    row = b"\x00" + int(bits, 2).to_bytes(len(bits) // 8)
+    return png(len(values), 1, depth, 0, row, chunk(b"tRNS", struct.pack(">H", key)))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_turns_white_at_every_depth(depth: int) -> None:
+    top = 2**depth - 1
+    values = np.random.default_rng(depth).integers(0, top + 1, 8).tolist()
+    # Neighbours that are equal in their high byte, and the value that scaling would confuse.
+    key = values[3]
+    values[4], values[5] = key ^ 1, min(key * 17 + 1, top)
+    expected = [255 if v == key else (v >> 8 if depth == 16 else v * 255 // top) for v in values]
+    read = np.asarray(read_image(grey_key(depth, values, key)))[0]
+    assert read.tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_transparent_colour_of_a_png_turns_white_where_all_its_bits_agree(
+    depth: int, interlaced: bool
+) -> None:
+    size, code = depth // 8, {8: "B", 16: "H"}[depth]
+    key = (0xFFFF, 0, 0x1234) if depth == 16 else (255, 0, 0x34)
+    colours = [key, (key[0], 0, key[2] + 1), (key[0] - 1, 0, key[2]), (*key[:2], 0)]
+    rows = b"\x00" + b"".join(struct.pack(f">3{code}", *colour) for colour in colours)
+    transparency = chunk(b"tRNS", struct.pack(">3H", *key))
+    data = png(4, 1, depth, 2, rows, transparency)
+    if interlaced:  # Adam7: in one row, passes 1, 4 and 6 have pixels 0, 2, and then 1 and 3
+        pixels = [rows[1 + 3 * size * i : 1 + 3 * size * (i + 1)] for i in range(4)]
+        body = b"\x00" + pixels[0] + b"\x00" + pixels[2] + b"\x00" + pixels[1] + pixels[3]
+        header = struct.pack(">IIBBBBB", 4, 1, depth, 2, 0, 0, 1)
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparency
+        data += chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    shift = depth - 8
+    expected = [[255] * 3, *([value >> shift for value in colour] for colour in colours[1:])]
+    assert np.asarray(read_image(data))[0].tolist() == expected
+    assert np.asarray(read_image(io.BytesIO(data)))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("values", [(0, 0x1234, 0xFFFF), (0x00FF, 0x7FFF, 0x8000)])
@@ -289,6 +332,21 @@ def test_a_truncated_file_is_refused(format: str) -> None:
         read_image(data[: len(data) * 2 // 3])
 
 
+def test_a_jpeg_whose_rest_is_zeros_is_refused_though_the_decoder_takes_it() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    thumbnail = encoded(Image.fromarray(noise[:16, :16]), "JPEG")
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00" + thumbnail
+    for options in ({}, {"exif": exif}):  # a thumbnail has an end of its own
+        data = encoded(Image.fromarray(noise), "JPEG", quality=95, **options)
+        for kept in (len(data) * 2 // 3, len(data) - 20):
+            with pytest.raises(ImageError, match="its end is missing: zeros stand in its place"):
+                read_image(data[:kept] + bytes(len(data) - kept))
+            assert read_size(data[:kept] + bytes(len(data) - kept)) == (64, 64)
+        whole = read_image(data).tobytes()
+        for tail in (bytes(4096), b"\xff\xda" + bytes(100), b"trailer" + bytes(16)):
+            assert read_image(data + tail).tobytes() == whole
+
+
 @pytest.mark.parametrize("format", [*LOSSLESS, "JPEG", "WEBP"])
 def test_damaged_bytes_never_raise_anything_but_an_image_error(format: str) -> None:
     rng = np.random.default_rng(0)
@@ -312,8 +370,19 @@ def test_damaged_bytes_never_raise_anything_but_an_image_error(format: str) -> N
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is of no allowed format"),
         (b"8BPS\x00\x01" + b"\x00" * 20, "it is of no allowed format"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is of no allowed format"),
+        (b"<!DOCTYPE html><title>404</title>", "it is an HTML page: download the image again"),
+        (b"<HTML><body>", "it is an HTML page: download the image again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a git-lfs pointer: run git lfs p"),
+        (
+            b"\x00\x00\x00\x18ftypheic" + bytes(9),
+            "it is of the format HEIC: convert it to one of JP",
+        ),
+        (
+            b"\x00\x00\x00\x1cftypavif" + bytes(9),
+            "it is of the format AVIF: convert it to one of JP",
+        ),
+        (b"\x00\x00\x00\x18ftypmp42" + bytes(9), "it is of no allowed format"),
     ],
-    ids=["empty", "text", "one letter", "eps", "psd", "svg"],
 )
 def test_what_is_no_image_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "file.jpg").write_bytes(content)
@@ -356,6 +425,33 @@ def test_a_stream_without_a_name_is_called_a_stream() -> None:
 def test_the_size_is_read_without_the_pixels() -> None:
     data = encoded(gradient(300, 200))
     assert read_size(data[:60]) == (300, 200)
+
+
+def test_files_of_a_folder_are_found_and_others_are_counted(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpe", "sub/c.JPG", "__MACOSX/d.png", ".hidden/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        gradient().save(tmp_path / name, "PNG")
+    for name in ("a.heic", "sub/b.HEIC", "notes.txt", ".f.txt"):
+        (tmp_path / name).touch()
+    others = Counter[str]()
+    found = [str(path.relative_to(tmp_path)) for path in image_files([tmp_path], others)]
+    assert found == ["a.jpe", "b.png", "sub/c.JPG"]
+    assert told_suffixes(others) == "3 files of other suffixes passed over (.heic 2, .txt 1)"
+    assert told_suffixes(Counter()) == ""
+
+
+def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=rf"There are no images in the folder {tmp_path}\.$"):
+        image_files([tmp_path])
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(ImageError, match=r": 1 file of other suffixes passed over \(\.heic 1\)\.$"):
+        image_files([tmp_path])
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ImageError, match=r"cannot be listed: .*symbolic links"):
+        image_files([tmp_path])
 
 
 def test_suffixes_are_in_lower_case_and_of_allowed_formats() -> None:
