@@ -109,8 +109,9 @@ class Learner:
         self.device: torch.device = accelerator.device
         self.model: nn.Module = accelerator.prepare_model(tuned)
         self.optimiser = make_optimiser(tuned, settings)
+        kind = next(tuned.parameters()).dtype
         self.pixel_mean, self.pixel_std = (
-            torch.tensor(triple, device=self.device).view(3, 1, 1)
+            torch.tensor(triple, dtype=kind, device=self.device).view(3, 1, 1)
             for triple in (preprocessing.mean, preprocessing.std)
         )
         self.precision = settings.precision
@@ -206,7 +207,7 @@ class Learner:
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits: Tensor = model(images)
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _sums(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -236,14 +237,14 @@ def diverged(epoch: int, settings: TrainingSettings) -> DivergedError:
 
 
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The float32 input that ``Preprocessing`` makes of pixels, bit for bit.
+    """The input that ``Preprocessing`` makes of pixels, in float32 bit for bit.
 
     Args:
         pixels: (…, 3, height, width), uint8.
-        mean: (3, 1, 1).
+        mean: (3, 1, 1), of the type to compute in.
         std: (3, 1, 1).
     """
-    return (pixels.float() / 255 - mean) / std
+    return (pixels.to(mean.dtype) / 255 - mean) / std
 
 
 def only_depth_is_random(model: nn.Module) -> None:
