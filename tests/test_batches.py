@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -133,3 +134,10 @@ def test_a_fingerprint_of_files_does_not_depend_on_where_the_folder_is(tmp_path:
     assert fingerprint(lists[0]) == fingerprint(lists[1])
     lists[0].images[0].write_bytes(b"other")  # type: ignore[union-attr]
     assert fingerprint(lists[0]) != fingerprint(lists[1])
+
+
+def test_a_fingerprint_takes_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    paths = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png")]
+    for path in paths:
+        path.write_bytes(b"-")
+    assert len({fingerprint(ImageList([path], [0])) for path in paths}) == 2

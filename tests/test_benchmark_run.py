@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from aoft_deploy import benchmark_run, training
 from aoft_deploy.benchmark_run import Outcome, load_splits, run_recipe
 from aoft_deploy.checkpoint import load, read_checkpoint
-from aoft_deploy.data import ImageList, Splits
-from aoft_deploy.errors import CheckpointError, DivergedError, OutputError, SettingError
+from aoft_deploy.data import ImageList, Splits, find_faults
+from aoft_deploy.errors import CheckpointError, DataError, DivergedError, OutputError, SettingError
+from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.recipes import Recipe, get_recipe
+from aoft_deploy.training import Result, train
 
 SMALL = {"backbone": "aoft_vit_nano", "img_size": 16, "epochs": 3, "precision": "fp32"}
 RATES = (0.01, 0.001)
@@ -112,6 +115,58 @@ def test_test_images_decide_nothing(
     tensors = read_checkpoint(finished[0] / "model.ckpt").tensors
     again = read_checkpoint(tmp_path / "model.ckpt").tensors
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+class Sealed(ImageList):
+    """Images that may not be looked at, or even counted, while a seal is on them."""
+
+    on = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("images", "labels") and Sealed.on:
+            raise AssertionError("the search looked at the test images")
+        return super().__getattribute__(name)
+
+
+def test_the_search_for_a_rate_never_looks_at_the_test_images(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+
+    def sealing(given: Splits, out: Path, settings: TrainingSettings, **options: Any) -> Result:
+        runs.append(settings.train_on)
+        monkeypatch.setattr(Sealed, "on", settings.train_on == "train")
+        try:
+            return train(given, out, settings, **options)
+        finally:
+            monkeypatch.setattr(Sealed, "on", False)
+
+    monkeypatch.setattr(benchmark_run, "train", sealing)
+    assert splits.test is not None
+    test = Sealed(splits.test.images, splits.test.labels)
+    run_recipe(recipe(epochs=1), replace(splits, test=test), tmp_path)
+    assert runs == ["train", "train", "train+val"]
+
+
+def test_every_image_is_looked_at_once_before_the_search(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+
+    def look(paths: Sequence[Path], **options: Any) -> list[str]:
+        looked.extend(paths)
+        return find_faults(paths, **options)
+
+    monkeypatch.setattr(training, "find_faults", look)
+    run_recipe(recipe(epochs=1), splits, tmp_path / "run")
+    assert splits.test is not None
+    assert looked == [*splits.train.images, *splits.val.images, *splits.test.images]
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(b"")
+    test = ImageList([damaged, *splits.test.images], [0, *splits.test.labels])
+    with pytest.raises(DataError, match=r"1 of 29 images cannot be used: .*damaged\.jpg.*empty"):
+        run_recipe(recipe(), replace(splits, test=test), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_finished_run_is_not_repeated(finished: tuple[Path, Outcome], splits: Splits) -> None:

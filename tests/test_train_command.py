@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,50 @@ def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
     for name in ("method", "trained numbers", "chosen epoch", "val accuracy", "test accuracy"):
         assert re.search(rf"^{name} +\S", printed.out, re.MULTILINE)
     assert "epoch 1/1" in printed.err
+
+
+def test_the_start_says_what_the_folder_holds_and_what_is_passed_over(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "shapes"
+    shutil.copytree(folder, data)
+    (data / "train").rename(data / "Training")
+    (data / "val").rename(data / "Valid")
+    (data / "unlabelled").mkdir()
+    (data / "Training" / "star" / "photo.heic").touch()
+    options = ["--data", str(data), *SMALL, "--method", "linear"]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 0
+    notes = [
+        "note: Folder 'unlabelled' passed over.",
+        "note: 1 file of other suffixes passed over (.heic 1).",
+    ]
+    start = [
+        *notes,
+        "6 classes: circle, cross, ring, square, star, triangle",
+        "images: train 30 (in Training), val 12 (in Valid), test 12 (in test)",
+    ]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert lines[:4] == start
+    assert lines[4].startswith("epoch 1/1")
+    assert main([*options, "--out", str(tmp_path / "quiet"), "--quiet"]) == 0
+    assert capsys.readouterr().err.splitlines() == notes
+
+
+def test_training_images_may_be_trusted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "shapes"
+    shutil.copytree(folder, data)
+    path = data / "train" / "star" / "00004.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    given = ["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--quiet"]
+    assert main(given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 1 of 54 images cannot be used: Cannot read image")
+    assert error.count("\n") == 1 and "00004.png" in error
+    assert not (tmp_path / "run").exists()
+    assert main([*given, "--trust-images"]) == 1
+    assert capsys.readouterr().err.startswith("error: Cannot read image")
 
 
 def test_quiet_shows_the_table_alone(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from aoft_deploy import training
 from aoft_deploy.checkpoint import load, read_checkpoint
 from aoft_deploy.data import ImageList, load_folder
 from aoft_deploy.errors import (
@@ -306,6 +307,37 @@ def test_an_image_that_cannot_be_used_is_found_before_training(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_damaged_images_of_all_parts_are_found_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(SHAPES, tmp_path / "shapes")
+    for part, content in (("train", None), ("val", b""), ("test", b"<html>not found</html>")):
+        path = next((tmp_path / "shapes" / part).rglob("*.png"))
+        path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    splits = load_folder(tmp_path / "shapes")
+    message = r"^3 of 54 images cannot be used: .*train.*; .*val.*it is empty; .*test.*HTML"
+    with pytest.raises(DataError, match=message):
+        train(splits, tmp_path / "run", SMALL, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("Cannot read image")]) == 3
+    with pytest.raises(DataError, match=r"^2 of 54 images cannot be used: .*val.*; .*test"):
+        train(splits, tmp_path / "run", SMALL, trust_images=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checked_images_are_not_looked_at_again_nor_are_those_of_a_complete_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(training, "check_splits", lambda *_, **__: looked.append(1))
+    settings = replace(SMALL, epochs=1)
+    train(DIGITS, tmp_path / "run", settings, checked=True)
+    train(DIGITS, tmp_path / "run", settings, resume=True)
+    assert not looked
+    train(DIGITS, tmp_path / "other", settings)
+    assert looked
+
+
 def test_unknown_names_and_missing_weights_are_found_before_training(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown method 'lorra'\. Did you mean lora"):
         train(DIGITS, tmp_path / "run", replace(SMALL, method="lorra"))
@@ -335,7 +367,6 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     train(DIGITS, tmp_path / "run", replace(SMALL, epochs=1), tensorboard=True)
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
