@@ -88,6 +88,24 @@ def test_force_on_the_right_weights_is_no_forced_export(
     assert manifest["forced"] is False
 
 
+def test_files_of_a_folder_that_are_no_images_are_told(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "one.jpe").write_bytes(photos[0].read_bytes())
+    (folder / "two.heic").touch()
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "timm"]
+    options += ["-o", tmp_path / "task.safetensors", "--images", folder, folder]
+    assert main([str(option) for option in options]) == 0
+    told = "note: 1 file of other suffixes passed over (.heic 1)."
+    assert told in capsys.readouterr().err.splitlines()
+
+
 def test_a_checkpoint_whose_name_is_no_text_is_refused(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,7 @@ def export(options: argparse.Namespace) -> None:
             **_given(options),
             **_built(options),
         )
+    _note_passed_over([*options.images, *options.calibrate])
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
@@ -187,6 +189,16 @@ def export(options: argparse.Namespace) -> None:
             "are those of the graph it was built from; the engine is compared with it when loaded"
         )
     print(f"manifest: {exported.manifest}")
+
+
+def _note_passed_over(sources: Sequence[Path]) -> None:
+    """Say which files of folders were taken for no images."""
+    from aoft_deploy.images import image_files, told_suffixes
+
+    others = Counter[str]()
+    image_files(list(dict.fromkeys(sources)), others)
+    if others:
+        print(f"note: {told_suffixes(others)}.", file=sys.stderr)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
