@@ -3,6 +3,9 @@
 Weights become signed integers with a scale for each output channel; activations are quantised as
 they come. What differs from image to image is left in float32: attention, softmax, LayerNorm, the
 tasks' own numbers of a fleet, and the classifier.
+
+What stays in float32 keeps its name. A quantised weight ``NAME`` becomes ``NAME_quantized``, int8
+(in, out), with ``NAME_scale`` and ``NAME_zero_point`` for each output channel.
 """
 
 from __future__ import annotations
@@ -10,14 +13,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from aoft_exporters.onnxruntime_engine import library
 
 __all__ = ["quantised"]
+
+TRANSPOSED = re.compile(r"(.+)_Transposed(?:_\d+)?(_quantized|_scale|_zero_point|)")
+"""What the quantiser calls the weight of a Gemm that it writes as MatMul."""
 
 
 def quantised(proto: Any) -> Any:
@@ -42,7 +49,7 @@ def quantised(proto: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "int8.onnx"
         quantization.quantize_dynamic(
-            onnx.ModelProto.FromString(proto.SerializeToString()),
+            proto,  # the quantiser works on a copy
             path,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
@@ -52,10 +59,24 @@ def quantised(proto: Any) -> Any:
             extra_options={"MatMulConstBOnly": True},
         )
         result = onnx.load(path)
+    _restore_names(result.graph, {tensor.name for tensor in proto.graph.initializer})
     del result.metadata_props[:]
     result.metadata_props.extend(proto.metadata_props)
     result.producer_name, result.producer_version = proto.producer_name, proto.producer_version
     return result
+
+
+def _restore_names(graph: Any, known: Collection[str]) -> None:
+    """Give weights that the quantiser transposed their own names, unless those are in use."""
+    taken = {tensor.name for tensor in graph.initializer}
+    renamed = {}
+    for tensor in graph.initializer:
+        found = TRANSPOSED.fullmatch(tensor.name)
+        if found and found[1] in known and found[1] + found[2] not in taken:
+            renamed[tensor.name] = tensor.name = found[1] + found[2]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
 
 
 def _classifier(graph: Any) -> list[str]:
