@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibratedExporter",
     "DeviceExporter",
+    "EmulatedExporter",
     "Engine",
     "Exporter",
     "FleetExporter",
@@ -65,6 +66,8 @@ class Recipe:
         opset: Of ONNX; None is the exporter's own choice.
         min_agreement: Share of ``calibration`` that must keep its top class, for exporters that
             can give up some speed for it.
+        judged: Images that answers below fp32 are judged on, uint8 [n, H, W, 3]: an exporter keeps
+            in float32 what leaves the precision's range on them. None where nothing is judged.
     """
 
     size: int
@@ -80,6 +83,7 @@ class Recipe:
     refit: Path | None = None
     opset: int | None = None
     min_agreement: float = 0.0
+    judged: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
 
 class Engine(Protocol):
@@ -235,6 +239,20 @@ class DeviceExporter(FolderExporter, Protocol):
 
     def stand_in(self, path: Path) -> Engine:
         """The graph that the artefact at ``path`` was built from, run on the CPU."""
+
+
+@runtime_checkable
+class EmulatedExporter(Exporter, Protocol):
+    """An exporter of precisions that no runtime on the CPU computes in.
+
+    Attributes:
+        EMULATED: Those of its ``PRECISIONS``.
+    """
+
+    EMULATED: tuple[str, ...]
+
+    def emulation(self, path: Path) -> Engine:
+        """What the artefact at ``path`` answers where every result is rounded to its precision."""
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ and ``<artefact>.json`` appear under their names.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import shlex
@@ -26,6 +27,7 @@ from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
 from aoft_deploy.engines import (
     DeviceExporter,
+    EmulatedExporter,
     Engine,
     Exporter,
     FolderExporter,
@@ -66,7 +68,9 @@ class Exported:
         report: What the verification found.
         size: Bytes of the artefact.
         device: Name of the device that the artefact was verified on; None where this machine lacks
-            it and the graph it was built from was verified instead.
+            it, and its graph was verified instead.
+        arithmetic: Which arithmetic the figures are of.
+        left_in_float: Products that stay in float32 because low precision does not hold them.
     """
 
     path: Path
@@ -74,6 +78,8 @@ class Exported:
     report: Report
     size: int
     device: str | None = "CPU"
+    arithmetic: str = ""
+    left_in_float: tuple[str, ...] = ()
 
 
 def export_merged(
@@ -144,6 +150,7 @@ def export_merged(
         check_output(output, exporter.SUFFIX, inputs)
     pictures = [read_image(path) for path in image_files(images)]
     tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
+    check_classes(task.classes, str(checkpoint))
     preprocessing = task.preprocessing
     pixels = verification_pixels(preprocessing, pictures, precision)
     alone = isinstance(exporter, TunedExporter)
@@ -156,16 +163,20 @@ def export_merged(
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
     built["min_agreement"] = min_agreement if learnt else 0.0
+    built["judged"] = None if precision == "fp32" else pixels
     recipe = Recipe(preprocessing.size, uint8, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
         engine = _exported(model, exporter, draft, recipe, weights)
-        report = verify(
-            lambda batch: logits(tuned, normalised(batch, preprocessing)),
-            lambda batch: _answers(engine, batch, recipe, preprocessing),
-            pixels,
-            bar=bar,
-        )
+        left = left_in_float(engine)
+        arithmetic = arithmetic_of(exporter, draft, precision)
+        for judge, judged in judges(exporter, draft, engine, precision, pixels):
+            report = verify(
+                lambda batch: logits(tuned, normalised(batch, preprocessing)),
+                functools.partial(_answers, judge, recipe=recipe, preprocessing=preprocessing),
+                judged,
+                bar=bar,
+            )
         manifest = {
             **provenance(draft, to, command),
             "checkpoint": {
@@ -173,17 +184,19 @@ def export_merged(
                 "sha256": artefact_digest(checkpoint, FILES),
             },
             **_contents(tuned, task, recipe),
-            **learnt_from(learnt, engine),
+            **learnt_from(learnt, left),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),
-                **on_device(exporter, draft),
+                "arithmetic": arithmetic,
+                **on_device(exporter, draft, precision),
             },
             "versions": versions(),
         }
         size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size, device_of(exporter, output))
+    device = device_of(exporter, output, precision)
+    return Exported(output, manifest_path(output), report, size, device, arithmetic, left)
 
 
 def bar_for(
@@ -243,16 +256,62 @@ def built_for(
     return {"batches": batches, "compute_capability": compute_capability}
 
 
-def device_of(exporter: Exporter, artefact: Path) -> str | None:
-    """Where an artefact runs on this machine; None if nowhere."""
+def check_classes(classes: Sequence[str], whose: str) -> None:
+    """Refuse a model of one output, whose softmax is 1 whatever the image.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if len(classes) < 2:
+        named = f", {classes[0]!r}" if classes else ""
+        raise CheckpointError(
+            f"{whose} has {len(classes)} output{'s'[: len(classes) != 1]}{named}, but a classifier "
+            "has 2 or more: regression and single-logit heads are not supported, so train it with "
+            "a class for each answer."
+        )
+
+
+def emulates(exporter: Exporter, precision: str) -> bool:
+    """Whether no runtime on the CPU computes in a precision as the artefact's device does."""
+    return isinstance(exporter, EmulatedExporter) and precision in exporter.EMULATED
+
+
+def device_of(exporter: Exporter, artefact: Path, precision: str) -> str | None:
+    """Where this machine runs an artefact in its own precision; None if nowhere."""
+    if emulates(exporter, precision):
+        return None
     return exporter.device(artefact) if isinstance(exporter, DeviceExporter) else "CPU"
 
 
-def on_device(exporter: Exporter, draft: Path) -> dict[str, Any]:
-    """For a manifest: whether the artefact itself has run, and where."""
-    if not isinstance(exporter, DeviceExporter):
+def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]:
+    """For a manifest, where the CPU may not be the device: whether the artefact ran, and where."""
+    if not isinstance(exporter, DeviceExporter) and not emulates(exporter, precision):
         return {}
-    return {"verified_on_device": exporter.device(draft) or False}
+    return {"verified_on_device": device_of(exporter, draft, precision) or False}
+
+
+def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
+    """In words, which arithmetic gives the answers that an artefact is judged by."""
+    device = device_of(exporter, draft, precision)
+    if device is not None:
+        return f"{precision} by {exporter.ENGINES[0]} on {device}"
+    if precision == "fp32":
+        return "fp32 by onnxruntime on CPU"
+    return f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+
+
+def judges(
+    exporter: Exporter,
+    draft: Path,
+    engine: Engine,
+    precision: str,
+    pixels: NDArray[np.uint8],
+) -> Iterable[tuple[Engine, NDArray[np.uint8]]]:
+    """What must answer as the unmerged model does, and about which images; the figures last."""
+    if isinstance(exporter, EmulatedExporter) and precision in exporter.EMULATED:
+        yield engine, pixels[: max(BATCH_SIZES)]  # the file opens and answers
+        engine = exporter.emulation(draft)
+    yield engine, pixels
 
 
 def verifiable(exporter: Exporter, draft: Path) -> Engine:
@@ -264,12 +323,16 @@ def verifiable(exporter: Exporter, draft: Path) -> Engine:
     return engine
 
 
-def learnt_from(images: Sequence[Path], engine: Engine) -> dict[str, Any]:
+def left_in_float(engine: Engine) -> tuple[str, ...]:
+    """Products of a low-precision artefact that stay in float32, by name."""
+    return tuple(json.loads(engine.info.get("left_in_float", "[]")))
+
+
+def learnt_from(images: Sequence[Path], left: Sequence[str]) -> dict[str, Any]:
     """For a manifest: from how many images ranges were learnt, and which layers have none."""
-    if not images:
-        return {}
-    left = json.loads(engine.info.get("left_in_float", "[]"))
-    return {"calibration": {"images": len(images), "left_in_float": left}}
+    if images:
+        return {"calibration": {"images": len(images), "left_in_float": list(left)}}
+    return {"left_in_float": list(left)} if left else {}
 
 
 def flops(model: nn.Module, size: int) -> dict[str, str]:

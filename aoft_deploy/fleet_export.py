@@ -37,14 +37,18 @@ from aoft_deploy.errors import (
 from aoft_deploy.export import (
     MIN_AGREEMENT,
     Exported,
+    arithmetic_of,
     artefact_size,
     bar_for,
     built_for,
+    check_classes,
     check_output,
     check_output_folder,
     device_of,
     flops,
+    judges,
     learnt_from,
+    left_in_float,
     logits,
     manifest_path,
     normalised,
@@ -150,6 +154,7 @@ def export_fleet(
     pictures = [read_image(path) for path in image_files(images)]
     tasks = [read_checkpoint(path) for path in checkpoints]
     for path, task in zip(checkpoints, tasks, strict=True):
+        check_classes(task.classes, str(path))
         _check_same(path, task, checkpoints[0], tasks[0])
     tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
     spare = functools.partial(open_checkpoint, checkpoints[0], weights=weights, force=force)
@@ -157,7 +162,8 @@ def export_fleet(
     if form == "auto" and "folded" not in exporter.FORMS:
         form = "mixed"
     model, chosen = _model(lambda: spare()[0], form, precision, preprocessing.size)
-    inputs = normalised(verification_pixels(preprocessing, pictures, precision), preprocessing)
+    pixels = verification_pixels(preprocessing, pictures, precision)
+    inputs = normalised(pixels, preprocessing)
     expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
     metadata = {
         **_metadata(tuned, names, tasks, model),
@@ -168,6 +174,7 @@ def export_fleet(
     mean, std = preprocessing.mean, preprocessing.std
     ranges = calibration_pixels(learnt, preprocessing)
     built["min_agreement"] = min_agreement if learnt else 0.0
+    built["judged"] = None if precision == "fp32" else pixels
     recipe = Recipe(preprocessing.size, False, mean, std, metadata, precision, ranges, **built)
     with writable_folder(output.parent) as folder:
         draft = folder / output.name
@@ -179,7 +186,11 @@ def export_fleet(
             reason = " ".join(str(error).split())[:200]
             raise OutputError(f"The fleet could not be written ({reason}).") from error
         engine = verifiable(exporter, draft)
-        report = _verified(engine, inputs, expected, bar, recipe.batches)
+        left, arithmetic = left_in_float(engine), arithmetic_of(exporter, draft, precision)
+        for judge, judged in judges(exporter, draft, engine, precision, pixels):
+            few = len(judged)
+            answers = [own[:few] for own in expected]
+            report = _verified(judge, inputs[:few], answers, bar, recipe.batches)
         manifest = {
             **provenance(draft, to, command),
             **{key: json.loads(metadata[key]) for key in ("tasks", "backbone", "preprocessing")},
@@ -192,17 +203,19 @@ def export_fleet(
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
             ],
-            **learnt_from(learnt, engine),
+            **learnt_from(learnt, left),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(pictures),
-                **on_device(exporter, draft),
+                "arithmetic": arithmetic,
+                **on_device(exporter, draft, precision),
             },
             "versions": versions(),
         }
         size = artefact_size(draft)
         publish(draft, output, manifest)
-    return Exported(output, manifest_path(output), report, size, device_of(exporter, output))
+    device = device_of(exporter, output, precision)
+    return Exported(output, manifest_path(output), report, size, device, arithmetic, left)
 
 
 def _fleet_exporter(to: str, form: str) -> FleetExporter:

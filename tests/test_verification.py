@@ -151,6 +151,7 @@ class FakeExporter:
     """An exporter whose engine answers what a test wants, in place of ONNX Runtime."""
 
     SUFFIX, TOLERANCE, PRECISIONS = ".onnx", 5e-5, ("fp32",)
+    ENGINES = ("onnxruntime",)
     takes_pixels = False
 
     def __init__(self, answer: Answer) -> None:

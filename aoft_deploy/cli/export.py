@@ -183,11 +183,18 @@ def export(options: argparse.Namespace) -> None:
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
         f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{asked}"
     )
+    if exported.left_in_float:
+        print(f"left in float32: {', '.join(exported.left_in_float)}")
     if exported.device is None:
-        print(
-            "NOT VERIFIED ON DEVICE: this machine has no GPU that runs the engine, so the figures "
-            "are those of the graph it was built from; the engine is compared with it when loaded"
-        )
+        from aoft_deploy.engines import DeviceExporter, get_exporter
+
+        engine = isinstance(get_exporter(options.to), DeviceExporter)
+        why = "this machine has no GPU that runs the engine"
+        more = "; the engine is compared with them when it is loaded"
+        if not engine:
+            why, more = f"no runtime on the CPU computes in {options.precision}", ""
+        figures = f"the figures are those of {exported.arithmetic}{more}"
+        print(f"NOT VERIFIED ON DEVICE: {why}, so {figures}")
     print(f"manifest: {exported.manifest}")
 
 

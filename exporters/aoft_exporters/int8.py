@@ -56,6 +56,7 @@ def quantised(proto: Any) -> Any:
             reduce_range=True,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=_classifier(proto.graph),
+            use_external_data_format=True,  # what is left may still be more than 2 GiB
             extra_options={"MatMulConstBOnly": True},
         )
         result = onnx.load(path)

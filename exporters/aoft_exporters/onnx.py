@@ -8,6 +8,8 @@ MatMul are stored transposed, (in, out).
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,9 @@ from aoft_exporters.attention import ATTENTION_OPSET
 from aoft_exporters.graph_cache import graph_of
 from aoft_exporters.int8 import quantised
 from aoft_exporters.onnxruntime_engine import FLEET_TABLES, OnnxEngine, OnnxFleet
+from aoft_exporters.ranges import in_range
 from aoft_exporters.tracing import OPSET, pixel_model
-from aoft_exporters.typed import typed
+from aoft_exporters.typed import emulated
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from aoft_deploy.mixed import FleetModel
 
 __all__ = [
+    "EMULATED",
     "ENGINES",
     "FORMS",
     "OPSETS",
@@ -38,6 +42,7 @@ __all__ = [
     "TOLERANCE",
     "OnnxEngine",
     "OnnxFleet",
+    "emulation",
     "export",
     "export_fleet",
     "fleet_graph",
@@ -49,6 +54,9 @@ __all__ = [
 SUFFIX = ".onnx"
 TOLERANCE = 5e-5
 PRECISIONS = ("fp32", "fp16", "int8")
+EMULATED = ("fp16",)
+"""ONNX Runtime's CPU provider keeps what lies between weights of fp16 in float32."""
+
 ENGINES = ("onnxruntime", "openvino")
 OPSETS = (ATTENTION_OPSET, OPSET)
 FORMS = ("mixed", "folded")
@@ -68,6 +76,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         OutputError: The weights do not fit into a single ONNX file.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
+    _check_size(least_bytes(model, recipe.precision), recipe.precision)
     _save(plain_graph(model, recipe, opset=_opset(recipe)), path, recipe)
 
 
@@ -83,15 +92,8 @@ def plain_graph(
         separate: Let three linear maps make q, k and v.
 
     Raises:
-        OutputError: The weights do not fit into a single ONNX file.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size > SINGLE_FILE_LIMIT:
-        raise OutputError(
-            f"The weights take {size / 2**30:.1f} GiB, but one ONNX file holds 2 GiB: "
-            "export with --to timm."
-        )
     import torch
 
     if recipe.uint8:
@@ -138,12 +140,14 @@ def export_fleet(
     """
     import onnx
 
+    least = least_bytes(model, recipe.precision) + sum(table.nbytes for table in tables.values())
+    _check_size(least, recipe.precision, fleet=True)
     proto = fleet_graph(model, recipe, tables, opset=_opset(recipe))
     inputs = {value.name: value for value in proto.graph.input}
     for name in FLEET_TABLES:
         proto.graph.input.remove(inputs[name])
         proto.graph.initializer.append(onnx.numpy_helper.from_array(tables[name], name))
-    _save(proto, path, recipe)
+    _save(proto, path, recipe, tables)
 
 
 def fleet_graph(
@@ -158,18 +162,10 @@ def fleet_graph(
         opset: One from 23 on states attention as one operator.
 
     Raises:
-        OutputError: Weights and tables do not fit into a single ONNX file.
         SettingError: ``uint8`` is asked.
     """
     if recipe.uint8:
         raise SettingError("A fleet takes normalised pixel_values: export it without --uint8.")
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    size += sum(table.nbytes for table in tables.values())
-    if size > SINGLE_FILE_LIMIT:
-        raise OutputError(
-            f"Backbone and tasks take {size / 2**30:.1f} GiB, but one ONNX file holds 2 GiB: "
-            "export fewer tasks and add the others to the running fleet."
-        )
     import torch
 
     examples = {
@@ -198,18 +194,73 @@ def _kind(recipe: Recipe, model: nn.Module) -> dict[str, Any] | None:
     return {**({} if plain else told), **architecture, "size": recipe.size, "uint8": recipe.uint8}
 
 
-def _save(proto: Any, path: Path, recipe: Recipe) -> None:
-    """Write the graph with its metadata, in the asked precision."""
+def _save(
+    proto: Any, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Write the graph with its metadata, in the asked precision.
+
+    Raises:
+        OutputError: In that precision it does not fit into a single ONNX file.
+    """
     import onnx
 
-    onnx.helper.set_model_props(proto, {**dict(recipe.metadata)})
+    metadata = dict(recipe.metadata)
     if recipe.precision == "int8":
         proto = quantised(proto)
     elif recipe.precision != "fp32":
-        proto = typed(proto, recipe.precision)
+        proto, left = in_range(proto, recipe, tables)
+        metadata |= {"left_in_float": json.dumps(left)} if left else {}
+    onnx.helper.set_model_props(proto, metadata)
+    _check_size(stored_bytes(proto), recipe.precision, fleet=tables is not None)
     content = proto.SerializeToString()  # once: with the weights it takes a second
     onnx.checker.check_model(content)
     path.write_bytes(content)
+
+
+def least_bytes(model: nn.Module, precision: str) -> int:
+    """Fewest bytes that a model's weights can take in a precision: no graph is made to know it."""
+    whole = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return whole // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
+
+
+def stored_bytes(proto: Any) -> int:
+    """Bytes of all values that an ONNX model holds."""
+    import onnx
+
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in proto.graph.initializer
+    )
+
+
+def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
+    """Refuse what does not fit into a single ONNX file.
+
+    Raises:
+        OutputError: With the size, and what to do.
+    """
+    if size <= SINGLE_FILE_LIMIT:
+        return
+    whose = "Backbone and tasks" if fleet else "The weights"
+    instead = (
+        "export fewer tasks and add the others to the running fleet"
+        if fleet
+        else "choose a lower --precision, or export with --to openvino or timm"
+    )
+    raise OutputError(
+        f"{whose} take {size / 2**30:.1f} GiB in {precision}, but one ONNX file holds 2 GiB: "
+        f"{instead}."
+    )
+
+
+def emulation(path: Path) -> OnnxEngine:
+    """What the file at ``path``, in a low precision, computes where every result is rounded."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        onnx.save(emulated(onnx.load(path)), file)
+        return OnnxEngine(file)
 
 
 def load_fleet(path: Path, *, threads: int | None = None) -> OnnxFleet:

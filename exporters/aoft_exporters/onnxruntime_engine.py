@@ -17,7 +17,7 @@ from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.single_file import read_metadata
 
-__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library"]
+__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library", "session"]
 
 FLEET_TABLES = {
     "bank": "tasks",
@@ -49,7 +49,7 @@ def library() -> Any:
         raise MissingExtraError("onnxruntime", "cpu") from error
 
 
-def _session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
+def session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
     """An ONNX Runtime session on exactly the device asked for."""
     ort = library()
     options = ort.SessionOptions()
@@ -58,19 +58,19 @@ def _session(model: Path | bytes, threads: int | None, device: str, path: Path) 
         options.intra_op_num_threads = threads
     asked = _providers(ort, device)
     try:
-        session = ort.InferenceSession(model, options, asked)
-        session.get_inputs()[0]
+        opened = ort.InferenceSession(model, options, asked)
+        opened.get_inputs()[0]
     except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
         raise CheckpointError(
             f"{path} is no ONNX model that can be run ({_reason(error)})."
         ) from error
-    if session.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
+    if opened.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
         raise SettingError(
             f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
             "the driver and CUDA's libraries are those that onnxruntime-gpu names, or take "
             "--device cpu."
         )
-    return session
+    return opened
 
 
 def _reason(error: Exception) -> str:
@@ -82,6 +82,8 @@ def _reason(error: Exception) -> str:
 
 def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
     """What runs a device's operators, and those that it has none for.
+
+    Products of float32 are computed in float32, as they were verified: CUDA's default is TF32.
 
     Raises:
         SettingError: There is no such kind of device.
@@ -95,9 +97,10 @@ def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
         )
     if PROVIDERS[kind] not in ort.get_available_providers():
         raise MissingExtraError("onnxruntime-gpu", "gpu")
-    chosen = [] if kind == "cpu" else [(PROVIDERS[kind], {"device_id": index or "0"})]
-    if kind == "tensorrt":
-        chosen.append((PROVIDERS["cuda"], {"device_id": index or "0"}))
+    place = {"device_id": index or "0"}
+    chosen = [(PROVIDERS["tensorrt"], place)] if kind == "tensorrt" else []
+    if kind != "cpu":
+        chosen.append((PROVIDERS["cuda"], {**place, "use_tf32": "0"}))
     return [*chosen, (PROVIDERS["cpu"], {})]
 
 
@@ -120,7 +123,7 @@ class OnnxEngine:
 
     def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
         self.info: Mapping[str, str] = read_metadata(path)
-        self._session = _session(path, threads, device, path)
+        self._session = session(path, threads, device, path)
         self._runs = self._new_runs()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
         self._inputs = {value.name: value for value in self._session.get_inputs()}
@@ -206,7 +209,7 @@ class OnnxFleet:
             shape = [axis, *stored[name].dims[1:]]
             kind = stored[name].data_type
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        self._session = _session(proto.SerializeToString(), threads, "cpu", path)
+        self._session = session(proto.SerializeToString(), threads, "cpu", path)
 
     def run(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +76,6 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     Raises:
         MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
         SettingError: bf16 is asked of a processor that does not compute in it.
-        OutputError: The weights take more than 2 GiB, which the ONNX graph between cannot hold.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
     from aoft_exporters import onnx
@@ -97,7 +97,6 @@ def export_fleet(
     Raises:
         MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
         SettingError: bf16 is asked of a processor that does not compute in it, or ``uint8``.
-        OutputError: The weights take more than 2 GiB, which the ONNX graph between cannot hold.
     """
     from safetensors.numpy import save_file
 
@@ -142,9 +141,10 @@ def _write(
         nncf_int8.require()
     path.mkdir()
     told = {**recipe.metadata, "precision": recipe.precision}
-    between = path / "graph.onnx"
-    save(graph_of(), between)
-    graph = openvino.convert_model(between)
+    between = path / "graph"  # weights beside the graph, which a file of 2 GiB need not hold
+    between.mkdir()
+    save(graph_of(), between / "graph.onnx", save_as_external_data=True, location="weights")
+    graph = openvino.convert_model(between / "graph.onnx")
     _renumber(graph)
     if recipe.precision == "int8":
         images = 0 if recipe.calibration is None else len(recipe.calibration)
@@ -152,10 +152,11 @@ def _write(
         _renumber(graph)
         if left:
             told["left_in_float"] = json.dumps(left)
-    between.unlink()
     for name, text in told.items():
         graph.set_rt_info(text, [SECTION, name])
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
+    del graph  # which may read the weights in place
+    shutil.rmtree(between)
 
 
 def _renumber(graph: Any) -> None:

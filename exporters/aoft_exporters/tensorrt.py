@@ -12,6 +12,7 @@ Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_val
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
 from aoft_exporters import tensorrt_library as libraries
 from aoft_exporters.onnx import OnnxEngine
+from aoft_exporters.ranges import in_range
 from aoft_exporters.tensorrt_build import build
 from aoft_exporters.tensorrt_metadata import METADATA, Metadata, Sample, check_files
 from aoft_exporters.tensorrt_refit import named_weights, refitted, structure
 from aoft_exporters.tracing import plain_name
-from aoft_exporters.typed import emulated, typed
+from aoft_exporters.typed import emulated
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,6 +106,7 @@ def export_fleet(
         recipe,
         names,
         lambda between, plain: onnx.export_fleet(model, between, plain, tables),
+        tables,
     )
 
 
@@ -112,6 +115,7 @@ def _write(
     recipe: Recipe,
     names: Collection[str],
     write_graph: Callable[[Path, Recipe], None],
+    tables: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Graph, plan and metadata; ``BETWEEN`` is what the plan computes, for ONNX Runtime."""
     import onnx
@@ -123,11 +127,14 @@ def _write(
     write_graph(between, replace(recipe, precision="fp32", opset=20))
     graph, low = onnx.load(between), recipe.precision != "fp32"
     _cast_pixels_first(graph.graph)
-    exact_graph, graph = graph, typed(graph, recipe.precision) if low else graph
     sample = Sample.of(graph, recipe)
     exact = sample.answers(OnnxEngine(between))
     if low:
-        onnx.save(emulated(exact_graph, recipe.precision), between)
+        graph, left = in_range(graph, recipe, tables)
+        told = {"left_in_float": json.dumps(left)} if left else {}
+        recipe = replace(recipe, metadata={**recipe.metadata, **told})
+        onnx.helper.set_model_props(graph, dict(recipe.metadata))
+        onnx.save(emulated(graph), between)
     answers = sample.answers(OnnxEngine(between)) if low else exact
     sample = sample.answered(answers, exact, TOLERANCE)
     weights = named_weights(graph, names) if recipe.refittable or recipe.refit else {}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aoft_deploy.mixed import FleetModel
 
 __all__ = [
+    "EMULATED",
     "ENGINES",
     "FORMS",
     "MARKER",
@@ -34,6 +35,7 @@ __all__ = [
     "RANGED",
     "SUFFIX",
     "TOLERANCE",
+    "emulation",
     "export",
     "export_fleet",
     "load",
@@ -43,6 +45,7 @@ SUFFIX = ".triton"
 MARKER = "1/model.onnx"
 TOLERANCE = onnx.TOLERANCE
 PRECISIONS = onnx.PRECISIONS
+EMULATED = onnx.EMULATED
 FORMS = ("mixed",)
 RANGED = True
 ENGINES = onnx.ENGINES
@@ -93,6 +96,11 @@ def _made(path: Path) -> Path:
     file = path / MARKER
     file.parent.mkdir(parents=True)
     return file
+
+
+def emulation(path: Path) -> Engine:
+    """What the model in the folder computes where every result is rounded; see ``onnx``."""
+    return onnx.emulation(path / MARKER)
 
 
 def load(

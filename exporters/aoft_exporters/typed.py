@@ -3,12 +3,13 @@
 Matrix products and what lies between them are in fp16 or bf16, their weights stored so. In float32
 stay inputs and logits, LayerNorm, softmax and every reduction, the sums of the residual stream, the
 classifier, and what does not depend on the images, such as the tasks' own numbers of a fleet. A
-constant beyond fp16's range (65504) keeps the operator that takes it in float32.
+constant that fp16 cannot hold keeps the operator that takes it in float32, and so does a result
+beyond fp16's range (65504) on real images: see ``ranges``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from aoft_deploy.errors import SettingError, UnknownNameError
 
-__all__ = ["PRECISIONS", "emulated", "typed"]
+__all__ = ["LARGEST_FP16", "PRECISIONS", "emulated", "low_results", "typed"]
 
 PRECISIONS = ("fp16", "bf16")
 
@@ -51,13 +52,17 @@ Between 20 and 22 nothing else changed in them."""
 
 LARGEST_FP16 = 65504
 
+MOST_LOST = 2.0**-10
+"""Largest relative error of a weight in fp16: twice what rounding costs numbers that are normal."""
 
-def typed(proto: Any, precision: str) -> Any:
+
+def typed(proto: Any, precision: str, beyond: Collection[str] = ()) -> Any:
     """The model in low precision.
 
     Args:
         proto: An ONNX model in float32; it is not changed.
         precision: ``fp16`` or ``bf16``.
+        beyond: Tensors that leave the precision's range. What makes or takes them is in float32.
 
     Returns:
         A new ONNX model with the same inputs, outputs and metadata. Weights keep their names.
@@ -66,16 +71,7 @@ def typed(proto: Any, precision: str) -> Any:
         UnknownNameError: Another precision.
         SettingError: The graph has branches or loops.
     """
-    return _Typing(proto, precision).typed()
-
-
-def emulated(proto: Any, precision: str) -> Any:
-    """What ``typed`` computes, in float32 with every weight and result rounded.
-
-    For runtimes that lack kernels in low precision or leave out the rounding between them. It
-    takes, returns and raises what ``typed`` does.
-    """
-    return _Typing(proto, precision).emulated()
+    return _Typing(proto, precision, beyond).typed()
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,16 @@ class _Step:
 
 
 class _Typing:
-    """The decision which operators are in low precision, and the two ways to write it down."""
+    """The decision which operators are in low precision, and how it is written down."""
 
-    def __init__(self, proto: Any, precision: str) -> None:
+    def __init__(self, proto: Any, precision: str, beyond: Collection[str]) -> None:
         import onnx
 
         if precision not in PRECISIONS:
             raise UnknownNameError("precision of a typed graph", precision, PRECISIONS)
-        self.onnx, self.precision = onnx, precision
+        self.onnx, self.precision, self.beyond = onnx, precision, frozenset(beyond)
         self.kind = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
-        self.result = onnx.ModelProto.FromString(proto.SerializeToString())
-        self.graph = self.result.graph
+        self.proto, self.graph = proto, proto.graph
         float32 = onnx.TensorProto.FLOAT
         self.weights = {i.name: i for i in self.graph.initializer if i.data_type == float32}
         self.low: set[str] = set()
@@ -150,6 +145,8 @@ class _Typing:
         """Whether a node between the images and the classifier is in low precision."""
         if node.domain not in ("", "ai.onnx") or not given:
             return False
+        if not self.beyond.isdisjoint((*node.input, *node.output)):
+            return False
         constants = [name for name in given if name in self.weights]
         if not all(self._fits(name) for name in constants):
             return False
@@ -161,87 +158,156 @@ class _Typing:
         return node.op_type in BETWEEN | MOVES and bool(computed) and self.low.issuperset(computed)
 
     def _fits(self, name: str) -> bool:
-        """Whether a constant's finite values are in range; bf16 has float32's."""
+        """Whether the precision holds a constant's finite values; bf16 has float32's range.
+
+        Weights must not lose more to rounding than normal numbers do: those below 6e-5 are
+        subnormal in fp16.
+        """
         if self.precision == "bf16":
             return True
         values = self.onnx.numpy_helper.to_array(self.weights[name])
-        return bool(np.abs(values[np.isfinite(values)]).max(initial=0) <= LARGEST_FP16)
+        finite = values[np.isfinite(values)]
+        if np.abs(finite).max(initial=0) > LARGEST_FP16:
+            return False
+        lost = np.linalg.norm(finite - finite.astype(np.float16).astype(np.float32))
+        return values.ndim < 2 or bool(lost <= MOST_LOST * np.linalg.norm(finite))
 
     def typed(self) -> Any:
-        """Casts where the type changes, weights in the type that takes them."""
-        float32 = self.onnx.TensorProto.FLOAT
+        """A new model with casts where the type changes, and each weight in the type it is in."""
+        result = self.onnx.ModelProto(ir_version=self.proto.ir_version)
+        for name in ("producer_name", "producer_version"):
+            setattr(result, name, getattr(self.proto, name))
+        result.metadata_props.extend(self.proto.metadata_props)
+        result.opset_import.extend(self.proto.opset_import)
+        for entry in result.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, OPSETS[self.precision])
+        graph = result.graph  # without value_info, which has the types before
+        graph.name = self.graph.name
+        graph.input.extend(self.graph.input)
+        graph.output.extend(self.graph.output)
+        graph.node.extend(self._linked())
+        graph.initializer.extend(self._stored())
+        return result
 
-        def convert(name: str, result: str, low: bool) -> list[Any]:
-            return [self._cast(name, result, self.kind if low else float32)]
-
-        return self._written(self._linked(convert), lambda rounded: rounded)
-
-    def emulated(self) -> Any:
-        """Rounding where ``typed`` has low precision; every tensor is float32."""
-
-        def convert(name: str, result: str, low: bool) -> list[Any]:
-            if not low:
-                return [self.onnx.helper.make_node("Identity", [name], [result])]
-            return self._rounding(name, result)
-
-        nodes = []
-        rounds = {
-            name for s in self.steps if s.low and s.node.op_type not in MOVES for name in s.made
-        }
-        for node in self._linked(convert):
-            nodes.append(node)
-            for i, name in enumerate(node.output):
-                if name in rounds:
-                    node.output[i] = f"{name}.exact"
-                    nodes += self._rounding(node.output[i], name)
-        return self._written(nodes, lambda rounded: rounded.astype(np.float32))
-
-    def _linked(self, convert: Callable[[str, str, bool], list[Any]]) -> list[Any]:
-        """All nodes, and between two types what ``convert`` gives, once for each tensor."""
+    def _linked(self) -> list[Any]:
+        """All nodes, and between two types a cast, once for each tensor."""
         nodes, names = list[Any](), dict[tuple[str, bool], str]()
         for step in self.steps:
-            for i, name in enumerate(step.node.input):
-                if step.node.op_type == "Cast" or name not in step.given:
+            node = self.onnx.NodeProto()
+            node.CopyFrom(step.node)
+            for i, name in enumerate(node.input):
+                if node.op_type == "Cast" or name not in step.given:
                     continue
                 if step.low is (name in self.low) or (step.low and self._stored_low(name)):
                     continue
                 if (name, step.low) not in names:
                     result = f"{name}.{self.precision if step.low else 'fp32'}"
-                    nodes += convert(name, result, step.low)
+                    kind = self.kind if step.low else self.onnx.TensorProto.FLOAT
+                    nodes.append(_cast(name, result, kind))
                     names[name, step.low] = result
-                step.node.input[i] = names[name, step.low]
-            nodes.append(step.node)
+                node.input[i] = names[name, step.low]
+            nodes.append(node)
         return nodes
 
     def _stored_low(self, name: str) -> bool:
         """Whether a weight is taken in low precision alone."""
         return name in self.weights and name in self.taken[1] and name not in self.taken[0]
 
-    def _cast(self, name: str, result: str, kind: int) -> Any:
-        return self.onnx.helper.make_node("Cast", [name], [result], f"{result}.cast", to=kind)
-
-    def _rounding(self, name: str, result: str) -> list[Any]:
-        low = f"{result}.low"
-        casts = (
-            self._cast(name, low, self.kind),
-            self._cast(low, result, self.onnx.TensorProto.FLOAT),
-        )
-        return list(casts)
-
-    def _written(self, nodes: list[Any], stored: Callable[[Any], Any]) -> Any:
-        """The model of these nodes, weights rounded where low precision alone takes them."""
+    def _stored(self) -> Iterator[Any]:
+        """The weights, rounded where low precision alone takes them."""
         dtype = self.onnx.helper.tensor_dtype_to_np_dtype(self.kind)
-        for name, tensor in self.weights.items():
-            if self._stored_low(name):
+        for tensor in self.graph.initializer:
+            if self._stored_low(tensor.name):
                 rounded = self.onnx.numpy_helper.to_array(tensor).astype(dtype)
-                tensor.CopyFrom(self.onnx.numpy_helper.from_array(stored(rounded), name))
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
-        del self.graph.value_info[:]  # with the types before
-        for entry in self.result.opset_import:
-            if entry.domain in ("", "ai.onnx"):
-                entry.version = max(entry.version, OPSETS[self.precision])
-        return self.result
+                yield self.onnx.numpy_helper.from_array(rounded, tensor.name)
+            else:
+                yield tensor
+
+
+def emulated(proto: Any, *, rounded: bool = True) -> Any:
+    """What a graph in low precision computes, in float32 with every result rounded.
+
+    For runtimes that lack kernels in low precision or leave out the rounding between them. Sums
+    within a product are in float32, as on GPUs. Weights stay stored as they are.
+
+    Args:
+        proto: What ``typed`` returned; it is not changed.
+        rounded: Whether results are rounded. Without it they show how large they are.
+
+    Returns:
+        A new ONNX model with the same inputs, outputs, initialisers and metadata.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    float32 = onnx.TensorProto.FLOAT
+    nodes, kinds = list[Any](), dict[str, int]()
+    for tensor in result.graph.initializer:
+        if tensor.data_type in _low_kinds():
+            kinds[tensor.name] = tensor.data_type
+            nodes.append(_cast(tensor.name, f"{tensor.name}.stored", float32))
+    stored = {name: f"{name}.stored" for name in kinds}
+    for node in proto.graph.node:
+        kind = _result_kind(node, kinds)
+        step = onnx.NodeProto()
+        step.CopyFrom(node)
+        for i, name in enumerate(step.input):
+            step.input[i] = stored.get(name, name)
+        nodes.append(step)
+        if kind is None:
+            continue
+        kinds.update(dict.fromkeys(node.output, kind))
+        if node.op_type == "Cast":
+            step.CopyFrom(_cast(step.input[0], node.output[0], float32))
+        if rounded and node.op_type not in MOVES:
+            for i, name in enumerate(node.output):
+                step.output[i] = f"{name}.exact"
+                nodes.append(_cast(step.output[i], f"{name}.low", kind))
+                nodes.append(_cast(f"{name}.low", name, float32))
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return result
+
+
+def low_results(proto: Any) -> dict[str, str]:
+    """What a graph in low precision computes in it.
+
+    Returns:
+        Names of tensors in low precision, and what each is called in the graph before ``typed``.
+    """
+    kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in _low_kinds()}
+    found = {}
+    for node in proto.graph.node:
+        kind = _result_kind(node, kinds)
+        if kind is not None:
+            kinds.update(dict.fromkeys(node.output, kind))
+            for name in node.output:
+                found[name] = node.input[0] if node.op_type == "Cast" else name
+    return found
+
+
+def _low_kinds() -> tuple[int, int]:
+    import onnx
+
+    return onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+
+
+def _result_kind(node: Any, kinds: Mapping[str, int]) -> int | None:
+    """The low type of a node's results; None where they are of another type."""
+    if node.op_type == "Cast":
+        (kind,) = (attribute.i for attribute in node.attribute if attribute.name == "to")
+        return kind if kind in _low_kinds() else None
+    if node.op_type in NO_FLOATS:
+        return None
+    return next((kinds[name] for name in node.input if name in kinds), None)
+
+
+def _cast(name: str, result: str, kind: int) -> Any:
+    from onnx import helper
+
+    return helper.make_node("Cast", [name], [result], f"{name}/{result}", to=kind)
 
 
 def _rank(value: Any) -> int:

@@ -1,0 +1,118 @@
+"""Low precision that real images do not overflow.
+
+Before a graph is stated in fp16, its tensors are measured on the images it will be judged on. What
+comes near the end of fp16's range stays in float32, with the operators that make or take it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.engines import Recipe
+from aoft_exporters.onnxruntime_engine import session
+from aoft_exporters.typed import LARGEST_FP16, PRODUCTS, emulated, low_results, typed
+
+__all__ = ["HEADROOM", "in_range", "magnitudes"]
+
+HEADROOM = 4
+"""How much larger than on the images measured a result may become before it overflows."""
+
+BATCH = 8
+
+
+def in_range(
+    proto: Any, recipe: Recipe, tables: Mapping[str, NDArray[Any]] | None = None
+) -> tuple[Any, list[str]]:
+    """The graph in the recipe's low precision.
+
+    Args:
+        proto: An ONNX model in float32, of a fleet with its tables as initialisers.
+        recipe: Precision, and the images to measure on; without images nothing is measured.
+        tables: The fleet's tables; None for a single model.
+
+    Returns:
+        The typed graph, and which products stay in float32 because of their range: names of their
+        weights, or of the products themselves where both sides are computed.
+    """
+    low = typed(proto, recipe.precision)
+    if recipe.precision != "fp16" or recipe.judged is None:
+        return low, []
+    found = magnitudes(low, lambda: _feeds(recipe, tables))
+    beyond = {name for name, largest in found.items() if not largest <= LARGEST_FP16 / HEADROOM}
+    if not beyond:
+        return low, []
+    kept = typed(proto, recipe.precision, beyond)
+    return kept, sorted(_products(low) - _products(kept))
+
+
+def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> dict[str, float]:
+    """The largest magnitude of every tensor in low precision, computed in float32.
+
+    Args:
+        low: What ``typed`` returned.
+        feeds: Gives the inputs to measure on.
+
+    Returns:
+        By the name that the tensor has in float32; nan where a value is.
+    """
+    import onnx
+
+    proto = emulated(low, rounded=False)
+    results = low_results(low)
+    del proto.graph.output[:]
+    for place, name in enumerate(results):
+        made = [
+            onnx.helper.make_node("Abs", [name], [f"magnitude.{place}"]),
+            onnx.helper.make_node(
+                "ReduceMax", [f"magnitude.{place}"], [f"largest.{place}"], keepdims=0
+            ),
+        ]
+        proto.graph.node.extend(made)
+        value = onnx.helper.make_tensor_value_info(f"largest.{place}", onnx.TensorProto.FLOAT, [])
+        proto.graph.output.append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.onnx"
+        onnx.save(proto, path)
+        running = session(path, None, "cpu", path)
+    largest = np.zeros(len(results))
+    for feed in feeds():
+        largest = np.maximum(largest, np.array(running.run(None, dict(feed)), np.float64))
+    found: dict[str, float] = {}
+    for name, value in zip(results.values(), largest.tolist(), strict=True):
+        found[name] = max(found.get(name, 0.0), value) if value == value else value
+    return found
+
+
+def _feeds(
+    recipe: Recipe, tables: Mapping[str, NDArray[Any]] | None
+) -> Iterable[Mapping[str, NDArray[Any]]]:
+    """The images in batches, of a fleet for one task after the other."""
+    from aoft_deploy.export import normalised
+
+    assert recipe.judged is not None
+    for start in range(0, len(recipe.judged), BATCH):
+        pixels = recipe.judged[start : start + BATCH]
+        images = pixels if recipe.uint8 else normalised(pixels, recipe)
+        name = "image" if recipe.uint8 else "pixel_values"
+        if tables is None:
+            yield {name: images}
+            continue
+        for task in range(len(tables["count"])):
+            yield {name: images, "task": np.full(len(images), task)}
+
+
+def _products(low: Any) -> set[str]:
+    """What the products in low precision are called: their weights, or themselves."""
+    results = low_results(low)
+    weights = {tensor.name for tensor in low.graph.initializer}
+    return {
+        next((own for name in node.input if (own := results.get(name, name)) in weights), node.name)
+        for node in low.graph.node
+        if node.op_type in PRODUCTS and node.output[0] in results
+    }
