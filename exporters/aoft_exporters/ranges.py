@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe
 from aoft_exporters.onnxruntime_engine import session
-from aoft_exporters.typed import LARGEST_FP16, PRODUCTS, emulated, low_results, typed
+from aoft_exporters.typed import LARGEST_FP16, emulated, left_in_float, low_results, typed
 
 __all__ = ["HEADROOM", "in_range", "magnitudes"]
 
@@ -37,18 +37,14 @@ def in_range(
         tables: The fleet's tables; None for a single model.
 
     Returns:
-        The typed graph, and which products stay in float32 because of their range: names of their
-        weights, or of the products themselves where both sides are computed.
+        The typed graph, and which of its products are in float32; see ``left_in_float``.
     """
     low = typed(proto, recipe.precision)
-    if recipe.precision != "fp16" or recipe.judged is None:
-        return low, []
-    found = magnitudes(low, lambda: _feeds(recipe, tables))
-    beyond = {name for name, largest in found.items() if not largest <= LARGEST_FP16 / HEADROOM}
-    if not beyond:
-        return low, []
-    kept = typed(proto, recipe.precision, beyond)
-    return kept, sorted(_products(low) - _products(kept))
+    if recipe.precision == "fp16" and recipe.judged is not None:
+        found = magnitudes(low, lambda: _feeds(recipe, tables))
+        beyond = {name for name, largest in found.items() if not largest <= LARGEST_FP16 / HEADROOM}
+        low = typed(proto, recipe.precision, beyond) if beyond else low
+    return low, left_in_float(low)
 
 
 def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> dict[str, float]:
@@ -105,14 +101,3 @@ def _feeds(
             continue
         for task in range(len(tables["count"])):
             yield {name: images, "task": np.full(len(images), task)}
-
-
-def _products(low: Any) -> set[str]:
-    """What the products in low precision are called: their weights, or themselves."""
-    results = low_results(low)
-    weights = {tensor.name for tensor in low.graph.initializer}
-    return {
-        next((own for name in node.input if (own := results.get(name, name)) in weights), node.name)
-        for node in low.graph.node
-        if node.op_type in PRODUCTS and node.output[0] in results
-    }

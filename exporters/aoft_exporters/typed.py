@@ -17,7 +17,7 @@ import numpy as np
 
 from aoft_deploy.errors import SettingError, UnknownNameError
 
-__all__ = ["LARGEST_FP16", "PRECISIONS", "emulated", "low_results", "typed"]
+__all__ = ["LARGEST_FP16", "PRECISIONS", "emulated", "left_in_float", "low_results", "typed"]
 
 PRECISIONS = ("fp16", "bf16")
 
@@ -286,6 +286,26 @@ def low_results(proto: Any) -> dict[str, str]:
             for name in node.output:
                 found[name] = node.input[0] if node.op_type == "Cast" else name
     return found
+
+
+def left_in_float(proto: Any) -> list[str]:
+    """Which products of a graph in low precision are in float32, beside the classifier.
+
+    Returns:
+        Names of their weights, or of the products themselves where both sides are computed.
+    """
+    graph, low = proto.graph, low_results(proto)
+    weights = {tensor.name for tensor in graph.initializer}
+    images = _depending(graph.node, [v.name for v in graph.input if _rank(v) == 4])
+    classifier = _classifier(graph)
+    return [
+        next((name for name in node.input if name in weights), node.name)
+        for i, node in enumerate(graph.node)
+        if node.op_type in PRODUCTS
+        and i in images
+        and i not in classifier
+        and node.output[0] not in low
+    ]
 
 
 def _low_kinds() -> tuple[int, int]:
