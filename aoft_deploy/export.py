@@ -43,6 +43,7 @@ from aoft_deploy.flops import flops_per_image
 from aoft_deploy.images import image_files, read_image
 from aoft_deploy.manifest import artefact_digest, artefact_files, manifest_path
 from aoft_deploy.peft_folder import FILES
+from aoft_deploy.prediction import check_classes
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_deploy.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
@@ -254,21 +255,6 @@ def built_for(
             "three numbers from 1 up that do not fall."
         )
     return {"batches": batches, "compute_capability": compute_capability}
-
-
-def check_classes(classes: Sequence[str], whose: str) -> None:
-    """Refuse a model of one output, whose softmax is 1 whatever the image.
-
-    Raises:
-        CheckpointError: It is one.
-    """
-    if len(classes) < 2:
-        named = f", {classes[0]!r}" if classes else ""
-        raise CheckpointError(
-            f"{whose} has {len(classes)} output{'s'[: len(classes) != 1]}{named}, but a classifier "
-            "has 2 or more: regression and single-logit heads are not supported, so train it with "
-            "a class for each answer."
-        )
 
 
 def emulates(exporter: Exporter, precision: str) -> bool:

@@ -41,7 +41,6 @@ from aoft_deploy.export import (
     artefact_size,
     bar_for,
     built_for,
-    check_classes,
     check_output,
     check_output_folder,
     device_of,
@@ -64,6 +63,7 @@ from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.images import image_files, read_image
 from aoft_deploy.methods import get_method
 from aoft_deploy.mixed import FleetModel, FoldedModel, MixedModel, classifier_rows
+from aoft_deploy.prediction import check_classes
 from aoft_deploy.tuned import TunedModel, merge
 from aoft_deploy.verification import BATCH_SIZES, Bar, Comparison, Report
 

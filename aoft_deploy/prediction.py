@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.engines import Engine, load_artefact
-from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+from aoft_deploy.errors import (
+    CheckpointError,
+    SettingError,
+    UnknownNameError,
+    VerificationError,
+)
 from aoft_deploy.preprocessing import Preprocessing
 
-__all__ = ["Classifier", "Prediction", "load_classifier", "ranked"]
+__all__ = ["Classifier", "Prediction", "check_classes", "load_classifier", "ranked"]
 
 
 class Prediction(NamedTuple):
@@ -46,7 +51,12 @@ class Classifier:
     task: int | None = None
 
     def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Probability of every class, (batch, classes), for upright RGB images."""
+        """Probability of every class, (batch, classes), for upright RGB images.
+
+        Raises:
+            CheckpointError: The artefact does not answer with a logit for each class.
+            VerificationError: A logit is not finite.
+        """
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
         batch = np.stack([prepare(image) for image in images])
         if self.task is None:
@@ -62,16 +72,26 @@ class Classifier:
         return _softmax(logits)
 
     def classify(self, images: Sequence[Image.Image], top: int = 1) -> list[list[Prediction]]:
-        """The ``top`` most probable classes of each image, best first."""
+        """The ``top`` most probable classes of each image, best first; see ``probabilities``."""
         return _best(self.probabilities(images), self.classes, top)
 
 
 def ranked(logits: NDArray[np.float32], classes: Sequence[str], top: int) -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each row of logits, (batch, classes), best first."""
+    """The ``top`` most probable classes of each row of logits, (batch, classes), best first.
+
+    Raises:
+        VerificationError: A logit is not finite.
+    """
     return _best(_softmax(logits), classes, top)
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    broken = ~np.isfinite(logits)
+    if broken.any():
+        raise VerificationError(
+            f"The artefact answers with {logits[broken][0]}, not with a number for each class: "
+            "export it with a higher --precision."
+        )
     odds = np.exp(logits - logits.max(1, keepdims=True))
     result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
     return result
@@ -85,6 +105,24 @@ def _best(
         best = np.argsort(-row, kind="stable")[:top]
         rows.append([Prediction(classes[i], float(row[i])) for i in best])
     return rows
+
+
+def check_classes(classes: Sequence[str], whose: str) -> None:
+    """Refuse a model of one output, whose softmax is 1 whatever the image.
+
+    Args:
+        classes: Its class names.
+        whose: What to call it.
+
+    Raises:
+        CheckpointError: There are fewer than two.
+    """
+    if len(classes) < 2:
+        named = f" ({classes[0]!r})" if classes else ""
+        raise CheckpointError(
+            f"{whose} has {len(classes) or 'no'} output{named}, but a classifier has 2 or more: "
+            "train it with a class for each answer, such as yes and no."
+        )
 
 
 def load_classifier(
@@ -105,7 +143,8 @@ def load_classifier(
         device: Likewise.
 
     Raises:
-        CheckpointError: The file is no artefact, damaged, or lacks classes or preprocessing.
+        CheckpointError: The file is no artefact, damaged, or lacks classes or preprocessing, or
+            has a single output.
         UnknownNameError: The fleet has no such task.
         SettingError: A fleet without a task named, or a single model with one.
     """
@@ -125,9 +164,11 @@ def load_classifier(
     if "tasks" not in opened.info:
         if task is not None:
             raise SettingError(f"{path} holds a single task: leave the task out.")
+        check_classes(classes, str(path))
         return Classifier(opened, classes, preprocessing)
     if task is None:
         raise SettingError(f"{path} is a fleet of {len(tasks)} tasks: name one with --task.")
     if task not in tasks:
         raise UnknownNameError("task", task, tasks)
+    check_classes(tasks[task], f"The task {task} of {path}")
     return Classifier(opened, tuple(tasks[task]), preprocessing, list(tasks).index(task))

@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aoft_deploy.checkpoint import load, open_checkpoint, read_checkpoint
+from aoft_deploy.backbone import create_backbone
+from aoft_deploy.checkpoint import load, open_checkpoint, read_checkpoint, save
+from aoft_deploy.cli.export import main
+from aoft_deploy.engines import exporter_names, get_exporter
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export import export_merged, manifest_path
 from aoft_deploy.methods import get_method
-from aoft_deploy.tuned import TunedModel
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.tuned import TunedModel, attach
 from aoft_exporters import onnx as onnx_exporter
 
 
@@ -187,3 +191,50 @@ def test_images_of_another_size_than_the_backbones_are_refused(
     )
     with pytest.raises(CheckpointError, match=r"prepares images of 32 pixels, but .* takes 16"):
         open_checkpoint(path, weights=backbone_weights)
+
+
+@pytest.fixture(scope="module")
+def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any) -> Path:
+    """A checkpoint with a single logit, as regression and binary heads have."""
+    model, identity = create_backbone(
+        backbone_name,
+        num_classes=1,
+        weights=backbone_weights,
+        img_size=16,
+        depth=1,
+        embed_dim=32,
+        num_heads=2,
+    )
+    tuned = attach(model, "aoft-lora-star", seed=0, backbone=identity)
+    path: Path = tmp_path_factory.mktemp("one") / "age.ckpt"
+    half = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(16, crop_pct=0.9, mean=half, std=half)
+    save(tuned, path, classes=("years",), preprocessing=preprocessing, training={})
+    return path
+
+
+@pytest.mark.parametrize("to", exporter_names())
+def test_a_model_of_one_output_is_refused_by_name_by_every_exporter(
+    to: str, one_output: Path, backbone_weights: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    suffix = get_exporter(to).SUFFIX
+    options: list[Any] = ["--merge", one_output, "--backbone-weights", backbone_weights, "--to", to]
+    line = refused(main, *options, "-o", tmp_path / f"a{suffix}")
+    assert line == (
+        f"{one_output} has 1 output ('years'), but a classifier has 2 or more: train it with a "
+        "class for each answer, such as yes and no."
+    )
+
+
+def test_a_fleet_with_a_task_of_one_output_is_refused_by_name(
+    one_output: Path,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    other = make_checkpoint("aoft-lora-star")
+    options: list[Any] = ["--backbone-weights", backbone_weights, "-o", tmp_path / "fleet.onnx"]
+    for tasks in ([other, one_output], [one_output, other]):
+        line = refused(main, "--fleet", *tasks, *options)
+        assert line.startswith(f"{one_output} has 1 output ('years'), but a classifier has 2")

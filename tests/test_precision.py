@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from aoft_deploy.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import ImageError, VerificationError
 from aoft_deploy.export import export_merged
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.images import image_files
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.tuned import TunedModel
 from aoft_deploy.verification import Bar, verify
 from aoft_exporters import onnx as exporter
 
@@ -87,17 +92,18 @@ def test_int8_without_images_and_agreement_below_the_bar_are_refused(
         image_files([photos[0], folder])
 
 
-def test_a_fleet_in_int8_keeps_its_tasks_numbers_and_takes_new_tasks(
+def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
     make_checkpoint: Callable[..., Path],
+    make_tuned: Callable[..., TunedModel],
     backbone_weights: Path,
     photos: list[Path],
     tmp_path: Path,
 ) -> None:
-    source = make_checkpoint("aoft-lora-star")
+    names = ("one", "two", "three")
     tasks = []
-    for name in ("one", "two", "three"):
+    for seed, name in enumerate(names):
         tasks.append(tmp_path / f"{name}.ckpt")
-        tasks[-1].write_bytes(source.read_bytes())
+        tasks[-1].write_bytes(make_checkpoint("aoft-lora-star", seed=seed).read_bytes())
     options = ["--fleet", *tasks[:2], "--backbone-weights", backbone_weights, "--min-agreement"]
     output = tmp_path / "fleet.onnx"
     images = ["--images", *photos, "--precision", "int8", "-o", output]
@@ -108,9 +114,51 @@ def test_a_fleet_in_int8_keeps_its_tasks_numbers_and_takes_new_tasks(
     assert types["bank"] == types["heads"] == onnx.TensorProto.FLOAT
     fleet = Fleet(output, threads=1)
     fleet.add(tasks[2])
-    picture = np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)
-    one, three = (fleet.predict(picture, [name])[0] for name in ("one", "three"))
-    assert np.array_equal(one, three)
+    x = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
+    with torch.inference_mode():
+        own = {
+            name: make_tuned("aoft-lora-star", seed=seed)(torch.from_numpy(x)).numpy()
+            for seed, name in enumerate(names)
+        }
+    found = {name: np.stack(fleet.predict(x, [name] * len(x))) for name in names}
+    mixed = fleet.predict(x, [names[i % 3] for i in range(len(x))])
+    for i, name in enumerate(names):
+        error = np.abs(found[name] - own[name]).max()
+        assert 0 < error < 0.1 * np.abs(own[name]).max()
+        for other in set(names) - {name}:
+            assert np.abs(found[name] - own[other]).max() > 3 * error
+        for row in range(i, len(x), 3):  # int8 takes the range of the whole batch
+            assert np.abs(mixed[row] - own[name][row]).max() < 2 * error
+
+
+def test_int8_below_the_bar_is_refused_and_leaves_no_file(
+    make_tuned: Callable[..., TunedModel],
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    """Two classes whose logits differ by less than int8 rounds."""
+    tuned = make_tuned("rlrr")
+    head = tuned.trained()
+    with torch.no_grad():
+        head["head.weight"][:2] = head["head.weight"][:1]
+        head["head.bias"][:2] = 1e3
+        head["head.weight"][1] += 1e-6 * torch.sign(torch.linspace(-1, 1, 32))
+    task = tmp_path_factory.mktemp("tie") / "tie.ckpt"
+    preprocessing = Preprocessing(16, crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
+    save(tuned, task, classes=tuple("abcde"), preprocessing=preprocessing, training={})
+    options = ["--merge", task, "--backbone-weights", backbone_weights, "-o", tmp_path / "a.onnx"]
+    options += ["--precision", "int8", "--images", photos[0].parent]
+    line = refused(main, *options, "--min-agreement", "1")
+    assert re.match(
+        r"The top class agrees with the unmerged model's in \d+\.\d\d% of the answers \(\d of 9\) "
+        r"about 9 images, but at least 100\.00% is asked: nothing is written",
+        line,
+    )
+    share = float(re.findall(r"in (\d+\.\d+)%", line)[0])
+    assert main([*map(str, options), "--min-agreement", str(share / 100 - 1e-3)]) == 0
 
 
 @pytest.mark.parametrize("fleet", [False, True])

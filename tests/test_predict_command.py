@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -158,7 +159,7 @@ def test_good_images_are_answered_beside_bad_ones(
     assert found == [str(path) for path in photos[: len(bad)]]
     assert len(err.splitlines()) == 1
     assert "empty.png" in err
-    assert f"({len(bad) - 1} more could not be read)" in err
+    assert f"({len(bad) - 1} more have no answer)" in err
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -231,3 +232,55 @@ def test_onnx_runtime_reports_no_use(artefact: Path, photos: list[Path], tmp_pat
     command = [sys.executable, "-c", code, str(artefact), str(photos[0])]
     subprocess.run(command, check=True, env={**environment, "TMPDIR": str(tmp_path)})
     assert not list(tmp_path.iterdir())  # with reports on, it keeps its session there
+
+
+def broken_for_bright_images(artefact: Path, target: Path, value: float) -> Path:
+    """The artefact, but its first logit is ``value`` where an image is nearly white."""
+    model = onnx.load(artefact)
+    node, constant = onnx.helper.make_node, onnx.numpy_helper.from_array
+    (last,) = (n for n in model.graph.node if n.output[0] == "logits")
+    last.output[0] = "logits before"
+    model.graph.node.extend(
+        [
+            node("ReduceMean", ["pixel_values", "all but batch"], ["brightness"], keepdims=0),
+            node("Greater", ["brightness", "white"], ["bright"]),
+            node("Unsqueeze", ["bright", "first"], ["bright column"]),
+            node("And", ["bright column", "first class"], ["places"]),
+            node("Where", ["places", "broken", "logits before"], ["logits"]),
+        ]
+    )
+    constants = {
+        "all but batch": np.array([1, 2, 3]),
+        "white": np.float32(2),
+        "first": np.array([1]),
+        "first class": np.arange(5)[None] == 0,
+        "broken": np.float32(value),
+    }
+    model.graph.initializer.extend(constant(np.asarray(v), name) for name, v in constants.items())
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_an_answer_that_is_not_finite_never_leaves_and_takes_no_other_with_it(
+    value: float,
+    json_lines: bool,
+    artefact: Path,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = broken_for_bright_images(artefact, tmp_path / "a.onnx", value)
+    whites = [tmp_path / "white.png", tmp_path / "white too.png"]
+    for white in whites:
+        Image.new("RGB", (20, 20), (255, 255, 255)).save(white)
+    images = [photos[0], whites[0], *photos[1:4], whites[1]]
+    assert main([str(path), *map(str, images), *(["--json"] if json_lines else [])]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4
+    assert "white" not in out and "nan" not in out.lower() and "infinity" not in out.lower()
+    assert err == (
+        f"error: {whites[0]} has no answer. The artefact answers with {value}, not with a number "
+        "for each class: export it with a higher --precision. (1 more have no answer)\n"
+    )

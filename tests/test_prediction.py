@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.errors import CheckpointError, ImageError
+from aoft_deploy.errors import CheckpointError, ImageError, VerificationError
 from aoft_deploy.images import read_image
-from aoft_deploy.prediction import Classifier, Prediction, load_classifier
+from aoft_deploy.prediction import Classifier, Prediction, load_classifier, ranked
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import TunedModel
 
@@ -143,3 +143,35 @@ def test_preprocessing_that_cannot_be_used_is_refused(artefact: Path, tmp_path: 
     path = doctored(artefact, tmp_path / "a.onnx", preprocessing=json.dumps({"size": 16}))
     with pytest.raises(CheckpointError, match="Preprocessing has the keys size, expected"):
         load_classifier(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
+    logits = np.array([[1.0, 2.0, 3.0], [0.0, value, 1.0]], np.float32)
+    with pytest.raises(VerificationError, match=f"answers with {value}, not with a number"):
+        classifier(logits).classify([IMAGE, IMAGE])
+    with pytest.raises(VerificationError, match=f"answers with {value}, not with a number"):
+        ranked(logits, "abc", 1)
+    assert ranked(logits[:1], "abc", 1)[0][0].label == "c"
+
+
+def test_a_single_model_of_one_output_is_refused_by_name(artefact: Path, tmp_path: Path) -> None:
+    path = doctored(artefact, tmp_path / "age.onnx", classes=json.dumps(["age"]))
+    with pytest.raises(
+        CheckpointError, match=r"age\.onnx has 1 output \('age'\), but a classifier"
+    ):
+        load_classifier(path)
+    path = doctored(artefact, tmp_path / "none.onnx", classes="[]")
+    with pytest.raises(CheckpointError, match=r"none\.onnx has no output, but a classifier has 2"):
+        load_classifier(path)
+
+
+def test_a_fleets_task_of_one_output_is_refused_and_the_others_answer(
+    fleet_artefact: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    tasks = json.loads(load_classifier(fleet_artefact, "pets").engine.info["tasks"])
+    tasks[1]["classes"] = ["age"]
+    path = doctored(fleet_artefact, tmp_path / "fleet.onnx", tasks=json.dumps(tasks))
+    with pytest.raises(CheckpointError, match=r"The task birds of .* has 1 output \('age'\)"):
+        load_classifier(path, "birds")
+    assert load_classifier(path, "pets").classify([read_image(photos[0])])

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from aoft_deploy.cli.export import main
-from aoft_deploy.engines import Recipe
+from aoft_deploy.engines import Recipe, exporter_names, get_exporter
 from aoft_deploy.errors import VerificationError
-from aoft_deploy.export import export_merged
+from aoft_deploy.export import bar_for, export_merged
 from aoft_deploy.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
 
 Logits = NDArray[np.float32]
@@ -67,6 +67,54 @@ def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
             numbered(4),
             bar=Bar(1e-3),
         )
+
+
+TOLERANCES = {
+    "onnx": 5e-5,
+    "openvino": 5e-5,
+    "peft": 1e-5,
+    "tensorrt": 1e-4,
+    "timm": 5e-5,
+    "triton": 5e-5,
+    "triton-tensorrt": 1e-4,
+}
+"""What the documentation promises of every exporter in fp32, for logits up to 1."""
+
+
+@pytest.mark.parametrize("largest", [0.5, 1.0, 8.0])
+@pytest.mark.parametrize("to", exporter_names())
+def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
+    to: str, largest: float
+) -> None:
+    bar = bar_for(get_exporter(to), to, "fp32", 0.99, [])
+    assert bar == Bar(TOLERANCES[to])
+    allowed = TOLERANCES[to] * max(1.0, largest)
+    expected = np.zeros((4, 3), np.float32)
+    expected[2, 1] = -largest
+    for place in ((0, 0), (3, 2)):
+        for sign in (-1, 1):
+            answers = expected.copy()
+            answers[place] = sign * allowed * (1 - 1e-3)
+            assert verify(lookup(expected), lookup(answers), numbered(4), bar=bar).tolerance
+            answers[place] = sign * allowed * (1 + 1e-3)
+            with pytest.raises(VerificationError, match=f"at most {allowed:.2e} is allowed"):
+                verify(lookup(expected), lookup(answers), numbered(4), bar=bar)
+
+
+@pytest.mark.parametrize(("agreeing", "holds"), [(100, True), (99, True), (98, False)])
+def test_below_fp32_the_share_of_equal_top_classes_decides_to_the_image(
+    agreeing: int, holds: bool
+) -> None:
+    bar = bar_for(get_exporter("onnx"), "onnx", "int8", 0.99, [Path("photos")])
+    expected = np.tile(np.array([[1, 0]], np.float32), (100, 1))
+    answers = expected.copy()
+    answers[agreeing:] = [0, 1e6]
+    if holds:
+        report = verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+        assert report.agreement == agreeing / 100
+        return
+    with pytest.raises(VerificationError, match=r"98\.00% of the answers \(98 of 100\)"):
+        verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
 
 
 def test_logits_of_zero_have_no_relative_error() -> None:

@@ -13,6 +13,7 @@ from aoft_deploy.cli.command import add_engine_options, positive, run
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from aoft_deploy.errors import AoftError
     from aoft_deploy.prediction import Classifier, Prediction
 
 __all__ = ["main"]
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Classify what can be read; an unreadable image fails the command after the others."""
+    """Classify what can be read; an image without an answer fails the command after the others."""
     from aoft_deploy.errors import ImageError
     from aoft_deploy.images import read_image
     from aoft_deploy.prediction import load_classifier
@@ -47,29 +48,38 @@ def predict(options: argparse.Namespace) -> None:
         threads=options.threads,
         device=options.device,
     )
-    failures: list[str] = []
+    failures: list[AoftError] = []
     readable: list[tuple[Path, Image]] = []
     for path in options.images:
         try:
             readable.append((path, read_image(path)))
         except ImageError as error:
-            failures.append(str(error))
+            failures.append(error)
         if len(readable) == BATCH:
-            _answer(classifier, readable, options)
+            failures += _answer(classifier, readable, options)
             readable = []
     if readable:
-        _answer(classifier, readable, options)
+        failures += _answer(classifier, readable, options)
     if failures:
-        more = f" ({len(failures) - 1} more could not be read)" if len(failures) > 1 else ""
-        raise ImageError(failures[0] + more)
+        more = f" ({len(failures) - 1} more have no answer)" if len(failures) > 1 else ""
+        raise type(failures[0])(f"{failures[0]}{more}")
 
 
 def _answer(
     classifier: Classifier, batch: list[tuple[Path, Image]], options: argparse.Namespace
-) -> None:
-    answers = classifier.classify([image for _, image in batch], options.top)
+) -> list[AoftError]:
+    """Print a line for each image; the failures of those that have no answer."""
+    from aoft_deploy.errors import VerificationError
+
+    try:
+        answers = classifier.classify([image for _, image in batch], options.top)
+    except VerificationError as error:
+        if len(batch) == 1:
+            return [VerificationError(f"{batch[0][0]} has no answer. {error}")]
+        return [failure for each in batch for failure in _answer(classifier, [each], options)]
     for (path, _), ranked in zip(batch, answers, strict=True):
         print(_as_json(path, ranked) if options.json else _as_text(path, ranked))
+    return []
 
 
 def _as_json(path: Path, ranked: list[Prediction]) -> str:
