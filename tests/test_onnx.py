@@ -21,8 +21,10 @@ from torch import nn
 from aoft_deploy.backbone import identify
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import AttachError, CheckpointError, OutputError
+from aoft_deploy.mixed import MixedModel
 from aoft_deploy.tuned import TunedModel, attach, merge
 from aoft_exporters import onnx as exporter
+from aoft_exporters.onnxruntime_engine import PROVIDERS, _providers
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE = Recipe(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
@@ -262,11 +264,77 @@ def test_pixels_are_refused_by_a_padded_patch_embedding(tmp_path: Path) -> None:
         exporter.export(Padded(), tmp_path / "a.onnx", Recipe(32, True, MEAN, STD, {}))
 
 
-def test_more_weights_than_one_file_holds_are_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "size"), [("fp32", "16"), ("fp16", "8"), ("int8", "4")])
+def test_more_weights_than_one_file_holds_in_any_form_are_refused_at_once(
+    precision: str, size: str, tmp_path: Path
+) -> None:
     with torch.device("meta"):
-        model = nn.Linear(2**15, 2**15)
-    with pytest.raises(OutputError, match=r"4\.0 GiB, but one ONNX file holds 2 GiB"):
-        exporter.export(model, tmp_path / "a.onnx", RECIPE)
+        model = nn.Linear(2**16, 2**16)
+    with pytest.raises(OutputError, match=rf"{size}\.0 GiB in {precision}, but one ONNX file"):
+        exporter.export(model, tmp_path / "a.onnx", replace(RECIPE, precision=precision))
+
+
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_the_limit_of_a_file_is_that_of_its_precision_to_the_byte(
+    precision: str, merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, precision=precision)
+    exporter.export(merged, tmp_path / "a.onnx", recipe)
+    tensors = [numpy_helper.to_array(t) for t in onnx.load(tmp_path / "a.onnx").graph.initializer]
+    size = sum(tensor.nbytes for tensor in tensors)
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", size)
+    exporter.export(merged, tmp_path / "b.onnx", recipe)
+    assert size < (tmp_path / "b.onnx").stat().st_size < 4 * size
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", size - 1)
+    with pytest.raises(OutputError, match=f"GiB in {precision}, but one ONNX file holds 2 GiB: "):
+        exporter.export(merged, tmp_path / "c.onnx", recipe)
+    assert not (tmp_path / "c.onnx").exists()
+
+
+def test_what_does_not_fit_in_float32_fits_in_half_the_bytes_or_a_quarter(
+    merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sum(4 * tensor.numel() for tensor in merged.state_dict().values())
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 0.7 * whole)
+    with pytest.raises(OutputError, match="choose a lower --precision, or export with --to open"):
+        exporter.export(merged, tmp_path / "a.onnx", RECIPE)
+    for precision in ("fp16", "int8"):
+        exporter.export(merged, tmp_path / "a.onnx", replace(RECIPE, precision=precision))
+
+
+def test_a_fleets_limit_counts_its_tasks_and_not_what_low_precision_saves(
+    make_tuned: Callable[..., TunedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MixedModel(make_tuned("aoft-lora-star"))
+    backbone = sum(4 * tensor.numel() for tensor in model.state_dict().values())
+    columns = model.layout.row(make_tuned("aoft-lora-star").trained()).numel()
+    tables = {
+        "bank": np.zeros((backbone // (4 * columns), columns), np.float32),
+        "heads": np.zeros((5, 33), np.float32),
+        "first": np.zeros(1, np.int64),
+        "count": np.array([5]),
+        "columns": np.arange(5),
+    }
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 1.4 * backbone)
+    with pytest.raises(OutputError, match=r"Backbone and tasks take .* in fp16, .*: export fewer"):
+        exporter.export_fleet(model, tmp_path / "a.onnx", replace(RECIPE, precision="fp16"), tables)
+
+
+class Cuda:
+    """The part of ONNX Runtime that names what this machine computes on."""
+
+    @staticmethod
+    def get_available_providers() -> list[str]:
+        return list(PROVIDERS.values())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt"])
+def test_products_of_float32_are_never_tf32_on_a_gpu(device: str) -> None:
+    """CUDA's provider rounds them to 10 bits by default, which no verification has seen."""
+    chosen = dict(_providers(Cuda, device))
+    index = device.partition(":")[2] or "0"
+    assert chosen["CUDAExecutionProvider"] == {"device_id": index, "use_tf32": "0"}
+    assert ("TensorrtExecutionProvider" in chosen) is (device == "tensorrt")
 
 
 def test_the_engine_tells_what_the_file_says(artefact: Path, pixel_artefact: Path) -> None:

@@ -143,9 +143,9 @@ def test_int8_below_the_bar_is_refused_and_leaves_no_file(
     tuned = make_tuned("rlrr")
     head = tuned.trained()
     with torch.no_grad():
-        head["head.weight"][:2] = head["head.weight"][:1]
-        head["head.bias"][:2] = 1e3
-        head["head.weight"][1] += 1e-6 * torch.sign(torch.linspace(-1, 1, 32))
+        head["head.head.weight"][:2] = head["head.head.weight"][:1]
+        head["head.head.bias"][:2] = 1e3
+        head["head.head.weight"][1] += 1e-6 * torch.sign(torch.linspace(-1, 1, 32))
     task = tmp_path_factory.mktemp("tie") / "tie.ckpt"
     preprocessing = Preprocessing(16, crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
     save(tuned, task, classes=tuple("abcde"), preprocessing=preprocessing, training={})

@@ -10,12 +10,27 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import timm
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from aoft_deploy.cli.export import main
+from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import SettingError, UnknownNameError
-from aoft_exporters.typed import BETWEEN, MOVES, OPSETS, PRECISIONS, PRODUCTS, emulated, typed
+from aoft_exporters import onnx as exporter
+from aoft_exporters.typed import (
+    BETWEEN,
+    MOVES,
+    OPSETS,
+    PRECISIONS,
+    PRODUCTS,
+    emulated,
+    left_in_float,
+    low_results,
+    typed,
+)
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -179,6 +194,76 @@ def test_the_numbers_of_a_fleets_tasks_stay_float32_and_answers_agree(
     feed = {"pixel_values": images(4), "task": np.array([0, 1, 1, 0])}
     exact, rounded = run(fleet, **feed), run(emulated(typed(fleet, precision)), **feed)
     assert 1e-6 < np.abs(exact - rounded).max() < 0.05 * np.ptp(exact)
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "siglip": ("vit_base_patch16_siglip_224", SMALL_VIT),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
+    ),
+    "beit": ("beit_base_patch16_224", SMALL_VIT),
+    "convnext": ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}),
+}
+"""A pooling attention with a query of its own; masks, shifts and position biases; convolutions."""
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_compute_what_pytorch_does_in_the_precision(
+    architecture: str, precision: str, tmp_path: Path
+) -> None:
+    name, arguments = ARCHITECTURES[architecture]
+    model = timm.create_model(name, num_classes=5, **arguments).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    recipe = Recipe(32, False, (0.5,) * 3, (0.5,) * 3, {})
+    low = typed(exporter.plain_graph(model, recipe), precision)
+    onnx.checker.check_model(low, full_check=True)
+    x = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
+    found = run(emulated(low), pixel_values=x)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    with torch.inference_mode():
+        exact = model.double()(torch.from_numpy(x).double()).numpy()
+        whole = model.to(dtype)(torch.from_numpy(x).to(dtype)).float().numpy()
+    error, theirs = np.abs(found - exact).max(), np.abs(whole - exact).max()
+    step = {"fp16": 2.0**-11, "bf16": 2.0**-8}[precision] * np.abs(exact).max()
+    assert step / 10 < error < min(2 * theirs, 20 * step)  # theirs rounds norms and sums too
+    kinds = {i.name: i.data_type for i in low.graph.initializer}
+    products = [n for n, p in model.named_parameters() if p.ndim > 1 and n in kinds]
+    products = [n for n in products if "embed" not in n or "proj" in n]
+    classifier = model.pretrained_cfg["classifier"]
+    float32 = {n for n in products if kinds[n] == TensorProto.FLOAT}
+    assert (
+        {f"{classifier}.weight"}
+        <= float32
+        <= {f"{classifier}.weight", "cls_token"}
+        | {n for n in products if n.endswith(("latent", "gamma"))}
+    )
+    assert left_in_float(low) == []
+
+
+def test_the_graph_in_fp16_answers_as_onnx_evaluates_it_in_numpy(graph: Any) -> None:
+    x = images(3)
+    low = typed(graph, "fp16")
+    (evaluated,) = ReferenceEvaluator(low).run(None, {"pixel_values": x})
+    rounded = run(emulated(low), pixel_values=x)
+    exact = run(graph, pixel_values=x)
+    assert np.abs(evaluated - rounded).max() < np.abs(rounded - exact).max()
+    assert np.abs(evaluated - exact).max() > 0
+
+
+def test_what_is_computed_low_is_told_by_its_name_in_the_float_graph() -> None:
+    proto, _ = product([1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]])
+    assert low_results(typed(proto, "fp16")) == {"x.fp16": "x", "a": "a", "b": "b"}
+    kept = typed(proto, "fp16", {"a"})
+    assert low_results(kept) == {}
+    assert left_in_float(kept) == ["w", "eye"]
+    assert low_results(typed(proto, "fp16", {"x"})) == {"a.fp16": "a", "b": "b"}
+    assert left_in_float(typed(proto, "fp16", {"x"})) == ["w"]
 
 
 def test_another_precision_and_branches_are_refused(graph: Any) -> None:
