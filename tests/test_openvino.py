@@ -230,6 +230,27 @@ def test_int8_keeps_the_answers_and_its_classifier_in_float(
     assert 0 <= 3 * sum(rows * columns for rows, columns in integers) - saved < scales
 
 
+def test_weights_take_seven_bits_so_that_no_pair_of_products_saturates(int8: Path) -> None:
+    core: Any = importlib.import_module("openvino").Core()
+    nodes = core.read_model(int8 / MARKER).get_ops()
+    constants = [n for n in nodes if n.get_type_name() == "Constant"]
+    weights = [n.get_data() for n in constants if n.get_element_type().to_string() == "i8"]
+    assert len(weights) == 6
+    for weight in weights:
+        largest = np.abs(weight.astype(np.int64)).max(1)
+        assert largest.max() in (63, 64)
+        assert 2 * 255 * largest.max() < 2**15  # what AVX2's vpmaddubsw adds, two by two
+        assert (largest >= 62).mean() > 0.9  # of each output channel, the whole range is used
+
+
+def test_the_manifest_says_which_arithmetic_its_figures_are_of(folder: Path, int8: Path) -> None:
+    for path, precision in ((folder, "fp32"), (int8, "int8")):
+        manifest = json.loads(path.with_name(f"{path.name}.json").read_text("utf-8"))
+        told = manifest["verification"]
+        assert told["arithmetic"] == f"{precision} by openvino on CPU"
+        assert "verified_on_device" not in told
+
+
 def test_layers_that_cost_top_classes_stay_in_float(many: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}

@@ -148,6 +148,24 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
 
 
 @without_gpu
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_without_a_gpu_the_figures_are_those_of_the_precisions_own_arithmetic(
+    precision: str,
+    options: list[str],
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
+    assert main([*options, *texts(*more), "--min-agreement", "0.8"]) == 0
+    emulation = f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+    arithmetic = "fp32 by onnxruntime on CPU" if precision == "fp32" else emulation
+    manifest = json.loads((tmp_path / "task.json").read_text("utf-8"))
+    assert manifest["verification"]["arithmetic"] == arithmetic
+    assert f"so the figures are those of {arithmetic}; the engine" in capsys.readouterr().out
+
+
+@without_gpu
 def test_without_a_gpu_command_and_manifest_say_so(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
