@@ -50,15 +50,16 @@ def massive(
     path = folder / "backbone.safetensors"
     save_file(weights, path)
 
-    def make(name: str, method: str = "aoft-lora-star", seed: int = 0) -> Any:
+    def make(name: str, seed: int = 0, scale: float = 0.1) -> Any:
         model, identity = create_backbone(
             backbone_name, num_classes=5, weights=path, **backbone_args
         )
-        tuned = attach(model, method, seed=seed, backbone=identity)
+        tuned = attach(model, "aoft-lora-star", seed=seed, backbone=identity)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in tuned.trained().values():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            for name_of, parameter in tuned.trained().items():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_((0.1 if name_of.startswith("head.") else scale) * noise)
         checkpoint = folder / f"{name}.ckpt"
         preprocessing = Preprocessing(16, crop_pct=0.9, mean=MEAN, std=STD)
         save(tuned, checkpoint, classes=tuple("abcde"), preprocessing=preprocessing, training={})
@@ -190,6 +191,26 @@ def test_a_fleet_keeps_in_float32_what_one_of_its_tasks_overflows(
         assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
+def test_a_product_that_the_last_of_the_tasks_alone_overflows_stays_in_float32(
+    massive: Callable[..., Any], photos: list[Path], tmp_path: Path
+) -> None:
+    """Updates of q and v so large that scores of attention leave the range."""
+    tasks = [massive("calm", seed=0), massive("calm too", seed=1), massive("wild", 2, 300.0)]
+    left = []
+    for count in (2, 3):
+        exported = export_fleet(
+            [checkpoint for checkpoint, _, _ in tasks[:count]],
+            tmp_path / f"{count}.onnx",
+            weights=tasks[0][1],
+            precision="fp16",
+            images=photos,
+            min_agreement=0.5,
+        )
+        left.append(set(exported.left_in_float))
+    assert left[0] == {FC1, FC2}
+    assert any("attention_0" in name for name in left[1] - left[0])
+
+
 def test_the_figures_are_those_of_the_rounded_arithmetic(
     checkpoint: Path,
     backbone_weights: Path,
@@ -292,6 +313,15 @@ def test_every_image_is_measured_and_negative_results_count() -> None:
         _, left = in_range(maps(eye(-6e4), eye(1e-3), eye(1)), recipe(*pixels))
         assert left == ["w0", "w1"]
     assert in_range(maps(eye(-6e4), eye(1e-3), eye(1)), recipe(*[1] * 20))[1] == []
+
+
+def test_images_three_times_as_strong_as_those_measured_do_not_overflow() -> None:
+    for weight in (2.1e4, 1.6e4):
+        proto, left = in_range(maps(eye(weight), eye(1e-3), eye(1)), recipe(255))
+        assert left == (["w0", "w1"] if weight > 2e4 else [])
+        x = np.full((1, 3, 1, 1), 3, np.float32)
+        found = reference(proto, pixel_values=x)
+        np.testing.assert_allclose(found, 3e-3 * weight, rtol=2e-3)
 
 
 def test_inputs_beyond_the_range_keep_the_first_map_in_float32() -> None:
