@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aoft_deploy.data import ImageList, check_images, load_data, load_folder
+from aoft_deploy import data
+from aoft_deploy.data import ImageList, check_images, find_faults, load_data, load_folder
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
 
 
@@ -647,3 +648,18 @@ def test_decoding_finds_what_headers_hide(ready: Path) -> None:
     message = r"^6 of 11 images cannot be used: .*bit\.png.*; and 1 more\.$"
     with pytest.raises(DataError, match=message):
         check_images(train, whole=True)
+
+
+def test_every_file_is_looked_at_however_many_there_are(
+    flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_AT_ONCE", 3)
+    paths = sorted(flat.rglob("*.png"))
+    for path in paths[::7]:
+        path.write_bytes(b"")
+    looked: list[int] = []
+    faults = find_faults(paths, whole=True, tick=lambda: looked.append(1))
+    assert [str(path) in fault for path, fault in zip(paths[::7], faults, strict=True)] == [
+        True
+    ] * 8
+    assert len(looked) == len(paths) == 50

@@ -325,6 +325,20 @@ def test_damaged_images_of_all_parts_are_found_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("trusted", "parts"), [(False, "train val test"), (True, "val test")])
+def test_truncated_images_of_val_and_test_are_found_always_and_of_train_unless_trusted(
+    tmp_path: Path, trusted: bool, parts: str
+) -> None:
+    write_folder(SHAPES, tmp_path / "shapes")
+    for part in ("train", "val", "test"):
+        path = next((tmp_path / "shapes" / part).rglob("*.png"))
+        path.write_bytes(path.read_bytes()[:-40])
+    splits, named = load_folder(tmp_path / "shapes"), parts.split()
+    with pytest.raises(DataError, match=f"^{len(named)} of 54 images cannot") as caught:
+        train(splits, tmp_path / "run", SMALL, trust_images=trusted)
+    assert [part for part in ("train", "val", "test") if f"/{part}/" in str(caught.value)] == named
+
+
 def test_checked_images_are_not_looked_at_again_nor_are_those_of_a_complete_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
