@@ -148,7 +148,8 @@ def load_folder(
         found = read_image_folder(root)
     except OSError as error:
         raise DataError(
-            f"Data folder {str(root)!r} cannot be listed: {error.strerror or error}."
+            f"Data folder {str(root)!r} cannot be listed: {error.strerror or error} "
+            f"({error.filename!r})."
         ) from error
     train, passed_over = found.parts["train"], list(found.passed_over)
     _check_train(train, root, passed_over)

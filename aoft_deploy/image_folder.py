@@ -150,7 +150,9 @@ def _named_parts(root: Path, folders: Mapping[str, Path]) -> dict[str, str]:
                 f"Data folder {str(root)!r} has {quoted(names)}, which all stand for {part}: "
                 "keep one of them, and rename or move the rest."
             )
-    named: dict[str, str] = {part: found[part][0] for part in ("train", "val", "test") if part in found}
+    named: dict[str, str] = {
+        part: found[part][0] for part in ("train", "val", "test") if part in found
+    }
     _check_targets(root, {name: folders[name] for name in named.values()})
     return named
 
@@ -188,7 +190,8 @@ def _check_siblings(
 def _check_class_folders(above: Path, folders: Mapping[str, Path]) -> None:
     """Refuse what are no class folders: parts under other names, and one level too many."""
     hints = {name: hint for name in folders if (hint := _hint_of(name))}
-    if "train" in hints.values() and len(set(hints.values())) > 1:
+    clear = {part for name in folders if (part := part_of(name))}
+    if len(clear) > 1 or ("train" in hints.values() and len(set(hints.values())) > 1):
         raise DataError(
             f"Folders {quoted(hints)} in {str(above)!r} look like parts of a data set, not like "
             "classes: name them train, val and test, each with one folder per class."
@@ -213,7 +216,7 @@ def _check_common(above: Path, below: list[set[str]]) -> None:
             f"Every class folder in {str(above)!r} has the same sub-folders {quoted(common)}: "
             "put the parts above the classes, as in train/<class> and test/<class>."
         )
-    if len(common) > 1:
+    if common and len(set.union(*below)) > 1:  # one alone is a place for images
         raise DataError(
             f"Every class folder in {str(above)!r} has the same sub-folders {quoted(common)}: if "
             "these are the classes, name the folders above them train, val and test; if not, move "

@@ -68,6 +68,8 @@ def test_pictures_that_cannot_train_a_task_are_refused(
         write_pictures([("a", files), (" ", files)], data)
     with pytest.raises(SettingError, match="Two classes are called 'a'"):
         write_pictures([("a", files), ("a ", files)], data)
+    with pytest.raises(SettingError, match="'Train' and 'Testing' look like parts of a data set"):
+        write_pictures([("Train", files), ("Testing", files)], data)
     odd = tmp_path / "odd.png"
     odd.write_bytes(b"odd")
     with pytest.raises(ImageError, match=r"odd\.png"):

@@ -115,7 +115,7 @@ def dense(model: nn.Module, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     for block in range(len(model.blocks)):  # type: ignore[arg-type]
         name = f"blocks.{block}.attn.qkv.weight"
         width = weights[name].shape[1]
-        rows = list(weights[name].split(width))
+        rows = list(weights[name].unflatten(0, (3, width)))
         for place, role in ((0, "q"), (2, "v")):
             a, b = (numbers[f"update.blocks.{block}.attn.qkv.{role}.{name}"] for name in "ab")
             rows[place] = rows[place] + SCALE * b @ a
@@ -156,7 +156,11 @@ def by_hand(settings: TrainingSettings, start: dict[str, Tensor]) -> dict[str, T
         leaves = {name: value.requires_grad_() for name, value in numbers.items()}
         logits = functional_call(model, dense(model, leaves), (x,))
         grads = dict(
-            zip(leaves, torch.autograd.grad(loss_of(logits, target), leaves.values()), strict=True)
+            zip(
+                leaves,
+                torch.autograd.grad(loss_of(logits, target), list(leaves.values())),
+                strict=True,
+            )
         )
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
         if settings.clip_norm and norm > settings.clip_norm:
@@ -222,7 +226,7 @@ def test_gradients_are_those_of_the_mean_loss_over_the_steps_images() -> None:
     for step, chosen in zip(found, np.array_split(order.permutation(COUNT), 3), strict=True):
         x, one_hot = normal(chosen)
         loss = loss_of(functional_call(model, dense(model, numbers), (x,)), one_hot)
-        grads = torch.autograd.grad(loss, numbers.values())
+        grads = torch.autograd.grad(loss, list(numbers.values()))
         agree(step, dict(zip(numbers, grads, strict=True)))
 
 

@@ -18,6 +18,7 @@ from aoft_demo.stage import Stage
 from aoft_demo.visitors import task_name
 from aoft_deploy.data import load_folder
 from aoft_deploy.errors import DataError, SettingError
+from aoft_deploy.image_folder import part_of
 from aoft_deploy.images import read_image
 from aoft_deploy.tasks import load_task, write_folder
 
@@ -73,7 +74,8 @@ def write_pictures(groups: Sequence[tuple[str, Sequence[Path]]], root: Path) -> 
         root: The folder, which is made.
 
     Raises:
-        SettingError: A class has no name, or two have the same.
+        SettingError: A class has no name, two have the same, or they are called after parts of a
+            data set, such as train and test.
         DataError: There are fewer than two classes, or too few or too many pictures of one.
         ImageError: A picture cannot be used.
     """
@@ -82,6 +84,12 @@ def write_pictures(groups: Sequence[tuple[str, Sequence[Path]]], root: Path) -> 
     for name in names:
         if names.count(name) > 1:
             raise SettingError(f"Two classes are called {name!r}: rename one.")
+    parts = {part_of(name): name for name in names if part_of(name)}
+    if len(parts) > 1:
+        raise SettingError(
+            f"Classes called {' and '.join(map(repr, parts.values()))} look like parts of a data "
+            "set: rename them, or give the pictures of each class together."
+        )
     if len(given) < 2:
         raise DataError("A task needs two classes at least: name them and add pictures of each.")
     for name, (_, files) in zip(names, given, strict=True):
