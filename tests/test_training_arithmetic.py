@@ -155,13 +155,8 @@ def by_hand(settings: TrainingSettings, start: dict[str, Tensor]) -> dict[str, T
             target = share * target + (1 - share) * target.flip(0)
         leaves = {name: value.requires_grad_() for name, value in numbers.items()}
         logits = functional_call(model, dense(model, leaves), (x,))
-        grads = dict(
-            zip(
-                leaves,
-                torch.autograd.grad(loss_of(logits, target), list(leaves.values())),
-                strict=True,
-            )
-        )
+        found = torch.autograd.grad(loss_of(logits, target), list(leaves.values()))
+        grads = dict(zip(leaves, found, strict=True))
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
         if settings.clip_norm and norm > settings.clip_norm:
             factor = settings.clip_norm / (norm + 1e-6)
