@@ -20,7 +20,6 @@ from aoft_deploy.images import read_image, read_size
 __all__ = [
     "ImageList",
     "Splits",
-    "check_images",
     "cut_parts",
     "find_faults",
     "image_paths",
@@ -121,7 +120,7 @@ def load_folder(
     ``train``, each class is split by its share, at least one image to a part. Which image goes
     where depends on the seed, the class name and the file names of that class only. Class folders
     are searched to the bottom, links followed once. What is passed over stands in the result.
-    Images are read later: :func:`check_images`.
+    Images are read later: :func:`aoft_deploy.training.check_splits`.
 
     Args:
         root: The folder.
@@ -171,20 +170,6 @@ def load_folder(
     return Splits(
         lists["train"], lists["val"], lists.get("test"), classes, origins, tuple(passed_over)
     )
-
-
-def check_images(split: ImageList, *, whole: bool = False) -> None:
-    """Look at every file of a split, so that training need not fail later.
-
-    Args:
-        split: The images; arrays are sound.
-        whole: Decode the pixels too; else the headers alone are read.
-
-    Raises:
-        DataError: Some cannot be used; the first five are named.
-    """
-    paths = image_paths(split)
-    refuse_faults(find_faults(paths, whole=whole), len(paths))
 
 
 def image_paths(split: ImageList) -> list[Path]:

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from aoft_deploy import data
-from aoft_deploy.data import ImageList, check_images, find_faults, load_data, load_folder
+from aoft_deploy.data import (
+    ImageList,
+    find_faults,
+    image_paths,
+    load_data,
+    load_folder,
+    refuse_faults,
+)
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
 
 
@@ -19,6 +26,11 @@ def fill(folder: Path, count: int, first: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
         Image.new("RGB", (3, 2), (number, 0, 0)).save(folder / f"{number:03}.png")
+
+
+def check_images(split: ImageList, *, whole: bool = False) -> None:
+    paths = image_paths(split)
+    refuse_faults(find_faults(paths, whole=whole), len(paths))
 
 
 def names(images: ImageList | None) -> list[str]:
