@@ -109,27 +109,43 @@ def test_a_removed_task_keeps_its_numbers_for_the_requests_that_hold_it() -> Non
 
 
 @pytest.mark.parametrize("what", ["asked", "added"])
-def test_who_needs_room_waits_until_a_request_ends(what: str) -> None:
-    tasks = Resident(1, Store(9))
+def test_who_needs_room_waits_until_a_request_ends(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, waits = Resident(1, Store(9)), threading.Event()
+    wait = tasks._wait
+
+    def waiting(changes: int) -> None:
+        waits.set()
+        wait(changes)
+
+    monkeypatch.setattr(tasks, "_wait", waiting)
     with ThreadPoolExecutor() as pool:
         with tasks.holding(["0"]) as slots:
             if what == "asked":
                 other = pool.submit(tasks.values, "1")
             else:
                 other = pool.submit(tasks.add, "new", task(7))  # type: ignore[arg-type]
-            time.sleep(0.1)
+            assert waits.wait(20)
             assert not other.done() and tasks.value(slots["0"]) == 0
         assert other.result(20) == ({"1": 1.0} if what == "asked" else None)
     assert list(tasks.resident) == (["1"] if what == "asked" else ["new"])
 
 
-def test_two_requests_that_want_a_task_read_it_once() -> None:
-    store, gate = Store(9), threading.Event()
+def test_two_requests_that_want_a_task_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate, asked = Store(9), threading.Event(), threading.Semaphore(0)
     store.before_read = lambda _: gate.wait(20)
     tasks = Resident(4, store)
+    paged_in = tasks._paged_in
+
+    def missed(name: str, wait: bool) -> int | None:
+        asked.release()
+        return paged_in(name, wait)
+
+    monkeypatch.setattr(tasks, "_paged_in", missed)
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(tasks.values, "5") for _ in range(8)]
-        time.sleep(0.1)
+        assert all(asked.acquire(timeout=20) for _ in range(8))
         assert tasks.resident == {}
         gate.set()
         assert [future.result(20) for future in found] == [{"5": 5.0}] * 8
@@ -137,13 +153,18 @@ def test_two_requests_that_want_a_task_read_it_once() -> None:
 
 
 def test_requests_for_tasks_in_memory_do_not_wait_for_a_disk() -> None:
-    store, gate = Store(9), threading.Event()
+    store, gate, reading = Store(9), threading.Event(), threading.Event()
     tasks = Resident(4, store)
     tasks.values("1")
-    store.before_read = lambda _: gate.wait(20)
+
+    def read_slowly(_: str) -> None:
+        reading.set()
+        gate.wait(20)
+
+    store.before_read = read_slowly
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(tasks.values, "5")
-        time.sleep(0.05)
+        assert reading.wait(20)
         assert tasks.values("1") == {"1": 1.0} and not slow.done()
         gate.set()
         assert slow.result(20) == {"5": 5.0}

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -157,14 +156,15 @@ def test_a_process_killed_in_a_suite_and_started_again_gives_the_same_table(
     command += ["--data", str(root), "--out", str(tmp_path / "out"), "--seeds", "2", "--quiet"]
     command += ["--tasks", *TASKS, "--backbone", "aoft_vit_nano", "--img-size", "16"]
     command += ["--epochs", "2", "--method", "linear", "--head-lr", "0.03", "--precision", "fp32"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out/cifar/seed-1/search").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=10)
+    dying = (
+        "import os, sys; sys.addaudithook(lambda event, given: os.kill(os.getpid(), 9) "
+        "if event == 'os.mkdir' and 'cifar/seed-1/search' in str(given[0]) else None); "
+        "from aoft_deploy.cli.train import main; sys.exit(main())"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", dying, *command[3:]], stdout=subprocess.DEVNULL, timeout=600
+    )
+    assert killed.returncode == -signal.SIGKILL
     assert 3 <= results(tmp_path / "out")["runs"]["finished"] < 6
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert results(tmp_path / "out") == results(finished)

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,17 +198,19 @@ def test_a_process_killed_twice_and_resumed_ends_as_if_never_killed(tmp_path: Pa
     command += ["--img-size", "16", "--epochs", "6", "--batch-size", "16", "--augment", "flip"]
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, timeout=120)
     command += ["--out", str(tmp_path / "killed"), "--resume"]
-    written = tmp_path / "killed" / "metrics.jsonl"
     for epochs in (1, 3):
-        process = subprocess.Popen(command)
-        deadline = time.monotonic() + 120
-        while not written.exists() or written.read_text().count("\n") < epochs:
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
-        assert epochs <= metrics(tmp_path / "killed")[-1]["epoch"] < 6
+        dying = (
+            "import os, sys; from pathlib import Path\n"
+            "def killing(event, given):\n"
+            "    if event == 'open' and given[1] == 'a' and 'metrics.jsonl' in str(given[0]):\n"
+            f"        if Path(given[0]).read_text().count('\\n') == {epochs}:\n"
+            "            os.kill(os.getpid(), 9)\n"
+            "sys.addaudithook(killing)\n"
+            "from aoft_deploy.cli.train import main; sys.exit(main())"
+        )
+        killed = subprocess.run([sys.executable, "-c", dying, *command[3:]], timeout=600)
+        assert killed.returncode == -signal.SIGKILL
+        assert metrics(tmp_path / "killed")[-1]["epoch"] == epochs
     subprocess.run(command, check=True, timeout=120)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
