@@ -147,7 +147,7 @@ def interrupted(number: signal.Signals, folder: Path, *options: object) -> tuple
     """Exit code and stderr of an export that gets a signal as it opens what it has written."""
     meanwhile = (
         "import os; sys.addaudithook(lambda event, given: os.kill(os.getpid(), "
-        f"{int(number)}) if event == 'open' and given[1] == 'rb' "
+        f"{int(number)}) if event == 'open' and given[1] == 'r' "
         "and str(given[0]).endswith('a.onnx') else None); "
     )
     process = running("export", *options, "-o", folder / "a.onnx", before=meanwhile)
