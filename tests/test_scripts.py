@@ -17,7 +17,6 @@ from types import ModuleType
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -37,7 +36,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "benchmarks/exporting.py": (*MODEL, *ONCE, "--out", "{out}"),
     "benchmarks/fleet.py": (
         *(*MODEL, *ONCE, "--batches", "2", "--tasks", "1", "3", "--threads", "1"),
-        *("--calibration", "16", "--out", "{out}"),
+        *("--out", "{out}", "--variants", "merged", "fleet", "merged int8", "fleet int8"),
+        *("sessions", "LoraAdapter", "torch merged", "torch fleet", "PEFT"),
     ),
     "benchmarks/fleet_forms.py": (
         *MODEL,
@@ -89,7 +89,10 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 """Arguments of each script; ``{out}`` is where it writes its figures."""
 
-SLOW = ("engines", "exporting", "fleet", "fleet_stress", "serving", "serving_soak", "training_step")
+SLOW = (
+    *("engines", "exporting", "fleet", "fleet_forms", "fleet_stress", "serving", "serving_soak"),
+    *("training_step", "methods", "coverage"),
+)
 
 ELSEWHERE = {
     "benchmarks/torch_engines.py": "a module, which engines.py runs",
@@ -111,7 +114,6 @@ def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProces
         env={**os.environ, **more},
         capture_output=True,
         text=True,
-        timeout=600,
     )
 
 
@@ -233,6 +235,8 @@ def test_a_peers_script_says_what_it_lacks(peer: str, tmp_path: Path) -> None:
 def test_a_peer_that_is_installed_answers_as_the_model_does(
     peer: str, name: str, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import onnxruntime
+
     script = imported("benchmarks/serving_peers.py")
     monkeypatch.setattr(script, "environment", lambda folder, name: Path(sys.executable))
     model = made(tmp_path / "tiny.onnx")
