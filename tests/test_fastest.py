@@ -63,7 +63,8 @@ def test_the_fastest_way_that_holds_is_kept_and_the_others_are_told(
 
 def chosen_of(**ratios: tuple[float, float]) -> str:
     """The choice among candidates named ``exporter_precision``."""
-    timed = [Candidate(*name.split("_"), ratios=pair) for name, pair in ratios.items()]
+    names = {name: name.partition("_") for name in ratios}
+    timed = [Candidate(to, kind, ratios[name]) for name, (to, _, kind) in names.items()]
     best, judged = choose(timed)
     assert {(c.to, c.precision) for c in judged} == {(c.to, c.precision) for c in timed}
     return f"{best.to}_{best.precision}"

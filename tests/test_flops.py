@@ -184,7 +184,7 @@ class Tokens(nn.Module):
 
 
 def test_encoder_layers_of_pytorch_are_counted_as_what_they_are_made_of() -> None:
-    layer = nn.TransformerEncoderLayer(12, 3, dim_feedforward=48, batch_first=True)
+    layer = nn.TransformerEncoderLayer(12, 2, dim_feedforward=48, batch_first=True)
     tokens, width = 16, 12
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     model, fast = Tokens(layer).eval(), torch.backends.mha.get_fastpath_enabled()
