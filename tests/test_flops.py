@@ -88,7 +88,7 @@ def test_vit_base_takes_35_billion(fused: bool) -> None:
 
 
 def test_a_small_vit(fused: bool) -> None:
-    args = {"img_size": 64, "depth": 2, "num_classes": 7}
+    args: dict[str, Any] = {"img_size": 64, "depth": 2, "num_classes": 7}
     on_cpu = timm.create_model("vit_tiny_patch16_224", **args)  # whose kernels have other names
     for model in (on_cpu.eval(), without_weights("vit_tiny_patch16_224", **args)):
         assert flops_per_image(model, 64) == vit(64, 16, 192, 2, 7)
