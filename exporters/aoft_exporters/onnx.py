@@ -242,11 +242,10 @@ def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
     if size <= SINGLE_FILE_LIMIT:
         return
     whose = "Backbone and tasks" if fleet else "The weights"
-    instead = (
-        "export fewer tasks and add the others to the running fleet"
-        if fleet
-        else "choose a lower --precision, or export with --to openvino or timm"
-    )
+    lower = "" if precision == "int8" else "choose a lower --precision, or "
+    instead = f"{lower}export with --to openvino or timm"
+    if fleet:
+        instead = "export fewer tasks and add the others to the running fleet"
     raise OutputError(
         f"{whose} take {size / 2**30:.1f} GiB in {precision}, but one ONNX file holds 2 GiB: "
         f"{instead}."
