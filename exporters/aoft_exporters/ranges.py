@@ -75,6 +75,7 @@ def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> di
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.onnx"
         onnx.save(proto, path)
+        del proto  # the session has weights of its own
         running = session(path, None, "cpu", path)
     largest = np.zeros(len(results))
     for feed in feeds():
