@@ -243,6 +243,7 @@ def test_other_architectures_compute_what_pytorch_does_in_the_precision(
         <= {f"{classifier}.weight", "cls_token"}
         | {n for n in products if n.endswith(("latent", "gamma"))}
     )
+    assert kinds.get("pos_embed", TensorProto.FLOAT) == TensorProto.FLOAT
     assert left_in_float(low) == []
 
 
