@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import sys
-import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
 import aoft_deploy.nano  # noqa: F401  (registers aoft_vit_nano with timm)
+from aoft_deploy.architecture import first_difference, same_architecture, shaping, structure
 from aoft_deploy.errors import BackboneError, UnknownNameError
+from aoft_deploy.first_bytes import file_kind
+from aoft_deploy.jax_weights import load_npz
 from aoft_deploy.sites import classifier_names
+from aoft_deploy.timm_loading import Load, Usual, made, skeleton
+from aoft_deploy.weights_file import check_fit, file_weights
 
-__all__ = ["Backbone", "create_backbone", "identify", "image_size", "weights_digest"]
+__all__ = [
+    "Backbone",
+    "create_backbone",
+    "difference",
+    "file_classifier",
+    "identify",
+    "image_size",
+    "unnamed",
+    "weights_digest",
+]
 
 RESAMPLED = ("pos_embed", "relative_position_bias_table")
 """Tensors that timm resamples when a model is made for another image size. Resampling may round
 differently elsewhere, so they are then left out of the hash."""
+
+KEPT = ("name", "digest", "origin", "args")
+"""What a file keeps of a backbone."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,19 @@ class Backbone:
         origin: ``"timm"`` for weights that timm loads by that name, ``"file:NAME"`` for weights
             from a file, ``"unknown"`` for a model that was handed over in memory.
         args: Further arguments of ``timm.create_model``, such as ``img_size``.
+        structure: Classes and settings of a model that was handed over in memory, which its name
+            and args may not tell; a file does not keep them.
     """
 
     name: str
     digest: str
     origin: str = "unknown"
     args: Mapping[str, Any] = field(default_factory=dict)
+    structure: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return asdict(self)
+        return {key: getattr(self, key) for key in KEPT} | {"args": dict(self.args)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -58,23 +75,24 @@ class Backbone:
             BackboneError: A key or value that ``to_dict`` does not write, or an argument that does
                 more than shape the model: with some, timm would read or download other files.
         """
-        try:
-            backbone = cls(**data)
-        except TypeError as error:
-            raise BackboneError(f"{error}.") from error
+        unknown = sorted(map(str, data.keys() - set(KEPT)))
+        if unknown or not {"name", "digest"} <= data.keys():
+            raise BackboneError(f"It has the keys {', '.join(map(str, data)) or 'none'}.")
+        backbone = cls(**data)
         texts = backbone.name, backbone.digest, backbone.origin
         if not all(isinstance(text, str) for text in texts) or not isinstance(backbone.args, dict):
             raise BackboneError(
                 f"Its name, digest and origin must be texts, its args a dict: {data}."
             )
-        reserved = {
-            *signature(create_backbone).parameters,
-            *signature(timm.create_model).parameters,
-        }
         for key, value in backbone.args.items():
-            if key in reserved or not isinstance(value, (bool, int, float, str)):
+            if key not in _plain(backbone.args):
                 raise BackboneError(f"It must not be made with {key}={value!r}.")
         return backbone
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The architecture as timm makes it, with one class and no weights."""
+        return skeleton(self.name, num_classes=1, **self.args)
 
 
 def create_backbone(
@@ -93,17 +111,120 @@ def create_backbone(
         UnknownNameError: timm knows no such model.
         BackboneError: The weights are missing, do not fit, or cannot be downloaded.
     """
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise UnknownNameError("backbone", name, timm.list_models())
-    try:
-        model = timm.create_model(name, pretrained=weights is None, num_classes=num_classes, **args)
-    except Exception as error:  # timm, the hub and the network raise anything here
-        raise BackboneError(_creation_failure(name, weights, error)) from error
-    if weights is not None:
-        _load_file(model, Path(weights))
+    name = get_deprecated_models().get(name) or name
+    load = _loader(name, weights, args)
+    model = _made(name, weights, load, num_classes=num_classes, **args)
     origin = "timm" if weights is None else f"file:{Path(weights).name}"
     return model.eval(), identify(model, name=name, origin=origin, args=args)
+
+
+def file_classifier(name: str, weights: Path) -> dict[str, Tensor]:
+    """The classifier in a file of backbone weights; empty where it has none under timm's names.
+
+    Raises:
+        UnknownNameError: timm knows no such model.
+        BackboneError: The file cannot be read or does not fit the model.
+    """
+    found: dict[str, Tensor] = {}
+
+    def load(model: nn.Module, usual: Usual) -> None:
+        if _kind(weights) != "npz":
+            state = file_weights(model, usual, weights, _resizes(name, {}))
+            found.update({n: state[n] for n in classifier_names(model) if n in state})
+
+    _made(name, weights, load, num_classes=1)
+    return found
+
+
+def difference(found: Backbone, wanted: Backbone) -> str:
+    """How a backbone differs from the one that is wanted, in words; empty where it is the same.
+
+    Other names are the same architecture where timm makes the same modules with the same settings.
+    """
+    if found.digest != wanted.digest:
+        return f"weights {found.digest[:12]} instead of {wanted.digest[:12]}"
+    if same_architecture(found.name, found.args, wanted.name, wanted.args):
+        return ""
+    try:
+        return first_difference(_structure(found.skeleton), _structure(wanted.skeleton))
+    except Exception:  # timm raises anything for names and arguments that it does not know
+        return f"{found.name} is another architecture than {wanted.name}"
+
+
+def unnamed(backbone: Backbone) -> str:
+    """How a model that was handed over differs from what timm makes by its name; empty if not."""
+    if not backbone.structure:
+        return ""
+    try:
+        return first_difference(backbone.structure, _structure(backbone.skeleton))
+    except Exception as error:  # timm raises anything for names and arguments it does not know
+        return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def _structure(model: nn.Module) -> tuple[str, ...]:
+    heads = {name.rpartition(".")[0] for name in classifier_names(model)}
+    return structure(model, tuple(heads))
+
+
+def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that shape a model and no more, with values that a file can keep."""
+    reserved = {*signature(create_backbone).parameters, *signature(timm.create_model).parameters}
+    return {
+        key: value
+        for key, value in args.items()
+        if key not in reserved and isinstance(value, (bool, int, float, str))
+    }
+
+
+def _made(name: str, weights: Path | None, load: Load, **args: Any) -> nn.Module:
+    if not timm.is_model(name.partition(".")[0]):
+        raise UnknownNameError("backbone", name, timm.list_models())
+    try:
+        return made(name, load, **args)
+    except BackboneError:
+        raise
+    except Exception as error:  # timm, the hub and the network raise anything here
+        raise BackboneError(_creation_failure(name, weights, error)) from error
+
+
+def _loader(name: str, weights: Path | None, args: Mapping[str, Any]) -> Load:
+    """What fills the model: a file, or timm's own weights, which must fill it just as well."""
+
+    def from_file(model: nn.Module, usual: Usual) -> None:
+        assert weights is not None
+        if _kind(weights) == "npz":
+            load_npz(model, weights)
+            return
+        state = file_weights(model, usual, weights, _resizes(name, args))
+        classifier = set(classifier_names(model))
+        rest = {name: tensor for name, tensor in state.items() if name not in classifier}
+        model.load_state_dict(rest, strict=False)
+
+    def from_timm(model: nn.Module, usual: Usual) -> None:
+        put = model.load_state_dict
+
+        def fitting(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+            check_fit(model, state, f"timm's file for {name}", usual.strict)
+            return put(state, strict=False, assign=assign)
+
+        vars(model)["load_state_dict"] = fitting
+        try:
+            usual.load()
+        finally:
+            del vars(model)["load_state_dict"]
+
+    return from_timm if weights is None else from_file
+
+
+def _kind(weights: Path) -> str:
+    if not weights.is_file():
+        raise BackboneError(f"There is no weights file {weights}.")
+    return file_kind(weights)
+
+
+def _resizes(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether patches may be resampled: the model was trained so, or another size was asked for."""
+    return name.startswith("flexivit") or "patch_size" in args
 
 
 def identify(
@@ -134,10 +255,16 @@ def identify(
             )
     native = (config.get("input_size") or (3, 0, 0))[1]
     size = image_size(model)
-    if args is None:
-        args = {"img_size": size} if size is not None and size != native else {}
-    excluded = RESAMPLED if size is not None and size != native else ()
-    return Backbone(name, weights_digest(model, excluded), origin, dict(args))
+    resized = size is not None and size != native
+    digest = weights_digest(model, RESAMPLED if resized else ())
+    if args is not None:
+        return Backbone(name, digest, origin, dict(args))
+    args = _plain(shaping(getattr(model, "_model_args", {})))
+    if size is not None:
+        args.pop("img_size", None)
+    if resized:
+        args["img_size"] = size
+    return Backbone(name, digest, origin, args, _structure(model))
 
 
 def weights_digest(model: nn.Module, excluded: tuple[str, ...] = ()) -> str:
@@ -183,56 +310,3 @@ def _creation_failure(name: str, weights: Path | None, error: Exception) -> str:
         f"The weights of {name} could not be had from timm ({reason}): "
         "check the name and the network, or give a file with --backbone-weights."
     )
-
-
-def _load_file(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise BackboneError(f"There is no weights file {path}.")
-    try:
-        if path.suffix == ".npz":
-            _load_npz(model, path)
-        else:
-            _load_state(model, _read_state(model, path), path)
-    except BackboneError:
-        raise
-    except Exception as error:  # damaged files make their readers raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"{path} cannot be read as weights: {reason}.") from error
-
-
-def _read_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The file's tensors, renamed and resampled by timm's filter for this architecture."""
-    state = load_state_dict(str(path), weights_only=True)
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return state if convert is None else dict(convert(state, model))
-
-
-def _load_npz(model: nn.Module, path: Path) -> None:
-    """Load a file in the JAX layout in place with timm's reader."""
-    load_pretrained: Any = getattr(model, "load_pretrained", None)
-    if load_pretrained is None:
-        raise BackboneError(f"{type(model).__name__} cannot be loaded from an .npz file.")
-    with zipfile.ZipFile(path) as archive:
-        found = set(re.findall(r"encoderblock_(\d+)/", "\n".join(archive.namelist())))
-    depth = len(getattr(model, "blocks", ()))
-    if len(found) != depth:
-        raise BackboneError(f"{path} holds {len(found)} encoder blocks, but the model has {depth}.")
-    load_pretrained(str(path))
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise BackboneError(f"{path} holds values that are not finite.")
-
-
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    classifier = set(classifier_names(model))
-    expected = {n: t.shape for n, t in model.state_dict().items() if n not in classifier}
-    for name, shape in expected.items():
-        if name not in state:
-            raise BackboneError(f"{path} lacks {name}: it holds weights of another model.")
-        if state[name].shape != shape:
-            raise BackboneError(
-                f"{name} has shape {tuple(state[name].shape)} in {path}, "
-                f"but the model needs {tuple(shape)}."
-            )
-        if not state[name].isfinite().all():
-            raise BackboneError(f"{name} in {path} holds values that are not finite.")
-    model.load_state_dict({n: state[n] for n in expected}, strict=False)

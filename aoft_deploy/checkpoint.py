@@ -18,13 +18,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from aoft_deploy.backbone import Backbone, create_backbone, image_size
+from aoft_deploy.backbone import (
+    Backbone,
+    create_backbone,
+    difference,
+    file_classifier,
+    image_size,
+    unnamed,
+)
 from aoft_deploy.checkpoint_file import FORMAT, parse_description, read_tensors
 from aoft_deploy.errors import BackboneError, CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.files import replacing
+from aoft_deploy.first_bytes import foreign
 from aoft_deploy.low_rank import bypassed_layers
 from aoft_deploy.peft_folder import PeftFolder, read_peft_folder
 from aoft_deploy.preprocessing import Preprocessing
@@ -104,7 +111,17 @@ def description(
     preprocessing: Preprocessing,
     training: Mapping[str, Any] | None = None,
 ) -> str:
-    """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``."""
+    """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``.
+
+    Raises:
+        CheckpointError: The backbone is no model that timm makes by its name and arguments.
+    """
+    if why := unnamed(tuned.identity):
+        raise CheckpointError(
+            f"The backbone differs from what timm makes as {tuned.identity.name} with the "
+            f"arguments {dict(tuned.identity.args)} ({why}), so its checkpoint could not be "
+            "opened: make it with create_backbone, and with arguments that are texts or numbers."
+        )
     metadata = {
         "format": FORMAT,
         "method": tuned.method,
@@ -202,13 +219,25 @@ def _trained_backbone(
         raise CheckpointError(
             f"{path} prepares images of {fed} pixels, but {found.name} takes {size}."
         )
-    if found.digest != trained_on.digest and not force:
+    if not force:
+        _check_backbone(path, found, trained_on)
+    return model, found
+
+
+def _check_backbone(path: Path, found: Backbone, trained_on: Backbone) -> None:
+    """Refuse other weights, and another architecture with the same weights."""
+    if found.digest != trained_on.digest:
         raise CheckpointError(
             f"{path} was trained on {trained_on.name} with weights {trained_on.digest[:12]}, but "
             f"these are {found.name} with weights {found.digest[:12]}: give the right ones, or "
             "accept the difference with --force."
         )
-    return model, found
+    if why := difference(found, trained_on):
+        raise CheckpointError(
+            f"{path} was trained on {trained_on.name}, but {found.name} computes something else "
+            f"with the same weights ({why}): give --backbone {trained_on.name}, or accept the "
+            "difference with --force."
+        )
 
 
 def _open_published(
@@ -280,9 +309,7 @@ def _named_backbone(
     if weights is None:
         count = _pretrained_width(name)
     else:
-        head = _pretrained_classifier(
-            create_backbone(name, num_classes=1, weights=weights)[0], weights
-        )
+        head = file_classifier(name, weights)
         count = len(next(iter(head.values()), ()))
     if not count:
         raise CheckpointError(
@@ -302,17 +329,9 @@ def _pretrained_width(name: str) -> int:
     return int(config.num_classes) if config is not None else 0
 
 
-def _pretrained_classifier(model: nn.Module, weights: Path) -> dict[str, Tensor]:
-    """The classifier in a file of backbone weights, empty where there is none under its names."""
-    names = classifier_names(model)
-    try:
-        state = load_state_dict(str(weights), weights_only=True)
-        return {name: state[name] for name in names}
-    except Exception:  # such as an .npz, or a layout that timm renames on reading
-        return {}
-
-
 def _unreadable(path: Path, error: Exception) -> str:
+    if told := foreign(path, "safetensors", "torch", "pickle"):
+        return f"{path} {told}."
     if is_published(path):
         return (
             f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "

@@ -1,0 +1,119 @@
+"""What a file is, by its first bytes and not by its suffix.
+
+Downloads go wrong in a few well-known ways: Git leaves a pointer where Git LFS was not installed, a
+server answers with a page, an archive was not unpacked. Needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+__all__ = ["file_kind", "foreign"]
+
+STARTS: tuple[tuple[bytes, str], ...] = (
+    (rb"version https://git-lfs\.github\.com/spec/", "lfs"),
+    (rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*(<!doctype html|<html|<head|<body)", "html"),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml", "xml"),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]", "json"),
+    (rb"\x1f\x8b", "gzip"),
+    (rb"BZh[1-9]", "bzip2"),
+    (rb"\xfd7zXZ\0", "xz"),
+    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"7z\xbc\xaf\x27\x1c", "7z"),
+    (rb"Rar!\x1a\x07", "rar"),
+    (rb".{257}ustar", "tar"),
+    (rb"PK[\x03\x05]", "zip"),
+    (rb"\x80[\x02-\x05]", "pickle"),
+    (rb"\x93NUMPY", "npy"),
+    (rb"\x89HDF\r\n", "hdf5"),
+    (rb"GGUF", "gguf"),
+    (rb"AOFTASK1", "packed"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "picture"),
+    (rb"%PDF", "pdf"),
+    (rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]", "onnx"),
+)
+"""Regular expressions of the first bytes, the first that matches counts."""
+
+UNPACK = "unpack it first, and give the file inside"
+FOREIGN = {
+    "lfs": "a Git LFS pointer and not the file itself: fetch it with git lfs pull",
+    "html": "an HTML page, which a server sent in the file's place: download it again",
+    "xml": "an XML text, which a server may have sent in the file's place: download it again",
+    "index": "the index of a checkpoint in several files: give one file with all weights",
+    "json": "a JSON text and holds no weights: give the file that it describes",
+    "gzip": f"a gzip archive: {UNPACK}",
+    "bzip2": f"a bzip2 archive: {UNPACK}",
+    "xz": f"an xz archive: {UNPACK}",
+    "zstd": f"a Zstandard archive: {UNPACK}",
+    "7z": f"a 7z archive: {UNPACK}",
+    "rar": f"a RAR archive: {UNPACK}",
+    "tar": f"a tar archive: {UNPACK}",
+    "archive": f"a zip archive: {UNPACK}",
+    "cut": "a zip archive without its end, as a download that stopped leaves it: download it again",
+    "script": "a TorchScript program, which is not run: save the model's state_dict() instead",
+    "npy": "a single NumPy array: give all weights as .safetensors, .npz or .pth",
+    "hdf5": "an HDF5 file, such as Keras writes: convert its weights to .safetensors",
+    "gguf": "a GGUF file, whose weights are quantised: give the original weights",
+    "packed": "a file of packed tasks: give it as the tasks of a fleet",
+    "picture": "a picture: give a model's file",
+    "pdf": "a PDF document: give a model's file",
+    "onnx": "an ONNX model: give the checkpoint or the weights that it was made from",
+    "safetensors": "a safetensors file, whatever its suffix says",
+    "torch": "a file of torch.save, whatever its suffix says",
+    "pickle": "a pickle, which could run code, whatever its suffix says",
+    "npz": "an .npz file of NumPy arrays, whatever its suffix says",
+}
+"""What a file of each kind is, and what to do about it."""
+
+
+def file_kind(path: Path) -> str:
+    """The kind of a file, a key of ``FOREIGN``, or an empty text where it is not known.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < 2**32:
+        return "safetensors"
+    kind = next((kind for rule, kind in STARTS if re.match(rule, start, re.DOTALL)), "")
+    if kind == "zip":
+        return _zip_kind(path)
+    if kind == "json" and b'"weight_map"' in start:
+        return "index"
+    return kind
+
+
+def foreign(path: Path, *expected: str) -> str:
+    """What a file is instead, as the rest of a sentence that begins with its name.
+
+    Args:
+        path: The file.
+        expected: Kinds that the reader takes, which are not foreign.
+
+    Returns:
+        Such as ``is a gzip archive: unpack it first``; empty for an unknown or expected kind, and
+        for a file that cannot be read.
+    """
+    try:
+        kind = file_kind(path)
+    except OSError:
+        return ""
+    return f"is {FOREIGN[kind]}" if kind in FOREIGN and kind not in expected else ""
+
+
+def _zip_kind(path: Path) -> str:
+    """Whether a zip archive is PyTorch's, NumPy's, or another."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "cut"
+    leaves = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in leaves:
+        return "script"
+    if "data.pkl" in leaves:
+        return "torch"
+    return "npz" if names and all(name.endswith(".npy") for name in names) else "archive"
