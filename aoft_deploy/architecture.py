@@ -11,7 +11,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-__all__ = ["first_difference", "same_architecture", "shaping", "structure"]
+__all__ = ["called", "first_difference", "same_architecture", "shaping", "structure"]
 
 WITHOUT_EFFECT = ("fused_attn", "grad_checkpointing", "num_classes", "training", "output_fmt")
 """Attributes of modules that do not change what a frozen backbone computes."""
@@ -40,6 +40,12 @@ def same_architecture(
         ours.pop("img_size", None)
         theirs.pop("img_size", None)
     return name.partition(".")[0] == other.partition(".")[0] and ours == theirs
+
+
+def called(name: str, args: Mapping[str, Any]) -> str:
+    """A backbone as a message names it: ``vit_tiny_patch16_224(img_size=64)``."""
+    told = ", ".join(f"{key}={value}" for key, value in args.items())
+    return f"{name}({told})" if told else name
 
 
 def structure(model: Any, left_out: Sequence[str] = ()) -> tuple[str, ...]:

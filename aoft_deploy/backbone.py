@@ -16,7 +16,7 @@ from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
 import aoft_deploy.nano  # noqa: F401  (registers aoft_vit_nano with timm)
-from aoft_deploy.architecture import first_difference, same_architecture, shaping, structure
+from aoft_deploy.architecture import called, first_difference, same_architecture, shaping, structure
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.first_bytes import file_kind
 from aoft_deploy.jax_weights import load_npz
@@ -148,7 +148,8 @@ def difference(found: Backbone, wanted: Backbone) -> str:
     try:
         return first_difference(_structure(found.skeleton), _structure(wanted.skeleton))
     except Exception:  # timm raises anything for names and arguments that it does not know
-        return f"{found.name} is another architecture than {wanted.name}"
+        names = called(found.name, found.args), called(wanted.name, wanted.args)
+        return "{} is another architecture than {}".format(*names)
 
 
 def unnamed(backbone: Backbone) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
+from aoft_deploy.architecture import called
 from aoft_deploy.backbone import (
     Backbone,
     create_backbone,
@@ -118,9 +119,10 @@ def description(
     """
     if why := unnamed(tuned.identity):
         raise CheckpointError(
-            f"The backbone differs from what timm makes as {tuned.identity.name} with the "
-            f"arguments {dict(tuned.identity.args)} ({why}), so its checkpoint could not be "
-            "opened: make it with create_backbone, and with arguments that are texts or numbers."
+            "The backbone differs from what timm makes as "
+            f"{called(tuned.identity.name, tuned.identity.args)} ({why}), so its checkpoint could "
+            "not be opened: make it with create_backbone, and with arguments that are texts or "
+            "numbers."
         )
     metadata = {
         "format": FORMAT,
@@ -150,7 +152,9 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     except Exception as error:
         raise CheckpointError(_unreadable(path, error)) from error
     if "aoft" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but no checkpoint of aoft-train{_belonging(tensors)}."
+        )
     return _parse(path, metadata["aoft"], tensors)
 
 
@@ -276,6 +280,8 @@ def _open_peft(
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         count = len(model.get_parameter(classifier_names(model)[0]))
         classes = tuple(str(i) for i in range(count))
+        if not force:
+            _check_base(folder, model, found)
         checkpoint = Checkpoint("lora", {}, found, classes, Preprocessing.from_timm(config), {})
     else:
         raise CheckpointError(
@@ -294,6 +300,22 @@ def _open_peft(
             )
     own = replace(checkpoint, method=tuned.method, settings=tuned.settings, tensors=tensors)
     return tuned.eval(), own
+
+
+def _check_base(folder: PeftFolder, model: nn.Module, found: Backbone) -> None:
+    """Refuse a backbone of another architecture than PEFT says the adapter was trained on."""
+    config, called = folder.config, type(model).__name__
+    base = config.base.removeprefix("timm/")
+    wanted = replace(found, name=base)
+    why = difference(found, wanted) if timm.is_model(base) else ""
+    parent, kind = config.base_class
+    if parent.startswith("timm.") and kind != called:
+        base, why = f"a {kind}", f"the model is a {called}"
+    if why:
+        raise CheckpointError(
+            f"{folder.path} was trained on {base}, but {found.name} computes something else ({why})"
+            ": name the right backbone with --backbone, or accept the difference with --force."
+        )
 
 
 def _named_backbone(
@@ -338,6 +360,13 @@ def _unreadable(path: Path, error: Exception) -> str:
             "published RLRR .pth files where --backbone and --backbone-weights name their backbone."
         )
     return f"{path} is no checkpoint, or a truncated one ({error})."
+
+
+def _belonging(tensors: Mapping[str, Tensor]) -> str:
+    """Where tensors of anybody's belong, as the rest of a sentence."""
+    if any(".lora_A." in name for name in tensors):
+        return ": give the PEFT folder that it lies in"
+    return ": give a backbone's weights with --backbone-weights"
 
 
 def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import nn
 
+from aoft_deploy.backbone import difference
 from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint
 from aoft_deploy.engines import (
@@ -361,7 +362,7 @@ def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, 
         "method": tuned.method,
         "settings": tuned.settings,
         "backbone": tuned.identity.to_dict(),
-        "forced": tuned.identity.digest != task.backbone.digest,
+        "forced": bool(difference(tuned.identity, task.backbone)),
         "precision": recipe.precision,
         "input": _input_form(recipe),
         "classes": list(task.classes),

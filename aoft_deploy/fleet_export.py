@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aoft_deploy.backbone import difference
 from aoft_deploy.calibration import calibration_files, calibration_pixels
 from aoft_deploy.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from aoft_deploy.engines import (
@@ -198,7 +199,7 @@ def export_fleet(
             "settings": tuned.settings,
             "precision": precision,
             "form": chosen,
-            "forced": tuned.identity.digest != tasks[0].backbone.digest,
+            "forced": bool(difference(tuned.identity, tasks[0].backbone)),
             "checkpoints": [
                 {"name": name, "sha256": file_digest(path)}
                 for name, path in zip(names, checkpoints, strict=True)
@@ -277,7 +278,7 @@ def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoin
     for what in ("backbone", "method", "settings", "preprocessing"):
         ours, theirs = getattr(first, what), getattr(task, what)
         if what == "backbone":
-            ours, theirs = ours.digest, theirs.digest
+            ours, theirs = "", difference(theirs, ours)
         elif what == "settings":  # an older checkpoint lacks those that came later
             defaults = get_method(first.method).defaults
             ours, theirs = {**defaults, **ours}, {**defaults, **theirs}

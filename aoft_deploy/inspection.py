@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest, folder_digest
+from aoft_deploy.first_bytes import foreign
 from aoft_deploy.manifest import manifest_path
 from aoft_deploy.single_file import read_metadata
 
@@ -206,7 +207,9 @@ def _timm(path: Path) -> dict[str, Any]:
         with safe_open(path, "np") as file:
             metadata, tensors = file.metadata() or {}, len(file.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}).") from error
+        told = foreign(path, "safetensors")
+        why = f": it {told}" if told else f" ({error})"
+        raise CheckpointError(f"{path} is no safetensors file{why}.") from error
     if "format" not in metadata:
         return {}
     return {"tensors": tensors, **{key: _decoded(text) for key, text in metadata.items()}}

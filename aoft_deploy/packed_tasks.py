@@ -24,6 +24,7 @@ import numpy as np
 
 from aoft_deploy.errors import CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.files import replacing
+from aoft_deploy.first_bytes import foreign
 from aoft_deploy.task_names import Names
 from aoft_deploy.task_numbers import TaskKind, TaskNumbers
 
@@ -73,8 +74,10 @@ class PackedTasks:
         try:
             self._read_index()
         except UNREADABLE as error:
+            told = foreign(self.path, "packed")
             raise CheckpointError(
-                f"{path} is no file of packed tasks, or a truncated one ({error})."
+                f"{path} is no file of packed tasks, or a truncated one "
+                f"({f'it {told}' if told else error})."
             ) from error
         if kind is not None:
             kind.check_kind(self.path, self.kind)

@@ -19,7 +19,7 @@ from aoft_deploy.errors import CheckpointError
 __all__ = ["AdapterConfig"]
 
 HARMLESS = frozenset(
-    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "task_type peft_version revision inference_mode "
     "lora_dropout megatron_core qalora_group_size runtime_config "
     "eva_config corda_config lora_ga_config loftq_config".split()  # of use to their starts alone
 )
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
 
 USED = frozenset(
     "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
-    "layers_to_transform layers_pattern modules_to_save init_lora_weights bias".split()
+    "layers_to_transform layers_pattern modules_to_save auto_mapping base_model_name_or_path init_lora_weights bias".split()
 )
 """Fields that are read below."""
 
@@ -60,6 +60,8 @@ class AdapterConfig:
         layers: Numbers of the only blocks to change; empty for all.
         layers_patterns: Names that stand before those numbers; empty for any.
         saved: Ends of the paths of modules that are trained whole.
+        base: Name of the model that it was trained on, where it is told.
+        base_class: Class of that model, with the module that it is of, where it is told.
     """
 
     rank: int = 8
@@ -72,6 +74,8 @@ class AdapterConfig:
     layers: Sequence[int] = ()
     layers_patterns: Sequence[str] = ()
     saved: Sequence[str] = ()
+    base: str = ""
+    base_class: tuple[str, str] = ("", "")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -93,6 +97,8 @@ class AdapterConfig:
             layers=_indices(values.get("layers_to_transform", [])),
             layers_patterns=_listed("layers_pattern", values.get("layers_pattern", [])),
             saved=_listed("modules_to_save", values.get("modules_to_save", [])),
+            base=str(values.get("base_model_name_or_path", "")),
+            base_class=_class(values.get("auto_mapping", {})),
         )
         expressions = [v for v in (config.targets, config.excluded) if isinstance(v, str)]
         _check_patterns(
@@ -147,7 +153,8 @@ def _check_plain(data: Mapping[str, Any]) -> None:
     if not isinstance(start, bool) and start not in STARTS:
         raise CheckpointError(
             f"init_lora_weights is {_short(start)}: such a start changes the backbone's weights; "
-            "save the adapter with path_initial_model_for_weight_conversion."
+            "save the adapter with path_initial_model_for_weight_conversion, and copy the tensors "
+            "of modules_to_save, which that leaves out, from the adapter saved without it."
         )
     for name, value in data.items():
         if name in HARMLESS or name in USED or value is None or value is False or value in ([], {}):
@@ -185,6 +192,12 @@ def _names(name: str, value: Any) -> str | list[str]:
 def _listed(name: str, value: Any) -> list[str]:
     names = _names(name, value)
     return [names] if isinstance(names, str) and names else list(names)
+
+
+def _class(value: Any) -> tuple[str, str]:
+    """Module and name of a class, as PEFT writes them of models that are not transformers' own."""
+    mapping = value if isinstance(value, dict) else {}
+    return str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
 
 
 def _indices(value: Any) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aoft_deploy.checkpoint_file import read_tensors
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.first_bytes import foreign
 from aoft_deploy.low_rank import bounded
 from aoft_deploy.peft_config import AdapterConfig
 from aoft_deploy.sites import LINEAR_ROLES, classifier_names, find_sites
@@ -136,7 +137,9 @@ class PeftFolder:
         for name, _ in model.named_parameters():
             if self.config.saves(name) and name not in self.saved:
                 raise CheckpointError(
-                    f"{self.path} lacks {name}, whose module modules_to_save names."
+                    f"{self.path} lacks {name}, whose module modules_to_save names: copy it from "
+                    "the adapter as it was trained, which PEFT's conversion of PiSSA or OLoRA "
+                    "leaves out."
                 )
 
     def _matrices(self, path: str, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no JSON file ({error}).") from error
+        told = foreign(file, "json")
+        why = f": it {told}" if told else f" ({error})"
+        raise CheckpointError(f"{file} is no JSON file{why}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no JSON object.")
     return data
@@ -228,7 +233,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{file} is no safetensors file ({error}).") from error
+        told = foreign(file, "safetensors")
+        why = f": it {told}" if told else f" ({error})"
+        raise CheckpointError(f"{file} is no safetensors file{why}.") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise CheckpointError(f"{key} in {file} is {tensor.dtype}, but must be a float type.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.first_bytes import foreign
 from aoft_deploy.preprocessing import Preprocessing
 
 __all__ = ["is_published", "published_preprocessing", "read_published"]
@@ -61,12 +62,13 @@ def read_published(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is damaged, would run code, or holds other names.
     """
+    if told := foreign(path, "torch", "pickle"):
+        raise CheckpointError(f"{path} {told}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles make their reader raise anything
         raise CheckpointError(
-            f"{path} is damaged or would run code, and is not read "
-            f"({' '.join(str(error).split())[:120]})."
+            f"{path} is damaged or would run code, and is not read ({type(error).__name__})."
         ) from error
     if not isinstance(state, Mapping) or "head.bias" not in state:
         raise CheckpointError(f"{path} is no published RLRR checkpoint: it has no head.bias.")
@@ -76,7 +78,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is no published RLRR checkpoint: {name} is no tensor of numbers."
             )
-    return {_renamed(path, str(name)): _reshaped(str(name), t) for name, t in state.items()}
+    return {_renamed(path, str(name)): _reshaped(path, str(name), t) for name, t in state.items()}
 
 
 def published_preprocessing(size: int) -> Preprocessing:
@@ -93,10 +95,15 @@ def _renamed(path: Path, name: str) -> str:
     raise CheckpointError(f"{path} is no published RLRR checkpoint: it has no place for {name}.")
 
 
-def _reshaped(name: str, tensor: Tensor) -> Tensor:
+def _reshaped(path: Path, name: str, tensor: Tensor) -> Tensor:
     """Scales as rows (1, features), shifts as vectors, the rest as it is."""
     if name.startswith("head."):
         return tensor.float()
+    if tensor.numel() != max(tensor.shape, default=1):
+        raise CheckpointError(
+            f"{path} is no published RLRR checkpoint: {name} has shape {tuple(tensor.shape)}, but "
+            "must be a vector."
+        )
     if name.endswith(("scale_col", "scale_line")):
         return tensor.reshape(1, -1).float()
     return tensor.reshape(-1).float()

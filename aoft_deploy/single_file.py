@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.first_bytes import foreign
 
 __all__ = ["read_metadata"]
 
@@ -44,7 +45,9 @@ def read_metadata(path: Path) -> dict[str, str]:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         whole = _walk(view, "model", found, 0)
     except (ValueError, IndexError, OSError) as error:
-        raise CheckpointError(f"{path} is no ONNX model, or a damaged one.") from error
+        told = foreign(path, "onnx")
+        why = f": it {told}" if told else ""
+        raise CheckpointError(f"{path} is no ONNX model, or a damaged one{why}.") from error
     if not whole:
         raise CheckpointError(f"{path} keeps weights in other files: only single files are opened.")
     return found

@@ -185,10 +185,24 @@ def classifier_names(model: nn.Module) -> list[str]:
     owned = {id(p) for head in heads for p in head.parameters()}
     names = [name for name, p in model.named_parameters() if id(p) in owned]
     if not names:
-        raise AttachError(
-            f"{type(model).__name__} has no classifier: create it with num_classes of 1 or more."
-        )
+        raise AttachError(_without_classifier(model))
     return names
+
+
+def _without_classifier(model: nn.Module) -> str:
+    """What to do about a model without a classifier of timm's."""
+    called = type(model).__name__
+    if hasattr(model, "get_classifier"):
+        return f"{called} has no classifier: create it with num_classes of 1 or more."
+    inner = getattr(model, "module", None)
+    if hasattr(inner, "get_classifier"):
+        return f"{called} is a wrapper around a timm model: hand over its attribute module."
+    library = type(model).__module__.partition(".")[0]
+    return (
+        f"{called} of {library} is no timm model, whose classifier and layers are known by their "
+        "names: make the same architecture with timm.create_model, such as vit_base_patch16_224, "
+        "with num_classes of 1 or more."
+    )
 
 
 def _attentions(block: nn.Module) -> list[str]:

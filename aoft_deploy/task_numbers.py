@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.architecture import called, same_architecture
 from aoft_deploy.checkpoint_file import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.first_bytes import foreign
 
 __all__ = ["TaskKind", "TaskNumbers", "name_of", "read_checkpoint_numbers"]
 
@@ -48,6 +50,8 @@ class TaskKind:
         order: Names and shapes of the tensors that make a row, in order.
         width: Features that a classifier takes.
         defaults: The method's default settings, for checkpoints from before a setting existed.
+        backbone: timm name of the backbone; empty in stores that were packed without it.
+        args: Arguments that the backbone was made with.
     """
 
     digest: str
@@ -57,6 +61,8 @@ class TaskKind:
     order: tuple[tuple[str, tuple[int, ...]], ...]
     width: int
     defaults: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    backbone: str = field(default="", compare=False)
+    args: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_fleet(cls, info: Mapping[str, str], width: int) -> Self:
@@ -65,9 +71,12 @@ class TaskKind:
         Raises:
             KeyError, TypeError, ValueError: They are no fleet's.
         """
+        backbone = json.loads(info["backbone"])
         return cls.from_dict(
             {
-                "digest": str(json.loads(info["backbone"])["digest"]),
+                "digest": str(backbone["digest"]),
+                "backbone": str(backbone["name"]),
+                "args": dict(backbone.get("args", {})),
                 "method": info["method"],
                 "settings": json.loads(info["settings"]),
                 "preprocessing": json.loads(info["preprocessing"]),
@@ -85,7 +94,7 @@ class TaskKind:
             TypeError, ValueError: The data are no task kind.
         """
         order = tuple((str(name), tuple(shape)) for name, shape in data["order"])
-        return cls(**{**data, "order": order})
+        return cls(**{**data, "order": order, "args": dict(data.get("args", {}))})
 
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON keeps exactly."""
@@ -101,7 +110,8 @@ class TaskKind:
 
         Args:
             path: Where it stands, for the message.
-            found: Its digest, method, settings and preprocessing.
+            found: Its digest, method, settings and preprocessing; its backbone and args, where
+                it names them.
 
         Raises:
             CheckpointError: One of them differs.
@@ -110,6 +120,13 @@ class TaskKind:
             raise CheckpointError(
                 f"{path} was trained on backbone weights {str(found['digest'])[:12]}, but the "
                 f"fleet's are {self.digest[:12]}."
+            )
+        name, args = str(found.get("backbone", "")), found.get("args", {})
+        if name and self.backbone and not same_architecture(name, args, self.backbone, self.args):
+            raise CheckpointError(
+                f"{path} was trained on {called(name, args)}, but the fleet's backbone is "
+                f"{called(self.backbone, self.args)}, which may compute something else with the "
+                "same weights: train the task on the fleet's backbone."
             )
         full = {**found, "settings": {**self.defaults, **found["settings"]}}
         for key in ("method", "settings", "preprocessing"):
@@ -171,11 +188,18 @@ def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} is no checkpoint of aoft-train ({error}).") from error
+        told = foreign(path, "safetensors")
+        why = f": it {told}" if told else f" ({error})"
+        raise CheckpointError(f"{path} is no checkpoint of aoft-train{why}.") from error
     if "aoft" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
     described = parse_description(path, metadata["aoft"])
-    kind.check(path, {**described, "digest": described["backbone"].get("digest")})
+    backbone = described["backbone"]
+    args = backbone.get("args", {})
+    if not (isinstance(backbone.get("name"), str) and isinstance(args, dict)):
+        raise CheckpointError(f"The metadata of {path} names no backbone.")
+    named = {"digest": backbone.get("digest"), "backbone": backbone["name"], "args": args}
+    kind.check(path, {**described, **named})
     classes = tuple(str(name) for name in described["classes"])
     if not classes:
         raise CheckpointError(f"{path} names no classes: a task needs one at least.")

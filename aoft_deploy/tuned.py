@@ -356,24 +356,35 @@ class _Spent(nn.Module):
         raise CheckpointError(self.MESSAGE)
 
 
+ABSORBED = 1e-3
+"""Largest error of a shift that a norm takes, relative to it and to what the norm's bias gives."""
+
+
 @torch.no_grad()
 def _absorb(norm: nn.Module, layer: nn.Module, shift: Tensor) -> None:
     """Give the norm before a wide linear layer without bias the layer's shift s.
 
-    W (n + δ) = W n + s for δ = Wᵀ (W Wᵀ)⁻¹ s, which exists since W has more columns than rows.
+    W (n + δ) = W n + s for the shortest δ with W δ = s, which exists since W has more columns than
+    rows: from Wᵀ = Q R it is Q R⁻ᵀ s, whose error grows with W's condition, not with its square.
+    Rounded to the bias's type, δ must still give s.
     """
     if not shift.any():
         return
     weight, bias = layer.get_parameter("weight").double(), norm.get_parameter("bias")
-    solution, singular = torch.linalg.solve_ex(weight @ weight.mT, shift.double())
-    change = weight.mT @ solution
-    if singular or not torch.allclose(weight @ change, shift.double(), rtol=1e-9, atol=1e-12):
-        raise CheckpointError(
-            "Folding fails: a patch merging's weight is singular, so the norm before it cannot "
-            "take its shift."
-        )
+    wide, old = shift.double(), bias.double()
+    q, r = torch.linalg.qr(weight.mT)
+    change = q @ torch.linalg.solve_triangular(r.mT, wide[:, None], upper=False)[:, 0]
     new_bias = torch.empty_like(bias)
-    _store(bias.double() + change, new_bias, bias)
+    if change.isfinite().all():
+        _store(old + change, new_bias, bias)
+    given = weight @ (new_bias.double() - old)
+    bound = max(ABSORBED, 4 * torch.finfo(bias.dtype).eps)
+    bound *= float(wide.abs().max() + (weight.abs() @ old.abs()).max())
+    if not change.isfinite().all() or (given - wide).abs().max() > bound:
+        raise CheckpointError(
+            "Folding fails: a patch merging's weight is singular or nearly so, so the norm before "
+            "it cannot take its shift."
+        )
     _set(norm, "bias", new_bias)
 
 

@@ -36,7 +36,7 @@ FOREIGN = {
     "empty": (b"", "is no checkpoint, or a truncated one"),
     "text": (b"this is no checkpoint\n", "is no checkpoint, or a truncated one"),
     "zeros": (bytes(1000), "is no checkpoint, or a truncated one"),
-    "png": (PNG, "is no checkpoint, or a truncated one"),
+    "png": (PNG, "is a picture: give a model's file"),
     "huge header": (b"\xff" * 1000, "is no checkpoint, or a truncated one"),
     "safetensors": (save({"a": torch.ones(2)}), "a safetensors file, but no checkpoint"),
     "others metadata": (
@@ -44,7 +44,7 @@ FOREIGN = {
         "a safetensors file, but no checkpoint",
     ),
     "pickle": (b"\x80\x04K\x01.", "is a pickle, which could run code"),
-    "zip": (b"PK\x03\x04" + bytes(50), "is a pickle, which could run code"),
+    "zip": (b"PK\x03\x04" + bytes(50), "is a zip archive without its end"),
 }
 
 
@@ -312,7 +312,7 @@ def test_weights_of_another_shape_are_refused(
 ) -> None:
     path = weights(lambda tensors: tensors.update({"norm.bias": torch.ones(33)}))
     line = refused(main, "--merge", checkpoint, "--backbone-weights", path, "--force")
-    assert "norm.bias has shape (33,)" in line
+    assert "has norm.bias of shape (33,)" in line
     assert "the model needs (32,)" in line
 
 
@@ -334,7 +334,7 @@ def test_a_file_that_holds_no_weights_is_refused(
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     line = refused(main, "--merge", checkpoint, "--backbone-weights", path)
-    assert "cannot be read as weights" in line
+    assert ("is a picture" if content == PNG else "cannot be read as weights") in line
 
 
 def test_a_weights_file_that_does_not_exist_is_refused(

@@ -51,7 +51,7 @@ def write(path: Path, classes: Sequence[str] = ("x", "ü"), seed: int = 0, **cha
         "method": KIND.method,
         "settings": KIND.settings,
         "preprocessing": KIND.preprocessing,
-        "backbone": {"digest": KIND.digest},
+        "backbone": {"name": "aoft_vit_nano", "digest": KIND.digest},
         "classes": classes,
     } | changes
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +146,13 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"method": "lora"}, "has method lora, but the fleet's is aoft-lora-star"),
     ({"settings": {"rank": 3}}, "has settings {'rank': 3}"),
     ({"preprocessing": {}}, "has preprocessing"),
-    ({"backbone": {"digest": "0" * 64}}, "trained on backbone weights 000000000000"),
-    ({"backbone": {}}, "trained on backbone weights None"),
+    (
+        {"backbone": {"name": "aoft_vit_nano", "digest": "0" * 64}},
+        "trained on backbone weights 000000000000",
+    ),
+    ({"backbone": {"name": "aoft_vit_nano"}}, "trained on backbone weights None"),
+    ({"backbone": {}}, "names no backbone"),
+    ({"backbone": {"name": "vit", "args": "a"}}, "names no backbone"),
     ({"backbone": "vit"}, "lacks backbone as dict"),
     ({"settings": [1]}, "lacks settings as dict"),
     ({"classes": "ab"}, "lacks classes as list"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aoft_deploy.engines import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.first_bytes import foreign
 from aoft_exporters.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def load(
         with safe_open(path, "pt") as file:
             info: Mapping[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no state dict of --to timm ({error}).") from error
+        why = foreign(path, "safetensors") or str(error)
+        raise CheckpointError(f"{path} is no state dict of --to timm ({why}).") from error
     try:
         backbone = Backbone.from_dict(json.loads(info["backbone"]))
         classes = json.loads(info["classes"])
