@@ -366,7 +366,7 @@ def _belonging(tensors: Mapping[str, Tensor]) -> str:
     """Where tensors of anybody's belong, as the rest of a sentence."""
     if any(".lora_A." in name for name in tensors):
         return ": give the PEFT folder that it lies in"
-    return ": give a backbone's weights with --backbone-weights"
+    return ", such as a backbone's weights"
 
 
 def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:

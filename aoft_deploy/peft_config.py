@@ -27,7 +27,8 @@ HARMLESS = frozenset(
 
 USED = frozenset(
     "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
-    "layers_to_transform layers_pattern modules_to_save auto_mapping base_model_name_or_path init_lora_weights bias".split()
+    "layers_to_transform layers_pattern modules_to_save init_lora_weights bias auto_mapping "
+    "base_model_name_or_path".split()
 )
 """Fields that are read below."""
 

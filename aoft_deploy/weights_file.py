@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ OPTIONAL = re.compile(r"(.*\.)?num_batches_tracked")
 PREFERRED = ("state_dict_ema", "model_ema", "ema", "teacher", "base_encoder")
 """Parts of a prefix, by rank, that choose between several copies of one model: an average of the
 weights before the weights themselves, and DINO's and MoCo v3's own choice."""
+
+OTHER_NAMES = {
+    r"attention\.attention\.query|patch_embeddings\.projection": "transformers",
+    r"encoder_layer_\d+\.self_attention": "torchvision",
+}
+"""Parts of names by which the files of other libraries are known."""
 
 HARMLESS: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0]]
 HARMLESS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)]
@@ -107,7 +113,7 @@ def file_weights(
             break
     found = _chosen([one for one in tries if not one.fault], path)
     if found is None:
-        raise BackboneError(_misfit(path, max(tries, key=lambda one: one.matched)))
+        raise BackboneError(_misfit(path, max(tries, key=lambda one: one.matched), tensors))
     known = model.state_dict()
     state = {name: tensor for name, tensor in found.state.items() if name in known}
     _check_finite(state, path)
@@ -232,13 +238,23 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def _misfit(path: Path, best: _Try) -> str:
-    if not best.matched:
-        return f"{path} holds weights of another model: it {best.fault}."
-    if best.prefix:
+def _misfit(path: Path, best: _Try, names: Collection[str]) -> str:
+    """The sentence for a file that fits below no prefix."""
+    if best.matched and best.prefix:
         return f"{path} holds a model below {best.prefix}, which {best.fault}."
-    ending = ": it holds weights of another model" if best.fault.startswith("lacks") else ""
-    return f"{path} {best.fault}{ending}."
+    if best.matched and not best.fault.startswith("lacks"):
+        return f"{path} {best.fault}."
+    if best.matched:
+        return f"{path} {best.fault}: it holds weights of another model."
+    first = min(names)
+    rules = OTHER_NAMES.items()
+    library = next((lib for rule, lib in rules if any(re.search(rule, n) for n in names)), "")
+    if library:
+        return (
+            f"{path} has the names of {library} ({first}), not timm's: give the file that timm "
+            "publishes for this model."
+        )
+    return f"{path} has other names than the model, such as {first}: it {best.fault}."
 
 
 def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
