@@ -279,8 +279,9 @@ def _read(path: Path) -> dict[str, Tensor]:
                 found = {name: file.get_tensor(name) for name in file.keys()}
         else:
             metadata = {}
-            with torch.serialization.safe_globals(HARMLESS):
-                found = dict(_tensors(torch.load(path, map_location="cpu", weights_only=True)))
+            with torch.serialization.safe_globals(HARMLESS), path.open("rb") as stream:
+                # A stream, because of a path torch.load believes the suffix.
+                found = dict(_tensors(torch.load(stream, map_location="cpu", weights_only=True)))
     except Exception as error:  # damaged files make their readers raise anything
         raise BackboneError(_unreadable(path, error)) from error
     if "aoft" in metadata:
