@@ -121,7 +121,7 @@ def test_the_same_architecture_under_another_name_is_accepted(
         (QUICK, NAME, "blocks.0.mlp.act is QuickGELU, not GELU"),
         ("efficientnet_lite0", "tf_efficientnet_lite0", "conv_stem is Conv2d, not Conv2dSame"),
         ("vit_base_patch16_224", "vit_base_patch16_clip_224", "norm_pre is Identity, not "),
-        ("vit_tiny_patch16_224", "vit_tiny_patch16_384", "patch_embed.img_size is (224, 224)"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_384", "patch_embed.grid_size is (14, 14), not"),
         ("vit_small_patch16_224", "vit_tiny_patch16_224", "embed_dim is 384, not 192"),
         ("no_such_model", "vit_tiny_patch16_224", "no_such_model is another architecture"),
         ("deit_tiny_patch16_224", "vit_tiny_patch16_224", ""),
@@ -142,7 +142,6 @@ def test_names_are_compared_by_what_timm_makes_of_them(found: str, wanted: str, 
         ({"no_embed_class": True}, "no_embed_class is True, not False"),
         ({"global_pool": "avg"}, "global_pool is avg, not token"),
         ({"drop_path_rate": 0.1}, ""),
-        ({"act_layer": "gelu"}, ""),
         ({"img_size": 224}, ""),
     ],
 )
@@ -220,7 +219,7 @@ def test_a_model_that_its_name_does_not_make_gets_no_checkpoint(
 
 def test_an_argument_that_is_no_text_or_number_gets_no_checkpoint(tmp_path: Path) -> None:
     model = timm.create_model(NAME, num_classes=3, act_layer=nn.ReLU, **SHAPE)
-    with pytest.raises(CheckpointError, match="ReLU, not GELU.*arguments that are texts or"):
+    with pytest.raises(CheckpointError, match=r"ReLU, not GELU.*arguments that are texts or"):
         save(attach(model), tmp_path / "a.ckpt", classes=CLASSES, preprocessing=PREPROCESSING)
 
 
@@ -233,7 +232,7 @@ def test_a_plain_model_is_what_its_name_makes() -> None:
 def test_the_structure_of_a_model_is_in_no_file(trained: Callable[..., Path]) -> None:
     kept = described(trained(NAME))["backbone"]
     assert kept.keys() == {"name", "digest", "origin", "args"}
-    with pytest.raises(BackboneError, match="has the keys .*structure"):
+    with pytest.raises(BackboneError, match=r"has the keys .*structure"):
         Backbone.from_dict({**kept, "structure": []})
 
 
@@ -251,9 +250,9 @@ def test_a_fleet_takes_no_task_of_another_architecture(
 ) -> None:
     fleet = Fleet(quick_fleet)
     same, other = trained(f"{QUICK}.openai"), trained(NAME)
-    fleet.add("same", same)
+    fleet.add(same, "same")
     with pytest.raises(CheckpointError, match=rf"was trained on {NAME}\(.*\), but the fleet's"):
-        fleet.add("other", other)
+        fleet.add(other, "other")
     assert set(fleet.tasks) == {"same", *Fleet(quick_fleet).tasks}
     (tmp_path / "other.ckpt").write_bytes(other.read_bytes())
     with pytest.raises(CheckpointError, match="may compute something else with the same weights"):
