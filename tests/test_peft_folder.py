@@ -655,3 +655,157 @@ def test_a_folder_on_other_weights_than_it_was_written_for_is_refused(
     assert main([*map(str, arguments), "--force"]) == 0
     manifest = json.loads((tmp_path / "b.safetensors.json").read_text("utf-8"))
     assert manifest["forced"] is True
+
+
+PATHS = [
+    "qkv",
+    "attn.qkv",
+    "blocks.0.attn.qkv",
+    "blocks.1.attn.qkv",
+    "blocks.10.attn.qkv",
+    "blocks.0.attn.qkv_norm",
+    "blocks.0.attn.qkv.linear",
+    "blocks.0.attn.pre_qkv",
+    "blocks.0.mlp.fc1",
+    "blocks.0.mlp.fc1_g",
+    "blocks.0.mlp.fc1.base",
+    "fc1.blocks.0.mlp",
+    "stages.1.blocks.0.mlp.fc1",
+    "layers.0.blocks.1.attn.qkv",
+    "head",
+    "head.fc",
+    "heads.0.fc",
+    "x.head.fc",
+]
+PATTERNS = [
+    "qkv",
+    "attn.qkv",
+    "attn",
+    "blocks.0",
+    "blocks.1.attn.qkv",
+    "0.attn.qkv",
+    r"blocks\.\d\.attn",
+    r"blocks\.\d+\..*",
+    "^blocks.0.attn.qkv",
+    "mlp.fc1",
+    "fc1|qkv",
+    "fc.",
+    ".*mlp.*",
+    "kv",
+    "head",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_match_where_pefts_do(pattern: str, peft: Any) -> None:
+    # At the start, in the middle and at the end of a path, whole names and parts of names.
+    other = importlib.import_module("peft.utils.other")
+    tuners = importlib.import_module("peft.tuners.tuners_utils")
+    for second in ("fc1", "blocks.0.attn.qkv"):
+        ranks, alphas = {pattern: 3, second: 5}, {second: 7, pattern: 11}
+        fields: dict[str, Any] = {"r": 2, "lora_alpha": 6, "rank_pattern": ranks}
+        for more in ({}, {"use_rslora": True}, {"alpha_pattern": alphas}):
+            given = {"peft_type": "LORA", **fields, **more}
+            config = AdapterConfig.from_dict(given)
+            for path in PATHS:
+                rank = ranks.get(other.get_pattern_key(ranks, path), 2)
+                known = more.get("alpha_pattern", {})
+                alpha = known.get(other.get_pattern_key(known, path), 6)
+                root = math.sqrt(rank) if more.get("use_rslora") else rank
+                assert config.rank_of(path) == rank, path
+                assert config.scaling(path) == alpha / root, path
+    for fields in (
+        {"target_modules": [pattern]},
+        {"target_modules": pattern},
+        {"target_modules": ["qkv", "fc1", "fc"], "exclude_modules": [pattern]},
+        {"target_modules": ["qkv", "fc1", "fc"], "exclude_modules": pattern},
+        {"target_modules": ["qkv", "fc1", "fc"], "modules_to_save": [pattern]},
+        {"target_modules": [pattern], "layers_to_transform": [0]},
+        {"target_modules": ["qkv", "fc1"], "layers_to_transform": [1], "layers_pattern": [pattern]},
+        {"target_modules": ["qkv", "fc1"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+    ):
+        ours = AdapterConfig.from_dict({"peft_type": "LORA", **fields})
+        theirs = peft.LoraConfig(**fields)
+        if isinstance(theirs.target_modules, set):
+            theirs.target_modules = sorted(theirs.target_modules)
+        for path in PATHS:
+            found = tuners.check_target_module_exists(theirs, path)
+            expected = bool(found) and not isinstance(found, tuners._ExcludedModule)
+            assert ours.adapts(path) is expected, (fields, path)
+
+
+def test_pissa_is_read_as_its_refusal_advises(
+    peft: Any, weights: Callable[[str], Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    # PEFT's conversion leaves modules_to_save out, so that the classifier would be lost.
+    config = peft.LoraConfig(
+        r=4, target_modules=["qkv"], modules_to_save=["head"], init_lora_weights="pissa"
+    )
+    model = peft.get_peft_model(base_model(), config)
+    start = tmp_path / "start"
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(start)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.mul_(1.3)
+    model.eval()
+    with torch.inference_mode():
+        expected = model(X)
+    model.save_pretrained(tmp_path / "trained")
+    line = refused(main, *options(tmp_path / "trained", weights(VIT)))
+    assert "path_initial_model_for_weight_conversion, and copy the tensors of modules_to" in line
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain, path_initial_model_for_weight_conversion=str(start))
+    tensors = load_file(plain / "adapter_model.safetensors")
+    whole = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    assert not any("head" in name for name in tensors)
+    line = refused(main, *options(plain, weights(VIT)))
+    assert "lacks head.weight" in line
+    assert "PEFT's conversion of PiSSA or OLoRA leaves out" in line
+    tensors |= {name: tensor for name, tensor in whole.items() if "head" in name}
+    save_file(tensors, plain / "adapter_model.safetensors")
+    check(plain, VIT, weights(VIT), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"base_model_name_or_path": "timm/vit_tiny_patch16_224.augreg_in21k"}, "was trained on v"),
+        ({"base_model_name_or_path": EVA}, f"was trained on {EVA}, but {VIT} computes something"),
+        (
+            {"auto_mapping": {"base_model_class": "Eva", "parent_library": "timm.models.eva"}},
+            "was trained on a Eva, but",
+        ),
+        ({"base_model_name_or_path": f"timm/{VIT}.tag"}, ""),
+        ({"base_model_name_or_path": "/home/somebody/model"}, ""),
+    ],
+)
+def test_a_backbone_that_the_folder_does_not_name_is_refused(
+    fields: dict[str, Any],
+    told: str,
+    adapted: Callable[..., Tensor],
+    weights: Callable[[str], Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    expected = adapted(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    if told:
+        assert told in refused(main, *options(tmp_path / "a", weights(VIT)))
+        tuned = load(tmp_path / "a", backbone=VIT, weights=weights(VIT), force=True)
+        with torch.inference_mode():
+            torch.testing.assert_close(tuned(X), expected, atol=1e-5, rtol=0)
+    else:
+        check(tmp_path / "a", VIT, weights(VIT), expected)
+
+
+def test_a_classifier_below_a_prefix_of_the_weights_file_stays(
+    adapted: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    expected = adapted(tmp_path / "a", modules_to_save=None)
+    state = {f"module.{name}": tensor for name, tensor in base_model().state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    check(tmp_path / "a", VIT, tmp_path / "w.pth", expected)

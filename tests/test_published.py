@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -518,3 +519,50 @@ def test_a_zip_that_is_no_torch_archive_is_refused(
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.txt", "text")
     assert "is damaged" in refused(main, *options(tmp_path / "photos.zip", npz))
+
+
+def faulty_npz(npz: Path, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    with np.load(npz) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    change(arrays)
+    np.savez(path, **arrays)
+    return path
+
+
+NORM = "Transformer/encoderblock_0/LayerNorm_0"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda arrays: arrays.update({f"{NORM}/gain": np.ones(3)}), "more"),
+        (lambda arrays: arrays.update({"registers": np.ones((1, 4, 8))}), "more"),
+        (lambda arrays: arrays.update({"embedding/bias": np.ones(1)}), "fewer"),
+        (lambda arrays: arrays.update({"pre_logits/kernel": np.ones((8, 8))}), ""),
+        (lambda arrays: arrays.update({"head/more": np.ones(8)}), ""),
+    ],
+)
+def test_an_npz_file_must_fill_the_model_just_so(
+    change: Callable[[dict[str, Any]], object],
+    told: str,
+    npz: Path,
+    pth: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    path = faulty_npz(npz, tmp_path / "w.npz", change)
+    if told:
+        line = refused(main, *options(pth, path))
+        assert re.search(r"holds \d+ numbers of a backbone, but VisionTransformer has \d+", line)
+    else:
+        assert main([str(o) for o in options(pth, path)]) == 0
+
+
+def test_a_scale_that_is_no_vector_is_refused(npz: Path, tmp_path: Path, refused: Any) -> None:
+    state = published_state(seed=1)
+    name = next(name for name in state if name.endswith("scale_col"))
+    state[name] = state[name].reshape(2, -1)
+    torch.save(state, tmp_path / "a.pth")
+    line = refused(main, *options(tmp_path / "a.pth", npz))
+    assert f"{name} has shape (2, " in line
+    assert "must be a vector" in line

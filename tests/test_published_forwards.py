@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from aoft_deploy import attach, merge
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.tuned import TunedModel
+from aoft_deploy.tuned import TunedModel, _absorb
 
 PLAIN: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {
@@ -210,7 +211,7 @@ def singular_swin(kind: str) -> TunedModel:
 def test_a_singular_weight_of_patch_merging_cannot_pass_its_shift_on(kind: str) -> None:
     tuned = singular_swin(kind)
     tuned.updates["layers.1.downsample.reduction"].get_parameter("shift").data[1] = 1
-    with pytest.raises(CheckpointError, match="a patch merging's weight is singular, so the norm"):
+    with pytest.raises(CheckpointError, match="weight is singular or nearly so, so the norm"):
         merge(tuned)
 
 
@@ -218,6 +219,47 @@ def test_a_singular_weight_of_patch_merging_cannot_pass_its_shift_on(kind: str) 
 def test_a_singular_weight_of_patch_merging_without_shift_is_folded(kind: str) -> None:
     tuned, x = singular_swin(kind), image(SWIN)
     assert torch.allclose(merge(tuned)(x), tuned(x), atol=1e-12)
+
+
+def ill_conditioned(condition: float, direction: int) -> tuple[nn.LayerNorm, nn.Linear, Tensor]:
+    """A norm, a map of singular values from 1 down to 1/condition, and a shift along one of them.
+
+    Direction 0 is that of the largest, -1 that of the smallest.
+    """
+    source = np.random.default_rng(0)
+    left = np.linalg.qr(source.normal(size=(16, 16)))[0]
+    right = np.linalg.qr(source.normal(size=(32, 16)))[0]
+    values = np.geomspace(1, 1 / condition, 16)
+    norm, layer = nn.LayerNorm(32), nn.Linear(32, 16, bias=False).double()
+    layer.weight.data = torch.from_numpy(left * values @ right.T)
+    norm.bias.data = torch.from_numpy(source.normal(size=32)).float()
+    return norm, layer, torch.from_numpy(left[:, direction].copy())
+
+
+@pytest.mark.parametrize(("condition", "direction"), [(1e2, -1), (1e6, 0), (1e9, 0), (3e3, -1)])
+def test_an_ill_conditioned_map_passes_on_a_shift_that_it_can(
+    condition: float, direction: int
+) -> None:
+    norm, layer, shift = ill_conditioned(condition, direction)
+    before, weight = norm.bias.detach().clone().numpy(), layer.weight.detach().numpy()
+    _absorb(norm, layer, shift)
+    change = norm.bias.detach().numpy().astype(np.float64) - before
+    # The oracle is NumPy's pseudo-inverse; the bias is kept in float32.
+    np.testing.assert_allclose(
+        change, np.linalg.pinv(weight, rcond=1e-12) @ shift.numpy(), rtol=1e-5, atol=1e-6
+    )
+    assert np.abs(weight @ change - shift.numpy()).max() < 1e-3
+
+
+@pytest.mark.parametrize("condition", [1e6, 1e9, 1e20])
+def test_an_ill_conditioned_map_whose_shift_float32_cannot_hold_is_refused(
+    condition: float,
+) -> None:
+    norm, layer, shift = ill_conditioned(condition, -1)
+    before = norm.bias.detach().clone()
+    with pytest.raises(CheckpointError, match="singular or nearly so"):
+        _absorb(norm, layer, shift)
+    assert torch.equal(norm.bias, before)
 
 
 def test_a_shift_that_the_norm_before_cannot_hold_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -185,10 +186,29 @@ def test_a_distilled_model_has_two_classifiers() -> None:
 def test_a_model_without_classifier_is_refused() -> None:
     with pytest.raises(AttachError, match="has no classifier: create it with num_classes"):
         classifier_names(timm.create_model("resnet10t", num_classes=0))
-    with pytest.raises(AttachError, match="Linear has no classifier"):
+    with pytest.raises(AttachError, match="Linear of torch is no timm model"):
         classifier_names(nn.Linear(2, 2))
 
 
 def test_a_model_without_blocks_or_known_convolutions_is_refused() -> None:
     with pytest.raises(AttachError, match="MobileNetV3 has no transformer blocks"):
         find_sites(timm.create_model("mobilenetv3_small_050", num_classes=1))
+
+
+def test_a_model_that_is_not_timms_is_told_what_it_is() -> None:
+    transformers: Any = importlib.import_module("transformers")
+    torchvision: Any = importlib.import_module("torchvision")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, intermediate_size=8, **small)
+    others = {
+        "ViTForImageClassification of transformers": transformers.ViTForImageClassification(config),
+        "ResNet of torchvision": torchvision.models.resnet18(num_classes=3),
+        "Sequential of torch": nn.Sequential(nn.Linear(3, 2)),
+    }
+    for told, model in others.items():
+        with pytest.raises(AttachError, match=f"^{told} is no timm model.*timm.create_model"):
+            classifier_names(model)
+    wrapped = nn.Module()
+    wrapped.module = timm.create_model("test_vit", num_classes=3)
+    with pytest.raises(AttachError, match="wrapper around a timm model: hand over its attribute"):
+        classifier_names(wrapped)

@@ -312,7 +312,7 @@ def test_timms_own_weights_must_fill_the_model_too() -> None:
     more = r"timm's file for aoft_vit_nano lacks blocks\.6\.norm1\.weight, .* and 21 more"
     with pytest.raises(BackboneError, match=more):
         create_backbone("aoft_vit_nano", num_classes=3, depth=8)
-    less = r"timm's file for aoft_vit_nano holds blocks\.4\..* and 21 more, which the model has no place"
+    less = r"timm's file for aoft_vit_nano holds blocks\.4\..* no place for"
     with pytest.raises(BackboneError, match=less):
         create_backbone("aoft_vit_nano", num_classes=3, depth=4)
     assert create_backbone("aoft_vit_nano", num_classes=3)[1].origin == "timm"
