@@ -58,7 +58,8 @@ class AdapterConfig:
         rslora: The factor is alpha / √r instead of alpha / r.
         targets: Regular expression of whole paths, or ends of paths.
         excluded: The same for modules that are left out.
-        layers: Numbers of the only blocks to change; empty for all.
+        layers: Numbers of the only blocks to change, where targets are ends of paths; empty for
+            all. A target that is a whole path is changed in any block.
         layers_patterns: Names that stand before those numbers; empty for any.
         saved: Ends of the paths of modules that are trained whole.
         base: Name of the model that it was trained on, where it is told.
@@ -102,6 +103,7 @@ class AdapterConfig:
             base_class=_class(values.get("auto_mapping", {})),
         )
         expressions = [v for v in (config.targets, config.excluded) if isinstance(v, str)]
+        _check_patterns(map(_numbered, config.layers_patterns))
         _check_patterns(
             [*expressions, *config.ranks, *config.alphas, *config.layers_patterns, *config.saved]
         )
@@ -123,7 +125,8 @@ class AdapterConfig:
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
             return False
-        return _matches(self.targets, module) and self._in_layers(module)
+        whole = isinstance(self.targets, str) or module in self.targets
+        return _matches(self.targets, module) and (whole or self._in_layers(module))
 
     def saves(self, parameter: str) -> bool:
         """Whether a parameter belongs to a module that is trained whole."""
@@ -134,9 +137,10 @@ class AdapterConfig:
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
-        expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_patterns]
-        found = (re.match(e, module) for e in expressions or [r".*?\.[^.]*\.(\d+)\."])
-        return any(int(match[1]) in self.layers for match in found if match)
+        found = (re.match(_numbered(name), module) for name in self.layers_patterns or [None])
+        first = next((match for match in found if match), None)
+        number = first and first["idx"]
+        return number is not None and int(number) in self.layers
 
 
 def _check_plain(data: Mapping[str, Any]) -> None:
@@ -208,6 +212,12 @@ def _indices(value: Any) -> list[int]:
     raise CheckpointError(
         f"layers_to_transform is {_short(value)}, but must be whole numbers of blocks."
     )
+
+
+def _numbered(name: str | None) -> str:
+    """Regular expression of a path with a block's number, after a name or after any."""
+    start = r".*?\.[^.]*" if name is None else rf"(?:^|.*?\.){name}"
+    return rf"{start}\.(?P<idx>\d+)\."
 
 
 def _check_patterns(patterns: Iterable[str]) -> None:

@@ -693,6 +693,8 @@ PATTERNS = [
     ".*mlp.*",
     "kv",
     "head",
+    "(layers|blocks)",
+    "(stages|blocks)",
 ]
 
 
@@ -734,6 +736,7 @@ def test_patterns_match_where_pefts_do(pattern: str, peft: Any) -> None:
             assert ours.adapts(path) is expected, (fields, path)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_pissa_is_read_as_its_refusal_advises(
     peft: Any, weights: Callable[[str], Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -809,3 +812,11 @@ def test_a_classifier_below_a_prefix_of_the_weights_file_stays(
     state = {f"module.{name}": tensor for name, tensor in base_model().state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     check(tmp_path / "a", VIT, tmp_path / "w.pth", expected)
+
+
+def test_a_layers_pattern_that_peft_could_not_use_is_refused() -> None:
+    fields = {"target_modules": ["qkv"], "layers_to_transform": [0]}
+    with pytest.raises(CheckpointError, match="is no regular expression"):
+        AdapterConfig.from_dict(
+            {"peft_type": "LORA", **fields, "layers_pattern": [r"(?P<idx>blocks)"]}
+        )

@@ -251,7 +251,7 @@ def test_an_ill_conditioned_map_passes_on_a_shift_that_it_can(
     assert np.abs(weight @ change - shift.numpy()).max() < 1e-3
 
 
-@pytest.mark.parametrize("condition", [1e6, 1e9, 1e20])
+@pytest.mark.parametrize("condition", [1e8, 1e10, 1e20])
 def test_an_ill_conditioned_map_whose_shift_float32_cannot_hold_is_refused(
     condition: float,
 ) -> None:
