@@ -324,7 +324,8 @@ def test_a_truncated_published_file_is_refused(
 ) -> None:
     data = pth.read_bytes()
     pth.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    assert "is damaged or would run code" in refused(main, *options(pth, npz))
+    line = refused(main, *options(pth, npz))
+    assert re.search("is damaged or would run code|is a zip archive without its end", line), line
 
 
 class Bomb:
@@ -421,7 +422,8 @@ def test_backbone_weights_that_would_run_code_are_refused_and_do_not_run(
 ) -> None:
     marker = tmp_path / "ran"
     path = bomb(tmp_path, marker, kind)
-    assert "cannot be read as weights" in refused(main, *options(pth, path))
+    line = refused(main, *options(pth, path))
+    assert re.search("cannot be read as weights|which could run code: save the model", line), line
     assert not marker.exists()
 
 
@@ -430,9 +432,8 @@ def test_torchscript_is_refused(
     suffix: str, script: Path, pth: Path, npz: Path, refused: Callable[..., str]
 ) -> None:
     path = script.rename(script.with_suffix(suffix))
-    assert "would run code" in refused(main, *options(path, npz))
-    assert "is a pickle, which could run code" in refused(main, "--merge", path)
-    assert "cannot be read as weights" in refused(main, *options(pth, path))
+    for argv in (options(path, npz), ["--merge", path], options(pth, path)):
+        assert "is a TorchScript program, which is not run" in refused(main, *argv)
 
 
 def test_an_npz_with_a_pickled_array_is_refused_and_does_not_run(
