@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.manifest import check_unchanged
+from aoft_deploy.manifest import check_unchanged, unchanged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -312,8 +312,8 @@ def load_artefact(
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
 
     Raises:
-        CheckpointError: No exporter writes such files or folders, or this one is damaged or not
-            the one that the manifest beside it is of.
+        CheckpointError: No exporter writes such files or folders, or this one is damaged, not the
+            one that the manifest beside it is of, or written while it is opened.
         UnknownNameError: The engine does not run such artefacts.
         SettingError: The engine cannot run this artefact, or not on that device.
         MissingExtraError: The runtime is not installed.
@@ -324,10 +324,11 @@ def load_artefact(
             f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge "
             "first."
         )
-    check_unchanged(path)
     if engine is not None and engine not in exporter.ENGINES:
         raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
-    return exporter.load(path, engine=engine, threads=threads, device=device)
+    with unchanged(path):
+        check_unchanged(path)
+        return exporter.load(path, engine=engine, threads=threads, device=device)
 
 
 def _exporter_of(path: Path) -> Exporter | None:
@@ -354,8 +355,9 @@ def load_fleet(path: Path, *, threads: int | None = None) -> Any:
             f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to "
             "onnx or openvino."
         )
-    check_unchanged(path)
-    return exporter.load_fleet(path, threads=threads)
+    with unchanged(path):
+        check_unchanged(path)
+        return exporter.load_fleet(path, threads=threads)
 
 
 def check_batch(

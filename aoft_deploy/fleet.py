@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,19 @@ from aoft_deploy.task_slots import Residency
 from aoft_deploy.task_store import TaskStore, open_store
 from aoft_deploy.task_tables import TaskTables
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "TaskAnswer"]
+
+
+class TaskAnswer(NamedTuple):
+    """A task's answer about one image; both fields are of the same version of the task.
+
+    Attributes:
+        logits: (classes,).
+        classes: Names of the classes, in the order of the logits.
+    """
+
+    logits: NDArray[np.float32]
+    classes: tuple[str, ...]
 
 
 class Fleet:
@@ -166,19 +179,21 @@ class Fleet:
                 rest = [name for name in rest if name not in slots]
 
     def predict(
-        self, images: NDArray[np.float32], tasks: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
-        """Logits of each image by its own task.
+        self, images: NDArray[np.float32], tasks: Sequence[str], *, rows: int | None = None
+    ) -> list[TaskAnswer]:
+        """Logits of each image by its own task, with the names of their classes.
 
+        All images of a task are answered by one version of it, also if it is replaced meanwhile.
         A batch of more tasks than the budget has room for runs in parts, as many tasks at a time as
         there is room for beside those of other requests.
 
         Args:
             images: Normalised, float32 (batch, 3, H, W).
             tasks: Name of each image's task.
+            rows: Most images that the engine computes at once; None: all.
 
         Returns:
-            For each image its task's logits, (classes,).
+            The answer about each image.
 
         Raises:
             UnknownNameError: There is no such task, or it was removed before its numbers were
@@ -193,17 +208,27 @@ class Fleet:
                 f"Images of shape {images.shape} for {len(tasks)} tasks: give "
                 f"({len(tasks)}, 3, {size}, {size})."
             )
-        answers: dict[int, NDArray[np.float32]] = {}
+        answers: dict[int, TaskAnswer] = {}
         names = list(dict.fromkeys(tasks))
         while names:
-            with self._tasks.holding(names) as slots:
-                part = [i for i, name in enumerate(tasks) if name in slots]
-                chosen = images if len(part) == len(images) else images[part]
-                task = np.array([slots[tasks[i]] for i in part], np.int64)
-                counts = self._tables.count[task]
-                columns = np.arange(counts.max(), dtype=np.int64)
-                logits = self._engine.run(chosen, task, self._tables.arrays | {"columns": columns})
-            for i, row, count in zip(part, logits, counts.tolist(), strict=True):
-                answers[i] = row[:count]
-            names = [name for name in names if name not in slots]
+            with self._tasks.holding(names) as held:
+                part = [i for i, name in enumerate(tasks) if name in held]
+                for start in range(0, len(part), rows or len(part)):
+                    some = part[start : start + (rows or len(part))]
+                    logits = self._logits(images, some, [held[tasks[i]].slot for i in some])
+                    for i, row in zip(some, logits, strict=True):
+                        classes = held[tasks[i]].classes
+                        answers[i] = TaskAnswer(row[: len(classes)], classes)
+            names = [name for name in names if name not in held]
         return [answers[i] for i in range(len(tasks))]
+
+    def _logits(
+        self, images: NDArray[np.float32], chosen: list[int], slots: list[int]
+    ) -> NDArray[np.float32]:
+        """Logits of the chosen images by the tasks in these slots, −inf beyond their classes."""
+        some = images if len(chosen) == len(images) else images[chosen]
+        task = np.array(slots, np.int64)
+        columns = np.arange(self._tables.count[task].max(), dtype=np.int64)
+        tables = self._tables.arrays | {"columns": columns}
+        logits: NDArray[np.float32] = self._engine.run(some, task, tables)
+        return logits

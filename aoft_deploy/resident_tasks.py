@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.task_names import Names
 from aoft_deploy.task_numbers import TaskNumbers
-from aoft_deploy.task_slots import Residency, TaskSlots
+from aoft_deploy.task_slots import Held, Residency, TaskSlots
 from aoft_deploy.task_store import TaskStore
 from aoft_deploy.task_tables import TaskTables
 
@@ -136,21 +136,21 @@ class ResidentTasks:
             raise self._unknown(name)
 
     @contextmanager
-    def holding(self, names: Sequence[str]) -> Iterator[Mapping[str, int]]:
-        """Slots of tasks, which stay theirs until the end.
+    def holding(self, names: Sequence[str]) -> Iterator[Mapping[str, Held]]:
+        """Slots and classes of tasks, which stay theirs until the end.
 
         Args:
             names: Different names, one at least.
 
         Yields:
-            Slot by name: of all of them, or of as many as there is room for, one at least.
+            What is held, by name: all of them, or as many as there is room for, one at least.
 
         Raises:
             UnknownNameError: There is no such task, or it was removed meanwhile.
             CheckpointError: The store cannot give its numbers.
             SettingError: The tasks added leave no room for it.
         """
-        held: dict[str, int] = {}
+        held: dict[str, Held] = {}
         try:
             with self._lock:
                 here = [name for name in names if name in self._slots.slots]
@@ -160,17 +160,17 @@ class ResidentTasks:
                 if not self.knows(name):
                     raise self._unknown(name)
             for name in missing:
-                slot = self._paged_in(name, wait=not held)
-                if slot is None:
+                task = self._paged_in(name, wait=not held)
+                if task is None:
                     break
-                held[name] = slot
+                held[name] = task
             yield held
         finally:
             with self._changing():
-                for slot in held.values():
-                    self._slots.release(slot)
+                for task in held.values():
+                    self._slots.release(task.slot)
 
-    def _paged_in(self, name: str, wait: bool) -> int | None:
+    def _paged_in(self, name: str, wait: bool) -> Held | None:
         """Hold a task that was not in memory; None where there is no room without waiting.
 
         Of several requests that want it, one reads.
@@ -188,13 +188,13 @@ class ResidentTasks:
                 continue
             try:
                 task = task or self._read(name)
-                slot = self._shown(name, task)
+                held = self._shown(name, task)
             except BaseException as error:
                 self._end(name, mine).set_exception(error)
                 raise
             self._end(name, mine).set_result(task)
-            if slot is not None or not wait:
-                return slot
+            if held is not None or not wait:
+                return held
             self._wait(changes)
 
     def _end(self, name: str, outcome: Future[TaskNumbers]) -> Future[TaskNumbers]:
@@ -218,7 +218,7 @@ class ResidentTasks:
             self._tables.write(slot, task)
         return slot
 
-    def _shown(self, name: str, task: TaskNumbers) -> int | None:
+    def _shown(self, name: str, task: TaskNumbers) -> Held | None:
         """Hold a task just read, unless it was removed meanwhile; None where there is no room."""
         slot = self._written(task)
         if slot is None:

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.task_tables import TaskTables
 
-__all__ = ["Residency", "TaskSlots"]
+__all__ = ["Held", "Residency", "TaskSlots"]
+
+
+class Held(NamedTuple):
+    """A version of a task that a request holds.
+
+    Attributes:
+        slot: Where its numbers lie in the tables.
+        classes: Names of its classes, in the order of its logits.
+    """
+
+    slot: int
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -112,8 +125,8 @@ class TaskSlots:
         else:
             self._added_bytes += self.tables.size(len(classes))
 
-    def hold(self, name: str, *, hit: bool) -> int:
-        """Slot of a task, which stays its own until as many releases as holds.
+    def hold(self, name: str, *, hit: bool) -> Held:
+        """A task as it is now; its slot stays its own until as many releases as holds.
 
         Args:
             name: The task.
@@ -124,7 +137,7 @@ class TaskSlots:
         self._held[slot] += 1
         if name in self._paged:
             self._paged.move_to_end(name)
-        return slot
+        return Held(slot, self.classes[name])
 
     def release(self, slot: int) -> None:
         """End a hold."""

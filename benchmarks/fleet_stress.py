@@ -127,7 +127,7 @@ class Stress:
                 answers = self.fleet.predict(self.images[chosen], names)
             end = time.monotonic()
             for answer, name, image in zip(answers, names, chosen.tolist(), strict=True):
-                found["wrong"] += not self.right(answer, name, image, start, end)
+                found["wrong"] += not self.right(answer.logits, name, image, start, end)
                 found["checked"] += 1
             found["served"] += 1
             if worker == 0 and turn % max(requests // 20, 1) == 0:

@@ -90,7 +90,8 @@ class Soak:
         size, rng = fleet.preprocessing.size, np.random.default_rng(0)
         self.images = rng.normal(size=(8, 3, size, size)).astype(np.float32)
         self.wanted = {
-            name: np.stack(fleet.predict(self.images, [name] * 8)) for name in fleet.tasks
+            name: np.stack([a.logits for a in fleet.predict(self.images, [name] * 8)])
+            for name in fleet.tasks
         }
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.draining = False

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_model import metadata_of
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ from aoft_deploy.checkpoint import open_checkpoint, save
 from aoft_deploy.checkpoint_folder import CheckpointFolder
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.fleet import Fleet
+from aoft_deploy.fleet import Fleet, TaskAnswer
 from aoft_deploy.packed_tasks import PackedTasks, pack
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.tuned import attach, merge
@@ -40,7 +41,12 @@ def write(
     """Write a task's checkpoint, no number of which is at its start."""
 
     def task(
-        path: Path, classes: int, seed: int, method: str = "aoft-lora-star", **settings: Any
+        path: Path,
+        classes: int,
+        seed: int,
+        method: str = "aoft-lora-star",
+        called: str = "c",
+        **settings: Any,
     ) -> Path:
         model, identity = create_backbone(
             backbone_name, num_classes=classes, weights=backbone_weights, **backbone_args
@@ -50,7 +56,7 @@ def write(
         with torch.no_grad():
             for parameter in tuned.trained().values():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-        names = [f"c{i}" for i in range(classes)]
+        names = [f"{called}{i}" for i in range(classes)]
         save(tuned, path, classes=names, preprocessing=Preprocessing(16, 1.0, HALF, HALF))
         return path
 
@@ -93,14 +99,15 @@ def artefact(
 
 
 def right(
-    answers: list[NDArray[np.float32]],
+    answers: list[TaskAnswer],
     names: list[str],
     chosen: list[int],
     expected: dict[str, NDArray[np.float32]],
 ) -> bool:
     return len(answers) == len(names) and all(
-        answer.shape == expected[name][image].shape
-        and bool(np.abs(answer - expected[name][image]).max() < 1e-4)
+        answer.logits.shape == expected[name][image].shape
+        and len(answer.classes) == len(answer.logits)
+        and bool(np.abs(answer.logits - expected[name][image]).max() < 1e-4)
         for answer, name, image in zip(answers, names, chosen, strict=True)
     )
 
@@ -150,13 +157,13 @@ def test_a_slot_is_not_given_to_another_task_while_a_request_uses_it(
     fleet = Fleet(artefact, threads=1)
     fleet.add(tasks["t2"])
     with fleet._tasks.holding(["t2"]) as slots:
-        before = fleet._tables.bank[slots["t2"]].copy()
+        before = fleet._tables.bank[slots["t2"].slot].copy()
         fleet.remove("t2")
         fleet.add(tasks["t3"])
-        assert np.array_equal(fleet._tables.bank[slots["t2"]], before)
+        assert np.array_equal(fleet._tables.bank[slots["t2"].slot], before)
     fleet.add(tasks["t4"])
     with fleet._tasks.holding(["t4"]) as later:
-        assert later["t4"] == slots["t2"]
+        assert later["t4"].slot == slots["t2"].slot
 
 
 def test_what_does_not_belong_is_refused_and_the_fleet_goes_on(
@@ -259,7 +266,7 @@ def test_a_fleet_whose_own_tasks_make_no_sense_is_refused(
     proto = onnx.load(artefact)
     stored = {i.name: i for i in proto.graph.initializer if i.name in ("bank", "heads", "first")}
     tables = {name: onnx.numpy_helper.to_array(i).copy() for name, i in stored.items()}
-    info = {entry.key: entry.value for entry in proto.metadata_props}
+    info = metadata_of(artefact)
     change(tables, info)
     for name, table in tables.items():
         stored[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(table), name))
@@ -520,3 +527,51 @@ def test_a_task_is_replaced_at_one_moment(
     assert right(fleet.predict(images[:1], ["t1"]), ["t9"], [0], expected)
     fleet.remove("t7")
     assert "t7" not in fleet.names and "t7" not in fleet
+
+
+@pytest.fixture(scope="module")
+def versions(write: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three versions of a task; the last has more classes."""
+    folder = tmp_path_factory.mktemp("versions")
+    sizes = {"old": 3, "new": 3, "wider": 5}
+    return [
+        write(folder / f"{name}.ckpt", size, seed=40 + i, called=name)
+        for i, (name, size) in enumerate(sizes.items())
+    ]
+
+
+def merged_answer(path: Path, images: NDArray[np.float32], weights: Path) -> tuple[Any, list[str]]:
+    """Logits by PyTorch of the merged checkpoint, and its classes."""
+    model, checkpoint = open_checkpoint(path, weights=weights)
+    with torch.inference_mode():
+        return merge(model)(torch.from_numpy(images)).numpy(), list(checkpoint.classes)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+@pytest.mark.parametrize("following", [1, 2])
+def test_an_answer_is_of_one_version_with_that_version_s_classes(
+    rows: int | None,
+    following: int,
+    artefact: Path,
+    versions: list[Path],
+    images: NDArray[np.float32],
+    backbone_weights: Path,
+) -> None:
+    fleet = Fleet(artefact, threads=1)
+    fleet.add(versions[0], "task")
+    run, calls = fleet._engine.run, list[int]()
+
+    def exchanging(chosen: Any, *rest: Any) -> Any:
+        calls.append(len(chosen))
+        if len(calls) == 1:  # within the engine: what is held stays as it was
+            fleet.add(versions[following], "task", replace=True)
+        return run(chosen, *rest)
+
+    fleet._engine.run = exchanging
+    for version in (0, following):
+        logits, classes = merged_answer(versions[version], images[:4], backbone_weights)
+        answers = fleet.predict(images[:4], ["task"] * 4, rows=rows)
+        for answer, wanted in zip(answers, logits, strict=True):
+            assert list(answer.classes) == classes
+            np.testing.assert_allclose(answer.logits, wanted, atol=1e-4, rtol=0)
+    assert calls == [rows or 4] * (8 // (rows or 4))

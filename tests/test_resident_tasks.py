@@ -15,6 +15,7 @@ from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.resident_tasks import ResidentTasks
 from aoft_deploy.task_names import Names
 from aoft_deploy.task_numbers import TaskKind, TaskNumbers
+from aoft_deploy.task_slots import Held
 from aoft_deploy.task_tables import TaskTables
 
 KIND = TaskKind("d" * 64, "lora", {}, {}, (("q", (6,)),), width=1)
@@ -54,11 +55,13 @@ class Resident(ResidentTasks):
 
     def values(self, *names: str) -> dict[str, float]:
         """Value of each task held; all its numbers must be the same."""
-        with self.holding(names) as slots:
-            return {name: self.value(slot) for name, slot in slots.items()}
+        with self.holding(names) as held:
+            return {name: self.value(task) for name, task in held.items()}
 
-    def value(self, slot: int) -> float:
+    def value(self, held: Held) -> float:
+        slot, classes = held
         first, count = int(self.tables.first[slot]), int(self.tables.count[slot])
+        assert len(classes) == count
         found = {*self.tables.bank[slot], *self.tables.heads[first : first + count].ravel()}
         assert len(found) == 1, found
         return float(found.pop())

@@ -6,7 +6,7 @@ The one place where the server opens engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.tensors import DTYPES, Tensor
 from aoft_deploy.single_file import read_metadata
 
-__all__ = ["Artefact", "open_artefact", "signature"]
+__all__ = ["Artefact", "open_artefact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +39,9 @@ class Artefact:
         prepare: From an upright RGB image to one sample of the input.
         size: Side of that sample in pixels.
         batcher: Its queue and engine.
+        preprocessing: What ``prepare`` does.
         classes: Of a merged model, in the order of the logits.
         fleet: Of a fleet, whose tasks are models.
-        mark: What its files were like when it was opened.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Artefact:
     prepare: Callable[[Image], NDArray[Any]]
     size: int
     batcher: Batcher
+    preprocessing: Preprocessing
     classes: tuple[str, ...]
     fleet: Fleet | None
-    mark: object
 
 
 def open_artefact(
@@ -74,7 +74,6 @@ def open_artefact(
         SettingError: It is a fleet, and an engine or a device is asked for.
         MissingExtraError: Its engine's package is not installed.
     """
-    mark = signature(path)
     info = read_metadata(path) if path.suffix == ".onnx" else None
     engine = None
     if info is None or "tasks" not in info:
@@ -90,14 +89,14 @@ def open_artefact(
             )
         fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
         preprocessing, pixels, stop = fleet.preprocessing, False, None
-        run: Run = fleet.predict
+        run: Run = partial(fleet.predict, rows=settings.max_batch)
         classes: tuple[str, ...] = ()
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
     else:
         preprocessing, classes = _described(path, engine.info)
         pixels, stop = engine.takes_pixels, getattr(engine, "stop", None)
-        run = partial(_answers, engine)
+        run = partial(_answers, engine, classes, settings.max_batch)
         tasks, width = [""], len(classes)
     size = preprocessing.size
     tensor = (
@@ -116,17 +115,7 @@ def open_artefact(
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing
-    return Artefact(name, path, tensor, prepare, size, batcher, classes, fleet, mark)
-
-
-def signature(path: Path) -> object:
-    """What changes when the artefact at ``path`` is written anew; None where there is none."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    try:
-        found = [(file.name, file.stat()) for file in files]
-    except FileNotFoundError:
-        return None
-    return tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in found)
+    return Artefact(name, path, tensor, prepare, size, batcher, preprocessing, classes, fleet)
 
 
 def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
@@ -141,8 +130,13 @@ def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
         ) from error
 
 
-def _answers(engine: Engine, images: NDArray[Any], tasks: Sequence[str]) -> NDArray[np.float32]:
-    return engine.run(images)
+def _answers(
+    engine: Engine, classes: Sequence[str], rows: int, images: NDArray[Any], tasks: Sequence[str]
+) -> Iterator[tuple[NDArray[np.float32], Sequence[str]]]:
+    """Logits of a merged model's samples, so many rows at a time, and its classes."""
+    for start in range(0, len(images), rows):
+        for logits in engine.run(images[start : start + rows]):
+            yield logits, classes
 
 
 def _warm_up(
@@ -151,7 +145,7 @@ def _warm_up(
     for rows in sorted({1, largest}):
         batch = np.zeros((rows, *tensor.shape), DTYPES[tensor.datatype])
         try:
-            logits = np.stack(list(run(batch, tasks * rows)))
+            logits = np.stack([each for each, _ in run(batch, tasks * rows)])
         except Exception as error:  # runtimes raise classes of their own, all Exception
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path} does not run ({reason}).") from error

@@ -24,13 +24,19 @@ from aoft_deploy.serving.collector import Collector
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.refusals import Refusal
 
-__all__ = ["ENGINE", "Answer", "Batcher", "Run"]
+__all__ = ["ENGINE", "Answer", "Batcher", "NotFiniteError", "Run"]
 
 ENGINE = "engine"
 """Name of every engine's thread; there is none where no engine computes and all are closed."""
 
-Run = Callable[[NDArray[Any], Sequence[str]], Iterable[NDArray[np.float32]]]
-"""From a batch and the name of each sample's task to the logits of each sample."""
+Run = Callable[[NDArray[Any], Sequence[str]], Iterable[tuple[NDArray[np.float32], Sequence[str]]]]
+"""From a batch and the name of each sample's task to each sample's logits and their classes.
+
+All samples of a task are answered by one version of it."""
+
+
+class NotFiniteError(ArithmeticError):
+    """NaN or infinity among a request's logits: no probabilities come of them."""
 
 
 class Answer(NamedTuple):
@@ -38,6 +44,7 @@ class Answer(NamedTuple):
 
     Attributes:
         logits: (batch, classes) of the request.
+        classes: Names of the classes, in the order of the logits, of what computed them.
         queued: Seconds in the queue.
         computed: Seconds in the engine, of the whole batch.
         rows: Samples of the whole batch.
@@ -45,6 +52,7 @@ class Answer(NamedTuple):
     """
 
     logits: NDArray[np.float32]
+    classes: Sequence[str]
     queued: float
     computed: float
     rows: int
@@ -69,7 +77,7 @@ class Batcher:
 
     Args:
         run: The engine.
-        max_rows: Samples in a batch.
+        max_rows: Samples in a batch; a single larger request goes to the engine alone.
         max_wait: Seconds that a batch waits for more at most.
         capacity: Requests that may wait.
         engine_seconds: Time after which an engine that has not returned is given up.
@@ -247,18 +255,16 @@ class Batcher:
         )
         tasks = [job.task for job in batch for _ in range(len(job.images))]
         start = time.perf_counter()
-        logits: list[NDArray[np.float32]] = []
-        for i in range(0, len(together), self._max_rows):  # a single larger request goes in parts
-            part = slice(i, i + self._max_rows)
-            logits.extend(self._run(together[part], tasks[part]))
+        rows = list(self._run(together, tasks))
         seconds = time.perf_counter() - start
-        if not np.isfinite(np.concatenate(logits)).all():
-            raise ArithmeticError("the engine's logits are not finite")
+        if not all(np.isfinite(logits).all() for logits, _ in rows):
+            raise NotFiniteError("The model's logits are not finite.")
         answers, seen, row = [], set[str](), 0
         for job in batch:
-            own = np.stack(logits[row : row + len(job.images)])
+            own = rows[row : row + len(job.images)]
             row += len(job.images)
-            queued = job.sent - job.arrived
-            answers.append(Answer(own, queued, seconds, len(together), job.task not in seen))
+            logits, classes = np.stack([each for each, _ in own]), own[0][1]
+            queued, first = job.sent - job.arrived, job.task not in seen
+            answers.append(Answer(logits, classes, queued, seconds, len(together), first))
             seen.add(job.task)
         return answers

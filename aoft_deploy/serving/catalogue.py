@@ -47,9 +47,8 @@ class Catalogue:
 
     async def ready(self, request: Request) -> Response:
         """``GET /v2/health/ready``."""
-        if not self._service.ready:
-            told = self._service.state if self._service.state != "ready" else "stuck"
-            raise Refusal(503, f"The server is {told}.")
+        if unready := self._service.unready:
+            raise Refusal(503, f"The server is {unready}.")
         return Response()
 
     async def model_ready(self, request: Request) -> Response:

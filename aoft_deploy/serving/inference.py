@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
 from aoft_deploy.prediction import ranked
-from aoft_deploy.serving.batcher import Answer
+from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.serving.batcher import Answer, NotFiniteError
 from aoft_deploy.serving.calls import Call, Departure
 from aoft_deploy.serving.encodings import compressed, decompressed
 from aoft_deploy.serving.log import log
@@ -59,9 +59,8 @@ class Inference:
                 asked = await service.aside(parse_request, *arguments)
             parsed = time.perf_counter()
             model, answer = await self._answer(model, call, asked.images, asked.timeout)
-            names: Sequence[str] = self._classes(model, answer) if asked.top else ()
         begun = time.perf_counter()
-        text, length = format_answer(model.name, asked, answer.logits, names)
+        text, length = format_answer(model.name, asked, answer.logits, answer.classes)
         headers = [JSON]
         if length is not None:
             headers = [BINARY, (b"inference-header-content-length", b"%d" % length)]
@@ -97,12 +96,14 @@ class Inference:
                 raise Refusal(504, "The time for this request is up.") from None
             parsed = time.perf_counter()
             service.observations.stages.observe(parsed - call.start, artefact.name, "decode")
-            model, answer = await self._answer(model, call, np.stack(samples), None)
-            names = self._classes(model, answer)
+            preprocessing = artefact.preprocessing
+            model, answer = await self._answer(
+                model, call, np.stack(samples), None, prepared=preprocessing
+            )
         begun = time.perf_counter()
         classes = [
             [{"label": p.label, "probability": p.probability} for p in row]
-            for row in ranked(answer.logits, names, top)
+            for row in ranked(answer.logits, answer.classes, top)
         ]
         content = {"model_name": model.name, "model_version": VERSION, "predictions": classes}
         self._count(model, call, answer, parsed, begun)
@@ -133,15 +134,32 @@ class Inference:
         return body
 
     async def _answer(
-        self, model: Model, call: Call, images: NDArray[Any], timeout: float | None
+        self,
+        model: Model,
+        call: Call,
+        images: NDArray[Any],
+        timeout: float | None,
+        prepared: Preprocessing | None = None,
     ) -> tuple[Model, Answer]:
-        """The model as it is now, and its answer."""
+        """The model as it is now, and its answer.
+
+        Args:
+            model: As it was when the images were read.
+            call: The request.
+            images: Samples of its input.
+            timeout: Seconds that the client gives it; None: it names none.
+            prepared: How the server made the samples of pictures; None: the client made them.
+        """
         settings = self._service.settings
         seconds = settings.timeout if timeout is None else min(timeout, settings.timeout)
         left = call.start + seconds - time.perf_counter()
         found = self._service.models.find(model.name)  # it may have been exchanged meanwhile
-        if found.artefact.tensor != model.artefact.tensor:
-            raise Refusal(503, f"The model {shown(model.name)} was exchanged: ask again.")
+        if found.artefact.tensor != model.artefact.tensor or (
+            prepared is not None and found.artefact.preprocessing != prepared
+        ):
+            after = {"Retry-After": "1"}
+            message = f"The model {shown(model.name)} was exchanged: ask again."
+            raise Refusal(503, message, headers=after)
         try:
             return found, await found.artefact.batcher.answer(images, found.task, left)
         except Refusal as refusal:
@@ -157,16 +175,10 @@ class Inference:
                 raise Refusal(503, "There is no memory left for this model's task.") from None
             if isinstance(error, AoftError):
                 raise Refusal(500, "The model's task cannot be read.") from None
+            if isinstance(error, NotFiniteError):
+                told = "The model's logits on this request are NaN or infinite: no answer is given."
+                raise Refusal(500, told) from None
             raise Refusal(500, "The model failed on this request.") from None
-
-    def _classes(self, model: Model, answer: Answer) -> Sequence[str]:
-        try:
-            names = self._service.models.classes(model)
-        except AoftError:
-            names = ()
-        if len(names) != answer.logits.shape[1]:
-            raise Refusal(503, f"The model {shown(model.name)} was exchanged: ask again.")
-        return names
 
     def _failed(self, model: Model, call: Call) -> None:
         spent = time.perf_counter() - call.start

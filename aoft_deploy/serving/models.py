@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aoft_deploy.engines import TunedExporter, exporter_names, get_exporter
 from aoft_deploy.errors import AoftError, CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.fleet import Fleet
-from aoft_deploy.serving.artefacts import Artefact, open_artefact, signature
+from aoft_deploy.manifest import signature
+from aoft_deploy.serving.artefacts import Artefact, open_artefact
+from aoft_deploy.serving.following import Follower, Look
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.refusals import Refusal, shown
+from aoft_deploy.serving.repository import CHECKPOINT, Sight, is_name, printable, seen
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.threads import in_thread
 
 __all__ = ["Model", "Models", "artefact_name"]
-
-CHECKPOINT = ".ckpt"
 
 
 class Model(NamedTuple):
@@ -45,11 +46,13 @@ class Models:
 
     Attributes:
         artefacts: Those that are open, by name.
+        failed: Names that could not be served at the start, until they can or their files go.
 
     Args:
         settings: Of the server.
         given: Artefacts by name, opened at the start.
         observe: Told name, rows and seconds of every batch.
+        clock: Seconds, for what is tried again.
 
     Raises:
         SettingError: Two artefacts or none are given, or a name cannot stand in an address.
@@ -60,8 +63,9 @@ class Models:
         settings: Settings,
         given: Sequence[tuple[str, Path]],
         observe: Callable[[str, int, float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._observe = settings, observe
+        self._settings, self._observe, self._clock = settings, observe, clock
         self._given = dict(given)
         if len(self._given) < len(given):
             raise SettingError("Two artefacts have the same name: give NAME=PATH.")
@@ -71,21 +75,41 @@ class Models:
             _check_name(name)
         self.artefacts: dict[str, Artefact] = {}
         self._added: dict[str, Path] = {}  # tasks of fleets, from checkpoints
-        self._faults: dict[str, str] = {}
-        self._marks: dict[str, object] = {}
-        self._seen: dict[str, object] = {}
+        self.failed: set[str] = set()
+        self._faults: dict[str, str] = {}  # of the last try to open
+        self._unseen: Mapping[str, str] = {}  # what the last look could not look at
+        self._told: Mapping[str, str] = {}  # what was logged of entries that are passed over
+        self._follower = Follower(settings.follow)
         self._lock = asyncio.Lock()
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a model to ask."""
+        return any(
+            a.fleet is None or a.fleet.tasks or self._settings.store is not None
+            for a in self.artefacts.values()
+        )
+
+    @property
+    def faulty(self) -> bool:
+        """Whether something that should be served could not be opened, or not be looked at."""
+        return bool(self._faults or self._unseen)
 
     async def open_given(self) -> None:
         """Open what was given, then what the repository holds.
 
         Raises:
+            SettingError: The repository is no folder, or one that cannot be read.
             AoftError: Something given cannot be served; of the repository it is only logged.
         """
+        sight = await in_thread(self._sight)
+        if sight.fault:
+            raise SettingError(f"{sight.fault}: name another folder with --repository.")
         for name, path in self._given.items():
             async with self._lock:
                 await self._open(name, path)
         await self.look(settled=True)
+        self.failed = {*self._faults, *self._unseen}
 
     def find(self, name: str) -> Model:
         """What a name means now.
@@ -118,7 +142,12 @@ class Models:
                 kept.
         """
         async with self._lock:
-            path = (await in_thread(self._sources)).get(name)
+            sight = await in_thread(self._sight)
+            path = sight.paths.get(name)
+            if name in sight.unseen:
+                raise Refusal(400, f"{name} was not loaded: {sight.unseen[name]}")
+            if path is None and sight.fault:
+                raise Refusal(400, f"{name} was not loaded: the repository cannot be read.")
             if path is None:
                 raise Refusal(404, f"There is no artefact for a model {shown(name)}.")
             try:
@@ -134,6 +163,8 @@ class Models:
         """
         async with self._lock:
             await self._close(name)
+            self._follower.closed(name)
+            self.failed.discard(name)
 
     async def index(self) -> list[dict[str, str]]:
         """Every model, whether it is ready, and why not; last failures too."""
@@ -142,15 +173,16 @@ class Models:
         for name, artefact in self.artefacts.items():
             fleet = artefact.fleet
             names = {name} if fleet is None else await in_thread(_names, fleet)
-            (stuck if artefact.batcher.stuck else ready).update(names)
+            (stuck if artefact.batcher.stuck else ready).update(filter(is_name, names))
+        faults = {**dict.fromkeys(stuck, "the engine is stuck"), **self._faults, **self._unseen}
         return [
             {
                 "name": name,
                 "version": "1",
                 "state": "READY" if name in ready else "UNAVAILABLE",
-                "reason": self._faults.get(name, "the engine is stuck" if name in stuck else ""),
+                "reason": faults.get(name, ""),
             }
-            for name in sorted(ready | stuck | set(self._faults))
+            for name in sorted(ready | faults.keys())
         ]
 
     async def look(self, *, settled: bool = False) -> None:
@@ -159,28 +191,27 @@ class Models:
         Args:
             settled: Whether files are taken as they are; else once two looks found them the same.
         """
-        sources = await in_thread(self._sources)
-        marks = await in_thread(lambda: {name: signature(path) for name, path in sources.items()})
-        gone = [n for n in self._marks if n not in sources or marks[n] is None]
-        for name in gone:
+        sight = await in_thread(self._sight)
+        self._tell(sight)
+        self._unseen = sight.unseen
+        look = Look(sight.marks, frozenset(sight.unseen), not sight.fault)
+        changes = self._follower.looked(look, self._clock(), settled=settled)
+        for name in changes.gone:
             if name in self._given:
                 continue  # what was given is served on without its file
-            del self._marks[name]
             self._faults.pop(name, None)
+            self.failed.discard(name)
             try:
-                await self.unload(name)
+                async with self._lock:
+                    await self._close(name)
                 log("model removed", model=name)
             except Refusal:
                 pass
-        for name, mark in marks.items():
-            if mark is None or mark == self._marks.get(name):
-                continue
-            if settled or self._seen.get(name) == mark:
-                try:
-                    await self.load(name)
-                except Refusal:
-                    pass  # logged, and told by the index
-            self._seen[name] = mark
+        for name in changes.opened:
+            try:
+                await self.load(name)
+            except Refusal:
+                pass  # logged, and told by the index
 
     async def follow(self) -> None:
         """Look at the files again and again."""
@@ -198,23 +229,48 @@ class Models:
 
     async def _open(self, name: str, path: Path) -> None:
         """Open and exchange; the caller has the lock."""
-        self._marks[name] = await in_thread(signature, path)
         try:
+            self._follower.opening(name, await in_thread(signature, path))
+            await in_thread(_check_readable, path)
             if path.suffix == CHECKPOINT:
                 await self._add(name, path)
             else:
                 await self._exchange(name, path)
+        except FileNotFoundError as error:
+            fault = CheckpointError(f"There is no file {path}.")
+            self._fail(name, path, fault, fault)
+            raise fault from error
         except AoftError as error:
-            self._faults[name] = _told(error, path)
-            log("model not loaded", model=name, reason=str(error))
+            self._fail(name, path, error, error)
             raise
         except Exception as error:  # a file of anybody's makes readers raise what they trip over
-            fault = CheckpointError(f"{path} cannot be read ({type(error).__name__}).")
-            self._faults[name] = _told(fault, path)
-            log("model not loaded", model=name, reason=f"{fault} {error}")
+            why = getattr(error, "strerror", None) or type(error).__name__
+            fault = CheckpointError(f"{path} cannot be read ({why}).")
+            self._fail(name, path, fault, error)
             raise fault from error
         self._faults.pop(name, None)
+        self.failed.discard(name)
+        self._follower.opened(name)
         log("model loaded", model=name)
+
+    def _fail(self, name: str, path: Path, told: AoftError, error: Exception) -> None:
+        """Remember why a model was not opened, and log it unless that was the last reason too."""
+        before, self._faults[name] = self._faults.get(name), _told(told, path)
+        self._follower.failed(name, self._clock())
+        if self._faults[name] != before:
+            reason = str(told) if error is told else f"{told} {error}"
+            log("model not loaded", model=name, reason=printable(reason))
+
+    def _tell(self, sight: Sight) -> None:
+        """Log what is passed over or cannot be looked at, once for each reason."""
+        told = {**sight.passed, **sight.unseen}
+        if sight.fault:
+            told = {**self._told, "": sight.fault}
+        for entry, reason in told.items():
+            if self._told.get(entry) != reason:
+                event = "passed over" if entry in sight.passed else "cannot be looked at"
+                log(event, entry=printable(entry), reason=printable(reason))
+        self._told = told
 
     async def _exchange(self, name: str, path: Path) -> None:
         opened = await in_thread(open_artefact, name, path, self._settings, self._observe)
@@ -256,17 +312,9 @@ class Models:
                 return
         raise Refusal(404, f"There is no model {shown(name)}.")
 
-    def _sources(self) -> dict[str, Path]:
-        """Everything that may be opened, by name; artefacts first, since checkpoints need them."""
-        found = dict(self._given)
-        folder = self._settings.repository
-        if folder is not None and folder.is_dir():
-            suffixes = _suffixes()
-            entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
-            for path in sorted(entries, key=lambda p: (p.suffix == CHECKPOINT, p.name)):
-                if path.suffix in suffixes and _is_name(path.stem) and _is_readable(path):
-                    found.setdefault(path.stem, path)
-        return found
+    def _sight(self) -> Sight:
+        """Everything that may be opened; artefacts first, since checkpoints need them."""
+        return seen(self._given, self._settings.repository)
 
 
 def artefact_name(text: str) -> tuple[str, Path]:
@@ -277,30 +325,24 @@ def artefact_name(text: str) -> tuple[str, Path]:
     return Path(text).stem, Path(text)
 
 
-def _suffixes() -> set[str]:
-    """Of files that may be served: those of engines that need no backbone, and checkpoints."""
-    exporters = [get_exporter(name) for name in exporter_names()]
-    merged = {e.SUFFIX for e in exporters if not isinstance(e, TunedExporter)}
-    return merged - {".safetensors"} | {CHECKPOINT}
-
-
-def _is_name(name: str) -> bool:
-    return re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) is not None and name not in (".", "..")
-
-
-def _is_readable(path: Path) -> bool:
-    """Whether it is a file or a folder, and no pipe, which nobody may ever write to."""
-    return path.is_file() or path.is_dir()
-
-
 def _check_name(name: str) -> None:
-    if not _is_name(name):
+    if not is_name(name):
         raise SettingError(f"A model cannot be called {name!r} in an address: rename it.")
+
+
+def _check_readable(path: Path) -> None:
+    """Whether the system lets us read it: what a reader makes of a refusal is not the reason.
+
+    Raises:
+        OSError: It does not.
+    """
+    if path.is_file():
+        path.open("rb").close()
 
 
 def _told(error: AoftError, path: Path) -> str:
     """An error's sentence without where things lie on the host."""
-    text = str(error).replace(str(path), path.name)
+    text = printable(str(error).replace(str(path), path.name))
     text = re.sub(r"\[\w+Error\] : \d+ : \w+ : ", "", text)  # ONNX Runtime's own
     return re.sub(r"(?<![\w.])/[\w.\-/ ]*/(?=[\w.\-])", "", text)
 

@@ -62,9 +62,26 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken and every engine answers."""
-        stuck = any(a.batcher.stuck for a in self.models.artefacts.values())
-        return self.state == "ready" and not stuck
+        """Whether requests are taken, every engine answers, and there is what should be."""
+        return not self.unready
+
+    @property
+    def unready(self) -> str:
+        """Why the server is not ready; empty where it is.
+
+        With nothing to serve it is ready only if nothing failed: it waits for its first model.
+        ``strict`` asks for a model, and for every one that was there at the start.
+        """
+        models = self.models
+        if self.state != "ready":
+            return self.state
+        if any(artefact.batcher.stuck for artefact in models.artefacts.values()):
+            return "stuck"
+        if not models.any and (self.settings.strict or models.faulty):
+            return "without a model"
+        if self.settings.strict and models.failed:
+            return "without a model that failed at the start"
+        return ""
 
     async def start(self) -> None:
         """Open and warm up what was given.
@@ -75,7 +92,11 @@ class Service:
         await self.models.open_given()
         if self.state == "starting":
             self.state = "ready"
-            log("ready", models=sorted(self.models.artefacts))
+            unready = self.unready
+            if unready:
+                log("not ready", reason=f"The server is {unready}.")
+            else:
+                log("ready", models=sorted(self.models.artefacts))
         if self.settings.follow:
             self._follower = asyncio.create_task(self.models.follow())
 

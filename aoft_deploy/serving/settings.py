@@ -99,6 +99,10 @@ class Settings:
         default=2.0,
         metadata=_about("how often files are looked at for changes; 0 leaves it out", 0, 3600),
     )
+    strict: bool = field(
+        default=False,
+        metadata=_about("be ready only with a model to ask, and none that failed at the start"),
+    )
     log_requests: bool = field(
         default=False, metadata=_about("log every request, not only failures of the server")
     )

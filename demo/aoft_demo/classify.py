@@ -58,11 +58,11 @@ def classify(visitor: Visitor, picture: Path, names: Sequence[str], top: int = T
     batch = np.repeat(row[None], len(tasks), axis=0)
     keys = [task.key for task in tasks]
     start = time.perf_counter()
-    logits = fleet.predict(batch, keys)
+    answers = fleet.predict(batch, keys)
     seconds = time.perf_counter() - start
     found = {
-        name: ranked(own[None], task.classes, top)[0]
-        for name, task, own in zip(names, tasks, logits, strict=True)
+        name: ranked(answer.logits[None], answer.classes, top)[0]
+        for name, answer in zip(names, answers, strict=True)
     }
     return Answers(found, seconds, _switch(visitor, keys), image.width, image.height)
 

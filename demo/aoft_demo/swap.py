@@ -76,7 +76,8 @@ def verify(visitor: Visitor, name: str) -> Agreement:
     inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
     own = logits(tuned.eval(), inputs)
     merged = logits(merge(tuned).eval(), inputs)
-    fleet = np.stack(visitor.stage.fleet.predict(inputs, [task.key] * IMAGES))
+    answers = visitor.stage.fleet.predict(inputs, [task.key] * IMAGES)
+    fleet = np.stack([answer.logits for answer in answers])
     top = own.argmax(1)
     agreeing = (merged.argmax(1) == top) & (fleet.argmax(1) == top)
     return Agreement(

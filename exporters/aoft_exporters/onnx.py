@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Engine, Recipe
 from aoft_deploy.errors import OutputError, SettingError
+from aoft_deploy.single_file import digest_entry
 from aoft_exporters.attention import ATTENTION_OPSET
 from aoft_exporters.graph_cache import graph_of
 from aoft_exporters.int8 import quantised
@@ -214,7 +215,9 @@ def _save(
     _check_size(stored_bytes(proto), recipe.precision, fleet=tables is not None)
     content = proto.SerializeToString()  # once: with the weights it takes a second
     onnx.checker.check_model(content)
-    path.write_bytes(content)
+    with path.open("wb") as file:
+        file.write(content)
+        file.write(digest_entry(content))
 
 
 def least_bytes(model: nn.Module, precision: str) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
-from aoft_deploy.single_file import read_metadata
+from aoft_deploy.single_file import checked_metadata
 
 __all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library", "session"]
 
@@ -122,7 +122,7 @@ class OnnxEngine:
     """
 
     def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
-        self.info: Mapping[str, str] = read_metadata(path)
+        self.info: Mapping[str, str] = checked_metadata(path)
         self._session = session(path, threads, device, path)
         self._runs = self._new_runs()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
@@ -195,7 +195,7 @@ class OnnxFleet:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnx
 
-        self.info: Mapping[str, str] = read_metadata(path)
+        self.info: Mapping[str, str] = checked_metadata(path)
         try:
             proto = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf raises classes of its own

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe, check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
-from aoft_deploy.single_file import read_metadata
+from aoft_deploy.single_file import checked_metadata
 from aoft_exporters.onnxruntime_engine import FLEET_TABLES, folded_logits
 
 if TYPE_CHECKING:
@@ -425,7 +425,7 @@ def _metadata_of_onnx(path: Path) -> dict[str, str]:
         CheckpointError: The file is damaged, or keeps weights in other files.
         SettingError: The file is in another precision than float32.
     """
-    found = read_metadata(path)
+    found = checked_metadata(path)
     if found.setdefault("precision", "fp32") != "fp32":
         raise SettingError(
             f"{path} is in {found['precision']}, which OpenVINO would compute otherwise than it "
