@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -335,7 +336,7 @@ def _exporter_of(path: Path) -> Exporter | None:
     """The exporter that writes such files or folders."""
     for entry in entry_points(group=GROUP):
         exporter = cast(Exporter, entry.load())
-        marked = isinstance(exporter, FolderExporter) and (path / exporter.MARKER).is_file()
+        marked = isinstance(exporter, FolderExporter) and isfile(path / exporter.MARKER)
         if path.suffix == exporter.SUFFIX or marked:
             return exporter
     return None

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from aoft_deploy.single_file import DIGEST
+
 WEIGHTS = np.random.default_rng(0).normal(size=(768, 5)).astype(np.float32)
 SAYS = ("turns", "place", "room")
 
@@ -111,8 +113,18 @@ def made(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
 
 
 def metadata_of(artefact: Path) -> dict[str, str]:
-    """What an exported file says of itself, for ``made`` to say too."""
-    return {entry.key: entry.value for entry in onnx.load(artefact).metadata_props}
+    """What an exported file says of itself but its digest, for another file to say too."""
+    metadata = onnx.load(artefact).metadata_props
+    return {entry.key: entry.value for entry in metadata if entry.key != DIGEST}
+
+
+def without_digest(proto: Any) -> bytes:
+    """A model as bytes that aoft-export did not write, so that something may be changed in it."""
+    for entry in list(proto.metadata_props):
+        if entry.key == DIGEST:
+            proto.metadata_props.remove(entry)
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 class Heard(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from made_model import metadata_of
 from PIL import Image
 
 from aoft_deploy.cli.bench import main
@@ -132,7 +133,7 @@ def test_artefacts_of_different_sizes_are_refused(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(artefact)
-    props = {entry.key: entry.value for entry in model.metadata_props}
+    props = metadata_of(artefact)
     props["preprocessing"] = json.dumps({**json.loads(props["preprocessing"]), "size": 32})
     onnx.helper.set_model_props(model, props)
     onnx.save(model, tmp_path / "other.onnx")

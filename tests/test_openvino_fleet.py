@@ -91,7 +91,7 @@ def test_a_live_fleet_takes_the_folder(
     answers = live.predict(x, ["again", "cats", "again", "日"])
     for i, own in enumerate([1, 0, 1, 2]):
         expected = unmerged(tasks[own], backbone_weights, x)[i]
-        np.testing.assert_allclose(answers[i], expected, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(answers[i].logits, expected, atol=2e-5, rtol=0)
 
 
 def test_threads_that_ask_at_once_get_their_own_answers(fleet: Path) -> None:

@@ -121,8 +121,10 @@ def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
             name: make_tuned("aoft-lora-star", seed=seed)(torch.from_numpy(x)).numpy()
             for seed, name in enumerate(names)
         }
-    found = {name: np.stack(fleet.predict(x, [name] * len(x))) for name in names}
-    mixed = fleet.predict(x, [names[i % 3] for i in range(len(x))])
+    found = {
+        name: np.stack([a.logits for a in fleet.predict(x, [name] * len(x))]) for name in names
+    }
+    mixed = [a.logits for a in fleet.predict(x, [names[i % 3] for i in range(len(x))])]
     for i, name in enumerate(names):
         error = np.abs(found[name] - own[name]).max()
         assert 0 < error < 0.1 * np.abs(own[name]).max()

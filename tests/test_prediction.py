@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from made_model import metadata_of
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -111,7 +112,7 @@ def test_a_batch_gives_what_its_images_give_alone(artefact: Path, photos: list[P
 
 def doctored(artefact: Path, target: Path, **metadata: str | None) -> Path:
     model = onnx.load(artefact)
-    values = {entry.key: entry.value for entry in model.metadata_props} | metadata
+    values = metadata_of(artefact) | metadata
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {k: v for k, v in values.items() if v is not None})
     onnx.save(model, target)

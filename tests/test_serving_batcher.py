@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import selectors
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from aoft_deploy.serving.batcher import Answer, Batcher
+from aoft_deploy.serving.batcher import Answer, Batcher, NotFiniteError
 from aoft_deploy.serving.collector import Collector
-from aoft_deploy.serving.deadlines import Deadlines
+from aoft_deploy.serving.deadlines import TICK, Deadlines
 from aoft_deploy.serving.refusals import Refusal
 
 
@@ -111,13 +112,29 @@ class Engine:
         self.gate.set()
         self.poison: set[float] = set()
 
-    def __call__(self, images: NDArray[Any], tasks: Sequence[str]) -> list[NDArray[np.float32]]:
+    def __call__(self, images: NDArray[Any], tasks: Sequence[str]) -> list[Any]:
         values = images[:, 0].tolist()
         self.batches.append(values)
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.poison.intersection(values):
             raise RuntimeError("poison")
-        return [np.array([v, len(t)], np.float32) for v, t in zip(values, tasks, strict=True)]
+        rows = [np.array([v, len(t)], np.float32) for v, t in zip(values, tasks, strict=True)]
+        return [(row, (f"value of {task}", "length")) for row, task in zip(rows, tasks, strict=True)]
+
+    async def blocked(self, subject: Batcher, *values: float) -> list[asyncio.Task[Answer]]:
+        """Requests of which the first is in the engine, which waits, and the others in the queue."""
+        self.gate.clear()
+        running = asyncio.create_task(asked(subject, values[0]))
+        await until(lambda: self.batches[-1:] == [[values[0]]])
+        tasks = [running, *(asyncio.create_task(asked(subject, value)) for value in values[1:])]
+        await until(lambda: subject.waiting == len(values) - 1)
+        return tasks
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what must come; a test that waits in vain is ended from outside."""
+    while not true():
+        await asyncio.sleep(0.001)
 
 
 def batcher(engine: Engine, **changes: Any) -> Batcher:
@@ -136,7 +153,7 @@ def played(play: Ask, **options: Any) -> Engine:
     async def run() -> Engine:
         engine = Engine()
         subject = batcher(engine, **options)
-        await asyncio.wait_for(play(subject, engine), 10)
+        await asyncio.wait_for(play(subject, engine), 60)
         assert subject.waiting == 0
         engine.gate.set()
         subject.close()
@@ -145,7 +162,7 @@ def played(play: Ask, **options: Any) -> Engine:
     return asyncio.run(run())
 
 
-async def asked(subject: Batcher, value: float, task: str = "", seconds: float = 5.0) -> Answer:
+async def asked(subject: Batcher, value: float, task: str = "", seconds: float = 60.0) -> Answer:
     return await subject.answer(sample(value), task, seconds)
 
 
@@ -155,8 +172,9 @@ def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
             for turn in range(10):
                 rows = 1 + (number + turn) % 3
                 values = [100.0 * number + 10 * turn + i for i in range(rows)]
-                answer = await subject.answer(sample(*values), "x" * number, 5.0)
+                answer = await subject.answer(sample(*values), "x" * number, 60.0)
                 assert answer.logits.tolist() == [[value, number] for value in values]
+                assert answer.classes == (f"value of {'x' * number}", "length")
                 assert answer.rows >= rows
 
         await asyncio.gather(*map(client, range(12)))
@@ -165,22 +183,29 @@ def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
     assert max(map(len, engine.batches)) > 4 and max(map(len, engine.batches)) <= 8
 
 
-def test_a_request_larger_than_a_batch_runs_in_parts() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
-        values = [float(i) for i in range(20)]
-        answer = await subject.answer(sample(*values), "ab", 5.0)
-        assert answer.logits.tolist() == [[value, 2] for value in values] and answer.rows == 20
+def test_a_request_larger_than_a_batch_goes_to_the_engine_alone() -> None:
+    """So that the engine answers all of it by one version; in parts, if it likes."""
 
-    assert list(map(len, played(play).batches)) == [8, 8, 4]
+    async def play(subject: Batcher, engine: Engine) -> None:
+        engine.gate.clear()
+        values = [float(i) for i in range(20)]
+        first = asyncio.create_task(asked(subject, -1.0))
+        await until(lambda: engine.batches == [[-1.0]])
+        large = asyncio.create_task(subject.answer(sample(*values), "ab", 60.0))
+        last = asyncio.create_task(asked(subject, -2.0))
+        await until(lambda: subject.waiting == 2)
+        engine.gate.set()
+        answer = await large
+        assert answer.logits.tolist() == [[value, 2] for value in values] and answer.rows == 20
+        await asyncio.gather(first, last)
+
+    assert list(map(len, played(play).batches)) == [1, 20, 1]
 
 
 def test_a_poison_sample_fails_alone() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         engine.poison = {3.0}
-        engine.gate.clear()
-        first = asyncio.create_task(asked(subject, 9))
-        others = [asyncio.create_task(asked(subject, value)) for value in range(8)]
-        await asyncio.sleep(0.02)
+        first, *others = await engine.blocked(subject, 9, *range(8))
         engine.gate.set()
         await first
         found = await asyncio.gather(*others, return_exceptions=True)
@@ -189,25 +214,24 @@ def test_a_poison_sample_fails_alone() -> None:
     assert played(play).batches[1] == [float(i) for i in range(8)]
 
 
-def test_logits_that_are_not_finite_are_no_answer() -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
-        answers = await asyncio.gather(
-            asked(subject, 1.0), asked(subject, float("inf")), return_exceptions=True
-        )
-        assert isinstance(answers[0], Answer) and isinstance(answers[1], ArithmeticError)
+        first, *both = await engine.blocked(subject, 0.0, 1.0, value)
+        engine.gate.set()
+        await first
+        answers = await asyncio.gather(*both, return_exceptions=True)
+        assert isinstance(answers[0], Answer) and isinstance(answers[1], NotFiniteError)
 
     played(play)
 
 
-def test_time_runs_out_in_the_queue_at_once_and_the_request_never_runs() -> None:
+def test_time_runs_out_in_the_queue_and_the_request_never_runs() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        first = asyncio.create_task(asked(subject, 1.0))
-        await asyncio.sleep(0.02)
-        start = time.monotonic()
+        (first,) = await engine.blocked(subject, 1.0)
         with pytest.raises(Refusal, match="time for this request") as caught:
-            await asked(subject, 2.0, seconds=0.001)
-        assert caught.value.status == 504 and time.monotonic() - start < 0.1
+            await asked(subject, 2.0, seconds=0.001)  # while the engine is still blocked
+        assert caught.value.status == 504 and not first.done()
         assert subject.waiting == 0
         engine.gate.set()
         await first
@@ -217,12 +241,7 @@ def test_time_runs_out_in_the_queue_at_once_and_the_request_never_runs() -> None
 
 def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        first = asyncio.create_task(asked(subject, 1.0))
-        await asyncio.sleep(0.02)
-        gone = asyncio.create_task(asked(subject, 2.0))
-        await asyncio.sleep(0.01)
-        assert subject.waiting == 1
+        first, gone = await engine.blocked(subject, 1.0, 2.0)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
@@ -235,13 +254,10 @@ def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        accepted = [asyncio.create_task(asked(subject, value)) for value in range(5)]
-        await asyncio.sleep(0.02)
-        start = time.monotonic()
+        accepted = await engine.blocked(subject, *range(5))
         with pytest.raises(Refusal, match="Too many requests wait") as caught:
             await asked(subject, 9.0)
-        assert time.monotonic() - start < 0.05
+        assert not any(task.done() for task in accepted)  # refused while the engine is blocked
         assert caught.value.status == 429 and int(caught.value.headers["Retry-After"]) >= 1
         engine.gate.set()
         await asyncio.gather(*accepted)
@@ -253,96 +269,120 @@ def test_an_engine_that_does_not_return_is_told_of_and_used_again_when_it_does()
     stopped = threading.Event()
 
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        running = asyncio.create_task(asked(subject, 1.0))
-        await asyncio.sleep(0.02)
-        queued = asyncio.create_task(asked(subject, 2.0))
+        (running,) = await engine.blocked(subject, 1.0)
         with pytest.raises(Refusal, match="did not answer in time") as late:
             await running
+        assert late.value.status == 504 and subject.stuck and stopped.is_set()
         with pytest.raises(Refusal, match="try another replica") as never:
-            await queued
-        assert (late.value.status, never.value.status) == (504, 503)
-        assert subject.stuck and stopped.is_set()
-        with pytest.raises(Refusal, match="try another replica"):
             await asked(subject, 3.0)
+        assert never.value.status == 503
         engine.gate.set()
-        while subject.stuck:
-            await asyncio.sleep(0.005)
+        await until(lambda: not subject.stuck)
+        subject._engine_seconds = math.inf  # from here on the test says when it is given up
+        running, queued = await engine.blocked(subject, 5.0, 6.0)
+        subject._give_up()
+        for task, status in ((running, 504), (queued, 503)):
+            with pytest.raises(Refusal) as caught:
+                await task
+            assert caught.value.status == status
+        engine.gate.set()
+        await until(lambda: not subject.stuck)
         assert (await asked(subject, 4.0)).logits.tolist() == [[4.0, 0.0]]
 
-    assert played(play, engine_seconds=0.1, stop=stopped.set).batches == [[1.0], [4.0]]
+    batches = played(play, engine_seconds=0.05, stop=stopped.set).batches
+    assert batches == [[1.0], [5.0], [4.0]]
 
 
 def test_the_first_request_of_each_task_in_a_batch_is_marked() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        first = asyncio.create_task(asked(subject, 0.0))
-        await asyncio.sleep(0.02)
+        (first,) = await engine.blocked(subject, 0.0)
         tasks = [asyncio.create_task(asked(subject, 1.0, task)) for task in ("a", "b", "a")]
-        await asyncio.sleep(0.02)
+        await until(lambda: subject.waiting == 3)
         engine.gate.set()
         await first
         answers = await asyncio.gather(*tasks)
         assert [answer.first for answer in answers] == [True, True, False]
-        assert all(answer.rows == 3 and answer.queued > 0.01 for answer in answers)
+        assert all(answer.rows == 3 and answer.queued > 0 for answer in answers)
 
     played(play)
 
 
 def test_what_waits_when_it_closes_is_still_answered_and_the_thread_ends() -> None:
+    threads: list[threading.Thread] = []
+
     async def play(subject: Batcher, engine: Engine) -> None:
-        engine.gate.clear()
-        tasks = [asyncio.create_task(asked(subject, value)) for value in range(3)]
-        await asyncio.sleep(0.02)
+        before = set(threading.enumerate())
+        tasks = await engine.blocked(subject, *range(3))
+        threads.extend(set(threading.enumerate()) - before)
         subject.close()
         engine.gate.set()
         assert [answer.logits[0, 0] for answer in await asyncio.gather(*tasks)] == [0, 1, 2]
 
-    before = threading.active_count()
     played(play)
-    end = time.monotonic() + 2
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    (thread,) = threads
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+class Timeless(selectors.DefaultSelector):
+    """A selector that does not sleep: waiting is time that has passed."""
+
+    now = 0.0
+    waits: list[float]
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is not None and timeout > 0:
+            self.waits.append(timeout)
+            self.now += timeout
+        return super().select(0)
+
+
+def in_no_time(play: Callable[[Callable[[], float]], Coroutine[Any, Any, None]]) -> list[float]:
+    """Run with a clock that moves only when the event loop waits; how long it waited each time."""
+    selector = Timeless()
+    selector.waits = []
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    try:
+        loop.run_until_complete(play(loop.time))
+    finally:
+        loop.close()
+    return selector.waits
 
 
 def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
-    async def run() -> None:
-        deadlines, called = Deadlines(), list[str]()
-        for name, seconds in (("a", 0.03), ("b", 0.03), ("c", 30.0), ("d", 0.001)):
-            deadlines.add(name, seconds, partial(called.append, name))
+    async def play(now: Callable[[], float]) -> None:
+        deadlines, called = Deadlines(), dict[str, float]()
+        for name, seconds in (("a", 3.0), ("b", 3.0), ("c", 30.0), ("d", 1.0)):
+            deadlines.add(name, seconds, lambda name=name: called.update({name: now()}))
         deadlines.discard("b")
-        await asyncio.sleep(0.02)
-        assert called == ["d"]
-        await asyncio.sleep(0.04)
-        assert called == ["d", "a"]
-        deadlines.shorten(0.01)
-        await asyncio.sleep(0.04)
-        assert called == ["d", "a", "c"]
-        deadlines.add("e", 0.001, partial(called.append, "e"))
-        await asyncio.sleep(0.03)
-        assert called[-1] == "e"
+        await asyncio.sleep(2.0)
+        assert called == {"d": pytest.approx(1.0, abs=2 * TICK)}
+        await asyncio.sleep(2.0)
+        assert called.keys() == {"d", "a"} and called["a"] == pytest.approx(3.0, abs=2 * TICK)
+        deadlines.shorten(5.0)  # at 4
+        await asyncio.sleep(4.5)
+        assert "c" not in called
+        await asyncio.sleep(1.0)
+        assert called["c"] == pytest.approx(9.0, abs=2 * TICK)
+        deadlines.add("e", 1.0, lambda: called.update(e=now()))
+        deadlines.shorten(100.0)  # not longer
+        await asyncio.sleep(2.0)
+        assert called["e"] == pytest.approx(10.5, abs=2 * TICK)
+        assert "b" not in called
 
-    asyncio.run(run())
+    in_no_time(play)
 
 
 def test_deadlines_do_not_wake_the_loop_before_they_are_due() -> None:
-    async def run() -> None:
+    async def play(now: Callable[[], float]) -> None:
         deadlines, called = Deadlines(), list[str]()
         for name in "abc":
             deadlines.add(name, 30.0, partial(called.append, name))
-        wakes, select = 0, asyncio.get_running_loop()._selector.select  # type: ignore[attr-defined]
-
-        def counted(timeout: float | None) -> object:
-            nonlocal wakes
-            wakes += 1
-            return select(timeout)
-
-        asyncio.get_running_loop()._selector.select = counted  # type: ignore[attr-defined]
-        await asyncio.sleep(0.3)
-        assert wakes <= 3
-        deadlines.add("d", 0.02, partial(called.append, "d"))  # earlier than those there are
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(20.0)
+        deadlines.add("d", 2.0, partial(called.append, "d"))  # earlier than those there are
+        await asyncio.sleep(5.0)
         assert called == ["d"]
 
-    asyncio.run(run())
+    waits = in_no_time(play)
+    assert sum(waits) == pytest.approx(25.0) and len(waits) == 3

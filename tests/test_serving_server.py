@@ -86,7 +86,7 @@ def test_tasks_of_a_fleet_are_models_those_of_its_store_too(
     fleet = Fleet(fleet_artefact, store=fleet_tasks["pets"].parent, threads=1)
     for name in fleet_tasks:
         address = name.replace(" ", "%20").replace("ü", "%C3%BC")
-        wanted = np.stack(fleet.predict(IMAGES, [name] * 2))
+        wanted = np.stack([a.logits for a in fleet.predict(IMAGES, [name] * 2)])
         assert np.abs(served.logits(address, IMAGES) - wanted).max() < 1e-5
         assert served.ask("GET", f"/v2/models/{address}/ready")[0] == 200
         assert (

@@ -55,7 +55,10 @@ def images() -> Any:
 @pytest.fixture(scope="module")
 def expected(artefact: Path, fleet_artefact: Path, images: Any) -> dict[str, Any]:
     fleet = Fleet(fleet_artefact, threads=1)
-    found = {name: np.stack(fleet.predict(images, [name] * 3)) for name in fleet.tasks}
+    found = {
+        name: np.stack([a.logits for a in fleet.predict(images, [name] * 3)])
+        for name in fleet.tasks
+    }
     return {"task": load_classifier(artefact).engine.run(images), **found}
 
 
