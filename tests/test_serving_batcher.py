@@ -119,7 +119,9 @@ class Engine:
         if self.poison.intersection(values):
             raise RuntimeError("poison")
         rows = [np.array([v, len(t)], np.float32) for v, t in zip(values, tasks, strict=True)]
-        return [(row, (f"value of {task}", "length")) for row, task in zip(rows, tasks, strict=True)]
+        return [
+            (row, (f"value of {task}", "length")) for row, task in zip(rows, tasks, strict=True)
+        ]
 
     async def blocked(self, subject: Batcher, *values: float) -> list[asyncio.Task[Answer]]:
         """Requests of which the first is in the engine, which waits, and the others in the queue."""

@@ -197,7 +197,10 @@ def test_a_manifest_that_comes_after_its_file_lets_the_file_be_tried_again(
 
 
 def test_what_mends_itself_outside_the_folder_is_tried_again_after_a_while(
-    folder: Path, artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    artefact: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def play() -> None:
         shutil.copy(artefact, folder / "task.onnx")
@@ -438,7 +441,9 @@ def test_a_strict_server_is_ready_once_what_failed_is_mended_or_gone(
 ) -> None:
     async def play() -> None:
         for name in ("task.onnx", "one.onnx", "two.onnx", "three.onnx"):
-            (folder / name).write_bytes(artefact.read_bytes()[: None if name == "task.onnx" else 99])
+            (folder / name).write_bytes(
+                artefact.read_bytes()[: None if name == "task.onnx" else 99]
+            )
         watched = Watched(folder, strict=True)
         await watched.models.open_given()
         watched.service.state = "ready"
