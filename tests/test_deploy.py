@@ -31,7 +31,10 @@ def test_arguments_parse_and_packages_are_the_extra_s() -> None:
 def test_manifests_are_read() -> None:
     runtime, service = yaml.safe_load_all((ROOT / "deploy" / "kserve.yaml").read_text())
     (container,) = runtime["spec"]["containers"]
-    assert parser().parse_args(container["args"]).grace == 30
+    options = parser().parse_args(container["args"])
+    assert options.grace == 30 and options.strict
     assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
-    assert compose["services"]["serve"]["build"]["dockerfile"] == "deploy/Dockerfile"
+    served = compose["services"]["serve"]
+    assert served["build"]["dockerfile"] == "deploy/Dockerfile"
+    assert parser().parse_args(served["command"]).strict

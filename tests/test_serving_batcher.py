@@ -124,7 +124,7 @@ class Engine:
         ]
 
     async def blocked(self, subject: Batcher, *values: float) -> list[asyncio.Task[Answer]]:
-        """Requests of which the first is in the engine, which waits, and the others in the queue."""
+        """Requests: the first is in the engine, which waits, the others are in the queue."""
         self.gate.clear()
         running = asyncio.create_task(asked(subject, values[0]))
         await until(lambda: self.batches[-1:] == [[values[0]]])

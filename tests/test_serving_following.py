@@ -17,7 +17,6 @@ import pytest
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.following import MOST_SECONDS, Changes, Follower, Look
-from aoft_deploy.serving.models import Models
 from aoft_deploy.serving.refusals import Refusal
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
@@ -343,7 +342,7 @@ def test_a_repository_that_is_no_folder_is_refused(kind: str, folder: Path) -> N
         folder.write_text("")
     elif kind == "loop":
         folder.symlink_to(folder)
-    with pytest.raises(SettingError, match="The repository .* cannot be read"):
+    with pytest.raises(SettingError, match=r"The repository .* cannot be read"):
         asyncio.run(Watched(folder).models.open_given())
 
 
