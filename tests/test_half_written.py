@@ -319,3 +319,54 @@ def test_a_copy_in_slow_pieces_is_served_before_and_after_but_not_between(
             else:
                 np.testing.assert_array_equal(load_artefact(path, threads=1).run(x), owed)
     assert refused > 4 and path.read_bytes() == after and not np.array_equal(old, new)
+
+
+def openvino_folders(
+    fleet: bool, make_checkpoint: Callable[..., Path], weights: Path, folder: Path
+) -> list[Path]:
+    """Two folders of other numbers, without manifests."""
+    found = []
+    for seed in (41, 42):
+        output = folder / f"{seed}.openvino"
+        checkpoint = folder / "task.ckpt"
+        shutil.copy(make_checkpoint("aoft-lora-star", seed=seed), checkpoint)
+        options = ["--fleet" if fleet else "--merge", checkpoint, "--to", "openvino", "-o", output]
+        assert export([str(o) for o in [*options, "--backbone-weights", weights]]) == 0
+        manifest_path(output).unlink()
+        found.append(output)
+    return found
+
+
+@pytest.mark.parametrize("fleet", [False, True])
+def test_an_openvino_folder_that_is_half_overwritten_is_not_opened(
+    fleet: bool, make_checkpoint: Callable[..., Path], backbone_weights: Path, tmp_path: Path
+) -> None:
+    opened = Fleet if fleet else load_artefact
+    old, new = openvino_folders(fleet, make_checkpoint, backbone_weights, tmp_path)
+    opened(old)
+    files = [file.name for file in old.iterdir()]
+    changed = [f for f in files if (old / f).read_bytes() != (new / f).read_bytes()]
+    assert len(changed) > 1
+    for name in changed:
+        whole = (old / name).read_bytes()
+        shutil.copy(new / name, old / name)
+        with pytest.raises(CheckpointError, match=REFUSED):
+            opened(old)
+        (old / name).write_bytes(whole)
+    opened(old)
+    for name in files:
+        shutil.copy(new / name, old / name)
+    opened(old)  # it is the new one now
+
+
+def test_an_openvino_model_that_runs_is_not_changed_with_its_files(
+    make_checkpoint: Callable[..., Path], backbone_weights: Path, tmp_path: Path
+) -> None:
+    old, new = openvino_folders(False, make_checkpoint, backbone_weights, tmp_path)
+    x = np.random.default_rng(2).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    engine = load_artefact(old, threads=1)
+    before = engine.run(x)
+    for name in os.listdir(old):
+        (old / name).write_bytes((new / name).read_bytes())
+    np.testing.assert_array_equal(engine.run(x), before)
+    assert not np.array_equal(load_artefact(old, threads=1).run(x), before)

@@ -9,6 +9,7 @@ wherever it runs: a processor that cannot compute in it is refused.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Recipe, check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.files import file_digest
 from aoft_deploy.single_file import checked_metadata
 from aoft_exporters.onnxruntime_engine import FLEET_TABLES, folded_logits
 
@@ -64,6 +66,11 @@ ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 SECTION = "aoft"
 """Where metadata stand in ``rt_info``."""
 
+DIGEST = "files_sha256"
+"""Key of the metadata that holds the digest of all files, of the graph's with zeros in its place."""
+
+ZEROS = "0" * 64
+
 
 def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     """Write a plain model as a folder of OpenVINO's intermediate representation.
@@ -81,6 +88,7 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
     from aoft_exporters import onnx
 
     _write(path, recipe, lambda: onnx.plain_graph(model, recipe, separate=True), _images(recipe))
+    _seal(path)
 
 
 def export_fleet(
@@ -110,6 +118,7 @@ def export_fleet(
 
     _write(path, recipe, lambda: onnx.fleet_graph(model, recipe, tables), sample)
     save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, path / TASKS)
+    _seal(path)
 
 
 def _images(recipe: Recipe) -> Callable[[int], NDArray[Any]]:
@@ -140,7 +149,7 @@ def _write(
     if recipe.precision == "int8":
         nncf_int8.require()
     path.mkdir()
-    told = {**recipe.metadata, "precision": recipe.precision}
+    told = {**recipe.metadata, "precision": recipe.precision, DIGEST: ZEROS}
     between = path / "graph"  # weights beside the graph, which a file of 2 GiB need not hold
     between.mkdir()
     save(graph_of(), between / "graph.onnx", save_as_external_data=True, location="weights")
@@ -157,6 +166,47 @@ def _write(
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
     del graph  # which may read the weights in place
     shutil.rmtree(between)
+
+
+def _seal(path: Path) -> None:
+    """Write down the digest of all files, so that a folder that is half overwritten is known."""
+    digest = _digest(path).encode()
+    text = (path / MARKER).read_bytes()
+    before = f'{DIGEST} value="'.encode()
+    assert text.count(before + ZEROS.encode()) == 1
+    (path / MARKER).write_bytes(text.replace(before + ZEROS.encode(), before + digest))
+
+
+def _check_whole(path: Path) -> None:
+    """Whether a folder's files are those that were written; one without a digest passes.
+
+    Raises:
+        CheckpointError: They are not, or one cannot be read.
+    """
+    try:
+        written = re.search(_written(), (path / MARKER).read_bytes())
+        right = written is None or written[2].decode() == _digest(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if not right:
+        raise CheckpointError(
+            f"{path} is half overwritten, still being written, or was changed since aoft-export "
+            "wrote it: copy or export it again."
+        )
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the graph, zeros where its digest stands, and of the SHA-256s of the others."""
+    text = re.sub(_written(), rb"\g<1>" + ZEROS.encode(), (path / MARKER).read_bytes())
+    parts = [hashlib.sha256(text).hexdigest()]
+    others = (path / MARKER).with_suffix(".bin"), path / TASKS
+    parts += [file_digest(file) for file in others if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _written() -> bytes:
+    """What finds the digest in the graph's file."""
+    return rf'({DIGEST} value=")([0-9a-f]{{64}})'.encode()
 
 
 def _renumber(graph: Any) -> None:
@@ -304,7 +354,10 @@ class _Compiled:
     """A graph compiled for the CPU, with requests that threads take and give back."""
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
+        if file != path:
+            _check_whole(path)
         core = _openvino().Core()
+        core.set_property({"ENABLE_MMAP": False})  # a file written anew changes no model that runs
         found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
         graph = _read(core, file, path)
         self.info: Mapping[str, str] = _metadata(graph, path) if found is None else found
