@@ -296,9 +296,11 @@ def labels(answer: httpx.Response) -> list[list[str]]:
     return [[text.split(":")[2] for text in row] for row in rows]
 
 
+@pytest.mark.parametrize("address", ["infer", "classify"])
 @pytest.mark.parametrize("kind", ["fleet", "merged"])
 def test_labels_are_those_of_what_computed_the_logits(
     kind: str,
+    address: str,
     versions: list[tuple[Path, tuple[str, ...]]],
     merged_versions: list[tuple[Path, tuple[str, ...]]],
     fleet_artefact: Path,
@@ -313,7 +315,14 @@ def test_labels_are_those_of_what_computed_the_logits(
         path, classes = versions[version]
         return [ranked_by(row, classes) for row in expected(path, backbone_weights, pictures)]
 
-    assert owed(0, images) != owed(1, images) and owed(0, photo) != owed(1, photo)
+    async def ask(client: httpx.AsyncClient) -> list[list[str]]:
+        if address == "infer":
+            return labels(await client.post("/v2/models/task/infer", json=many(images)))
+        answer = await client.post("/v2/models/task/classify", content=photos[0].read_bytes())
+        return [[p["label"] for p in row] for row in answer.json()["predictions"]]
+
+    given = images if address == "infer" else photo
+    assert owed(0, given) != owed(1, given)
     fleet = kind == "fleet"
     files = versions if fleet else merged_versions
     path = tmp_path / ("task.ckpt" if fleet else "task.onnx")
@@ -324,20 +333,13 @@ def test_labels_are_those_of_what_computed_the_logits(
         for version in (0, 1, 0, 1):
             other = 1 - version
             gate = Gate(models.find("task").artefact.batcher)
-            asked = asyncio.create_task(client.post("/v2/models/task/infer", json=many(images)))
+            asked = asyncio.create_task(ask(client))
             await asyncio.to_thread(gate.reached.wait)
-            picture = client.post("/v2/models/task/classify", content=photos[0].read_bytes())
-            shown = asyncio.create_task(picture) if version == 0 else None
             shutil.copy(files[other][0], path)
             await models.load("task")  # between the engine and the names
             await gate.open()
-            assert labels(await asked) == owed(version, images)
-            if shown is None:
-                shown = asyncio.create_task(picture)
-            (row,) = (await shown).json()["predictions"]
-            assert [p["label"] for p in row] in (owed(version, photo)[0], owed(other, photo)[0])
-            again = await client.post("/v2/models/task/infer", json=many(images))
-            assert labels(again) == owed(other, images)
+            assert await asked == owed(version, given)
+            assert await ask(client) == owed(other, given)
 
     serving([("fleet", fleet_artefact)] if fleet else [], play, repository=tmp_path)
 

@@ -67,7 +67,7 @@ SECTION = "aoft"
 """Where metadata stand in ``rt_info``."""
 
 DIGEST = "files_sha256"
-"""Key of the metadata that holds the digest of all files, of the graph's with zeros in its place."""
+"""Key of the digest of all files; zeros stand in its place where it is taken of the graph's own."""
 
 ZEROS = "0" * 64
 
