@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import load_fleet
 from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.manifest import unchanged
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.resident_tasks import ResidentTasks
 from aoft_deploy.task_numbers import TaskKind, TaskNumbers, name_of, read_checkpoint_numbers
@@ -143,13 +144,16 @@ class Fleet:
             The task's name.
 
         Raises:
-            CheckpointError: The file is damaged or does not belong to this fleet.
+            CheckpointError: The file is damaged, does not belong to this fleet, or is written
+                meanwhile.
             SettingError: A task of that name is there already, also in the store, or the tasks
                 added leave no room for it in the budget.
         """
         path = Path(checkpoint)
         name = name_of(path) if name is None else name
-        self._tasks.add(name, read_checkpoint_numbers(path, self.kind), replace=replace)
+        with unchanged(path):
+            numbers = read_checkpoint_numbers(path, self.kind)
+        self._tasks.add(name, numbers, replace=replace)
         return name
 
     def remove(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from aoft_deploy import checkpoint_file
 from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import open_checkpoint, save
 from aoft_deploy.checkpoint_folder import CheckpointFolder
@@ -575,3 +577,27 @@ def test_an_answer_is_of_one_version_with_that_version_s_classes(
             assert list(answer.classes) == classes
             np.testing.assert_allclose(answer.logits, wanted, atol=1e-4, rtol=0)
     assert calls == [rows or 4] * (8 // (rows or 4))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_takes_no_task_s_place(
+    artefact: Path,
+    versions: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet, path = Fleet(artefact, threads=1), tmp_path / "task.ckpt"
+    shutil.copy(versions[0], path)
+    shutil.copy(versions[1], tmp_path / "next")
+    read = checkpoint_file._check_header
+
+    def replacing(file: Path) -> None:
+        read(file)
+        (tmp_path / "next").replace(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "_check_header", replacing)
+        with pytest.raises(CheckpointError, match="was changed while it was opened"):
+            fleet.add(path)
+    assert "task" not in fleet
+    fleet.add(path)
+    assert fleet.classes("task") == ("new0", "new1", "new2")
