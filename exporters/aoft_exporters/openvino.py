@@ -294,6 +294,8 @@ class OpenvinoEngine:
         self._name = name
         self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
         self._tables = _tables(path) if "bank" in self._compiled.inputs else {}
+        if file != path:
+            _check_whole(path)
 
     @property
     def arithmetic(self) -> str:
@@ -339,6 +341,7 @@ class OpenvinoFleet:
         self._compiled = _Compiled(path, path / MARKER, threads)
         self.info: Mapping[str, str] = self._compiled.info
         self.tables = _tables(path)
+        _check_whole(path)
 
     def run(
         self,
@@ -354,8 +357,6 @@ class _Compiled:
     """A graph compiled for the CPU, with requests that threads take and give back."""
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
-        if file != path:
-            _check_whole(path)
         core = _openvino().Core()
         core.set_property({"ENABLE_MMAP": False})  # a file written anew changes no model that runs
         found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
