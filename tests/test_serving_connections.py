@@ -50,7 +50,9 @@ def listening(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         )
         async with server:
             yield server.sockets[0].getsockname()[1]
-        assert not state.connections
+        async with asyncio.timeout(10):
+            while state.connections:
+                await asyncio.sleep(0.01)
 
     return serving
 

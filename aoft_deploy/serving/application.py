@@ -117,7 +117,7 @@ class Application:
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
         await send({"type": "http.response.body", "body": content, "more_body": True})
-        if not scope["aoft.call"].read:
+        if not scope["aoft.call"].read and refusal.status != 408:  # its body does not come
             try:
                 async with asyncio.timeout(LINGER_SECONDS):
                     more = True

@@ -35,16 +35,18 @@ class Call:
         headers: By name in lower case.
         id: Of this request, the client's own or ours; in answer and log.
         inflow: The short way of its body, where the connection has one.
+        method: HTTP's.
         model: Name of the model, once it is known that there is one.
         start: When it began, by ``perf_counter``.
         body: Bytes of its body that count as in memory.
         read: Whether the body was read to its end.
     """
 
-    __slots__ = ("body", "count", "headers", "id", "inflow", "model", "read", "start")
+    __slots__ = ("body", "count", "headers", "id", "inflow", "method", "model", "read", "start")
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
         self.inflow: Inflow | None = scope.get(INFLOW)
+        self.method: str = scope["method"]
         self.count = len(scope["headers"])
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         wanted = self.headers.get(b"x-request-id")
@@ -61,8 +63,10 @@ class Call:
 
         Raises:
             Refusal: 400: it says in two ways where its body ends, of which a proxy may believe the
-                other; 431: it has too many headers.
+                other, or asks for a tunnel; 431: it has too many headers.
         """
+        if self.method == "CONNECT":
+            raise Refusal(400, "This server is no proxy: CONNECT is not offered.", close=True)
         if b"content-length" in self.headers and b"transfer-encoding" in self.headers:
             raise Refusal(400, "Both Content-Length and Transfer-Encoding: give one.", close=True)
         if self.count > MAX_HEADERS:

@@ -2,18 +2,26 @@
 
 uvicorn waits for a request's first bytes for ever, on httptools takes headers of any size and
 number, and tells failures of HTTP itself in plain text. Large bodies go past it, see
-:mod:`~aoft_deploy.serving.inflow`.
+:mod:`~aoft_deploy.serving.inflow`; how a connection ends stands in
+:mod:`~aoft_deploy.serving.closing`.
+
+Above the limit of connections there are a few spare places, for ``/v2/health`` alone, so that a
+full server is not taken for a dead one. The latest comers have them; who waits longest makes room.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aoft_deploy.serving.calls import MAX_HEADERS
+from aoft_deploy.serving.closing import Closing
+from aoft_deploy.serving.descriptors import SPARE
 from aoft_deploy.serving.inflow import INFLOW, Disconnected, Inflow
 
 __all__ = ["connections"]
@@ -21,9 +29,14 @@ __all__ = ["connections"]
 HEADER_SECONDS = 10.0
 """Time for a request's headers, from its first byte; of a connection's first, from its start."""
 
+SPARE_SECONDS = 1.0
+"""The same in a spare place."""
+
 MAX_HEAD = 65536
 """Bytes before a body, between two parts of it or after it; what arrives in one piece may be more.
 """
+
+FULL = "Too many connections."
 
 SCRATCH = memoryview(bytearray(65536))
 """What any connection's socket gave and no place waits for; whoever reads it copies it at once."""
@@ -33,8 +46,9 @@ if TYPE_CHECKING:
     class _Connection(asyncio.Protocol):
         """What is used of uvicorn's two classes."""
 
+        app: Any
         loop: asyncio.AbstractEventLoop
-        transport: asyncio.Transport
+        transport: Closing
         connections: set[Any]
         cycle: Any
         flow: Any
@@ -44,6 +58,7 @@ if TYPE_CHECKING:
         headers: list[tuple[bytes, bytes]]
 
         def _unset_keepalive_if_required(self) -> None: ...
+        def on_response_complete(self) -> None: ...
         def on_header(self, name: bytes, value: bytes) -> None: ...
         def on_headers_complete(self) -> None: ...
         def on_body(self, body: bytes) -> None: ...
@@ -53,30 +68,48 @@ else:
 
 
 class _Limits(_Connection):
-    """A connection that ends if no request comes, or if there are too many others."""
+    """A connection that ends if no request comes, or if there are too many others.
+
+    Attributes:
+        seen: When something last came or went, by the event loop's clock.
+    """
 
     most = 1024
+    spare: dict[_Limits, None]
+    seen = 0.0
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, unless there are too many."""
-        super().connection_made(transport)
+        """Begin; above the limit in a spare place."""
+        super().connection_made(Closing(transport, self.loop))  # type: ignore[arg-type]
+        self.seen = self.loop.time()
         if len(self.connections) > self.most:
-            transport.write(_plain(503, "Too many connections.", "Retry-After: 1\r\n"))
-            transport.close()
-        else:
-            self._await_head()
+            self._take_spare_place()
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in; what is no HTTP ends the connection."""
         if self.transport.is_closing():
+            self.transport.passed(len(data))
             return
+        self.seen = self.loop.time()
         super().data_received(data)
         self._look_for_head()
+
+    def on_response_complete(self) -> None:
+        """An answer is out."""
+        self.seen = self.loop.time()
+        super().on_response_complete()
+
+    def part(self, before: float) -> None:
+        """End, if nothing is being answered and nothing came or went since then."""
+        if self.idle and self.seen <= before:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._forget_head()
+        self.spare.pop(self, None)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -84,26 +117,37 @@ class _Limits(_Connection):
         self._end(400, msg)
 
     @property
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or bool(self.cycle.response_complete)
 
     def _end(self, status: int, message: str) -> None:
         """Say why the connection ends, unless an answer is on its way."""
-        if self._idle or not self.cycle.response_started:
-            self.transport.write(_plain(status, message))
+        if self.idle or not self.cycle.response_started:
+            after = "Retry-After: 1\r\n" if status == 503 else ""
+            self.transport.write(_plain(status, message, after))
         self.transport.close()
 
     def _look_for_head(self) -> None:
         """Bytes came: of a request that is being answered, or of one to come."""
-        if self._idle:
+        if self.idle:
             self._await_head()
         else:
             self._forget_head()
 
+    def _take_spare_place(self) -> None:
+        self.app = partial(_health_alone, self.app)
+        self.spare[self] = None
+        if len(self.spare) > SPARE:
+            longest = next(iter(self.spare))
+            del self.spare[longest]
+            longest._end(503, FULL)
+            longest.transport.end()  # which waits for no client, since the next one comes
+
     def _await_head(self) -> None:
         if self._patience is None:
-            self._patience = self.loop.call_later(HEADER_SECONDS, self._nothing_came)
+            seconds = SPARE_SECONDS if self in self.spare else HEADER_SECONDS
+            self._patience = self.loop.call_later(seconds, self._nothing_came)
 
     def _forget_head(self) -> None:
         if self._patience is not None:
@@ -111,7 +155,9 @@ class _Limits(_Connection):
             self._patience = None
 
     def _nothing_came(self) -> None:
-        if self._idle and not self.transport.is_closing():
+        if self.idle and not self.transport.is_closing():
+            if self in self.spare:
+                self._end(503, FULL)
             self.transport.close()
 
 
@@ -121,29 +167,36 @@ class _LimitedHead(_Limits):
     Trailers and what stands beside a chunk's size count too: httptools keeps or reads all of it.
     """
 
+    parsing: Callable[[object], Any]
     _head = 0
     _left = 0  # of a body whose length is known
     _inflow: Inflow | None = None  # of the body that the parser sees no more of
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin."""
+        self.parser = self.parsing(self)
+        super().connection_made(transport)
+
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the system may write what came."""
-        if self._inflow is None:
+        if self._inflow is None or self.transport.is_closing():
             return SCRATCH
         return self._inflow.rest or SCRATCH[: self._left]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take in what was written there."""
-        if self._inflow is None:
+        if self._inflow is None or self.transport.is_closing():
             self.data_received(bytes(SCRATCH[:nbytes]))
             return
         self._unset_keepalive_if_required()
+        self.seen = self.loop.time()
         if self._inflow.rest:
             self._inflow.took(nbytes)
             self._left -= nbytes
         else:
             self.on_body(bytes(SCRATCH[:nbytes]))
         if not self._left:
-            self.parser = _parser(self)  # the old one waits for a body
+            self.parser = self.parsing(self)  # the old one waits for a body
             self.on_message_complete()
         self._look_for_head()
 
@@ -180,7 +233,7 @@ class _LimitedHead(_Limits):
         super().on_headers_complete()
         fields = dict(self.headers)
         length = fields.get(b"content-length", b"")
-        known = b"transfer-encoding" not in fields and not self.parser.should_upgrade()
+        known = b"transfer-encoding" not in fields
         self._left = int(length) if known and length.isdigit() and len(length) <= 18 else 0
 
     def on_chunk_header(self) -> None:
@@ -195,6 +248,8 @@ class _LimitedHead(_Limits):
 
     def on_message_complete(self) -> None:
         """The next request's head follows."""
+        if self.parser.left:
+            return  # before the body: what comes next is parsed again
         self._head = self._left = 0
         self._inflow = None
         super().on_message_complete()
@@ -222,6 +277,7 @@ def connections(http: str, most: int) -> type[asyncio.Protocol]:
     Raises:
         ImportError: The parser is not installed.
     """
+    own: dict[str, Any] = {"most": most, "spare": {}}
     if http == "h11":
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -229,17 +285,32 @@ def connections(http: str, most: int) -> type[asyncio.Protocol]:
     else:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+        from aoft_deploy.serving.parser import Parser
+
         bases = _LimitedHead, HttpToolsProtocol, asyncio.BufferedProtocol
-    return type("Connection", bases, {"most": most})
+        own["parsing"] = Parser
+    return type("Connection", bases, own)
 
 
-def _parser(connection: object) -> Any:
-    """As uvicorn makes one for each connection."""
-    import httptools
+async def _health_alone(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """In a spare place: answer whether the server lives, and nothing else; then end."""
 
-    parser = httptools.HttpRequestParser(connection)
-    parser.set_dangerous_leniencies(lenient_data_after_close=True)
-    return parser
+    async def reply(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
+
+    if scope["path"].startswith("/v2/health/"):
+        await app(scope, receive, reply)
+        return
+    content = orjson.dumps({"error": FULL})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"retry-after", b"1"),
+        (b"content-length", b"%d" % len(content)),
+    ]
+    await reply({"type": "http.response.start", "status": 503, "headers": headers})
+    await reply({"type": "http.response.body", "body": content})
 
 
 def _plain(status: int, message: str, headers: str = "") -> bytes:

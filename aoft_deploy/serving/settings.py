@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoft_deploy.errors import SettingError
+from aoft_deploy.processors import processors
 
 __all__ = ["PARSERS", "Settings", "read_toml"]
 
@@ -88,10 +88,14 @@ class Settings:
         default=50_000_000, metadata=_about("most pixels of an image", 1, 500_000_000)
     )
     decoders: int = field(
-        default=os.cpu_count() or 1,
+        default=min(processors(), 256),
         metadata=_about("threads that decode images and large requests", 1, 256),
     )
     max_connections: int = field(default=1024, metadata=_about("most connections", 1, 100_000))
+    keep_alive: float = field(
+        default=75.0,
+        metadata=_about("time that a connection may rest between requests", 0.1, 86_400),
+    )
     grace: float = field(
         default=30.0, metadata=_about("time for requests to end after SIGTERM", 0, 3600)
     )
