@@ -20,6 +20,7 @@ from aoft_deploy.architecture import called, first_difference, same_architecture
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.first_bytes import file_kind
 from aoft_deploy.jax_weights import load_npz
+from aoft_deploy.processors import processors
 from aoft_deploy.sites import classifier_names
 from aoft_deploy.timm_loading import Load, Usual, made, skeleton
 from aoft_deploy.weights_file import check_fit, file_weights
@@ -281,7 +282,7 @@ def weights_digest(model: nn.Module, excluded: tuple[str, ...] = ()) -> str:
         for name, tensor in model.state_dict().items()
         if name not in skip and name.rpartition(".")[2] not in excluded
     }
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         parts = list(pool.map(_tensor_digest, tensors.values()))
     whole = hashlib.sha256()
     for name, part in sorted(zip(tensors, parts, strict=True)):

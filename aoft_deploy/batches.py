@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from aoft_deploy.augmentation import generator, image_transform, mirrored, resee
 from aoft_deploy.data import ImageList
 from aoft_deploy.errors import ImageError
 from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.processors import processors
 
 __all__ = ["Loader", "Part", "PixelBatches", "evaluation_parts", "fingerprint", "training_parts"]
 
@@ -113,7 +113,7 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         def fill(index: int) -> None:
             pixels[index] = self._pixels(index)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(processors()) as pool:
             list(pool.map(fill, range(len(self.images))))
         return pixels
 

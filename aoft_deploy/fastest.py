@@ -26,6 +26,7 @@ from aoft_deploy.export import (
 from aoft_deploy.files import writable_folder
 from aoft_deploy.manifest import check_unchanged
 from aoft_deploy.measurement import Subject, interleaved, machine
+from aoft_deploy.processors import processors
 
 __all__ = ["CANDIDATES", "Candidate", "choose", "export_fastest"]
 
@@ -151,7 +152,7 @@ def export_fastest(
         final = finals[best.to]
         contents = json.loads(chosen.manifest.read_text("utf-8"))
         contents["chosen"] = {
-            "machine": machine(os.cpu_count()),
+            "machine": machine(processors()),
             "among": [candidate.to_dict() for candidate in ranked],
         }
         check_finals()  # the world went on meanwhile
@@ -264,7 +265,7 @@ def _missing(to: str, precision: str, images: Sequence[Path], calibrate: Sequenc
 
 def _timed(drafts: dict[Candidate, Exported]) -> list[Candidate]:
     """The candidates with their ratios to the first."""
-    threads = os.cpu_count()
+    threads = processors()
     with ExitStack() as stack:
         engines = {
             c: stack.enter_context(Apart(partial(load_artefact, done.path, threads=threads)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import time
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from aoft_deploy.apart import Apart
 from aoft_deploy.engines import Engine
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.processors import processors
 
 __all__ = ["Subject", "Timing", "gemm_peaks", "inputs_for", "interleaved", "machine", "trusted"]
 
@@ -271,7 +271,7 @@ def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, 
 
 def machine(threads: int | None) -> dict[str, Any]:
     """Where the figures come from."""
-    return {"processor": _processor(), "cores": os.cpu_count(), "threads": threads}
+    return {"processor": _processor(), "cores": processors(), "threads": threads}
 
 
 def _processor() -> str:

@@ -40,6 +40,7 @@ from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.hyperparameters import TrainingSettings
 from aoft_deploy.learner import Learner, create_model, diverged, model_preprocessing
 from aoft_deploy.optimisation import moments, restore_moments
+from aoft_deploy.processors import processors
 from aoft_deploy.run_folder import Progress, RunFolder
 
 __all__ = ["Result", "check_splits", "train"]
@@ -121,7 +122,7 @@ def train(
     if workers is not None and workers < 0:
         raise SettingError(f"workers is {workers}: use a whole number from 0.")
     if workers is None:
-        workers = min(8, os.cpu_count() or 1) if accelerator.device.type == "cuda" else 0
+        workers = min(8, processors()) if accelerator.device.type == "cuda" else 0
     with preserved_randomness(accelerator.device), _deterministic(accelerator.device):
         run = _Run(accelerator, splits, out, settings, workers, progress)
         state = run.folder.open(resume)

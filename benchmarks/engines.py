@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from aoft_deploy.apart import Apart
 from aoft_deploy.engines import Engine, Recipe, load_artefact
 from aoft_deploy.flops import flops_per_image
 from aoft_deploy.measurement import Subject, gemm_peaks, interleaved, machine, trusted
+from aoft_deploy.processors import processors
 from aoft_deploy.verification import random_pixels
 from aoft_exporters import onnx, openvino
 from aoft_exporters.onnxruntime_engine import OnnxEngine
@@ -138,7 +138,7 @@ def main() -> None:
     usual = [name for name in VARIANTS if name not in OPTIONAL]
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=usual)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -28,6 +28,7 @@ from aoft_deploy.backbone import create_backbone
 from aoft_deploy.checkpoint import save
 from aoft_deploy.measurement import machine
 from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.processors import processors
 from aoft_deploy.tuned import attach
 
 WITHIN = """
@@ -100,7 +101,7 @@ def main() -> None:
             found["within first"].append(first)
             found["within further"] += further
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    result: dict[str, Any] = {"machine": machine(os.cpu_count()), "model": options.model}
+    result: dict[str, Any] = {"machine": machine(processors()), "model": options.model}
     result |= {"medians": medians, "seconds": found}
     for kind in ("command", "within"):
         first, further = medians[f"{kind} first"], medians[f"{kind} further"]

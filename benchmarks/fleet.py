@@ -50,6 +50,7 @@ from aoft_deploy.fleet import Fleet
 from aoft_deploy.fleet_export import export_fleet
 from aoft_deploy.mixed import Layout, MixedModel, classifier_rows
 from aoft_deploy.preprocessing import Preprocessing
+from aoft_deploy.processors import processors
 from aoft_deploy.tuned import TunedModel, attach, merge
 from aoft_exporters.attention import ATTENTION_OPSET, lower
 from aoft_exporters.tracing import trace
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

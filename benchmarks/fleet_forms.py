@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from fleet import session, write_tasks
 from aoft_deploy.export import export_merged
 from aoft_deploy.fleet import Fleet
 from aoft_deploy.fleet_export import export_fleet
+from aoft_deploy.processors import processors
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--method", default="rlrr")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.tasks = [options.batch]

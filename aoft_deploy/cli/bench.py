@@ -53,16 +53,15 @@ def parser() -> argparse.ArgumentParser:
 
 def bench(options: argparse.Namespace) -> None:
     """Time, print, and write what was asked for."""
-    import os
-
     from aoft_deploy.errors import OutputError
     from aoft_deploy.files import json_text
     from aoft_deploy.measurement import gemm_peaks, interleaved, machine, trusted
     from aoft_deploy.plots import check_matplotlib
+    from aoft_deploy.processors import processors
 
     if options.plot:
         check_matplotlib()
-    threads = options.threads or [os.cpu_count() or 1]
+    threads = options.threads or [processors()]
     with ExitStack() as engines:
         subjects = _subjects(options, threads, engines)
         size = _size(subjects)

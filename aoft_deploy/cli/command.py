@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from aoft_deploy.errors import AoftError
+from aoft_deploy.processors import limited
 
 __all__ = ["add_engine_options", "positive", "run"]
 
@@ -31,6 +32,9 @@ def run(
         0, or 1 after one line on stderr: the input is at fault, or the command was interrupted.
     """
     options = parser.parse_args(argv)
+    few = limited()
+    if few is not None:  # libraries of arithmetic, loaded later, count the machine's cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(few))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be printed

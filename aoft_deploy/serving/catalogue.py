@@ -43,20 +43,20 @@ class Catalogue:
 
     async def live(self, request: Request) -> Response:
         """``GET /v2/health/live``."""
-        return Response()
+        return _json({"live": True})
 
     async def ready(self, request: Request) -> Response:
         """``GET /v2/health/ready``."""
         if unready := self._service.unready:
             raise Refusal(503, f"The server is {unready}.")
-        return Response()
+        return _json({"ready": True})
 
     async def model_ready(self, request: Request) -> Response:
         """``GET /v2/models/{model}/ready``."""
         model = self._model(request)
         if self._service.state != "ready" or model.artefact.batcher.stuck:
             raise Refusal(503, f"The model {shown(model.name)} is not ready.")
-        return Response()
+        return _json({"name": model.name, "ready": True})
 
     async def server(self, request: Request) -> Response:
         """``GET /v2``."""

@@ -17,7 +17,7 @@ from aoft_deploy.prediction import ranked
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.serving.batcher import Answer, NotFiniteError
 from aoft_deploy.serving.calls import Call, Departure
-from aoft_deploy.serving.encodings import compressed, decompressed
+from aoft_deploy.serving.encodings import acceptable, compressed, decompressed
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.models import Model
 from aoft_deploy.serving.pictures import sample
@@ -49,6 +49,7 @@ class Inference:
         """``POST /v2/models/{model}/infer``."""
         service, call = self._service, scope["aoft.call"]
         model = self._model(scope, call)
+        encodings = acceptable(call.header(b"accept-encoding"))
         body = await self._body(receive, call)
         async with Departure(receive, service.deadlines):
             json_length = call.header(b"inference-header-content-length")
@@ -64,18 +65,14 @@ class Inference:
         headers = [JSON]
         if length is not None:
             headers = [BINARY, (b"inference-header-content-length", b"%d" % length)]
-        accepted = call.header(b"accept-encoding")
-        if accepted is not None:
-            text, encoding = compressed(text, accepted)
-            if encoding is not None:
-                headers.append((b"content-encoding", encoding.encode()))
         self._count(model, call, answer, parsed, begun)
-        await _send(send, text, headers)
+        await _send(send, text, headers, encodings)
 
     async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /v2/models/{model}/classify``: a picture, or a form of several."""
         service, call = self._service, scope["aoft.call"]
         model = self._model(scope, call)
+        encodings = acceptable(call.header(b"accept-encoding"))
         top = _top(QueryParams(scope["query_string"]).get("top", "5"))
         body = bytes(await self._body(receive, call))
         async with Departure(receive, service.deadlines):
@@ -107,7 +104,7 @@ class Inference:
         ]
         content = {"model_name": model.name, "model_version": VERSION, "predictions": classes}
         self._count(model, call, answer, parsed, begun)
-        await _send(send, orjson.dumps(content), [JSON])
+        await _send(send, orjson.dumps(content), [JSON], encodings)
 
     def _model(self, scope: Scope, call: Call) -> Model:
         if self._service.state != "ready":
@@ -198,7 +195,12 @@ class Inference:
         )
 
 
-async def _send(send: Send, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+async def _send(
+    send: Send, body: bytes, headers: list[tuple[bytes, bytes]], encodings: list[str]
+) -> None:
+    body, encoding = compressed(body, encodings)
+    if encoding is not None:
+        headers = [*headers, (b"content-encoding", encoding.encode())]
     headers = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

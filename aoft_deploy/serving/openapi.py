@@ -16,6 +16,12 @@ def _content(schema: dict[str, Any], kind: str = "application/json") -> dict[str
     return {kind: {"schema": schema}}
 
 
+def _flag(name: str) -> dict[str, Any]:
+    """Of an object that says yes."""
+    told = {name: {"type": "boolean", "const": True}}
+    return _content({"type": "object", "required": [name], "properties": told})
+
+
 _ANY: dict[str, Any] = {"type": "object"}
 _JSON_OBJECT = _content(_ANY)
 _FAILURES = {
@@ -23,6 +29,7 @@ _FAILURES = {
     "403": "The repository may not be changed",
     "404": "There is no such model, version or artefact",
     "405": "Another method is allowed",
+    "406": "No encoding of the answer is taken",
     "408": "The body did not arrive in time",
     "413": "The body or picture is too large",
     "415": "The picture's format or the body's encoding is not taken",
@@ -151,12 +158,12 @@ _ADDRESSES: tuple[tuple[str, str, str, Any, Any], ...] = (
         _PICTURES,
         _content(_ref("Predictions")),
     ),
-    ("/v2/health/live", "get", "Whether the process answers.", None, {}),
-    ("/v2/health/ready", "get", "Whether models are warm and requests are taken.", None, {}),
+    ("/v2/health/live", "get", "Whether the process answers.", None, _flag("live")),
+    ("/v2/health/ready", "get", "Whether requests are taken.", None, _flag("ready")),
     ("/v2", "get", "Name, version and extensions of the server.", None, _JSON_OBJECT),
     ("/v2/models/stats", "get", "Statistics of all models.", None, _JSON_OBJECT),
     ("/v2/models/{model}", "get", "Inputs and outputs of a model.", None, _JSON_OBJECT),
-    ("/v2/models/{model}/ready", "get", "Whether a model is ready.", None, {}),
+    ("/v2/models/{model}/ready", "get", "Whether a model is ready.", None, _flag("ready")),
     ("/v2/models/{model}/config", "get", "Triton's configuration.", None, _JSON_OBJECT),
     ("/v2/models/{model}/stats", "get", "Statistics of a model.", None, _JSON_OBJECT),
     (

@@ -91,7 +91,8 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
     """
     open_standard_streams()
     logging.getLogger().handlers = [JsonHandler()]
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for name in ("uvicorn.error", "python_multipart"):  # which warn of what clients do wrong
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with background():
             asyncio.run(_serve(settings, given))
@@ -104,7 +105,7 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
 
 
 def _computing() -> bool:
-    """Whether a runtime still computes: if it returned while Python ends, the process would abort."""
+    """Whether a runtime computes: if it returned while Python ends, the process would abort."""
     return working() or any(thread.name == ENGINE for thread in threading.enumerate())
 
 
@@ -204,7 +205,7 @@ async def _part(server: uvicorn.Server) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + PART_SECONDS
     connected: Any = server.server_state.connections
-    while connected and loop.time() < end:
+    while any(connection.idle for connection in connected) and loop.time() < end:
         for connection in list(connected):
             connection.part(loop.time() - QUIET_SECONDS)
         await asyncio.sleep(0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -10,66 +12,113 @@ from aoft_deploy.serving.refusals import Refusal
 __all__ = ["uploaded"]
 
 MAX_HEADER = 4096
+MAX_FIELDS = 64
+"""Parts of a form that are no files."""
 
 
 class _Parts:
-    """What the parser tells, collected."""
+    """What the parser tells, collected.
+
+    Attributes:
+        files: Contents of parts that are files.
+        ended: Whether the last boundary came.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.contents: list[bytearray] = []
-        self.headers = 0
+        self.files: list[bytearray] = []
+        self.fields = 0
         self.ended = False
 
     def part_begin(self) -> None:
-        if len(self.contents) == self.most:
-            raise Refusal(413, f"The form has more than {self.most} parts.")
-        self.contents.append(bytearray())
-        self.headers = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.name, self.value, self.size = b"", b"", 0
 
-    def header(self, data: bytes, start: int, end: int) -> None:
-        self.headers += end - start
-        if self.headers > MAX_HEADER:
-            raise Refusal(400, "A part of the form has too long headers.")
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._grow(end - start)
+        self.name += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._grow(end - start)
+        self.value += data[start:end]
+
+    def header_end(self) -> None:
+        self.headers[self.name.lower()] = self.value
+        self.name = self.value = b""
+
+    def headers_finished(self) -> None:
+        self.is_file = _is_file(self.headers)
+        if self.is_file:
+            if len(self.files) == self.most:
+                raise Refusal(413, f"The form has more than {self.most} files.")
+            self.files.append(bytearray())
+        else:
+            self.fields += 1
+            if self.fields > MAX_FIELDS:
+                raise Refusal(413, f"The form has more than {MAX_FIELDS} fields beside its files.")
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
-        self.contents[-1] += memoryview(data)[start:end]
+        if self.is_file:
+            self.files[-1] += memoryview(data)[start:end]
 
     def end(self) -> None:
         self.ended = True
 
+    def _grow(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_HEADER:
+            raise Refusal(400, "A part of the form has too long headers.")
+
 
 def uploaded(body: bytes, content_type: str, most: int) -> list[bytes]:
-    """Contents of all parts of a form, in their order; names are not looked at.
+    """Contents of the files of a form, in their order.
+
+    A part is a file if it names one, or has a type of its own that is no text. Other parts are
+    fields, and what stands before the first boundary or after the last is nothing (RFC 2046, 5.1.1,
+    and RFC 7578): both are passed over.
 
     Args:
         body: The form.
         content_type: Its header, with the boundary.
-        most: Parts that are taken.
+        most: Files that are taken.
 
     Raises:
-        Refusal: It is no form, has no or too many parts, or ends early.
+        Refusal: It is no form, has no file or too many, or ends early.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary or len(boundary) > 70:
         raise Refusal(400, "The multipart form names no boundary.")
+    first = re.search(rb"(?:\A|\r\n)--%s[ \t]*\r\n" % re.escape(boundary), body)
+    if first is None:
+        raise Refusal(400, "The multipart form has no line with its boundary.")
     parts = _Parts(most)
     parser = MultipartParser(
         boundary,
         {
             "on_part_begin": parts.part_begin,
-            "on_header_field": parts.header,
-            "on_header_value": parts.header,
+            "on_header_field": parts.header_field,
+            "on_header_value": parts.header_value,
+            "on_header_end": parts.header_end,
+            "on_headers_finished": parts.headers_finished,
             "on_part_data": parts.part_data,
             "on_end": parts.end,
         },
     )
     try:
-        parser.write(body)
+        parser.write(b"--%s\r\n" % boundary)  # without the blanks that may follow it
+        parser.write(body[first.end() :])
         parser.finalize()
     except MultipartParseError as error:
         raise Refusal(400, "The multipart form is damaged.") from error
-    if not parts.ended or not parts.contents:
-        raise Refusal(400, "The multipart form has no file, or ends early.")
-    return [bytes(content) for content in parts.contents]
+    if not parts.ended:
+        raise Refusal(400, "The multipart form ends early.")
+    if not parts.files:
+        raise Refusal(400, "The multipart form has no file: give one with a filename.")
+    return [bytes(content) for content in parts.files]
+
+
+def _is_file(headers: dict[bytes, bytes]) -> bool:
+    _, options = parse_options_header(headers.get(b"content-disposition", b""))
+    kind = headers.get(b"content-type", b"text/plain").strip().lower()
+    return b"filename" in options or not kind.startswith(b"text/")

@@ -62,6 +62,8 @@ def running(
     """
     port = _free(host, port)
     with tempfile.TemporaryDirectory(prefix="aoft-demo-", ignore_cleanup_errors=True) as scratch:
+        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+            del os.environ[name]  # by which Gradio would look whether its own page is there
         os.environ.update(
             GRADIO_ANALYTICS_ENABLED="False",
             GRADIO_RUN_HISTORY="False",  # which keeps pictures in the browser, or sends them on

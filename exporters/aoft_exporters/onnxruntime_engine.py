@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.processors import limited
 from aoft_deploy.single_file import checked_metadata
 
 __all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library", "session"]
@@ -54,6 +55,7 @@ def session(model: Path | bytes, threads: int | None, device: str, path: Path) -
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is told by the exceptions
+    threads = threads or limited()
     if threads is not None:
         options.intra_op_num_threads = threads
     asked = _providers(ort, device)

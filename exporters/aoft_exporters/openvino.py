@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from aoft_deploy.engines import Recipe, check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.files import file_digest
+from aoft_deploy.processors import limited
 from aoft_deploy.single_file import checked_metadata
 from aoft_exporters.onnxruntime_engine import FLEET_TABLES, folded_logits
 
@@ -368,6 +369,7 @@ class _Compiled:
             "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
             "NUM_STREAMS": 1,
         }
+        threads = threads or limited()
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import check_batch
 from aoft_deploy.errors import SettingError
+from aoft_deploy.processors import limited
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ class TorchEngine:
             raise SettingError(f"PyTorch cannot use the device {device!r} ({reason}).") from error
         index = f":{chosen.index or 0}" if chosen.type != "cpu" else ""
         self.device = f"{chosen.type}{index}"
+        threads = threads or limited()
         if threads is not None:
             torch.set_num_threads(threads)
         self._torch = torch
