@@ -318,11 +318,14 @@ class Served:
         folder: Where its log goes.
         arguments: Of the command.
         port: Where it listens; 0 takes a free one.
+        shell: Command of a shell before it, such as ``ulimit``.
     """
 
-    def __init__(self, folder: Path, *arguments: object, port: int = 0) -> None:
+    def __init__(self, folder: Path, *arguments: object, port: int = 0, shell: str = "") -> None:
         self.log_file = folder / "serve.log"
         command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
+        if shell:
+            command = ["bash", "-c", f'{shell} && exec "$0" "$@"', *command]
         environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
@@ -452,8 +455,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Start a server with the command's arguments; it ends with the tests of the module."""
     started: list[Served] = []
 
-    def start(*arguments: object, ready: bool = True, port: int = 0) -> Served:
-        started.append(Served(tmp_path_factory.mktemp("serve"), *arguments, port=port))
+    def start(
+        *arguments: object, ready: bool = True, port: int = 0, shell: str = ""
+    ) -> Served:
+        folder = tmp_path_factory.mktemp("serve")
+        started.append(Served(folder, *arguments, port=port, shell=shell))
         if ready:
             started[-1].event("ready")
         return started[-1]

@@ -11,14 +11,18 @@ from aoft_deploy.serving.log import log
 
 __all__ = ["ACCEPTED_AT_ONCE", "SPARE", "connections_possible"]
 
-ACCEPTED_AT_ONCE = 64
-"""Connections that are accepted before the first of them is looked at."""
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop."""
 
 SPARE = 16
 """Connections above the limit, for ``/v2/health``."""
 
-RESERVED = 2 * ACCEPTED_AT_ONCE + SPARE + 48
-"""Descriptors beside those of connections within the limit: also artefacts, tasks, the loop."""
+RESERVED = 8 * ACCEPTED_AT_ONCE + SPARE + 48
+"""Descriptors beside those of connections within the limit.
+
+A few turns pass until one that was accepted is known, and until one that is dropped has gone. The
+last ones are for artefacts, tasks and the event loop.
+"""
 
 
 def connections_possible(wanted: int) -> int:
