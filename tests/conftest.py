@@ -455,9 +455,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Start a server with the command's arguments; it ends with the tests of the module."""
     started: list[Served] = []
 
-    def start(
-        *arguments: object, ready: bool = True, port: int = 0, shell: str = ""
-    ) -> Served:
+    def start(*arguments: object, ready: bool = True, port: int = 0, shell: str = "") -> Served:
         folder = tmp_path_factory.mktemp("serve")
         started.append(Served(folder, *arguments, port=port, shell=shell))
         if ready:

@@ -197,8 +197,9 @@ def test_the_latest_comers_have_the_spare_places(listening: Any) -> None:
         for reader, _ in silent[3:]:
             assert b'{"error":"Too many connections."}' in await ended(reader)
         assert not any(reader.at_eof() for reader, _ in held)
-        for _, writer in [*held, *silent, (reader, writer)]:
-            writer.close()
+        writer.close()
+        for _, other in [*held, *silent]:
+            other.close()
 
     play(listening, part, MOST)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email.policy
 import gzip
 import io
 import platform
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import werkzeug.datastructures
+import werkzeug.http
 from bombs import BESIDE, LARGE, Cost, costs, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +31,7 @@ from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.images import read_image
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.serving.bodies import Bodies
-from aoft_deploy.serving.encodings import compressed, decompressed
+from aoft_deploy.serving.encodings import MOST_MEMBERS, acceptable, compressed, decompressed
 from aoft_deploy.serving.inflow import Disconnected
 from aoft_deploy.serving.metrics import Counter, Histogram, exposition, gauge
 from aoft_deploy.serving.models import artefact_name
@@ -141,22 +144,117 @@ def test_encodings_are_undone_and_chosen() -> None:
     ):
         assert decompressed(packed, name, len(data)) == data
     for accepted in ("gzip, deflate, br", "deflate", "br;q=1, GZIP;q=0.5"):
-        packed, chosen = compressed(data, accepted)
+        packed, chosen = compressed(data, acceptable(accepted))
         assert chosen and len(packed) < len(data) and decompressed(packed, chosen, 10**6) == data
-    assert compressed(data, "br") == (data, None) and compressed(b"short", "gzip")[1] is None
+    assert compressed(data, acceptable("br")) == (data, None)
+    assert compressed(b"short", acceptable("gzip"))[1] is None
+    packed, chosen = compressed(b"short", acceptable("gzip, identity;q=0"))
+    assert chosen == "gzip" and gzip.decompress(packed) == b"short"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encodings"),
+    [
+        (None, ["identity"]),
+        ("", ["identity"]),
+        ("gzip", ["gzip", "identity"]),
+        ("gzip;q=0", ["identity"]),
+        ("gzip; q=0.000", ["identity"]),
+        ("gzip;q=0, deflate", ["deflate", "identity"]),
+        ("deflate;q=0.9, gzip;q=0.8", ["deflate", "gzip", "identity"]),
+        ("deflate, gzip", ["gzip", "deflate", "identity"]),
+        ("identity, gzip;q=0.5", ["identity", "gzip"]),
+        ("gzip;q=0.5, identity;q=0.5", ["gzip", "identity"]),
+        ("gzip, identity;q=0", ["gzip"]),
+        ("GZIP ; Q=0.001", ["gzip", "identity"]),
+        ("x-gzip", ["gzip", "identity"]),
+        ("*", ["gzip", "deflate", "identity"]),
+        ("*;q=0.1, identity;q=0.9", ["identity", "gzip", "deflate"]),
+        ("*;q=0, gzip", ["gzip"]),
+        ("*, gzip;q=0", ["deflate", "identity"]),
+        ("br, zstd", ["identity"]),
+        ("gzip;q=2", ["identity"]),
+        ("gzip;q=-1, deflate;q=x, ;q=1", ["identity"]),
+        (", ,gzip,", ["gzip", "identity"]),
+    ],
+)
+def test_what_a_client_accepts_is_obeyed(accepted: str | None, encodings: list[str]) -> None:
+    assert acceptable(accepted) == encodings
+
+
+@pytest.mark.parametrize(
+    "accepted", ["*;q=0", "identity;q=0", "identity;q=0, gzip;q=0", "br, *;q=0"]
+)
+def test_a_client_that_accepts_nothing_is_told(accepted: str) -> None:
+    with pytest.raises(Refusal, match="take gzip, deflate or identity") as caught:
+        acceptable(accepted)
+    assert caught.value.status == 406
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    asked=st.dictionaries(
+        st.sampled_from(["gzip", "deflate", "identity", "br"]), st.integers(0, 10), min_size=1
+    )
+)
+def test_the_best_encoding_is_werkzeug_s(asked: dict[str, int]) -> None:
+    header = ", ".join(f"{name};q={q / 10:.1f}" for name, q in asked.items())
+    theirs = werkzeug.http.parse_accept_header(header, werkzeug.datastructures.Accept)
+    wanted = {name: theirs.quality(name) for name in ("gzip", "deflate", "identity")}
+    if "identity" not in asked:
+        wanted["identity"] = 1e-9  # RFC 9110: taken, unless it is refused
+    try:
+        found = acceptable(header)
+    except Refusal:
+        found = []
+    assert set(found) == {name for name, quality in wanted.items() if quality}
+    assert [wanted[name] for name in found] == sorted(map(wanted.__getitem__, found), reverse=True)
+
+
+def test_several_members_of_gzip_are_one_body() -> None:
+    parts = [b"one" * 1000, b"", random.Random(1).randbytes(400_000), b"three"]
+    whole = b"".join(gzip.compress(part) for part in parts)
+    for packed in (whole, whole + bytes(1000)):
+        assert decompressed(packed, "gzip", 10**6) == gzip.decompress(packed) == b"".join(parts)
+        assert decompressed(memoryview(packed), "X-GZIP", 10**6) == b"".join(parts)
+    for wrong in (whole[:-1], whole + b"x", whole + bytes(9) + b"x", whole[: len(whole) // 2]):
+        with pytest.raises((OSError, EOFError, zlib.error)):
+            gzip.decompress(wrong)
+        with pytest.raises(Refusal) as caught:
+            decompressed(wrong, "gzip", 10**6)
+        assert caught.value.status == 400
+    with pytest.raises(Refusal, match="unpacks to more than 403004 bytes"):
+        decompressed(whole, "gzip", 403_004)
+    assert len(decompressed(whole, "gzip", 403_005)) == 403_005
+
+
+def test_many_members_of_gzip_cost_no_more_than_a_few() -> None:
+    empty = gzip.compress(b"")
+    assert decompressed(empty * MOST_MEMBERS, "gzip", 10) == b""
+    with pytest.raises(Refusal, match="more than 10000 gzip members") as caught:
+        decompressed(empty * (MOST_MEMBERS + 1), "gzip", 10)
+    assert caught.value.status == 413
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
 def test_damaged_compression_is_refused(name: str) -> None:
     pack = gzip.compress if name == "gzip" else zlib.compress
     packed = pack(random.Random(0).randbytes(5000))
-    for wrong in (b"", b"garbage", packed[:-1], packed[:100], packed + b"x", packed + packed):
+    for wrong in (b"", b"garbage", packed[:-1], packed[:100], packed + b"x"):
         with pytest.raises(Refusal) as caught:
             decompressed(wrong, name, 10**6)
         assert caught.value.status == 400
     with pytest.raises(Refusal, match="use gzip or deflate") as caught:
         decompressed(packed, "br", 10**6)
     assert caught.value.status == 415
+
+
+def test_a_second_body_of_deflate_is_refused() -> None:
+    packed = zlib.compress(b"one")
+    for wrong in (packed + packed, packed + b"\0", packed + bytes(2**19)):
+        with pytest.raises(Refusal, match="Something follows the deflate body") as caught:
+            decompressed(wrong, "deflate", 10**6)
+        assert caught.value.status == 400
 
 
 def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
@@ -183,6 +281,54 @@ KIND = "multipart/form-data; boundary=xyz"
 def test_files_of_a_form_come_in_their_order() -> None:
     files = [b"one", b"\r\n--xy\r\n", b"", bytes(range(256)) * 100]
     assert uploaded(form(*files), KIND, 4) == files
+
+
+def field(name: str, value: bytes, more: bytes = b"") -> bytes:
+    head = b'--xyz\r\nContent-Disposition: form-data; name="%s"\r\n%s\r\n' % (name.encode(), more)
+    return head + value + b"\r\n"
+
+
+IMAGE = b"Content-Type: image/png\r\n"
+TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "files"),
+    [
+        ([field("top", b"5"), form(b"one", b"two")], [b"one", b"two"]),
+        ([field("a", b"5", TEXT), field("b", b"x" * 9000), form(b"one")], [b"one"]),
+        ([field("picture", b"bytes", IMAGE), form(b"one")], [b"bytes", b"one"]),
+        ([*[field("a", b"")] * 64, form(*[b"x"] * 4)], [b"x"] * 4),
+    ],
+)
+def test_fields_of_a_form_are_no_files(fields: list[bytes], files: list[bytes]) -> None:
+    assert uploaded(b"".join(fields), KIND, 4) == files
+
+
+def test_a_form_of_fields_alone_is_told() -> None:
+    with pytest.raises(Refusal, match="has no file: give one with a filename") as caught:
+        uploaded(field("top", b"5") + b"--xyz--\r\n", KIND, 4)
+    assert caught.value.status == 400
+    with pytest.raises(Refusal, match="more than 64 fields") as caught:
+        uploaded(field("top", b"5") * 65 + form(b"one"), KIND, 4)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"", b"\r\n", b"This is a form.\r\n", b"a --xyz\r\n--xyzz\r\n--\r\n", b"-" * 99 + b"\r\n"],
+)
+@pytest.mark.parametrize("after", [b"", b"The end", b"\r\n\r\n--xyz\r\nmore\r\n"])
+@pytest.mark.parametrize("padding", [b"", b" \t "])
+def test_what_stands_beside_a_form_is_passed_over_as_the_mail_library_does(
+    before: bytes, after: bytes, padding: bytes
+) -> None:
+    files = [b"one", b"\r\n--xy\r\n", bytes(range(48, 126)) * 9]
+    whole = form(*files).replace(b"--xyz\r\n", b"--xyz" + padding + b"\r\n")
+    head = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=xyz\r\n\r\n"
+    message = email.message_from_bytes(head + before + whole + after, policy=email.policy.HTTP)
+    theirs = [part.get_payload(decode=True) for part in message.iter_parts()]  # type: ignore[attr-defined]
+    assert uploaded(before + whole + after, KIND, 4) == theirs == files
 
 
 @pytest.mark.parametrize(

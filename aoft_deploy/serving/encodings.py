@@ -44,8 +44,10 @@ def decompressed(body: bytes | memoryview, encoding: str, limit: int) -> bytes |
             rest: bytes | memoryview = whole[start : start + PART]
             while rest:
                 if unpack.eof:
+                    if name == "deflate":
+                        raise Refusal(400, "Something follows the deflate body.")
                     rest = bytes(rest).lstrip(b"\0")  # gzip may be padded
-                    if name == "deflate" or not rest:
+                    if not rest:
                         break
                     members += 1
                     if members > MOST_MEMBERS:
@@ -57,8 +59,6 @@ def decompressed(body: bytes | memoryview, encoding: str, limit: int) -> bytes |
                     raise Refusal(413, f"The body unpacks to more than {limit} bytes.")
                 found.append(part)
                 rest = unpack.unused_data if unpack.eof else unpack.unconsumed_tail
-            if unpack.eof and name == "deflate" and (rest or start + PART < len(whole)):
-                raise Refusal(400, "Something follows the deflate body.")
     except zlib.error as error:
         raise Refusal(400, f"The body is not {name}.") from error
     if not unpack.eof:
