@@ -53,9 +53,7 @@ def test_what_the_hard_limit_does_not_allow_is_told_and_left_out() -> None:
 
 def test_too_few_for_any_connection_are_refused() -> None:
     told, _ = possible(10, 100, RESERVED)
-    assert told.startswith(
-        f"SettingError This process may open {RESERVED} files, which leaves none"
-    )
+    assert told.startswith(f"SettingError This process may open {RESERVED} files, which leaves")
     assert "(ulimit -n)" in told
 
 

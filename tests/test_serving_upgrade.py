@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import io
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -143,7 +144,7 @@ def test_offers_change_no_answer_however_the_stream_is_cut(
         wanted.append((200, b"/%d %s" % (number, body)))
     data += LAST
     edges = sorted({0, len(data), *(cut % len(data) for cut in cuts)})
-    parts = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [data[a:b] for a, b in itertools.pairwise(edges)]
     assert talk(parser, parts) == [*wanted, (200, b"/last ")]
 
 
