@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -142,6 +143,25 @@ def test_a_connection_that_rests_between_requests_stays_as_long_as_is_set(listen
         await clock.go(1.5)
         assert await ended(reader) == b""
         writer.close()
+
+    play(listening, part)
+
+
+def test_a_connection_that_a_client_resets_leaves_no_timer(listening: Any) -> None:
+    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+        reader, writer = await joined(port)
+        writer.write(REQUEST)
+        await reader.readuntil(b"ok")
+        await settled()
+        (connection,) = server.server_state.connections
+        assert connection.timeout_keep_alive_task is not None
+        reset = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        writer.transport.abort()
+        async with asyncio.timeout(60):
+            while server.server_state.connections:
+                await settled()
+        assert connection.timeout_keep_alive_task is None
 
     play(listening, part)
 

@@ -109,6 +109,7 @@ class _Limits(_Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._forget_head()
+        self._unset_keepalive_if_required()  # uvicorn does not where the client reset it
         self.spare.pop(self, None)
         super().connection_lost(exc)
 
