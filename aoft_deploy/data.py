@@ -16,6 +16,7 @@ from PIL import Image
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
 from aoft_deploy.image_folder import ClassFolders, quoted, read_image_folder
 from aoft_deploy.images import read_image, read_size
+from aoft_deploy.processors import processors
 
 __all__ = [
     "ImageList",
@@ -196,7 +197,7 @@ def find_faults(
         return None
 
     faults = []
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
         for start in range(0, len(paths), _AT_ONCE):
             for found in pool.map(fault, paths[start : start + _AT_ONCE]):
                 tick()
