@@ -105,7 +105,8 @@ def read_image(
         source: A path, a file's content, or a seekable binary stream, read from its start.
         max_pixels: Largest width x height that is decoded; larger is refused from the header.
         least: Decode a JPEG at a half, a quarter or an eighth of its size while both sides keep
-            that many pixels; several times faster. None: always whole.
+            that many pixels; several times faster, and ``max_pixels`` is of what is decoded.
+            None: always whole.
 
     Returns:
         A loaded image of mode ``RGB`` that holds no open file.
@@ -114,10 +115,11 @@ def read_image(
         ImageError: The file cannot be opened, is of no allowed format, has too many pixels, is
             truncated or damaged, or holds 32-bit integers or floats, whose white is undefined.
     """
-    with _opened(source, max_pixels) as (image, stream):
+    with _opened(source, max_pixels if least is None else 64 * max_pixels) as (image, stream):
         layout, low = _layout(image), _low_bytes(image, stream)
         if least is not None:
             image.draft(None, (least, least))  # does nothing in other formats
+            _check_pixels(image, max_pixels)
         image.load()
         if image.format in ("JPEG", "MPO"):
             _check_end(stream)

@@ -40,7 +40,7 @@ class Demo:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **own}, cwd=cwd
             )
-        self.address = self._address(120)
+        self.address = self._address(300)
         self.seconds = time.monotonic() - start
 
     def _address(self, seconds: float) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "export_card",
     "header",
     "note",
+    "of_picture",
     "problem",
     "resident_card",
     "size",
@@ -75,6 +76,11 @@ def header(stage: Stage, tasks: Sequence[Resident]) -> str:
 def empty(title: str, text: str) -> str:
     """Nothing to show yet, and what to do about it."""
     return f'<div class="empty"><b>{escape(title)}</b><p>{escape(text)}</p></div>'
+
+
+def of_picture(html: str, picture: str) -> str:
+    """What is said about a picture, marked with it."""
+    return f'<div data-picture="{escape(picture)}">{html}</div>'
 
 
 def wait(text: str) -> str:
@@ -154,8 +160,8 @@ def agreement_card(name: str, found: Agreement) -> str:
     )
 
 
-def angle_cards(found: Insight) -> str:
-    """Angles as curves and as numbers, and the size of each layer's update."""
+def angle_cards(name: str, found: Insight) -> str:
+    """A task's angles as curves and as numbers, and the size of each layer's update."""
     low, high, bins = 60.0, 120.0, 120
     curves = []
     for number, family in enumerate(found.families):
@@ -186,8 +192,9 @@ def angle_cards(found: Insight) -> str:
         title="Size of the update of each layer, ‖ΔW‖₂ / ‖W‖₂",
     )
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in found.notes)
+    head = f'<div class="facts" role="status"><span>Inside <b>{escape(name)}</b></span></div>'
     return (
-        f'<div class="two"><div>{chart}{table}</div>'
+        f'{head}<div class="two"><div>{chart}{table}</div>'
         f"<div>{sizes if found.layers else ''}{notes}</div></div>"
     )
 
@@ -287,15 +294,15 @@ def done(name: str, text: str) -> str:
     return f'<div class="said good" role="status"><b>{escape(name)}</b> {escape(text)}</div>'
 
 
-def attention_card(picture: Image.Image, grid: NDArray[np.float32]) -> str:
-    """Where the model looks, with the weight of the most looked-at patch's neighbourhood."""
+def attention_card(name: str, picture: Image.Image, grid: NDArray[np.float32]) -> str:
+    """Where a task's model looks, with the weight of the most looked-at patch's neighbourhood."""
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=88)
     data = base64.b64encode(content.getvalue()).decode()
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     what = (
-        f"Where the class token of the last block looks: most at patch {row + 1} from the top, "
-        f"{column + 1} from the left, of {grid.shape[0]} × {grid.shape[1]}."
+        f"Where the class token of the last block of {name} looks: most at patch {row + 1} from "
+        f"the top, {column + 1} from the left, of {grid.shape[0]} × {grid.shape[1]}."
     )
     return (
         f'<figure class="look"><img src="data:image/jpeg;base64,{data}" alt="{escape(what)}"/>'

@@ -4,22 +4,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from aoft_demo.visitors import Visitor
 from aoft_deploy.errors import SettingError
-from aoft_deploy.images import read_image
+from aoft_deploy.images import read_image, read_size
 from aoft_deploy.prediction import Prediction, ranked
 
-__all__ = ["MAX_PIXELS", "Answers", "classify"]
+__all__ = ["MAX_PIXELS", "MAX_STORED", "Answers", "Picture", "classify", "read_picture"]
 
 MAX_PIXELS = 20_000_000
-"""Of a picture; larger ones are refused from their header."""
+"""Pixels that are decoded of a picture."""
+
+MAX_STORED = 64_000_000
+"""Pixels of a JPEG, of which a half, a quarter or an eighth of each side is decoded."""
 
 TOP = 5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a visitor sees it.
+
+    Attributes:
+        image: Upright RGB; smaller than the file's where that has more than ``MAX_PIXELS``.
+        width: Of the file's picture, upright.
+        height: Likewise.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+
+
+def read_picture(path: Path, size: int) -> Picture:
+    """Read a picture for a model; a large photograph is decoded at a fraction of its size.
+
+    Args:
+        path: The file.
+        size: Side of the model's input in pixels.
+
+    Raises:
+        ImageError: The picture cannot be used, or has too many pixels.
+    """
+    sides = read_size(path, max_pixels=MAX_STORED)
+    least = None
+    if sides[0] * sides[1] > MAX_PIXELS:
+        least = min(4 * size, min(sides) // 2)
+    image = read_image(path, max_pixels=MAX_PIXELS, least=least)
+    long, short = max(sides), min(sides)
+    width, height = (long, short) if image.width >= image.height else (short, long)
+    return Picture(image, width, height)
 
 
 @dataclass(frozen=True)
@@ -46,25 +86,27 @@ def classify(visitor: Visitor, picture: Path, names: Sequence[str], top: int = T
 
     Raises:
         ImageError: The picture cannot be used.
-        UnknownNameError: There is no such task.
+        UnknownNameError: There is no such task, or it was removed meanwhile.
         SettingError: No task is named.
     """
     if not names:
         raise SettingError("Choose one task at least.")
-    tasks = [visitor.task(name) for name in names]
-    image = read_image(picture, max_pixels=MAX_PIXELS)
     fleet = visitor.stage.fleet
-    row = fleet.preprocessing(image)
-    batch = np.repeat(row[None], len(tasks), axis=0)
-    keys = [task.key for task in tasks]
-    start = time.perf_counter()
-    answers = fleet.predict(batch, keys)
-    seconds = time.perf_counter() - start
+    with ExitStack() as using:
+        tasks = [using.enter_context(visitor.using(name)) for name in names]
+        read = read_picture(picture, fleet.preprocessing.size)
+        row = fleet.preprocessing(read.image)
+        batch = np.repeat(row[None], len(tasks), axis=0)
+        keys = [task.key for task in tasks]
+        start = time.perf_counter()
+        answers = fleet.predict(batch, keys)
+        seconds = time.perf_counter() - start
+        switch = _switch(visitor, keys)
     found = {
         name: ranked(answer.logits[None], answer.classes, top)[0]
         for name, answer in zip(names, answers, strict=True)
     }
-    return Answers(found, seconds, _switch(visitor, keys), image.width, image.height)
+    return Answers(found, seconds, switch, read.width, read.height)
 
 
 def _switch(visitor: Visitor, keys: Sequence[str]) -> float:

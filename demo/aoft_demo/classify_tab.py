@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo import cards
+from aoft_demo.choosers import names_among
 from aoft_demo.classify import classify
-from aoft_demo.told import sentence
+from aoft_demo.told import told
 from aoft_demo.visitors import Visitors
 
 __all__ = ["FIRST", "ClassifyTab", "classify_tab", "uploaded"]
@@ -19,10 +21,21 @@ __all__ = ["FIRST", "ClassifyTab", "classify_tab", "uploaded"]
 FIRST = 6
 """Tasks that are chosen at the beginning."""
 
-START = cards.empty(
-    "Drop a picture, or pick an example",
-    "Every chosen task answers about it at once, in one pass through the backbone.",
+START = cards.of_picture(
+    cards.empty(
+        "Drop a picture, or pick an example",
+        "Every chosen task answers about it at once, in one pass through the backbone.",
+    ),
+    "",
 )
+
+FRESH = f"""(picture, html) => {{
+    const marked = /data-picture="([^"]*)"/.exec(html ?? "");
+    const shown = picture ? picture.path.split("/").slice(-2, -1)[0] : "";
+    if (!marked || marked[1] === shown) return html;
+    return picture ? {json.dumps(cards.wait("Looking at the picture …"))} : {json.dumps(START)};
+}}"""
+"""Takes answers away whose picture is not there any more, in the browser, without delay."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +97,27 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
                 show_select_all=True,
                 elem_id="tasks",
             )
+            tasks.preprocess = names_among  # type: ignore[assignment, method-assign]
         with gr.Column(scale=6, min_width=300):
             answers = gr.HTML(START, elem_id="answers")
 
     def pick(event: gr.SelectData) -> str:
-        return str(visitors.stage.examples[int(event.index)])
+        return str(examples[int(event.index)])
 
     def answer(path: str | None, chosen: Sequence[str], request: gr.Request) -> str:
         if path is None:
             return START
+        return cards.of_picture(about(Path(path), chosen, request), Path(path).parent.name)
+
+    @told("No answer")
+    def about(picture: Path, chosen: Sequence[str], request: gr.Request) -> str:
         if not chosen:
             return cards.empty("No task is chosen", "Tick one below the picture.")
         visitor = visitors.of(request.session_hash)
         known = [name for name in chosen if name in visitor.tasks]
-        try:
-            return cards.answer_cards(classify(visitor, Path(path), known))
-        except Exception as error:
-            return cards.problem("No answer", sentence(error))
+        return cards.answer_cards(classify(visitor, picture, known))
 
+    examples = [entry["image"]["path"] for entry in gallery.value or []]  # Gradio's own copies
     gallery.select(pick, outputs=picture, show_progress="hidden", api_visibility="private")
     gr.on(
         [picture.change, tasks.change],
@@ -111,6 +127,15 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
         show_progress="hidden",
         trigger_mode="always_last",
         concurrency_limit=4,
+        api_visibility="private",
+    )
+    gr.on(
+        [picture.change, answers.change],
+        None,
+        [picture, answers],
+        answers,
+        js=FRESH,
+        show_progress="hidden",
         api_visibility="private",
     )
     return ClassifyTab(picture, tasks)

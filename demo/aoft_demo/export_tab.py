@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from aoft_demo import cards
+from aoft_demo.choosers import chooser
 from aoft_demo.stage import checkpoint_of
 from aoft_demo.told import told
 from aoft_demo.visitors import Visitor, Visitors
 
 if TYPE_CHECKING:
     from aoft_deploy.export import Exported
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import SettingError
 
 __all__ = ["ExportTab", "export_tab", "export_task"]
 
@@ -35,19 +36,25 @@ def export_task(visitor: Visitor, name: str, *, uint8: bool) -> Exported:
     """A task's merged model with its manifest, among the visitor's files.
 
     Raises:
-        AoftError: The task has no checkpoint, or its answers would differ.
+        AoftError: The task has no checkpoint, it was removed meanwhile, or its answers would
+            differ.
     """
     from aoft_deploy.export import export_merged
 
     folder = visitor.folder / "exports"
     shutil.rmtree(folder, ignore_errors=True)
-    return export_merged(
-        checkpoint_of(visitor.task(name), name),
-        folder / f"{name}.onnx",
-        uint8=uint8,
-        weights=visitor.stage.weights,
-        command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] if uint8 else [])],
-    )
+    try:
+        with visitor.using(name) as task:
+            return export_merged(
+                checkpoint_of(task, name),
+                folder / f"{name}.onnx",
+                uint8=uint8,
+                weights=visitor.stage.weights,
+                command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] * uint8)],
+            )
+    finally:
+        if visitor.gone:  # its folder was removed while we wrote into it
+            shutil.rmtree(visitor.folder, ignore_errors=True)
 
 
 def export_tab(visitors: Visitors) -> ExportTab:
@@ -55,9 +62,7 @@ def export_tab(visitors: Visitors) -> ExportTab:
     names = list(visitors.stage.tasks)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            task = gr.Dropdown(
-                names, value=names[0] if names else None, label="Task", elem_id="export-task"
-            )
+            task = chooser(names, label="Task", elem_id="export-task")
             uint8 = gr.Checkbox(
                 label="Take pixels (uint8) instead of normalised numbers", elem_id="uint8"
             )
@@ -78,7 +83,7 @@ def export_tab(visitors: Visitors) -> ExportTab:
     @told("Not exported", 0, of=2)
     def run(chosen: str | None, pixels: bool, request: gr.Request) -> tuple[str, Any]:
         if not chosen:
-            raise CheckpointError("There is no task to export: add one on the tab Swap.")
+            raise SettingError("Choose a task to export first.")
         done = export_task(visitors.of(request.session_hash), chosen, uint8=pixels)
         paths = [str(done.path), str(done.manifest)]
         return cards.export_card(chosen, done), gr.File(paths, visible=True)

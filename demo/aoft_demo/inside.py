@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_demo.classify import MAX_PIXELS
+from aoft_demo.classify import read_picture
 from aoft_demo.stage import BUNDLED, checkpoint_of
 from aoft_demo.visitors import Visitor
 
 if TYPE_CHECKING:
     from torch import Tensor
-from aoft_deploy.images import read_image
-
 __all__ = ["Family", "Insight", "attention_map", "insight", "lora_angles", "overlay"]
 
 
@@ -66,10 +64,12 @@ def insight(visitor: Visitor, name: str) -> Insight:
     """Angles and update sizes of a task.
 
     Raises:
-        AoftError: The task has no checkpoint, or there is nothing to analyse.
+        AoftError: The task has no checkpoint, it was removed meanwhile, or there is nothing to
+            analyse.
     """
-    path = checkpoint_of(visitor.task(name), name)
-    found = _analysis(path, path.stat().st_mtime_ns, visitor.stage.weights)
+    with visitor.using(name) as task:
+        path = checkpoint_of(task, name)
+        found = _analysis(path, path.stat().st_mtime_ns, visitor.stage.weights)
     angles, method = found["angles"], str(found["method"])
     families = [_family(f"backbone, {kind}", angles[kind]) for kind in ("rows", "columns")]
     own = [kind for kind in ("down", "up", "prompts") if kind in angles]
@@ -119,17 +119,20 @@ def attention_map(visitor: Visitor, name: str, picture: Path) -> NDArray[np.floa
         (rows, columns), from 0 to 1 at the most looked-at patch.
 
     Raises:
-        AoftError: The task has no checkpoint, or the picture cannot be used.
+        AoftError: The task has no checkpoint, it was removed meanwhile, or the picture cannot be
+            used.
         NotImplementedError: The backbone has no class token, or another kind of attention.
     """
     import torch
 
     from aoft_deploy.checkpoint import open_checkpoint
 
-    tuned, checkpoint = open_checkpoint(
-        checkpoint_of(visitor.task(name), name), weights=visitor.stage.weights
-    )
-    pixels = checkpoint.preprocessing(read_image(picture, max_pixels=MAX_PIXELS))
+    with visitor.using(name) as task:
+        tuned, checkpoint = open_checkpoint(
+            checkpoint_of(task, name), weights=visitor.stage.weights
+        )
+    preprocessing = checkpoint.preprocessing
+    pixels = preprocessing(read_picture(picture, preprocessing.size).image)
     model: Any = tuned.backbone
     blocks: Sequence[Any] = getattr(model, "blocks", ())
     attention: Any = getattr(blocks[-1], "attn", None) if len(blocks) else None
@@ -165,7 +168,8 @@ def _class_attention(attention: Any, x: Tensor) -> Tensor:
 
 def overlay(visitor: Visitor, picture: Path, grid: NDArray[np.float32]) -> Image.Image:
     """The picture as the model sees it, with what it does not look at in the dark."""
-    pixels = visitor.stage.fleet.preprocessing.pixels(read_image(picture, max_pixels=MAX_PIXELS))
+    preprocessing = visitor.stage.fleet.preprocessing
+    pixels = preprocessing.pixels(read_picture(picture, preprocessing.size).image)
     seen = Image.fromarray(pixels).resize((384, 384), Image.Resampling.BICUBIC)
     levels = Image.fromarray((255 * grid).astype(np.uint8))
     smooth = np.asarray(levels.resize(seen.size, Image.Resampling.BICUBIC), np.float32)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aoft_demo.classify import MAX_PIXELS
+from aoft_demo.classify import read_picture
 from aoft_demo.stage import Stage
+from aoft_demo.trainings import Training
 from aoft_demo.visitors import task_name
 from aoft_deploy.data import load_folder
 from aoft_deploy.errors import DataError, SettingError
 from aoft_deploy.image_folder import part_of
-from aoft_deploy.images import read_image
 from aoft_deploy.tasks import load_task, write_folder
 
 __all__ = ["EFFORTS", "Step", "plan", "run", "write_pictures", "write_task"]
@@ -66,12 +64,17 @@ def write_task(name: str, images: int, seed: int, root: Path) -> None:
     write_folder(load_task(name, seed=seed, train=images, val=held_out, test=held_out), root)
 
 
-def write_pictures(groups: Sequence[tuple[str, Sequence[Path]]], root: Path) -> None:
+def write_pictures(
+    groups: Sequence[tuple[str, Sequence[Path]]],
+    root: Path,
+    before_each: Callable[[], None] = lambda: None,
+) -> None:
     """Uploaded pictures as a folder with a subfolder for each class.
 
     Args:
         groups: Name and pictures of each class; those with neither are left out.
         root: The folder, which is made.
+        before_each: Called before each picture is read; what it raises ends the writing.
 
     Raises:
         SettingError: A class has no name, two have the same, or they are called after parts of a
@@ -100,7 +103,8 @@ def write_pictures(groups: Sequence[tuple[str, Sequence[Path]]], root: Path) -> 
     for name, (_, files) in zip(names, given, strict=True):
         (root / name).mkdir(parents=True)
         for number, file in enumerate(files):
-            image = read_image(file, max_pixels=MAX_PIXELS)
+            before_each()
+            image = read_picture(file, STORED).image
             image.thumbnail((STORED, STORED))
             image.save(root / name / f"{number:03}.png")
 
@@ -139,64 +143,42 @@ def plan(stage: Stage, data: Path, out: Path, effort: str, seed: int = 0) -> tup
     return [str(word) for word in words], epochs
 
 
-def run(arguments: Sequence[str], out: Path, epochs: int, stop: threading.Event) -> Iterator[Step]:
+def run(arguments: Sequence[str], out: Path, epochs: int, training: Training) -> Iterator[Step]:
     """Train, and say where it stands whenever that changes.
 
     Args:
         arguments: Of aoft-train.
         out: Its folder for results.
         epochs: How many it will do.
-        stop: Set by anyone to end it early.
+        training: Whose process it becomes; anyone may stop it.
 
     Raises:
         SettingError: It failed, was stopped, or took too long; the sentence says why.
     """
-    command = [sys.executable, "-m", "aoft_deploy.cli.train", *arguments]
-    start = time.monotonic()
-    with (out.parent / "train.log").open("w+b") as log:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-        try:
-            told = -1
-            while True:
-                ended = _waited(process, 0.25)
-                seconds = time.monotonic() - start
-                if ended and process.returncode:
-                    log.seek(0)
-                    raise SettingError(_reason(log.read().decode("utf-8", "replace")))
-                lines = _metrics(out / "metrics.jsonl")
-                if ended:
-                    fitted, test = lines[:-1], lines[-1].get("test_accuracy")
-                    yield Step(epochs, tuple(fitted), test, out / "model.ckpt", seconds)
-                    return
-                if stop.is_set():
-                    raise SettingError("Training was stopped; nothing was added.")
-                if seconds > SECONDS:
-                    raise SettingError(
-                        f"Training took longer than {SECONDS} s and was ended: use fewer pictures."
-                    )
-                if len(lines) != told:
-                    told = len(lines)
-                    fitted = [line for line in lines if "lr" in line]
-                    yield Step(epochs, tuple(fitted), None, None, seconds)
-        finally:
-            _stop(process)
-
-
-def _waited(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether it has ended within some time."""
+    log, start, told = out.parent / "train.log", time.monotonic(), -1
+    training.start([sys.executable, "-m", "aoft_deploy.cli.train", *arguments], log)
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        if not _waited(process, 5):
-            process.kill()
-            process.wait()
+        while True:
+            code = training.wait(0.25)
+            training.go_on()
+            seconds = time.monotonic() - start
+            if code:
+                raise SettingError(_reason(log.read_text("utf-8", "replace")))
+            lines = _metrics(out / "metrics.jsonl")
+            if code == 0:
+                fitted, test = lines[:-1], lines[-1].get("test_accuracy")
+                yield Step(epochs, tuple(fitted), test, out / "model.ckpt", seconds)
+                return
+            if seconds > SECONDS:
+                raise SettingError(
+                    f"Training took longer than {SECONDS} s and was ended: use fewer pictures."
+                )
+            if len(lines) != told:
+                told = len(lines)
+                fitted = [line for line in lines if "lr" in line]
+                yield Step(epochs, tuple(fitted), None, None, seconds)
+    finally:
+        training.stop()
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,22 +8,41 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo import cards
+from aoft_demo.choosers import refreshed
 from aoft_demo.classify_tab import FIRST, classify_tab
 from aoft_demo.evidence import accuracies, speeds
 from aoft_demo.export_tab import export_tab
 from aoft_demo.inside_tab import inside_tab
 from aoft_demo.swap import residents
 from aoft_demo.swap_tab import resident_panel, swap_tab
+from aoft_demo.told import sentence
 from aoft_demo.train_tab import train_tab
 from aoft_demo.visitors import Visitors
 
 __all__ = ["build"]
 
 
+class Page(gr.Blocks):
+    """Blocks that tell each fault of a handler as a message on the page.
+
+    Most handlers show their faults where their results would be. This is for what happens before
+    and after them, such as a file that Gradio does not take, and for those with nothing to show.
+    """
+
+    async def process_api(self, *arguments: Any, **more: Any) -> dict[str, Any]:
+        """Run an event's handler; see ``gradio.Blocks``."""
+        try:
+            return await super().process_api(*arguments, **more)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(sentence(error), print_exception=False) from error
+
+
 def build(visitors: Visitors) -> gr.Blocks:
     """The whole page."""
     stage = visitors.stage
-    page: gr.Blocks = gr.Blocks(
+    page = Page(
         title="aoft-demo", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     )
     with page:
@@ -43,29 +62,36 @@ def build(visitors: Visitors) -> gr.Blocks:
                 gr.HTML(cards.evidence_cards(accuracies(), speeds()), elem_id="measured")
         choosers = [swap.remove, swap.check, inside.task, export.task]
 
-        def refresh(chosen: Sequence[str], request: gr.Request) -> list[Any]:
+        def refresh(
+            chosen: Sequence[str],
+            removed: str | None,
+            checked: str | None,
+            looked: str | None,
+            exported: str | None,
+            request: gr.Request,
+        ) -> list[Any]:
             visitor = visitors.of(request.session_hash)
             names = list(visitor.tasks)
-            new = [name for name in names if name not in visitor.shown]
-            if not visitor.shown:
-                new = new[:FIRST]
+            new = set(names) - visitor.shown if visitor.shown is not None else set()
+            begins = names[:FIRST] if visitor.shown is None else []
             visitor.shown = set(names)
-            ticked = [name for name in names if name in chosen or name in new]
-            first = names[-1] if new and visitor.shown else (names[0] if names else None)
+            ticked = [name for name in names if name in new.union(chosen, begins)]
+            before = (removed, checked, looked, exported)
             return [
                 cards.header(stage, residents(visitor)),
                 resident_panel(visitors, request.session_hash),
                 gr.CheckboxGroup(names, value=ticked),
-                *(gr.Dropdown(names, value=first) for _ in choosers),
+                *(refreshed(one, names) for one in before),
             ]
 
         def leave(request: gr.Request) -> None:
             visitors.leave(request.session_hash)
 
-        outputs = [head, swap.resident, classify.tasks, *choosers]
+        inputs = [classify.tasks, *choosers]
+        outputs = [head, swap.resident, *inputs]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        page.load(refresh, classify.tasks, outputs, **quiet)
+        page.load(refresh, inputs, outputs, **quiet)
         for event in (*swap.changes, *train.changes):
-            event.success(refresh, classify.tasks, outputs, **quiet)
+            event.success(refresh, inputs, outputs, **quiet)
         page.unload(leave)
     return page

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
+import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,16 +20,25 @@ from aoft_deploy.errors import MissingExtraError, OutputError
 
 __all__ = ["MAX_UPLOAD", "running", "serve"]
 
-MAX_UPLOAD = "20mb"
+MAX_UPLOAD = "50mb"
+"""Of a file; photographs of 50 megapixels have up to 40 MB."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def serve(page: contextlib.AbstractContextManager[str]) -> None:
-    """Serve what ``running`` gives until interrupted."""
+    """Serve what ``running`` gives until interrupted.
+
+    A handler that still computes by then has nobody to show its result to: the process ends.
+    """
     print("Opening the tasks; the first time that takes about half a minute …", flush=True)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # below nohup it is ignored
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     with contextlib.suppress(KeyboardInterrupt), page as address:
         print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
+    sys.stdout.flush()
+    if threading.active_count() > 1:
+        os._exit(0)
 
 
 @contextlib.contextmanager
@@ -61,13 +74,13 @@ def running(
         AoftError: A path that cannot be shown.
     """
     port = _free(host, port)
-    with tempfile.TemporaryDirectory(prefix="aoft-demo-", ignore_cleanup_errors=True) as scratch:
+    with _scratch() as scratch:
         for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
             del os.environ[name]  # by which Gradio would look whether its own page is there
         os.environ.update(
             GRADIO_ANALYTICS_ENABLED="False",
             GRADIO_RUN_HISTORY="False",  # which keeps pictures in the browser, or sends them on
-            GRADIO_TEMP_DIR=str(Path(scratch, "uploads")),
+            GRADIO_TEMP_DIR=str(scratch / "uploads"),
             HF_HUB_OFFLINE="1",
             ORT_DISABLE_TELEMETRY="1",  # which onnxruntime reads when it is imported
         )
@@ -93,11 +106,9 @@ def running(
         PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
         _fetch_nothing()
         pictures = None if examples is None else image_files([examples])[:24]
-        stage = open_stage(
-            paths, Path(scratch), weights=weights, examples=pictures, threads=threads
-        )
-        page = build(Visitors(stage)).queue(max_size=64)
-        torch = threading.Thread(target=importlib.import_module, args=["aoft_deploy.export"])
+        stage = open_stage(paths, scratch, weights=weights, examples=pictures, threads=threads)
+        visitors = Visitors(stage)
+        page = build(visitors).queue(max_size=64)
         try:
             page.launch(
                 server_name=host,
@@ -114,12 +125,43 @@ def running(
                 css=CSS,
                 app_kwargs={"middleware": [trusted]},
             )
-            torch.start()  # while people look at the page, for the tabs that need it
+            # While people look at the page, for the tabs that need it.
+            torch = ["aoft_deploy.export"]
+            threading.Thread(target=importlib.import_module, args=torch, daemon=True).start()
             yield f"http://{host}:{port}"
         finally:
-            if torch.ident is not None:
-                torch.join()
+            visitors.close()
+            server: Any = getattr(page, "server", None)
+            if server is not None:
+                server.force_exit = True  # pages that are open hold connections
             page.close(verbose=False)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for all temporary files of this process and those that it starts; it goes."""
+    before, named = tempfile.tempdir, os.environ.get("TMPDIR")
+    folder = Path(tempfile.mkdtemp(prefix="aoft-demo-")).resolve()
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        _hear_no_signal()
+        tempfile.tempdir = before
+        os.environ.pop("TMPDIR")
+        os.environ.update({} if named is None else {"TMPDIR": named})
+        for _ in range(10):  # a handler that still computes may write while we remove
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.05)
+
+
+def _hear_no_signal() -> None:
+    """An impatient second one would end the process before its files are removed."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _fetch_nothing() -> None:

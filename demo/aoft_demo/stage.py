@@ -116,16 +116,18 @@ def open_stage(
         checkpoints = bundled_checkpoints()
     artefact = fleets[0] if fleets else _exported(checkpoints, folder, weights)
     fleet = Fleet(artefact, threads=threads)
+    inside = sum(task_bytes(fleet, classes) for classes in fleet.tasks.values())
     found = dict(zip(_names(checkpoints), checkpoints, strict=True))
     for name, path in found.items():
         if name not in fleet.tasks:
             fleet.add(path, name)
     _warm_up(fleet)
     tasks = {name: Task(name, classes, found.get(name)) for name, classes in fleet.tasks.items()}
-    own = sum(task_bytes(fleet, task.classes) for task in tasks.values())
     size = artefact.stat().st_size if artefact.is_file() else _folder_size(artefact)
     pictures = sorted(BUNDLED.glob("*.png")) if examples is None else list(examples)
-    return Stage(fleet, tasks, _backbone(artefact), max(size - own, 0), weights, folder, pictures)
+    return Stage(
+        fleet, tasks, _backbone(artefact), max(size - inside, 0), weights, folder, pictures
+    )
 
 
 def _warm_up(fleet: Fleet) -> None:

@@ -64,20 +64,22 @@ def verify(visitor: Visitor, name: str) -> Agreement:
     """Compare a task's answers: unmerged, merged, and by the fleet.
 
     Raises:
-        AoftError: The task has no checkpoint, or its backbone cannot be made.
+        AoftError: The task has no checkpoint, it was removed meanwhile, or its backbone cannot be
+            made.
     """
     from aoft_deploy.checkpoint import open_checkpoint
     from aoft_deploy.export import logits, normalised
     from aoft_deploy.tuned import merge
 
-    task = visitor.task(name)
-    tuned, checkpoint = open_checkpoint(checkpoint_of(task, name), weights=visitor.stage.weights)
-    preprocessing = checkpoint.preprocessing
-    inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
-    own = logits(tuned.eval(), inputs)
-    merged = logits(merge(tuned).eval(), inputs)
-    answers = visitor.stage.fleet.predict(inputs, [task.key] * IMAGES)
-    fleet = np.stack([answer.logits for answer in answers])
+    with visitor.using(name) as task:
+        source = checkpoint_of(task, name)
+        tuned, checkpoint = open_checkpoint(source, weights=visitor.stage.weights)
+        preprocessing = checkpoint.preprocessing
+        inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
+        own = logits(tuned.eval(), inputs)
+        merged = logits(merge(tuned).eval(), inputs)
+        answers = visitor.stage.fleet.predict(inputs, [task.key] * IMAGES)
+        fleet = np.stack([answer.logits for answer in answers])
     top = own.argmax(1)
     agreeing = (merged.argmax(1) == top) & (fleet.argmax(1) == top)
     return Agreement(

@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo import cards
+from aoft_demo.choosers import chooser
 from aoft_demo.swap import residents, verify
 from aoft_demo.told import told
 from aoft_demo.visitors import Visitors
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.task_numbers import name_of
 
 __all__ = ["SwapTab", "resident_panel", "swap_tab"]
@@ -39,7 +40,6 @@ def swap_tab(visitors: Visitors) -> SwapTab:
     """Lay out the tab and connect it."""
     stage = visitors.stage
     names = list(stage.tasks)
-    first = names[0] if names else None
     with gr.Row(elem_id="swap", equal_height=False):
         with gr.Column(scale=5, min_width=300):
             upload = gr.File(
@@ -54,14 +54,10 @@ def swap_tab(visitors: Visitors) -> SwapTab:
                 )
                 add = gr.Button("Add", variant="primary", elem_id="add", scale=1, min_width=90)
             with gr.Row(equal_height=True):
-                remove = gr.Dropdown(
-                    names, value=first, label="Remove a task", elem_id="remove-name", scale=3
-                )
+                remove = chooser(names, label="Remove a task", elem_id="remove-name", scale=3)
                 drop = gr.Button("Remove", elem_id="remove", scale=1, min_width=90)
             with gr.Row(equal_height=True):
-                check = gr.Dropdown(
-                    names, value=first, label="Verify a task", elem_id="verify-name", scale=3
-                )
+                check = chooser(names, label="Verify a task", elem_id="verify-name", scale=3)
                 prove = gr.Button("Verify", elem_id="verify", scale=1, min_width=90)
             verdict = gr.HTML(
                 cards.note(
@@ -87,14 +83,14 @@ def swap_tab(visitors: Visitors) -> SwapTab:
     @told("Not removed")
     def remove_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
-            raise CheckpointError("There is no task to remove.")
+            raise SettingError("Choose a task to remove first.")
         visitors.of(request.session_hash).remove(chosen)
         return cards.done(chosen, "has left; its room is free again.")
 
     @told("Not verified")
     def verify_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
-            raise CheckpointError("There is no task to verify.")
+            raise SettingError("Choose a task to verify first.")
         visitor = visitors.of(request.session_hash)
         return cards.agreement_card(chosen, verify(visitor, chosen))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -19,14 +21,19 @@ __all__ = ["sentence", "told"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FOLDERS = re.compile(r"(?<![\w./])/(?:[^/\s'\"]+/)+")
+FOLDERS = re.compile(r"(?<![\w./])/(?:[^/\s'\"]+/)+|(?<=')/(?:[^/']+/)+|(?<=\")/(?:[^/\"]+/)+")
+"""Folders before a file's name; those with spaces are known by the quotes around the whole."""
 
 
 def sentence(error: Exception) -> str:
     """What to tell a visitor about a fault."""
     if isinstance(error, AoftError | NotImplementedError):
-        return FOLDERS.sub("", " ".join(str(error).split()))
+        own = tempfile.gettempdir()
+        text = str(error).replace(f"{own}/", "/").replace(f"{own!r}"[1:-1] + "/", "/")
+        return FOLDERS.sub("", " ".join(text.split()))
     traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk that the demo writes to is full: make room there, and try again."
     return "This did not work, and the fault is ours; the page goes on. The log has the details."
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import gradio as gr
 
 from aoft_demo import cards, learning
 from aoft_demo.told import told
-from aoft_demo.visitors import Visitors, task_name
-from aoft_deploy.errors import SettingError
+from aoft_demo.trainings import Training
+from aoft_demo.visitors import Visitor, Visitors
 from aoft_deploy.tasks import task_names
 
 __all__ = ["TrainTab", "train_tab"]
@@ -105,28 +106,38 @@ def train_tab(visitors: Visitors) -> TrainTab:
     ) -> Iterator[tuple[Any, ...]]:
         *given, request = more  # an annotation, which *more cannot have, would bring the request
         visitor = visitors.of(request.session_hash)
-        wanted = task_name(typed)
-        if wanted in visitor.tasks:
-            raise SettingError(f"There is a task {wanted!r}: remove it, or type another name.")
-        visitor.stop.clear()
+        with visitor.training(typed) as training, visitors.line.place(training):
+            if not visitors.line.is_first(training):
+                yield cards.wait("Another training runs; yours begins when it ends …"), gr.skip()
+            while not visitors.line.is_first(training):
+                training.go_on()
+                time.sleep(0.1)
+            pairs = list(zip(given[::2], given[1::2], strict=True))
+            groups = [(text, [Path(f) for f in files or []]) for text, files in pairs]
+
+            def write(data: Path) -> None:
+                if where == DRAWN:
+                    learning.write_task(chosen, int(number), len(visitor.tasks), data)
+                else:
+                    learning.write_pictures(groups, data, training.go_on)
+
+            yield from steps(visitor, training, write, how)
+
+    def steps(
+        visitor: Visitor, training: Training, write: Callable[[Path], None], how: str
+    ) -> Iterator[tuple[Any, ...]]:
         folder = Path(tempfile.mkdtemp(prefix="training-", dir=visitor.folder))
         try:
             yield cards.wait("Preparing the pictures …"), gr.skip()
             data, out = folder / "data", folder / "run"
-            if where == DRAWN:
-                learning.write_task(chosen, int(number), len(visitor.tasks), data)
-            else:
-                pairs = list(zip(given[::2], given[1::2], strict=True))
-                learning.write_pictures(
-                    [(text, [Path(f) for f in files or []]) for text, files in pairs], data
-                )
+            write(data)
             arguments, epochs = learning.plan(visitors.stage, data, out, how)
             yield cards.wait("Starting to train …"), gr.File(visible=False)
-            for step in learning.run(arguments, out, epochs, visitor.stop):
+            for step in learning.run(arguments, out, epochs, training):
                 if step.checkpoint is not None:
-                    task = visitor.add(step.checkpoint, wanted, "trained")
+                    name, task = visitor.add_trained(training, step.checkpoint)
                     kept = gr.File(str(task.checkpoint), visible=True)
-                    text = cards.done(wanted, "is trained and has joined the fleet.")
+                    text = cards.done(name, "is trained and has joined the fleet.")
                     yield text + cards.training_card(step), kept
                 elif step.lines:
                     yield cards.training_card(step), gr.skip()
@@ -134,7 +145,7 @@ def train_tab(visitors: Visitors) -> TrainTab:
             shutil.rmtree(folder, ignore_errors=True)
 
     def halt(request: gr.Request) -> None:
-        visitors.of(request.session_hash).stop.set()
+        visitors.of(request.session_hash).stop_trainings()
 
     def choose(where: str) -> tuple[Any, Any]:
         return gr.Group(visible=where == DRAWN), gr.Group(visible=where == OWN)
@@ -164,7 +175,7 @@ def train_tab(visitors: Visitors) -> TrainTab:
         begin,
         [source, kind, count, name, effort, *rows],
         [panel, file],
-        concurrency_limit=1,
+        concurrency_limit=None,  # they take turns, and can be stopped before theirs
         show_progress="minimal",
         **plain,
     )

@@ -10,10 +10,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aoft_demo.stage import Stage, Task
+from aoft_demo.trainings import Line, Training
 from aoft_deploy.errors import SettingError, UnknownNameError
 
 __all__ = ["MOST_TASKS", "Visitor", "Visitors", "task_name"]
@@ -49,17 +51,18 @@ class Visitor:
         tasks: What it sees, by name.
         folder: Its files; gone when it leaves.
         seen: When it last did something.
-        shown: Names of the tasks that its page knows of.
-        stop: Set to end a training of its own.
+        shown: Names of the tasks that its page knows of; None before it is loaded.
+        gone: Whether it has left.
     """
 
     def __init__(self, stage: Stage, key: str, folder: Path, now: float) -> None:
         self.stage, self.folder, self.seen = stage, folder, now
         self.tasks = dict(stage.tasks)
-        self.shown: set[str] = set()
-        self.stop = threading.Event()
+        self.shown: set[str] | None = None
+        self.gone = False
+        self._trainings: dict[str, Training] = {}
         self._key, self._count = key, 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def add(self, checkpoint: Path, name: str, origin: str = "added") -> Task:
         """Take a task in, from a checkpoint, of which a copy is kept.
@@ -70,22 +73,71 @@ class Visitor:
         """
         name = task_name(name)
         with self._lock:
-            if name in self.tasks:
-                raise SettingError(f"There is a task {name!r}: remove it, or type another name.")
-            own = sum(task.origin != "given" for task in self.tasks.values())
-            if own >= MOST_TASKS:
-                raise SettingError(
-                    f"You have added {own} tasks, the most there may be: remove one."
-                )
-            self._count += 1
-            key = f"{self._key}/{self._count}"
-            kept = self.folder / f"{self._count}" / f"{name}.ckpt"
-            self.stage.fleet.add(checkpoint, key)
-            kept.parent.mkdir()
+            self._check_room(name)
+            return self._added(checkpoint, name, origin)
+
+    def _added(self, checkpoint: Path, name: str, origin: str) -> Task:
+        self._count += 1
+        key, folder = f"{self._key}/{self._count}", self.folder / f"{self._count}"
+        kept = folder / f"{name}.ckpt"
+        folder.mkdir()
+        try:
             shutil.copyfile(checkpoint, kept)
-            task = Task(key, self.stage.fleet.classes(key), kept, origin)
-            self.tasks[name] = task
+            self.stage.fleet.add(kept, key)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        task = self.tasks[name] = Task(key, self.stage.fleet.classes(key), kept, origin)
         return task
+
+    def _check_room(self, name: str) -> None:
+        """Whether one more task may have a name."""
+        if self.gone:
+            raise SettingError("This page has ended: reload it.")
+        if name in self._trainings:
+            raise SettingError(f"A task {name!r} is being trained: type another name.")
+        if name in self.tasks:
+            raise SettingError(f"There is a task {name!r}: remove it, or type another name.")
+        own = sum(task.origin != "given" for task in self.tasks.values()) + len(self._trainings)
+        if own >= MOST_TASKS:
+            raise SettingError(f"You have added {own} tasks, the most there may be: remove one.")
+
+    @contextmanager
+    def training(self, name: str) -> Iterator[Training]:
+        """A training while the block runs; its task's name is kept free for ``add_trained``.
+
+        Raises:
+            SettingError: As for ``add``.
+        """
+        name = task_name(name)
+        with self._lock:
+            self._check_room(name)
+            training = self._trainings[name] = Training()
+        try:
+            yield training
+        finally:
+            training.stop()
+            with self._lock:
+                self._trainings.pop(name, None)
+
+    def add_trained(self, training: Training, checkpoint: Path) -> tuple[str, Task]:
+        """Take in what a training has made; its name and the task.
+
+        Raises:
+            SettingError: The training was stopped.
+            CheckpointError: The file is damaged or does not belong to this backbone.
+        """
+        with self._lock:
+            training.go_on()
+            (name,) = (key for key, value in self._trainings.items() if value is training)
+            return name, self._added(checkpoint, name, "trained")
+
+    def stop_trainings(self) -> None:
+        """End what is being trained or waits for its turn."""
+        with self._lock:
+            trainings = list(self._trainings.values())
+        for training in trainings:
+            training.stop()
 
     def remove(self, name: str) -> None:
         """Let a task go, for this visitor.
@@ -105,13 +157,32 @@ class Visitor:
         Raises:
             UnknownNameError: There is no such task.
         """
-        if name not in self.tasks:
+        task = self.tasks.get(name)
+        if task is None:
             raise UnknownNameError("task", name, self.tasks)
-        return self.tasks[name]
+        return task
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Task]:
+        """A task by its name, while the block uses its numbers or its checkpoint.
+
+        Raises:
+            UnknownNameError: There is no such task, or it was removed meanwhile and the block
+                failed.
+        """
+        task = self.task(name)
+        try:
+            yield task
+        except Exception as error:
+            if self.tasks.get(name) is not task:
+                raise UnknownNameError("task", name, self.tasks) from error
+            raise
 
     def leave(self) -> None:
         """Take this visitor's tasks out of the fleet, and its files away."""
-        self.stop.set()
+        with self._lock:
+            self.gone = True
+        self.stop_trainings()
         with self._lock:
             for task in self.tasks.values():
                 if task.origin != "given":
@@ -128,6 +199,9 @@ class Visitor:
 class Visitors:
     """All who are there; safe from any thread.
 
+    Attributes:
+        line: Whose turn it is to train.
+
     Args:
         stage: What they look at.
         clock: Seconds.
@@ -135,13 +209,21 @@ class Visitors:
 
     def __init__(self, stage: Stage, clock: Callable[[], float] = time.monotonic) -> None:
         self.stage, self._clock = stage, clock
+        self.line = Line()
+        self._closed = False
         self._here: dict[str, Visitor] = {}
         self._lock = threading.Lock()
 
     def of(self, key: str | None) -> Visitor:
-        """The visitor of a session, new where the session is."""
+        """The visitor of a session, new where the session is.
+
+        Raises:
+            SettingError: All have left, and the demo ends.
+        """
         key, now = key or "", self._clock()
         with self._lock:
+            if self._closed:
+                raise SettingError("The demo has ended: start it again.")
             gone = [k for k, v in self._here.items() if now - v.seen > IDLE and k != key]
             left = [self._here.pop(k) for k in gone]
             if key not in self._here:
@@ -158,6 +240,14 @@ class Visitors:
         with self._lock:
             visitor = self._here.pop(key or "", None)
         if visitor is not None:
+            visitor.leave()
+
+    def close(self) -> None:
+        """Let everybody leave, and nobody come."""
+        with self._lock:
+            self._closed = True
+            here, self._here = list(self._here.values()), {}
+        for visitor in here:
             visitor.leave()
 
     def __len__(self) -> int:
