@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import importlib
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ import pytest
 
 from aoft_demo import cards
 from aoft_demo.charts import Bar, Line, bars, lines
+from aoft_demo.choosers import chooser, names_among, refreshed
 from aoft_demo.classify import Answers
 from aoft_demo.evidence import accuracies, results_folder, speeds
+from aoft_demo.page import Page
 from aoft_demo.swap import Agreement
 from aoft_demo.told import sentence, told
 from aoft_deploy.errors import CheckpointError
@@ -95,6 +100,70 @@ def test_a_fault_is_a_sentence_without_folders(capsys: pytest.CaptureFixture[str
     assert sentence(error) == "model.ckpt is no checkpoint (1/2 read)."
     assert "the fault is ours" in sentence(ValueError("secret"))
     assert "secret" in capsys.readouterr().err
+
+
+def test_no_folder_is_told_whatever_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("/tmp/a b/it's #1/aoft-demo-x", '/tmp/"é %41?/aoft-demo-x', "/home/me/aoft-x"):
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        path = f"{folder}/uploads/ab12/my cat's.png"
+        for text in (f"Cannot read image {path!r}: it is empty.", f"{path} is no checkpoint."):
+            told_text = sentence(CheckpointError(text))
+            assert "my cat" in told_text and "/" not in told_text, told_text
+            assert "aoft" not in told_text and "uploads" not in told_text, told_text
+    outside = CheckpointError("Cannot read '/srv/my tasks/pets.ckpt': 3/4 of it are missing.")
+    assert sentence(outside) == "Cannot read 'pets.ckpt': 3/4 of it are missing."
+    full = sentence(OSError(errno.ENOSPC, "No space left on device", "/srv/x"))
+    assert full == "The disk that the demo writes to is full: make room there, and try again."
+    assert "/srv/x" in capsys.readouterr().err
+
+
+def test_a_list_keeps_what_was_chosen_while_that_is_there() -> None:
+    for chosen, expected in (("b", "b"), ("a", "a"), ("gone", None), (None, None)):
+        made = refreshed(chosen, ["a", "b", "new"])
+        assert made.value == expected
+        assert [value for _, value in made.choices] == ["a", "b", "new"]
+    assert refreshed("a", []).value is None
+
+
+def test_a_list_passes_on_names_alone() -> None:
+    made = chooser(["a", "b"], label="x")
+    assert made.value == "a" and chooser([], label="x").value is None
+    assert made.preprocess("gone") == "gone"  # the handler says so
+    assert [made.preprocess(odd) for odd in (["a"], {"a": 1}, 7, None)] == [None] * 4
+    assert names_among(["a", {"b": 1}, 7, "gone"]) == ["a", "gone"]
+    assert names_among("a") == names_among(None) == []
+
+
+def test_a_fault_around_a_handler_is_told_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradio would answer with nothing: the page stands still, and only the log knows."""
+
+    def place() -> str:
+        return "/etc/hostname"  # which Gradio does not serve
+
+    def fail() -> str:
+        raise CheckpointError("/a/b/c.ckpt is bad.")
+
+    gr: Any = importlib.import_module("gradio")
+
+    async def try_all() -> list[str]:
+        page = Page()
+        with page:
+            button = gr.Button()
+            button.click(place, None, gr.Image())
+            button.click(fail, None, gr.HTML())
+        page.has_launched = True
+        found = []
+        for number in page.fns:
+            with pytest.raises(gr.Error) as refusal:
+                await page.process_api(number, [], request=None)
+            found.append(refusal.value.message)
+        return found
+
+    before, after = asyncio.run(try_all())
+    assert "the fault is ours" in before and after == "c.ckpt is bad."
+    assert "InvalidPathError" in capsys.readouterr().err
 
 
 def test_a_handlers_fault_stands_where_its_result_would() -> None:

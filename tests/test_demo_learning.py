@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import threading
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image
 
 from aoft_demo.learning import EFFORTS, LEAST, MOST, plan, run, write_pictures, write_task
 from aoft_demo.stage import Stage, open_stage
+from aoft_demo.trainings import MOST_WAITING, Line, Training
 from aoft_deploy.cli.train_options import parser
 from aoft_deploy.data import load_folder
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
@@ -109,7 +110,7 @@ def test_a_fleet_without_its_manifest_cannot_be_added_to(
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
     arguments = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
     with pytest.raises(SettingError, match="Training failed: Unknown folder or task"):
-        list(run(arguments, tmp_path / "run", 3, threading.Event()))
+        list(run(arguments, tmp_path / "run", 3, Training()))
 
 
 def test_a_training_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +124,78 @@ def test_a_training_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "Popen", popen)
     write_task("shape", 60, 0, tmp_path / "data")
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    stop = threading.Event()
-    steps = run(arguments, tmp_path / "run", 20, stop)
+    training = Training()
+    steps = run(arguments, tmp_path / "run", 20, training)
     assert next(steps).lines == ()
-    stop.set()
+    training.stop()
+    assert started[0].poll() is not None  # before anyone asks for the next step
     with pytest.raises(SettingError, match="Training was stopped; nothing was added"):
         list(steps)
     assert started[0].poll() is not None
+
+
+def test_a_training_that_nobody_follows_ends_too(tmp_path: Path) -> None:
+    write_task("shape", 60, 0, tmp_path / "data")
+    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    training = Training()
+    steps = run(arguments, tmp_path / "run", 20, training)
+    next(steps)
+    steps.close()  # as Gradio lets go of a visitor who has left
+    assert training.stopped and training.wait(0) is not None
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"])
+print(child.pid, file=open(sys.argv[1], "w"), flush=True)
+time.sleep(999)
+"""
+
+
+def test_a_process_that_does_not_listen_is_ended_with_its_children(tmp_path: Path) -> None:
+    training, told = Training(), tmp_path / "child"
+    training.start([sys.executable, "-c", STUBBORN, str(told)], tmp_path / "log")
+    while not (told.is_file() and told.read_text().strip()):
+        assert training.wait(0.05) is None
+    child = int(told.read_text())
+    training.stop()
+    assert training.wait(0) == -9
+    status = Path(f"/proc/{child}/status")
+    while status.exists() and "State:\tZ" not in status.read_text():
+        training.wait(0.01)  # ended, or about to; nothing else ends it
+
+
+def test_what_was_stopped_before_its_turn_does_not_start(tmp_path: Path) -> None:
+    training = Training()
+    training.stop()
+    with pytest.raises(SettingError, match="Training was stopped; nothing was added"):
+        training.start([sys.executable, "-c", "open('started', 'w')"], tmp_path / "log")
+    with pytest.raises(SettingError, match="Training was stopped"):
+        write_pictures([("a", [tmp_path] * 3), ("b", [tmp_path] * 3)], tmp_path, training.go_on)
+
+
+def test_trainings_take_turns_and_those_that_were_stopped_hold_up_nobody() -> None:
+    line, one, two, three = Line(), Training(), Training(), Training()
+    with line.place(one):
+        assert line.is_first(one)
+        with line.place(two), line.place(three):
+            assert [line.is_first(t) for t in (one, two, three)] == [True, False, False]
+            two.stop()
+            one.stop()  # its visitor has left, and nobody asks for its next step
+            assert line.is_first(three)
+    with line.place(one), line.place(Training()):
+        pass
+
+
+def test_the_line_has_an_end() -> None:
+    from contextlib import ExitStack
+
+    line = Line()
+    with ExitStack() as places:
+        for _ in range(MOST_WAITING + 1):
+            places.enter_context(line.place(Training()))
+        with pytest.raises(SettingError, match=f"{MOST_WAITING} trainings are waiting"):
+            places.enter_context(line.place(Training()))
+    with line.place(Training()):
+        pass

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from aoft_demo.classify import classify
+from aoft_demo.classify import MAX_STORED, classify, read_picture
 from aoft_demo.export_tab import export_task
 from aoft_demo.inside import attention_map, insight, lora_angles, overlay
 from aoft_demo.stage import BUNDLED, Stage, bundled_checkpoints, open_stage, task_bytes
@@ -89,6 +93,17 @@ def test_the_bytes_are_those_that_the_fleet_tells(stage: Stage) -> None:
     assert stage.backbone["name"] == "aoft_vit_nano"
 
 
+def test_the_backbone_keeps_its_size_as_checkpoints_come(
+    fleet_artefact: Path, fleet_tasks: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = open_stage([fleet_artefact], tmp_path, threads=1)
+    more = open_stage([fleet_artefact, *fleet_tasks.values()], tmp_path, threads=1)
+    assert len(more.tasks) == len(alone.tasks) + 2
+    assert more.backbone_bytes == alone.backbone_bytes
+    inside = sum(task_bytes(alone.fleet, classes) for classes in alone.fleet.tasks.values())
+    assert alone.backbone_bytes == fleet_artefact.stat().st_size - inside > 0
+
+
 def test_a_fleets_file_with_checkpoints_beside_it(
     fleet_artefact: Path, fleet_tasks: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -146,6 +161,91 @@ def test_classifying_tells_what_is_wrong(visitor: Visitor, tmp_path: Path) -> No
         classify(visitor, PICTURE, ["digit"])
 
 
+PHOTOGRAPHS = {"24 MP": (6000, 4000), "50 MP": (8160, 6120), "panorama": (20_000, 2500)}
+"""Sizes of what phones take; their largest picture is that of a sensor of 50 megapixels."""
+
+
+def photograph(path: Path, size: tuple[int, int], **more: object) -> Path:
+    """A JPEG of the digit seven as a phone would save it."""
+    Image.open(PICTURE).convert("RGB").resize(size).save(path, "JPEG", quality=90, **more)
+    return path
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_phones_photograph_is_answered_about(
+    visitor: Visitor, tmp_path: Path, name: str, progressive: bool
+) -> None:
+    path = photograph(tmp_path / "photo.jpg", PHOTOGRAPHS[name], progressive=progressive)
+    found = classify(visitor, path, ["digits"], top=3)
+    assert (found.width, found.height) == PHOTOGRAPHS[name]
+    whole = Image.open(path).convert("RGB")  # as Pillow decodes all of it
+    row = visitor.stage.fleet.preprocessing(whole)
+    (logits,) = visitor.stage.fleet.predict(row[None], ["digits"])
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    for label, probability in found.predictions["digits"]:
+        expected = shares[visitor.stage.tasks["digits"].classes.index(label)]
+        assert probability == pytest.approx(expected, abs=0.02)
+
+
+def test_a_photograph_taken_upright_has_its_sides_the_other_way_round(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the phone was held upright
+    path = photograph(tmp_path / "photo.jpg", (6000, 4000), exif=exif)
+    found = read_picture(path, 32)
+    assert (found.width, found.height) == (4000, 6000)
+    assert found.image.width < found.image.height
+
+
+def test_a_picture_below_the_limit_is_read_as_aoft_predict_reads_it(tmp_path: Path) -> None:
+    path = photograph(tmp_path / "photo.jpg", (4000, 3000))
+    assert read_picture(path, 32).image.tobytes() == read_image(path).tobytes()
+
+
+def test_a_model_of_large_pictures_sees_a_large_photograph_too(tmp_path: Path) -> None:
+    path = photograph(tmp_path / "photo.jpg", (6000, 4000))
+    assert read_picture(path, 1500).image.size == (3000, 2000)
+    assert read_picture(path, 224).image.size == (1500, 1000)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from aoft_demo.classify import read_picture
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+small, large = map(Path, sys.argv[1:])
+read_picture(small, 32)
+before = peak()
+read_picture(large, 32)
+print(peak() - before)
+"""
+
+
+def test_a_photograph_of_fifty_megapixels_takes_little_memory(tmp_path: Path) -> None:
+    large = photograph(tmp_path / "photo.jpg", PHOTOGRAPHS["50 MP"])
+    command = [sys.executable, "-c", MEMORY, PICTURE, large]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60e6  # decoded whole it has 150 MB and more
+
+
+def test_what_is_too_large_or_of_a_phones_own_format_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (6000, 4000)).save(tmp_path / "large.png", compress_level=1)
+    with pytest.raises(ImageError, match=r"6000 x 4000 = 24,000,000 pixels, above the limit of 20"):
+        read_picture(tmp_path / "large.png", 32)
+    assert 10_000 * 8_000 > MAX_STORED
+    Image.new("L", (10_000, 8_000)).save(tmp_path / "huge.jpg")
+    with pytest.raises(ImageError, match=r"10000 x 8000 .* above the limit of 64,000,000"):
+        read_picture(tmp_path / "huge.jpg", 32)
+    for brand in (b"heic", b"mif1", b"avif"):
+        (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(40))
+        with pytest.raises(ImageError, match="in HEIC or AVIF, which is not read here: save it as"):
+            read_picture(tmp_path / "photo.heic", 32)
+
+
 def test_visitors_do_not_see_each_others_tasks(visitors: Visitors) -> None:
     ours, theirs = visitors.of("ours"), visitors.of("theirs")
     task = ours.add(BUNDLED / "digits.ckpt", "mine")
@@ -169,8 +269,113 @@ def test_who_is_idle_for_long_has_left(stage: Stage) -> None:
     first.add(BUNDLED / "digits.ckpt", "mine")
     now[0] = IDLE + 1
     visitors.of("second")
-    assert len(visitors) == 1 and not first.folder.exists() and first.stop.is_set()
+    assert len(visitors) == 1 and not first.folder.exists() and first.gone
     assert "mine" not in visitors.of("first").tasks
+
+
+def test_who_has_left_adds_nothing_more(visitor: Visitor) -> None:
+    before = set(visitor.stage.fleet.names)
+    with visitor.training("learnt") as training:
+        visitor.leave()
+        assert training.stopped
+        with pytest.raises(SettingError, match="Training was stopped"):
+            visitor.add_trained(training, BUNDLED / "digits.ckpt")
+    with pytest.raises(SettingError, match="This page has ended: reload it"):
+        visitor.add(BUNDLED / "digits.ckpt", "mine")
+    assert set(visitor.stage.fleet.names) == before
+    assert not visitor.folder.exists()
+
+
+def test_a_task_whose_file_cannot_be_kept_is_not_in_the_fleet(visitor: Visitor) -> None:
+    before = set(visitor.stage.fleet.names)
+    for number in (1, 2):
+        (visitor.folder / str(number)).mkdir()
+        (visitor.folder / str(number) / "mine.ckpt").mkdir()  # so that nothing can be written there
+    with pytest.raises(OSError):
+        visitor.add(BUNDLED / "digits.ckpt", "mine")
+    assert set(visitor.stage.fleet.names) == before
+    assert visitor.tasks.keys() == visitor.stage.tasks.keys()
+
+
+def test_all_leave_when_the_demo_ends(stage: Stage) -> None:
+    visitors = Visitors(stage)
+    some = [visitors.of("a"), visitors.of("b")]
+    some[1].add(BUNDLED / "digits.ckpt", "mine")
+    key = some[1].tasks["mine"].key
+    with some[0].training("learnt") as training:
+        visitors.close()
+        assert training.stopped
+    assert len(visitors) == 0 and key not in stage.fleet
+    assert all(one.gone and not one.folder.exists() for one in some)
+    with pytest.raises(SettingError, match="The demo has ended"):
+        visitors.of("late")
+
+
+def test_a_name_is_kept_for_the_task_that_is_trained_under_it(visitor: Visitor) -> None:
+    with visitor.training(" mine ") as training:
+        for again in (lambda: visitor.add(BUNDLED / "digits.ckpt", "mine"), busy(visitor)):
+            with pytest.raises(SettingError, match="A task 'mine' is being trained"):
+                again()
+        name, task = visitor.add_trained(training, BUNDLED / "digits.ckpt")
+        assert (name, task.origin) == ("mine", "trained") and visitor.tasks["mine"] is task
+    with pytest.raises(SettingError, match="There is a task 'mine'"):
+        busy(visitor)()
+    visitor.remove("mine")
+    visitor.add(BUNDLED / "digits.ckpt", "mine")
+
+
+def busy(visitor: Visitor) -> Callable[[], None]:
+    def train() -> None:
+        with visitor.training("mine"):
+            raise AssertionError("two trainings of one name")
+
+    return train
+
+
+def test_a_task_that_leaves_while_it_is_used_is_named_as_its_visitor_knows_it(
+    visitor: Visitor,
+) -> None:
+    fleet = visitor.stage.fleet
+    size = fleet.preprocessing.size
+    visitor.add(BUNDLED / "digits.ckpt", "mine")
+    with (
+        pytest.raises(UnknownNameError, match=r"Unknown task 'mine'\. Known: colour") as refusal,
+        visitor.using("mine") as task,
+    ):
+        visitor.remove("mine")
+        visitor.add(BUNDLED / "colour.ckpt", "mine")
+        visitor.remove("mine")
+        fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
+    assert visitor.folder.name not in str(refusal.value)
+    with pytest.raises(ZeroDivisionError), visitor.using("digits"):
+        _ = 1 / 0
+
+
+def test_labels_and_answers_are_of_one_version_while_a_task_is_replaced(visitor: Visitor) -> None:
+    versions = {}
+    for name in ("digits", "colour"):
+        versions[name] = dict(classify(visitor, PICTURE, [name], top=20).predictions[name])
+    visitor.add(BUNDLED / "digits.ckpt", "mine")
+    ended = threading.Event()
+
+    def replace() -> None:
+        for i in range(60):
+            visitor.remove("mine")
+            visitor.add(BUNDLED / f"{('colour', 'digits')[i % 2]}.ckpt", "mine")
+        ended.set()
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    answered = 0
+    while not ended.is_set() or not answered:
+        try:
+            found = dict(classify(visitor, PICTURE, ["mine"], top=20).predictions["mine"])
+        except UnknownNameError as error:
+            assert str(error).startswith("Unknown task 'mine'.")
+            continue
+        answered += 1
+        assert any(found == pytest.approx(version, abs=1e-5) for version in versions.values())
+    replacing.join()
 
 
 def test_adding_and_removing(visitor: Visitor, stage: Stage) -> None:

@@ -19,7 +19,7 @@ from aoft_demo.told import sentence
 from aoft_demo.train_tab import train_tab
 from aoft_demo.visitors import Visitors
 
-__all__ = ["build"]
+__all__ = ["Page", "build"]
 
 
 class Page(gr.Blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import shutil
 import signal
@@ -134,6 +135,7 @@ def running(
             server: Any = getattr(page, "server", None)
             if server is not None:
                 server.force_exit = True  # pages that are open hold connections
+                logging.getLogger("uvicorn.error").disabled = True  # which would tell of each
             page.close(verbose=False)
 
 

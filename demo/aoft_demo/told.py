@@ -21,7 +21,7 @@ __all__ = ["sentence", "told"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FOLDERS = re.compile(r"(?<![\w./])/(?:[^/\s'\"]+/)+|(?<=')/(?:[^/']+/)+|(?<=\")/(?:[^/\"]+/)+")
+FOLDERS = re.compile(r"(?<=')/(?:[^/']+/)+|(?<=\")/(?:[^/\"]+/)+|(?<![\w./])/(?:[^/\s'\"]+/)+")
 """Folders before a file's name; those with spaces are known by the quotes around the whole."""
 
 
