@@ -175,7 +175,16 @@ class Stranger:
         return status, json.loads(told)[0] if status == 200 else told.decode()
 
     def call(self, part: str, event: str, *data: Any) -> Answer:
-        """Fire an event of the page."""
+        """Fire an event of the page and wait for what comes of it."""
+        for message in self.fire(part, event, *data):
+            if message["msg"] == "process_completed":
+                return Answer(message["success"], json.dumps(message["output"]))
+            if message["msg"] == "refused":
+                return Answer(False, message["output"])
+        raise AssertionError("the event has not ended")
+
+    def fire(self, part: str, event: str, *data: Any) -> Iterator[dict[str, Any]]:
+        """Fire an event of the page; the messages about it as they come."""
         number = self.ids[part]
         join = {
             "data": data,
@@ -186,12 +195,10 @@ class Stranger:
         headers = {"Content-Type": "application/json"}
         body = json.dumps(join).encode()
         status, _, told = self.ask("POST", "/gradio_api/queue/join", body, headers)
-        if status != 200:
-            return Answer(False, told.decode())
-        for message in self._messages():
-            if message["msg"] == "process_completed":
-                return Answer(message["success"], json.dumps(message["output"]))
-        raise AssertionError("the event has not ended")
+        if status == 200:
+            yield from self._messages()
+        else:
+            yield {"msg": "refused", "output": told.decode()}
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=120)
