@@ -118,7 +118,8 @@ class Stranger:
         self.session = secrets.token_hex(6)
         config = json.loads(self.ask("GET", "/config")[2])
         self.ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-        self.events = {tuple(t): d["id"] for d in config["dependencies"] for t in d["targets"]}
+        asked = [found for found in config["dependencies"] if found["backend_fn"]]
+        self.events = {tuple(t): found["id"] for found in asked for t in found["targets"]}
 
     @property
     def uploads(self) -> Path:

@@ -21,6 +21,7 @@ from aoft_demo.charts import Bar, Line, bars, lines
 from aoft_demo.choosers import chooser, names_among, refreshed
 from aoft_demo.classify import Answers
 from aoft_demo.evidence import accuracies, results_folder, speeds
+from aoft_demo.inside import Insight
 from aoft_demo.page import Page
 from aoft_demo.swap import Agreement
 from aoft_demo.told import sentence, told
@@ -37,6 +38,8 @@ def test_names_of_strangers_are_text() -> None:
         cards.answer_cards(answers),
         cards.problem(bad, bad),
         cards.done(bad, bad),
+        cards.of_picture("", bad),
+        cards.angle_cards(bad, Insight((), (), "lora", ())),
         cards.agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
         bars([Bar(bad, 1.0, bad)], title=bad),
         lines([Line(bad, [(0, 1)], 1)], x=(0, 1), y=(0, 1), x_label=bad, y_label=bad),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,10 @@ def test_a_process_that_does_not_listen_is_ended_with_its_children(tmp_path: Pat
     child = int(told.read_text())
     training.stop()
     assert training.wait(0) == -9
-    status = Path(f"/proc/{child}/status")
+    status, end = Path(f"/proc/{child}/status"), time.monotonic() + 60
     while status.exists() and "State:\tZ" not in status.read_text():
-        training.wait(0.01)  # ended, or about to; nothing else ends it
+        assert time.monotonic() < end  # nothing else would end it
+        time.sleep(0.01)
 
 
 def test_what_was_stopped_before_its_turn_does_not_start(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -288,11 +289,14 @@ def test_who_has_left_adds_nothing_more(visitor: Visitor) -> None:
 
 def test_a_task_whose_file_cannot_be_kept_is_not_in_the_fleet(visitor: Visitor) -> None:
     before = set(visitor.stage.fleet.names)
-    for number in (1, 2):
-        (visitor.folder / str(number)).mkdir()
-        (visitor.folder / str(number) / "mine.ckpt").mkdir()  # so that nothing can be written there
-    with pytest.raises(OSError):
-        visitor.add(BUNDLED / "digits.ckpt", "mine")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match="too large"):
+            visitor.add(BUNDLED / "digits.ckpt", "mine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(visitor.folder.iterdir())
     assert set(visitor.stage.fleet.names) == before
     assert visitor.tasks.keys() == visitor.stage.tasks.keys()
 
@@ -343,10 +347,16 @@ def test_a_task_that_leaves_while_it_is_used_is_named_as_its_visitor_knows_it(
         visitor.using("mine") as task,
     ):
         visitor.remove("mine")
-        visitor.add(BUNDLED / "colour.ckpt", "mine")
-        visitor.remove("mine")
         fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
     assert visitor.folder.name not in str(refusal.value)
+    visitor.add(BUNDLED / "digits.ckpt", "mine")
+    with (
+        pytest.raises(CheckpointError, match="Task 'mine' was replaced by another meanwhile: try"),
+        visitor.using("mine") as task,
+    ):
+        visitor.remove("mine")
+        visitor.add(BUNDLED / "colour.ckpt", "mine")
+        fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
     with pytest.raises(ZeroDivisionError), visitor.using("digits"):
         _ = 1 / 0
 
@@ -370,8 +380,8 @@ def test_labels_and_answers_are_of_one_version_while_a_task_is_replaced(visitor:
     while not ended.is_set() or not answered:
         try:
             found = dict(classify(visitor, PICTURE, ["mine"], top=20).predictions["mine"])
-        except UnknownNameError as error:
-            assert str(error).startswith("Unknown task 'mine'.")
+        except (UnknownNameError, CheckpointError) as error:
+            assert str(error).startswith(("Unknown task 'mine'.", "Task 'mine' was replaced"))
             continue
         answered += 1
         assert any(found == pytest.approx(version, abs=1e-5) for version in versions.values())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aoft_demo.stage import Stage, Task
 from aoft_demo.trainings import Line, Training
-from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
 __all__ = ["MOST_TASKS", "Visitor", "Visitors", "task_name"]
 
@@ -167,15 +167,20 @@ class Visitor:
         """A task by its name, while the block uses its numbers or its checkpoint.
 
         Raises:
-            UnknownNameError: There is no such task, or it was removed meanwhile and the block
-                failed.
+            UnknownNameError: There is no such task, or it was removed and the block failed.
+            CheckpointError: Another has taken its name, and the block failed.
         """
         task = self.task(name)
         try:
             yield task
         except Exception as error:
-            if self.tasks.get(name) is not task:
+            now = self.tasks.get(name)
+            if now is None:
                 raise UnknownNameError("task", name, self.tasks) from error
+            if now is not task:
+                raise CheckpointError(
+                    f"Task {name!r} was replaced by another meanwhile: try again."
+                ) from error
             raise
 
     def leave(self) -> None:
