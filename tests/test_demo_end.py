@@ -33,11 +33,11 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     running.end()
 
 
-def open_stream(stranger: Stranger, path: str) -> http.client.HTTPResponse:
-    """An answer that has begun and does not end while its page is open."""
-    connection = http.client.HTTPConnection(stranger.host, stranger.port, timeout=120)
-    connection.request("GET", path)
-    return connection.getresponse()
+def opened(stranger: Stranger, request: bytes) -> socket.socket:
+    """A connection with a request that does not end."""
+    connection = socket.create_connection((stranger.host, stranger.port))
+    connection.sendall(request)
+    return connection
 
 
 def begun(stranger: Stranger) -> list[Any]:
@@ -66,14 +66,16 @@ def test_nothing_is_left_of_visitors_who_are_in_the_middle_of_something(
 ) -> None:
     stranger = Stranger(demo, demo.folder, demo.folder, demo.folder / "none")
     assert stranger.upload("a.png", (BUNDLED / "digits-7.png").read_bytes())[0] == 200
-    heartbeat = open_stream(stranger, f"/gradio_api/heartbeat/{stranger.session}")
+    path = f"/gradio_api/heartbeat/{stranger.session}"
+    heartbeat = opened(stranger, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    assert heartbeat.recv(15) == b"HTTP/1.1 200 OK"
     training = begun(stranger)
     assert len(training) == 1
-    half = socket.create_connection((stranger.host, stranger.port))
-    half.sendall(
+    half = opened(
+        stranger,
         b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000000\r\n"
         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
-        b'Content-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n' + bytes(2**20)
+        b'Content-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n' + bytes(2**20),
     )
     demo.process.send_signal(number)
     demo.process.send_signal(number)  # by someone impatient
