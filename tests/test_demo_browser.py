@@ -267,7 +267,12 @@ def test_swapping(visit: Callable[..., Visit], tmp_path: Path) -> None:
     page.expect(rows).to_have_count(len(TASKS))
 
 
-CHOOSERS = ("#remove-name", "#verify-name", "#inside-task", "#export-task")
+CHOOSERS = (
+    ("Swap", "#remove-name"),
+    ("Swap", "#verify-name"),
+    ("Inside", "#inside-task"),
+    ("Export", "#export-task"),
+)
 
 
 def test_each_list_points_at_what_was_chosen_whatever_comes_and_goes(
@@ -275,10 +280,13 @@ def test_each_list_points_at_what_was_chosen_whatever_comes_and_goes(
 ) -> None:
     page = visit()
 
-    def pointed() -> list[str]:
-        return [page.page.locator(f"{one} input").input_value() for one in CHOOSERS]
+    def point_at(*names: str) -> None:
+        for (tab, selector), name in zip(CHOOSERS, names, strict=True):
+            page.tab(tab)
+            page.expect(page.page.locator(f"{selector} input")).to_have_value(name)
+        page.tab("Swap")
 
-    assert pointed() == [TASKS[0]] * 4
+    point_at(*[TASKS[0]] * 4)
     for tab, selector, name in (
         ("Inside", "#inside-task", "digits"),
         ("Export", "#export-task", "shape"),
@@ -292,34 +300,33 @@ def test_each_list_points_at_what_was_chosen_whatever_comes_and_goes(
     page.see("#upload .file-preview")
     page.page.locator("#add").click()
     page.shows("#head", f"{len(TASKS) + 1} tasks")
-    assert pointed() == ["count", "orientation", "digits", "shape"]
+    point_at("count", "orientation", "digits", "shape")
     page.page.locator("#remove").click()
     page.shows("#verdict", "count has left")
     page.shows("#head", f"{len(TASKS)} tasks")
-    page.expect(page.page.locator("#remove-name input")).to_have_value("")
-    assert pointed() == ["", "orientation", "digits", "shape"]
+    point_at("", "orientation", "digits", "shape")
     page.page.locator("#remove").click()  # by a second click nothing goes that nobody chose
     page.shows("#verdict [role=alert]", "Choose a task to remove first.")
     page.choose("#remove-name", "digits")
     page.page.locator("#remove").click()
     page.shows("#verdict", "digits has left")
-    page.expect(page.page.locator("#inside-task input")).to_have_value("")
-    assert pointed() == ["", "orientation", "", "shape"]
+    point_at("", "orientation", "", "shape")
     page.tab("Inside")
     page.page.locator("#look").click()
     page.shows("#inside [role=alert]", "Choose a task to look into first.")
     page.page.reload()  # a new visitor, who has all that the demo began with
     page.ready()
     page.shows("#head", f"{len(TASKS)} tasks")
-    page.expect(page.page.locator("#inside-task input")).to_have_value(TASKS[0])
-    assert pointed() == [TASKS[0]] * 4
+    point_at(*[TASKS[0]] * 4)
 
 
 def test_answers_go_with_their_picture(visit: Callable[..., Visit]) -> None:
     page = visit()
     page.classify(PICTURE)
     held: list[Any] = []
-    page.page.route("**/queue/join*", held.append)  # the server does not hear of what comes now
+    page.page.route(
+        "**/queue/join*", lambda route: held.append(route)
+    )  # the server does not hear of what comes now
     page.upload("#picture", BUNDLED / "colour-red.png")
     page.shows("#answers", "Looking at the picture")
     page.expect(page.page.locator("#answers .card")).to_have_count(0)
