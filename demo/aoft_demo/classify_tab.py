@@ -119,6 +119,15 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
 
     examples = [entry["image"]["path"] for entry in gallery.value or []]  # Gradio's own copies
     gallery.select(pick, outputs=picture, show_progress="hidden", api_visibility="private")
+    gr.on(  # before the next: the browser waits for one listener after the other
+        [picture.change, answers.change],
+        None,
+        [picture, answers],
+        answers,
+        js=FRESH,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     gr.on(
         [picture.change, tasks.change],
         answer,
@@ -127,15 +136,6 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
         show_progress="hidden",
         trigger_mode="always_last",
         concurrency_limit=4,
-        api_visibility="private",
-    )
-    gr.on(
-        [picture.change, answers.change],
-        None,
-        [picture, answers],
-        answers,
-        js=FRESH,
-        show_progress="hidden",
         api_visibility="private",
     )
     return ClassifyTab(picture, tasks)
