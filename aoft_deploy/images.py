@@ -116,10 +116,10 @@ def read_image(
             truncated or damaged, or holds 32-bit integers or floats, whose white is undefined.
     """
     with _opened(source, max_pixels if least is None else 64 * max_pixels) as (image, stream):
-        layout, low = _layout(image), _low_bytes(image, stream)
         if least is not None:
             image.draft(None, (least, least))  # does nothing in other formats
             _check_pixels(image, max_pixels)
+        layout, low = _layout(image), _low_bytes(image, stream)
         image.load()
         if image.format in ("JPEG", "MPO"):
             _check_end(stream)

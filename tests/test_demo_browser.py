@@ -543,7 +543,7 @@ def test_bad_uploads_are_told_and_leave_the_page_usable(
     (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     page.clear()
     page.upload("#picture", tmp_path / "photo.heic")
-    page.shows("#answers [role=alert]", "in HEIC or AVIF, which is not read here: save it as JPEG")
+    page.shows("#answers [role=alert]", "it is of the format HEIC: convert it to one of JPEG")
 
     page.tab("Swap")
     (tmp_path / "text.ckpt").write_bytes(b"no checkpoint")
