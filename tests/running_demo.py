@@ -118,8 +118,8 @@ class Stranger:
         self.session = secrets.token_hex(6)
         config = json.loads(self.ask("GET", "/config")[2])
         self.ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-        asked = [found for found in config["dependencies"] if found["backend_fn"]]
-        self.events = {tuple(t): found["id"] for found in asked for t in found["targets"]}
+        handled = [found for found in config["dependencies"] if found["backend_fn"]]
+        self.events = {tuple(t): found["id"] for found in handled for t in found["targets"]}
 
     @property
     def uploads(self) -> Path:

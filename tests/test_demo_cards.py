@@ -131,7 +131,7 @@ def test_a_list_keeps_what_was_chosen_while_that_is_there() -> None:
 
 
 def test_a_list_passes_on_names_alone() -> None:
-    made = chooser(["a", "b"], label="x")
+    made: Any = chooser(["a", "b"], label="x")
     assert made.value == "a" and chooser([], label="x").value is None
     assert made.preprocess("gone") == "gone"  # the handler says so
     assert [made.preprocess(odd) for odd in (["a"], {"a": 1}, 7, None)] == [None] * 4

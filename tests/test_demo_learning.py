@@ -139,7 +139,7 @@ def test_a_training_that_nobody_follows_ends_too(tmp_path: Path) -> None:
     write_task("shape", 60, 0, tmp_path / "data")
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     training = Training()
-    steps = run(arguments, tmp_path / "run", 20, training)
+    steps: Any = run(arguments, tmp_path / "run", 20, training)
     next(steps)
     steps.close()  # as Gradio lets go of a visitor who has left
     assert training.stopped and training.wait(0) is not None

@@ -228,7 +228,7 @@ print(peak() - before)
 
 def test_a_photograph_of_fifty_megapixels_takes_little_memory(tmp_path: Path) -> None:
     large = photograph(tmp_path / "photo.jpg", PHOTOGRAPHS["50 MP"])
-    command = [sys.executable, "-c", MEMORY, PICTURE, large]
+    command = [sys.executable, "-c", MEMORY, str(PICTURE), str(large)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 60e6  # decoded whole it has 150 MB and more
 
