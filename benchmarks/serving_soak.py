@@ -235,10 +235,10 @@ class Soak:
         for thread in workers:
             thread.start()
         samples = []
-        while (now := time.monotonic() - begin) < seconds:
+        while (now := time.monotonic() - begin) < seconds or len(samples) < 8:  # two a quarter
             memory = process.memory_info().rss
             samples.append((now, memory, process.num_fds(), process.num_threads()))
-            time.sleep(0.5)
+            time.sleep(min(0.5, seconds / 8))
         self.stop.set()
         for thread in workers:
             thread.join()
@@ -335,17 +335,22 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(options, Path(scratch))
-        soak.phase("warm-up", options.warm_up, 0, 32)
-        first = soak.phase("capacity", options.capacity, 0, 32)
-        capacity = first["answered a second"]
-        found: dict[str, Any] = {
-            "command": "python benchmarks/serving_soak.py " + " ".join(sys.argv[1:]),
-            "capacity": capacity,
-        }
-        found["at 80 %"] = soak.phase("at 80 %", options.seconds, 0.8 * capacity, 64)
-        many = 4 * options.queue
-        found["at 300 %"] = soak.phase("at 300 %", options.overload, 3 * capacity, many)
-        found["end"] = soak.end()
+        try:
+            soak.phase("warm-up", options.warm_up, 0, 32)
+            first = soak.phase("capacity", options.capacity, 0, 32)
+            capacity = first["answered a second"]
+            found: dict[str, Any] = {
+                "command": "python benchmarks/serving_soak.py " + " ".join(sys.argv[1:]),
+                "capacity": capacity,
+            }
+            found["at 80 %"] = soak.phase("at 80 %", options.seconds, 0.8 * capacity, 64)
+            many = 4 * options.queue
+            found["at 300 %"] = soak.phase("at 300 %", options.overload, 3 * capacity, many)
+            found["end"] = soak.end()
+        finally:
+            soak.stop.set()
+            soak.process.kill()  # a server that outlives its script keeps its pipes open
+            soak.process.wait()
     found["faults"] = faults(found)
     print(json.dumps(found, indent=2))
     if options.out:
