@@ -124,9 +124,10 @@ def served(
         while True:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("POST", path, body, {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                answer = response.read()
+                with contextlib.closing(connection):
+                    connection.request("POST", path, body, {"Content-Type": "application/json"})
+                    response = connection.getresponse()
+                    answer = response.read()
                 if response.status == 200:
                     break
             if time.monotonic() > end or process.poll() is not None:

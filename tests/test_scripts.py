@@ -120,9 +120,10 @@ def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProces
 
 def imported(script: str) -> ModuleType:
     """A script as a module."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    name = f"{Path(script).stem}_script"
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
