@@ -248,7 +248,7 @@ def test_a_peer_that_is_installed_answers_as_the_model_does(
         answer = json.loads(connection.getresponse().read())
         connection.close()
     image = np.array(script.DATA, np.float32).reshape(1, 3, 2, 2)
-    (wanted,) = ReferenceEvaluator(model).run(None, {"pixel_values": image})
+    (wanted,) = ReferenceEvaluator(str(model)).run(None, {"pixel_values": image})
     got = answer["data"] if isinstance(answer, dict) else answer
     np.testing.assert_allclose(np.ravel(got), np.ravel(wanted), atol=1e-5)
 
