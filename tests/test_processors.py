@@ -96,11 +96,13 @@ def test_a_container_sees_its_own_group_as_the_top_of_the_mount(tmp_path: Path) 
 def test_a_quota_of_version_1(
     tmp_path: Path, top: str, folder: str, quota: str, period: str, count: int
 ) -> None:
-    cgroup = "9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n0::/\n"
+    cgroup = "9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/elsewhere\n0::/\n"
     place = f"sys/fs/cgroup/{folder}"
     files = {
         f"{place}/cpu.cfs_quota_us": quota,
         f"{place}/cpu.cfs_period_us": period,
+        f"{place}/elsewhere/cpu.cfs_quota_us": "100000",
+        f"{place}/elsewhere/cpu.cfs_period_us": "100000",
         "sys/fs/cgroup/memory/docker/abc/cpu.cfs_quota_us": "1",
         "sys/fs/cgroup/memory/docker/abc/cpu.cfs_period_us": "1",
     }

@@ -172,8 +172,9 @@ LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 def test_a_full_server_says_that_it_lives_and_nothing_else(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(MOST)]
-        held[0][1].write(REQUEST)
-        assert await held[0][0].readuntil(b"ok")
+        for reader, writer in held:
+            writer.write(REQUEST)
+            assert await reader.readuntil(b"ok")
         for _ in range(2):
             reader, writer = await joined(port)
             writer.write(LIVE)
@@ -188,8 +189,9 @@ def test_a_full_server_says_that_it_lives_and_nothing_else(listening: Any) -> No
             assert json.loads(found.partition(b"\r\n\r\n")[2]) == {"error": "Too many connections."}
             writer.close()
             await settled()
-        held[0][1].write(REQUEST)  # those within the limit are as before
-        assert await held[0][0].readuntil(b"ok")
+        for reader, writer in held:  # those within the limit are as before
+            writer.write(REQUEST)
+            assert await reader.readuntil(b"ok")
         for _, writer in held:
             writer.close()
         await settled()
