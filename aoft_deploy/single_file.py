@@ -21,6 +21,7 @@ from pathlib import Path
 
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.first_bytes import foreign
+from aoft_deploy.processors import processors
 
 __all__ = ["DIGEST", "checked_metadata", "digest_entry", "read_metadata"]
 
@@ -28,7 +29,7 @@ DIGEST = "sha256-4MiB"
 """Key of the metadata's last entry: the SHA-256 of the SHA-256s of each 4 MiB before it."""
 
 CHUNK = 4 * 2**20
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, processors())
 
 # Message types of onnx.proto that lead to tensors, and the numbers of the fields that do.
 _INNER = {
