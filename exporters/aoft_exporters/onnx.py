@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.engines import Engine, Recipe
 from aoft_deploy.errors import OutputError, SettingError
-from aoft_deploy.single_file import digest_entry
+from aoft_deploy.single_file import DIGEST, digest_entry
 from aoft_exporters.attention import ATTENTION_OPSET
 from aoft_exporters.graph_cache import graph_of
 from aoft_exporters.int8 import quantised
@@ -261,7 +261,10 @@ def emulation(path: Path) -> OnnxEngine:
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
-        onnx.save(emulated(onnx.load(path)), file)
+        proto = emulated(onnx.load(path))
+        told = {entry.key: entry.value for entry in proto.metadata_props if entry.key != DIGEST}
+        onnx.helper.set_model_props(proto, told)  # the digest is of the file at path
+        onnx.save(proto, file)
         return OnnxEngine(file)
 
 
