@@ -137,7 +137,8 @@ class AdapterConfig:
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
-        found = (re.match(_numbered(name), module) for name in self.layers_patterns or [None])
+        names: Sequence[str | None] = self.layers_patterns or [None]
+        found = (re.match(_numbered(name), module) for name in names)
         first = next((match for match in found if match), None)
         number = first and first["idx"]
         return number is not None and int(number) in self.layers
