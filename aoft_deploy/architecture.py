@@ -11,7 +11,10 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-__all__ = ["called", "first_difference", "same_architecture", "shaping", "structure"]
+__all__ = ["CHANGED", "called", "first_difference", "same_architecture", "shaping", "structure"]
+
+CHANGED = "changed: "
+"""Begin of the origin of a backbone that its name and arguments do not make, before the reason."""
 
 WITHOUT_EFFECT = ("fused_attn", "grad_checkpointing", "num_classes", "training", "output_fmt")
 """Attributes of modules that do not change what a frozen backbone computes."""

@@ -16,7 +16,14 @@ from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
 import aoft_deploy.nano  # noqa: F401  (registers aoft_vit_nano with timm)
-from aoft_deploy.architecture import called, first_difference, same_architecture, shaping, structure
+from aoft_deploy.architecture import (
+    CHANGED,
+    called,
+    first_difference,
+    same_architecture,
+    shaping,
+    structure,
+)
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.first_bytes import file_kind
 from aoft_deploy.jax_weights import load_npz
@@ -52,7 +59,8 @@ class Backbone:
         name: timm name, with its pre-training tag where there is one.
         digest: Hash of its weights, see ``weights_digest``.
         origin: ``"timm"`` for weights that timm loads by that name, ``"file:NAME"`` for weights
-            from a file, ``"unknown"`` for a model that was handed over in memory.
+            from a file, ``"unknown"`` for a model that was handed over in memory, and after
+            ``"changed: "`` how that differs from what timm makes by its name.
         args: Further arguments of ``timm.create_model``, such as ``img_size``.
         structure: Classes and settings of a model that was handed over in memory, which its name
             and args may not tell; a file does not keep them.
@@ -144,6 +152,8 @@ def difference(found: Backbone, wanted: Backbone) -> str:
     """
     if found.digest != wanted.digest:
         return f"weights {found.digest[:12]} instead of {wanted.digest[:12]}"
+    if wanted.origin.startswith(CHANGED) and found.origin != wanted.origin:
+        return wanted.origin.removeprefix(CHANGED)
     if same_architecture(found.name, found.args, wanted.name, wanted.args):
         return ""
     try:

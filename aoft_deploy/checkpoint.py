@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from aoft_deploy.architecture import called
+from aoft_deploy.architecture import CHANGED, called
 from aoft_deploy.backbone import (
     Backbone,
     create_backbone,
@@ -114,21 +114,17 @@ def description(
 ) -> str:
     """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``.
 
-    Raises:
-        CheckpointError: The backbone is no model that timm makes by its name and arguments.
+    A backbone that timm does not make by its name and arguments is told so, and only attached to
+    again in Python.
     """
+    backbone = tuned.identity.to_dict()
     if why := unnamed(tuned.identity):
-        raise CheckpointError(
-            "The backbone differs from what timm makes as "
-            f"{called(tuned.identity.name, tuned.identity.args)} ({why}), so its checkpoint could "
-            "not be opened: make it with create_backbone, and with arguments that are texts or "
-            "numbers."
-        )
+        backbone["origin"] = CHANGED + why
     metadata = {
         "format": FORMAT,
         "method": tuned.method,
         "settings": tuned.settings,
-        "backbone": tuned.identity.to_dict(),
+        "backbone": backbone,
         "classes": list(classes),
         "preprocessing": preprocessing.to_dict(),
         "training": dict(training or {}),
@@ -235,6 +231,12 @@ def _check_backbone(path: Path, found: Backbone, trained_on: Backbone) -> None:
             f"{path} was trained on {trained_on.name} with weights {trained_on.digest[:12]}, but "
             f"these are {found.name} with weights {found.digest[:12]}: give the right ones, or "
             "accept the difference with --force."
+        )
+    if trained_on.origin.startswith(CHANGED):
+        raise CheckpointError(
+            f"{path} was trained on a model that timm does not make as "
+            f"{called(trained_on.name, trained_on.args)} ({difference(found, trained_on)}): attach "
+            "its method to that model in Python, or accept the difference with --force."
         )
     if why := difference(found, trained_on):
         raise CheckpointError(

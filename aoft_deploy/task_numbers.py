@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.architecture import called, same_architecture
+from aoft_deploy.architecture import CHANGED, called, same_architecture
 from aoft_deploy.checkpoint_file import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.first_bytes import foreign
@@ -198,6 +198,12 @@ def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
     args = backbone.get("args", {})
     if not (isinstance(backbone.get("name"), str) and isinstance(args, dict)):
         raise CheckpointError(f"The metadata of {path} names no backbone.")
+    origin = str(backbone.get("origin", ""))
+    if origin.startswith(CHANGED):
+        raise CheckpointError(
+            f"{path} was trained on a model that timm does not make as {backbone['name']} "
+            f"({origin.removeprefix(CHANGED)}): a fleet has no such backbone."
+        )
     named = {"digest": backbone.get("digest"), "backbone": backbone["name"], "args": args}
     kind.check(path, {**described, **named})
     classes = tuple(str(name) for name in described["classes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aoft_deploy import attach, save
@@ -27,7 +28,7 @@ from aoft_deploy.backbone import (
     unnamed,
     weights_digest,
 )
-from aoft_deploy.checkpoint import load
+from aoft_deploy.checkpoint import load, read_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import AoftError, BackboneError, CheckpointError
 from aoft_deploy.fleet import Fleet
@@ -206,21 +207,32 @@ def changed_pool(model: nn.Module) -> None:
         (changed_pool, "global_pool is avg, not token"),
     ],
 )
-def test_a_model_that_its_name_does_not_make_gets_no_checkpoint(
-    change: Callable[[nn.Module], None], told: str, tmp_path: Path
+def test_a_checkpoint_of_a_model_that_its_name_does_not_make_is_not_opened_on_another(
+    change: Callable[[nn.Module], None],
+    told: str,
+    quick_fleet: Path,
+    clip: Path,
+    tmp_path: Path,
 ) -> None:
     model = timm.create_model(NAME, num_classes=3, **SHAPE)
+    model.load_state_dict(load_file(clip), strict=False)
     change(model)
-    tuned = attach(model, "lora")
-    with pytest.raises(CheckpointError, match=f"differs from what timm makes as {NAME}.*{told}"):
-        save(tuned, tmp_path / "a.ckpt", classes=CLASSES, preprocessing=PREPROCESSING)
-    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "a.ckpt"
+    save(attach(model, "lora"), path, classes=CLASSES, preprocessing=PREPROCESSING)
+    with pytest.raises(CheckpointError, match=rf"timm does not make as {NAME}\(.*\({told}\): att"):
+        load(path, weights=clip)
+    forced = load(path, weights=clip, force=True)
+    kept = read_checkpoint(path).backbone
+    assert re.search(told, difference(forced.identity, kept))
+    with pytest.raises(CheckpointError, match=f"{told}.*a fleet has no such backbone"):
+        Fleet(quick_fleet).add(path, "a")
 
 
-def test_an_argument_that_is_no_text_or_number_gets_no_checkpoint(tmp_path: Path) -> None:
+def test_an_argument_that_is_no_text_or_number_is_told(tmp_path: Path) -> None:
     model = timm.create_model(NAME, num_classes=3, act_layer=nn.ReLU, **SHAPE)
-    with pytest.raises(CheckpointError, match=r"ReLU, not GELU.*arguments that are texts or"):
-        save(attach(model), tmp_path / "a.ckpt", classes=CLASSES, preprocessing=PREPROCESSING)
+    path = tmp_path / "a.ckpt"
+    save(attach(model), path, classes=CLASSES, preprocessing=PREPROCESSING)
+    assert described(path)["backbone"]["origin"] == ("changed: blocks.0.mlp.act is ReLU, not GELU")
 
 
 def test_a_plain_model_is_what_its_name_makes() -> None:
