@@ -278,7 +278,7 @@ def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoin
     for what in ("backbone", "method", "settings", "preprocessing"):
         ours, theirs = getattr(first, what), getattr(task, what)
         if what == "backbone":
-            ours, theirs = "", difference(theirs, ours)
+            ours, theirs = "", difference(task.backbone, first.backbone)
         elif what == "settings":  # an older checkpoint lacks those that came later
             defaults = get_method(first.method).defaults
             ours, theirs = {**defaults, **ours}, {**defaults, **theirs}

@@ -57,13 +57,14 @@ def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
         mounts = (root / "proc/self/mountinfo").read_text()
     except OSError:
         return
-    one, two = None, None
+    one: PurePosixPath | None = None
+    two: PurePosixPath | None = None
     for line in own.splitlines():
-        _, names, path = line.split(":", 2)
+        _, names, group = line.split(":", 2)
         if not names:
-            two = PurePosixPath(path)
+            two = PurePosixPath(group)
         elif "cpu" in names.split(","):
-            one = PurePosixPath(path)
+            one = PurePosixPath(group)
     for line in mounts.splitlines():
         fields, _, kind = line.partition(" - ")
         if not kind.startswith(("cgroup ", "cgroup2 ")):

@@ -182,7 +182,7 @@ def test_a_phones_photograph_is_answered_about(
     assert (found.width, found.height) == PHOTOGRAPHS[name]
     whole = Image.open(path).convert("RGB")  # as Pillow decodes all of it
     row = visitor.stage.fleet.preprocessing(whole)
-    (logits,) = visitor.stage.fleet.predict(row[None], ["digits"])
+    ((logits, _),) = visitor.stage.fleet.predict(row[None], ["digits"])
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     for label, probability in found.predictions["digits"]:
         expected = shares[visitor.stage.tasks["digits"].classes.index(label)]

@@ -92,7 +92,8 @@ def test_every_parameter_keeps_its_name_or_bears_it_with_its_scale(
 
 def test_the_classifier_stays_in_float(both: tuple[nn.Module, Any, Any]) -> None:
     model, _, small = both
-    weight = stored(small)[f"{model.pretrained_cfg['classifier']}.weight"]
+    config: Any = model.pretrained_cfg
+    weight = stored(small)[f"{config['classifier']}.weight"]
     assert weight.dtype == np.float32
     assert 5 in weight.shape
 

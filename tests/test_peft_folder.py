@@ -711,7 +711,7 @@ def test_patterns_match_where_pefts_do(pattern: str, peft: Any) -> None:
             config = AdapterConfig.from_dict(given)
             for path in PATHS:
                 rank = ranks.get(other.get_pattern_key(ranks, path), 2)
-                known = more.get("alpha_pattern", {})
+                known: Any = more.get("alpha_pattern", {})
                 alpha = known.get(other.get_pattern_key(known, path), 6)
                 root = math.sqrt(rank) if more.get("use_rslora") else rank
                 assert config.rank_of(path) == rank, path

@@ -82,8 +82,9 @@ def unmerged(tuned: TunedModel, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def reference(proto: Any, **feed: NDArray[Any]) -> NDArray[np.float32]:
     """ONNX's own evaluator, in numpy: fp16 operators compute in float16."""
+    evaluator: Any = ReferenceEvaluator(proto)
     with np.errstate(all="ignore"):
-        logits: NDArray[np.float32] = ReferenceEvaluator(proto).run(None, feed)[0]
+        logits: NDArray[np.float32] = evaluator.run(None, feed)[0]
     return logits
 
 

@@ -141,7 +141,7 @@ def test_two_requests_that_want_a_task_read_it_once(monkeypatch: pytest.MonkeyPa
     tasks = Resident(4, store)
     paged_in = tasks._paged_in
 
-    def missed(name: str, wait: bool) -> int | None:
+    def missed(name: str, wait: bool) -> Held | None:
         asked.release()
         return paged_in(name, wait)
 

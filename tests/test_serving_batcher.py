@@ -356,7 +356,7 @@ def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
     async def play(now: Callable[[], float]) -> None:
         deadlines, called = Deadlines(), dict[str, float]()
         for name, seconds in (("a", 3.0), ("b", 3.0), ("c", 30.0), ("d", 1.0)):
-            deadlines.add(name, seconds, lambda name=name: called.update({name: now()}))
+            deadlines.add(name, seconds, partial(lambda own: called.update({own: now()}), name))
         deadlines.discard("b")
         await asyncio.sleep(2.0)
         assert called == {"d": pytest.approx(1.0, abs=2 * TICK)}

@@ -393,7 +393,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(artefact: Path, folde
     shutil.copy(artefact, path)
     shutil.copy(f"{artefact}.json", f"{path}.json")
     path.chmod(0)
-    command = [sys.executable, "-c", READS, path]
+    command = [sys.executable, "-c", READS, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done

@@ -325,7 +325,7 @@ def test_what_stands_beside_a_form_is_passed_over_as_the_mail_library_does(
     whole = form(*files).replace(b"--xyz\r\n", b"--xyz" + padding + b"\r\n")
     head = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=xyz\r\n\r\n"
     message = email.message_from_bytes(head + before + whole + after, policy=email.policy.HTTP)
-    theirs = [part.get_payload(decode=True) for part in message.iter_parts()]  # type: ignore[attr-defined]
+    theirs = [part.get_payload(decode=True) for part in message.iter_parts()]
     assert uploaded(before + whole + after, KIND, 4) == theirs == files
 
 

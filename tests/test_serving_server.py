@@ -123,7 +123,11 @@ def test_a_request_has_an_id_in_its_answer_and_in_the_log(served: Any) -> None:
         _, found, _ = served.ask("POST", "/v2/models/pets/infer", BODY, headers)
         name = found["x-request-id"]
         assert (name == wanted) is given
-        wait(lambda name=name: any(e.get("request") == name for e in served.events), 60)
+
+        def told(name: str = name) -> bool:
+            return any(event.get("request") == name for event in served.events)
+
+        wait(told, 60)
         (event,) = [e for e in served.events if e.get("request") == name]
         assert (event["event"], event["status"], event["model"]) == ("request", 200, "pets")
         assert event["milliseconds"] > 0 and event["method"] == "POST"

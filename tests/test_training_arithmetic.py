@@ -115,7 +115,7 @@ def dense(model: nn.Module, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     for block in range(len(model.blocks)):  # type: ignore[arg-type]
         name = f"blocks.{block}.attn.qkv.weight"
         width = weights[name].shape[1]
-        rows = list(weights[name].unflatten(0, (3, width)))
+        rows = list(weights[name].reshape(3, width, width))
         for place, role in ((0, "q"), (2, "v")):
             a, b = (numbers[f"update.blocks.{block}.attn.qkv.{role}.{name}"] for name in "ab")
             rows[place] = rows[place] + SCALE * b @ a

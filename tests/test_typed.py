@@ -235,7 +235,8 @@ def test_other_architectures_compute_what_pytorch_does_in_the_precision(
     kinds = {i.name: i.data_type for i in low.graph.initializer}
     products = [n for n, p in model.named_parameters() if p.ndim > 1 and n in kinds]
     products = [n for n in products if "embed" not in n or "proj" in n]
-    classifier = model.pretrained_cfg["classifier"]
+    config: Any = model.pretrained_cfg
+    classifier = config["classifier"]
     float32 = {n for n in products if kinds[n] == TensorProto.FLOAT}
     assert (
         {f"{classifier}.weight"}
@@ -250,7 +251,8 @@ def test_other_architectures_compute_what_pytorch_does_in_the_precision(
 def test_the_graph_in_fp16_answers_as_onnx_evaluates_it_in_numpy(graph: Any) -> None:
     x = images(3)
     low = typed(graph, "fp16")
-    (evaluated,) = ReferenceEvaluator(low).run(None, {"pixel_values": x})
+    evaluator: Any = ReferenceEvaluator(low)
+    (evaluated,) = evaluator.run(None, {"pixel_values": x})
     rounded = run(emulated(low), pixel_values=x)
     exact = run(graph, pixel_values=x)
     assert np.abs(evaluated - rounded).max() < np.abs(rounded - exact).max()

@@ -291,7 +291,7 @@ def test_a_larger_convnext_does_not_load_into_a_smaller(saved: Callable[[Any], P
 
 def test_positions_are_resampled_and_nothing_else(saved: Callable[[Any], Path]) -> None:
     found = loaded(saved(weights()), img_size=96)
-    expected = timm.create_model(VIT, img_size=96)
+    expected: Any = timm.create_model(VIT, img_size=96)
     filtered = timm.models.vision_transformer.checkpoint_filter_fn(weights(), expected)
     expected.load_state_dict(filtered)
     torch.testing.assert_close(features(found, 96), features(expected.eval(), 96))

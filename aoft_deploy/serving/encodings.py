@@ -85,7 +85,9 @@ def acceptable(accepted: str | None) -> list[str]:
         name, *parameters = (part.strip() for part in entry.split(";"))
         quality = [QUALITY.fullmatch(p.replace(" ", "")) for p in parameters if p[:1] == "q"]
         if name and None not in quality:
-            asked["gzip" if name == "x-gzip" else name] = float(quality[0][1] if quality else 1)
+            asked["gzip" if name == "x-gzip" else name] = (
+                float(quality[0][1]) if quality and quality[0] else 1.0
+            )
     others = asked.get("*")
     # What is not named is not taken, but identity is: last, unless it or all others are refused.
     qualities = {name: asked.get(name, others or 0.0) for name in OFFERED[:2]}

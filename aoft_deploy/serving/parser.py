@@ -19,7 +19,7 @@ CALLBACKS = (*HEAD, "on_body", "on_chunk_header", "on_message_complete")
 FRAMING = (b"content-length", b"transfer-encoding")
 
 
-class Parser(httptools.HttpRequestParser):  # type: ignore[misc]
+class Parser(httptools.HttpRequestParser):
     """A request parser.
 
     Args:
@@ -45,7 +45,7 @@ class Parser(httptools.HttpRequestParser):  # type: ignore[misc]
         """Whether another protocol follows: never."""
         return False
 
-    def feed_data(self, data: bytes) -> None:
+    def feed_data(self, data: Any) -> None:
         """Parse bytes.
 
         Raises:

@@ -223,7 +223,7 @@ def _save(
 def least_bytes(model: nn.Module, precision: str) -> int:
     """Fewest bytes that a model's weights can take in a precision: no graph is made to know it."""
     whole = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return whole // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
+    return int(whole) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
 
 
 def stored_bytes(proto: Any) -> int:

@@ -81,8 +81,8 @@ def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> di
     for feed in feeds():
         largest = np.maximum(largest, np.array(running.run(None, dict(feed)), np.float64))
     found: dict[str, float] = {}
-    for name, value in zip(results.values(), largest.tolist(), strict=True):
-        found[name] = max(found.get(name, 0.0), value) if value == value else value
+    for name, most in zip(results.values(), largest.tolist(), strict=True):
+        found[name] = max(found.get(name, 0.0), most) if most == most else most
     return found
 
 
