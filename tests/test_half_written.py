@@ -80,7 +80,11 @@ def mixed(pair: list[Path], path: Path, place: float) -> Path:
     old, new = (each.read_bytes() for each in pair)
     differ = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
     first, last = int(differ[0]), int(differ[-1])
-    cut = first + 1 + int(place * (last - first)) if place < 1 else len(old) - int(place)
+    cut = (
+        first + 1 + int(place * (last - first - 1))
+        if place < 1
+        else min(len(old) - int(place), last)
+    )
     path.write_bytes(new[:cut] + old[cut:])
     assert path.read_bytes() not in (old, new)
     return path
