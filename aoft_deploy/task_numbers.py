@@ -20,6 +20,7 @@ from aoft_deploy.architecture import CHANGED, called, same_architecture
 from aoft_deploy.checkpoint_file import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.first_bytes import foreign
+from aoft_deploy.prediction import check_classes
 
 __all__ = ["TaskKind", "TaskNumbers", "name_of", "read_checkpoint_numbers"]
 
@@ -149,17 +150,17 @@ class TaskKind:
             )
 
     def check_numbers(self, name: str, task: TaskNumbers) -> None:
-        """Refuse numbers of other shapes, or not finite.
+        """Refuse numbers of other shapes, or not finite, and tasks of one class.
 
         Raises:
             CheckpointError: They are.
         """
+        check_classes(task.classes, f"Task {name!r}")
         row, head = (self.numbers,), (len(task.classes), self.width + 1)
-        if not task.classes or task.row.shape != row or task.head.shape != head:
+        if task.row.shape != row or task.head.shape != head:
             raise CheckpointError(
                 f"Task {name!r} has numbers of shape {task.row.shape} and a classifier of "
-                f"{task.head.shape} for {len(task.classes)} classes, but needs {row} and {head} "
-                "for one class or more."
+                f"{task.head.shape} for {len(task.classes)} classes, but needs {row} and {head}."
             )
         if not (np.isfinite(task.row).all() and np.isfinite(task.head).all()):
             raise CheckpointError(f"Task {name!r} holds numbers that are not finite.")
@@ -207,8 +208,7 @@ def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
     named = {"digest": backbone.get("digest"), "backbone": backbone["name"], "args": args}
     kind.check(path, {**described, **named})
     classes = tuple(str(name) for name in described["classes"])
-    if not classes:
-        raise CheckpointError(f"{path} names no classes: a task needs one at least.")
+    check_classes(classes, str(path))
     rest = dict(tensors)
     parts = [_checked(path, name, shape, rest.pop(name, None)) for name, shape in kind.order]
     row = np.concatenate([part.ravel() for part in parts] or [np.empty(0, np.float32)])

@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     root = tmp_path / "tasks"
     write(root / "cats.ckpt", seed=1)
     write(root / "dogs" / "model.ckpt", ["a", "b", "c"], seed=2)
-    write(root / "zürich v1.0.ckpt", ["only"], seed=3)
+    write(root / "zürich v1.0.ckpt", ["this", "that"], seed=3)
     (root / "empty").mkdir()
     (root / "notes.txt").write_text("no task")
     write(root / "model.ckpt")
@@ -95,7 +95,7 @@ def test_folder_and_packed_file_give_the_checkpoints_numbers(
         for name, file in zip(store.names, files, strict=True):
             assert name in store
             assert same(store.read(name), read_checkpoint_numbers(folder.path / file, KIND))
-        assert store.read("zürich v1.0").head.shape == (1, 5)
+        assert store.read("zürich v1.0").head.shape == (2, 5)
         for name in ("empty", "notes", "model", "", "..", "../tasks/cats", "dogs/model", "x" * 999):
             assert name not in store
         with pytest.raises(UnknownNameError, match=r"Unknown task 'cat'\. Did you mean cats"):
@@ -103,10 +103,10 @@ def test_folder_and_packed_file_give_the_checkpoints_numbers(
 
 
 def test_numbers_stand_in_the_order_of_the_kind(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.ckpt", ["x"], seed=5)
+    path = write(tmp_path / "a.ckpt", ["x", "y"], seed=5)
     rng = np.random.default_rng(5)
     q, b = rng.normal(size=3).astype(np.float32), rng.normal(size=(2, 2)).astype(np.float32)
-    weight, bias = rng.normal(size=(1, 4)), rng.normal(size=1)
+    weight, bias = rng.normal(size=(2, 4)), rng.normal(size=2)
     numbers = read_checkpoint_numbers(path, KIND)
     assert numbers.row.tolist() == [*q, *b.ravel()]
     assert np.allclose(numbers.head, np.column_stack([weight, bias]))
@@ -158,7 +158,8 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"classes": "ab"}, "lacks classes as list"),
     ({"format": 2}, "has format 2, but this version reads up to 1: upgrade aoft-deploy"),
     ({"format": None}, "lacks format as int"),
-    ({"classes": []}, "names no classes"),
+    ({"classes": []}, "has no output, but a classifier has 2 or more"),
+    ({"classes": ["only"]}, r"has 1 output \('only'\), but a classifier has 2 or more"),
     (
         {"tensors": {"head.head.weight": np.zeros((3, 4)), "head.head.bias": np.zeros(3)}},
         r"classifier in .* finite numbers of shape \(2, 5\)",
@@ -244,10 +245,17 @@ def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> T
 
 @pytest.mark.parametrize(
     "task",
-    [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(0, 5), classes=0)],
+    [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(2, 5), classes=3)],
 )
 def test_numbers_of_other_shapes_are_not_packed(task: TaskNumbers, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Task 'bad' has numbers of shape"):
+        pack(Given({"bad": task}), tmp_path / "tasks.pack")
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_task_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: Path) -> None:
+    task = numbers(head=(classes, 5), classes=classes)
+    with pytest.raises(CheckpointError, match="Task 'bad' has .* output.* has 2 or more"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 
@@ -407,7 +415,7 @@ def test_a_file_may_be_packed_over_itself_while_others_read_it(
     packed: Path, folder: CheckpointFolder
 ) -> None:
     before = PackedTasks(packed)
-    write(folder.path / "cats.ckpt", ["new"], seed=8)
+    write(folder.path / "cats.ckpt", ["new", "newer"], seed=8)
     pack(folder, packed)
     pack(PackedTasks(packed), packed)
     assert same(PackedTasks(packed).read("cats"), folder.read("cats"))

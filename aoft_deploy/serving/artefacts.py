@@ -19,6 +19,7 @@ from PIL.Image import Image
 from aoft_deploy.engines import Engine, load_artefact
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.fleet import Fleet
+from aoft_deploy.prediction import check_classes
 from aoft_deploy.preprocessing import Preprocessing
 from aoft_deploy.serving.batcher import Batcher, Run
 from aoft_deploy.serving.settings import Settings
@@ -121,13 +122,15 @@ def open_artefact(
 def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
     try:
         preprocessing = Preprocessing.from_dict(json.loads(info["preprocessing"]))
-        return preprocessing, tuple(map(str, json.loads(info["classes"])))
+        classes = tuple(map(str, json.loads(info["classes"])))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} names no classes and preprocessing: it was not written by aoft-export."
         ) from error
+    check_classes(classes, str(path))
+    return preprocessing, classes
 
 
 def _answers(
