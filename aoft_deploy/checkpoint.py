@@ -355,7 +355,7 @@ def _pretrained_width(name: str) -> int:
 
 def _unreadable(path: Path, error: Exception) -> str:
     if told := foreign(path, "safetensors", "torch", "pickle"):
-        return f"{path} {told}."
+        return f"{path} is no checkpoint: it {told}."
     if is_published(path):
         return (
             f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "

@@ -40,13 +40,18 @@ def load_npz(model: nn.Module, path: Path) -> None:
     reader: Any = getattr(model, "load_pretrained", None)
     if reader is None:
         raise BackboneError(f"{type(model).__name__} cannot be loaded from an .npz file.")
-    with np.load(path, allow_pickle=False) as archive:
-        shapes = {name: archive[name].shape for name in archive.files}
-    shapes = _own(shapes)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            shapes = _own({name: archive[name].shape for name in archive.files})
+    except Exception as error:  # damaged archives make their reader raise anything
+        raise _unreadable(path, error) from error
     found, depth = _depth(shapes), len(getattr(model, "blocks", ()))
     if found != depth:
         raise BackboneError(f"{path} holds {found} encoder blocks, but the model has {depth}.")
-    reader(str(path))
+    try:
+        reader(str(path))
+    except Exception as error:  # missing arrays, and shapes that timm's reader does not expect
+        raise _unreadable(path, error) from error
     classifier = set(classifier_names(model))
     needed = {
         name: tensor.shape
@@ -61,6 +66,13 @@ def load_npz(model: nn.Module, path: Path) -> None:
         )
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise BackboneError(f"{path} holds values that are not finite.")
+
+
+def _unreadable(path: Path, error: Exception) -> BackboneError:
+    reason = " ".join(str(error).split())[:200]
+    if "allow_pickle" in reason:
+        reason = "it holds Python objects, which could run code"
+    return BackboneError(f"{path} cannot be read as weights: {reason}.")
 
 
 def _own(shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -519,7 +519,7 @@ def test_a_zip_that_is_no_torch_archive_is_refused(
 ) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.txt", "text")
-    assert "is damaged" in refused(main, *options(tmp_path / "photos.zip", npz))
+    assert "is a zip archive: unpack it" in refused(main, *options(tmp_path / "photos.zip", npz))
 
 
 def faulty_npz(npz: Path, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
