@@ -39,10 +39,10 @@ def _quotas(root: Path) -> Iterator[float]:
     for folder, two in _groups(root):
         try:
             if two:
-                quota, period = (folder / "cpu.max").read_text().split()
+                quota, period = (folder / "cpu.max").read_text("ascii").split()
             else:
-                quota = (folder / "cpu.cfs_quota_us").read_text()
-                period = (folder / "cpu.cfs_period_us").read_text()
+                quota = (folder / "cpu.cfs_quota_us").read_text("ascii")
+                period = (folder / "cpu.cfs_period_us").read_text("ascii")
             share = float(quota) / float(period)  # -1 is no limit, and "max" no number
         except (OSError, ValueError, ZeroDivisionError):
             continue
@@ -53,8 +53,8 @@ def _quotas(root: Path) -> Iterator[float]:
 def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
     """Folders of this process's groups with all above, and whether they are of version 2."""
     try:
-        own = (root / "proc/self/cgroup").read_text()
-        mounts = (root / "proc/self/mountinfo").read_text()
+        own = (root / "proc/self/cgroup").read_text("utf-8")
+        mounts = (root / "proc/self/mountinfo").read_text("utf-8")
     except OSError:
         return
     one: PurePosixPath | None = None

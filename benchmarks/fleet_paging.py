@@ -124,8 +124,9 @@ def holding(tasks: ResidentTasks, tables: TaskTables, name: str) -> float:
     start = time.perf_counter()
     with tasks.holding([name]) as slots:
         seconds = time.perf_counter() - start
-        row, first = tables.bank[slots[name]], int(tables.first[slots[name]])
-        head = tables.heads[first : first + int(tables.count[slots[name]])]
+        slot = slots[name].slot
+        row, first = tables.bank[slot], int(tables.first[slot])
+        head = tables.heads[first : first + int(tables.count[slot])]
         assert {row[0], row[-1], head[0, 0], head[-1, -1]} == {float(name[5:])}
     return seconds
 

@@ -54,7 +54,7 @@ def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
 ) -> None:
     """A fixture makes the same random numbers whatever ran before."""
-    seed_by(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param', '')}]")
+    seed_by(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -111,15 +111,29 @@ from aoft_deploy import export
 from aoft_deploy.cli.export import main
 
 moment, renames = sys.argv.pop(1), []
-write, replace = pathlib.Path.write_bytes, pathlib.Path.replace
+open_, replace = pathlib.Path.open, pathlib.Path.replace
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half(path, data):
-    write(path, data[: len(data) // 2] if path.suffix == ".onnx" else data)
-    if path.suffix == ".onnx":
+class Half:
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
         die()
+
+def opened(path, mode="r", *args, **options):
+    file = open_(path, mode, *args, **options)
+    return Half(file) if mode == "wb" and path.suffix == ".onnx" else file
 
 def renamed(path, target):
     if path.name.startswith("task"):
@@ -129,7 +143,7 @@ def renamed(path, target):
     return replace(path, target)
 
 if moment == "writing":
-    pathlib.Path.write_bytes = half
+    pathlib.Path.open = opened
 if moment == "verifying":
     export.verify = die
 pathlib.Path.replace = renamed

@@ -221,7 +221,12 @@ def test_the_figures_are_those_of_the_rounded_arithmetic(
 ) -> None:
     path = tmp_path / "a.onnx"
     exported = export_merged(
-        checkpoint, path, weights=backbone_weights, precision="fp16", images=photos
+        checkpoint,
+        path,
+        weights=backbone_weights,
+        precision="fp16",
+        images=photos,
+        min_agreement=0.5,
     )
     x = inputs_of(photos)
     exact = unmerged(make_tuned("rlrr"), x)

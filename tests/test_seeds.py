@@ -31,7 +31,7 @@ def of_the_fixture() -> list[float]:
 def test_a_fixture_draws_what_its_name_says(
     of_the_fixture: list[float], request: pytest.FixtureRequest
 ) -> None:
-    assert of_the_fixture == numbers(zlib.crc32(b"tests/test_seeds.py::of_the_fixture[]"))
+    assert of_the_fixture == numbers(zlib.crc32(b"tests/test_seeds.py::of_the_fixture[0]"))
 
 
 @pytest.mark.parametrize("which", ["first", "second"])

@@ -255,7 +255,7 @@ def test_numbers_of_other_shapes_are_not_packed(task: TaskNumbers, tmp_path: Pat
 @pytest.mark.parametrize("classes", [0, 1])
 def test_a_task_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: Path) -> None:
     task = numbers(head=(classes, 5), classes=classes)
-    with pytest.raises(CheckpointError, match="Task 'bad' has .* output.* has 2 or more"):
+    with pytest.raises(CheckpointError, match=r"Task 'bad' has .* output.* has 2 or more"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 

@@ -33,6 +33,9 @@ def refreshed(chosen: str | None, names: Sequence[str]) -> gr.Dropdown:
     """A list after the tasks have changed.
 
     It points at what it pointed at before, or at nothing where that has left: nobody should remove
-    or export by a further click what they did not choose.
+    or export by a further click what they did not choose. Only in that case its value is sent: a
+    visitor may have chosen another task meanwhile.
     """
-    return gr.Dropdown(list(names), value=chosen if chosen in names else None)
+    if chosen and chosen not in names:
+        return gr.Dropdown(list(names), value=None)
+    return gr.Dropdown(list(names))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from aoft_deploy.errors import MissingExtraError, OutputError
@@ -32,8 +33,9 @@ def serve(page: contextlib.AbstractContextManager[str]) -> None:
     A handler that still computes by then has nobody to show its result to: the process ends.
     """
     print("Opening the tasks; the first time that takes about half a minute …", flush=True)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # below nohup it is ignored
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as below nohup
+            signal.signal(number, _end)
     with contextlib.suppress(KeyboardInterrupt), page as address:
         print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -157,6 +159,12 @@ def _scratch() -> Iterator[Path]:
             if not folder.exists():
                 break
             time.sleep(0.05)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End by the first signal; a second one must not interrupt the removal of processes."""
+    _hear_no_signal()
+    raise KeyboardInterrupt
 
 
 def _hear_no_signal() -> None:
