@@ -123,11 +123,15 @@ def test_no_folder_is_told_whatever_it_is_called(
 
 
 def test_a_list_keeps_what_was_chosen_while_that_is_there() -> None:
-    for chosen, expected in (("b", "b"), ("a", "a"), ("gone", None), (None, None)):
-        made = refreshed(chosen, ["a", "b", "new"])
-        assert made.value == expected
-        assert [value for _, value in made.choices] == ["a", "b", "new"]
-    assert refreshed("a", []).value is None
+    kept: dict[str, Any] = {"choices": ["a", "b", "new"]}  # an update without a value keeps it
+    for chosen, expected in (
+        ("b", kept),
+        ("a", kept),
+        ("gone", kept | {"value": None}),
+        (None, kept),
+    ):
+        assert refreshed(chosen, ["a", "b", "new"]).constructor_args == expected
+    assert refreshed("a", []).constructor_args == {"choices": [], "value": None}
 
 
 def test_a_list_passes_on_names_alone() -> None:

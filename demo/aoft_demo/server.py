@@ -38,7 +38,9 @@ def serve(page: contextlib.AbstractContextManager[str]) -> None:
             signal.signal(number, _end)
     with contextlib.suppress(KeyboardInterrupt), page as address:
         print(f"aoft-demo is at {address} (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        never = threading.Event()
+        while not never.wait(0.5):  # the system may give a signal to a thread that does not wake us
+            pass
     sys.stdout.flush()
     if threading.active_count() > 1:
         os._exit(0)
@@ -167,11 +169,15 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """Python tells of a signal that comes while it begins to be ignored; so it has a handler."""
+
+
 def _hear_no_signal() -> None:
     """An impatient second one would end the process before its files are removed."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _nothing)
 
 
 def _fetch_nothing() -> None:
