@@ -255,7 +255,9 @@ def test_the_graph_in_fp16_answers_as_onnx_evaluates_it_in_numpy(graph: Any) -> 
     (evaluated,) = evaluator.run(None, {"pixel_values": x})
     rounded = run(emulated(low), pixel_values=x)
     exact = run(graph, pixel_values=x)
-    assert np.abs(evaluated - rounded).max() < np.abs(rounded - exact).max()
+    step = 2.0**-11 * np.abs(exact).max()  # each rounds norms and sums in an order of its own
+    assert np.abs(evaluated - rounded).max() < 20 * step
+    assert step / 10 < np.abs(rounded - exact).max() < 20 * step
     assert np.abs(evaluated - exact).max() > 0
 
 
