@@ -49,18 +49,28 @@ def seed_by(name: str) -> None:
     torch.manual_seed(seed)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(
-    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
-) -> None:
-    """A fixture makes the same random numbers whatever ran before."""
-    seed_by(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]")
+class Seeds:
+    """A plugin that seeds every fixture and every test by its name.
+
+    Hooks of this file are not called for fixtures of the session, which stands above this folder.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> None:
+        """A fixture makes the same random numbers whatever ran before."""
+        seed_by(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """A test makes the same random numbers whatever ran before, and not its fixtures'."""
+        seed_by(item.nodeid)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    """A test makes the same random numbers whatever ran before, and others than its fixtures."""
-    seed_by(item.nodeid)
+def pytest_configure(config: pytest.Config) -> None:
+    """Seed all random numbers."""
+    config.pluginmanager.register(Seeds())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,10 +28,19 @@ def of_the_fixture() -> list[float]:
     return drawn()
 
 
+@pytest.fixture(scope="session")
+def of_the_session() -> list[float]:
+    return drawn()
+
+
 def test_a_fixture_draws_what_its_name_says(
     of_the_fixture: list[float], request: pytest.FixtureRequest
 ) -> None:
     assert of_the_fixture == numbers(zlib.crc32(b"tests/test_seeds.py::of_the_fixture[0]"))
+
+
+def test_a_fixture_of_the_session_draws_what_its_name_says(of_the_session: list[float]) -> None:
+    assert of_the_session == numbers(zlib.crc32(b"tests/test_seeds.py::of_the_session[0]"))
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
