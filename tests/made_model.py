@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,19 @@ from aoft_deploy.single_file import DIGEST
 
 WEIGHTS = np.random.default_rng(0).normal(size=(768, 5)).astype(np.float32)
 SAYS = ("turns", "place", "room")
+BODY = json.dumps(
+    {
+        "inputs": [
+            {
+                "name": "pixel_values",
+                "datatype": "FP32",
+                "shape": [1, 3, 16, 16],
+                "data": [0.25] * 768,
+            }
+        ]
+    }
+).encode()
+"""A request about one image, in the protocol's JSON."""
 
 
 def asking(**said: float) -> Any:

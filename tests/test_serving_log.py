@@ -17,21 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_model import BODY
 
 from aoft_deploy.serving.log import KINDS, SAME, SAME_SECONDS, JsonHandler, Writer, log
-
-BODY = json.dumps(
-    {
-        "inputs": [
-            {
-                "name": "pixel_values",
-                "datatype": "FP32",
-                "shape": [1, 3, 16, 16],
-                "data": [0.25] * 768,
-            }
-        ]
-    }
-).encode()
 
 
 class Broken:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_model import BODY
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.ray import app
@@ -36,18 +37,6 @@ sys.stdin.read()
 serve.shutdown()
 ray.shutdown()
 """
-BODY = json.dumps(
-    {
-        "inputs": [
-            {
-                "name": "pixel_values",
-                "datatype": "FP32",
-                "shape": [1, 3, 16, 16],
-                "data": [0.25] * 768,
-            }
-        ]
-    }
-).encode()
 
 
 @pytest.mark.parametrize(

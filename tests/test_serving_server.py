@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_model import answered, asking, harmless, made, metadata_of
+from made_model import BODY, answered, asking, harmless, made, metadata_of
 
 from aoft_deploy.engines import load_artefact
 from aoft_deploy.fleet import Fleet
@@ -31,18 +31,6 @@ from aoft_deploy.prediction import load_classifier
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 IMAGES = np.random.default_rng(4).normal(size=(2, 3, 16, 16)).astype(np.float32)
-BODY = json.dumps(
-    {
-        "inputs": [
-            {
-                "name": "pixel_values",
-                "datatype": "FP32",
-                "shape": [1, 3, 16, 16],
-                "data": [0.25] * 768,
-            }
-        ]
-    }
-).encode()
 
 
 @pytest.fixture(scope="module")
