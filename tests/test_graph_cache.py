@@ -149,3 +149,25 @@ def test_nothing_is_kept_where_that_is_turned_off_or_not_possible(
     export_merged(checkpoint, tmp_path / "b.onnx", weights=backbone_weights)
     assert exporter.load(tmp_path / "b.onnx").info == exporter.load(tmp_path / "a.onnx").info
     assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("package", ["aoft_deploy", "aoft_exporters"])
+def test_a_change_in_a_folder_of_our_code_is_another_graph(
+    package: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / package / "room" / "inner"
+    room.mkdir(parents=True)
+    (tmp_path / package / "__init__.py").touch()
+    formula = room / "formula.py"
+    formula.write_text("SCALE = 1\n")
+    monkeypatch.setattr(f"{package}.__file__", str(tmp_path / package / "__init__.py"))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4).eval()
+
+    def graphs() -> int:
+        graph_of(model, example(), {"identity": "same"})
+        return len(list(kept.iterdir()))
+
+    assert graphs() == 1
+    assert graphs() == 1
+    formula.write_text("SCALE = 2\n")
+    assert graphs() == 2

@@ -106,10 +106,11 @@ def _version(package: str) -> str:
 def _code() -> str:
     """Hash of this project's own code, any of which may change what is traced."""
     import aoft_deploy
+    import aoft_exporters
 
     digest = hashlib.sha256()
-    for folder in (Path(aoft_deploy.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+    for package in (aoft_deploy, aoft_exporters):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
