@@ -16,8 +16,8 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.test
-	$(TESTS) -n $(JOBS) --dist worksteal --ignore tests/test_openvino.py
-	$(TESTS) tests/test_openvino.py  # OpenVINO ends a process that has run the others
+	$(TESTS) -n $(JOBS) --dist worksteal --ignore tests/exporters/openvino/test_exporter.py
+	$(TESTS) tests/exporters/openvino/test_exporter.py  # OpenVINO ends a process that has run the others
 
 test-latest:
 	rm -rf .venv-latest

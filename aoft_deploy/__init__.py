@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aoft_deploy.backbone import create_backbone
-    from aoft_deploy.checkpoint import load, save
-    from aoft_deploy.export import export_merged
-    from aoft_deploy.orthogonal import approximately_orthogonal
-    from aoft_deploy.preprocessing import Preprocessing
-    from aoft_deploy.tuned import TunedModel, attach, merge
+    from aoft_deploy.checkpoints.opening import load, save
+    from aoft_deploy.data.preprocessing import Preprocessing
+    from aoft_deploy.export.merged import export_merged
+    from aoft_deploy.tuning.backbones.backbone import create_backbone
+    from aoft_deploy.tuning.tuned_model import TunedModel, attach, merge
+    from aoft_deploy.tuning.updates.orthogonal import approximately_orthogonal
 
 __all__ = [
     "Preprocessing",
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Preprocessing": "preprocessing",
-    "TunedModel": "tuned",
-    "approximately_orthogonal": "orthogonal",
-    "attach": "tuned",
-    "create_backbone": "backbone",
-    "export_merged": "export",
-    "load": "checkpoint",
-    "merge": "tuned",
-    "save": "checkpoint",
+    "Preprocessing": "data.preprocessing",
+    "TunedModel": "tuning.tuned_model",
+    "approximately_orthogonal": "tuning.updates.orthogonal",
+    "attach": "tuning.tuned_model",
+    "create_backbone": "tuning.backbones.backbone",
+    "export_merged": "export.merged",
+    "load": "checkpoints.opening",
+    "merge": "tuning.tuned_model",
+    "save": "checkpoints.opening",
 }
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from aoft_deploy.analysis import analyse_file
-from aoft_deploy.data import Splits
+from aoft_deploy.data.folder import Splits
+from aoft_deploy.data.synthetic import load_task, task_names
 from aoft_deploy.files import write_json
-from aoft_deploy.hyperparameters import TrainingSettings
-from aoft_deploy.tasks import load_task, task_names
-from aoft_deploy.training import train
+from aoft_deploy.training.analysis.quantities import analyse_file
+from aoft_deploy.training.run import train
+from aoft_deploy.training.settings import TrainingSettings
 
 SETTINGS = {"rank": 64, "targets": ["q", "v"]}
 """As checkpoints of about 35 KB; a wider choice would triple them for little accuracy."""

@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy import load
-from aoft_deploy.backbone import create_backbone
-from aoft_deploy.checkpoint import read_checkpoint
+from aoft_deploy.artefacts.prediction import load_classifier
+from aoft_deploy.artefacts.protocols import Recipe, get_exporter
+from aoft_deploy.checkpoints.opening import read_checkpoint
 from aoft_deploy.cli import export as export_command
 from aoft_deploy.cli import predict as predict_command
 from aoft_deploy.cli import train as train_command
-from aoft_deploy.data import ImageList
-from aoft_deploy.engines import Recipe, get_exporter
-from aoft_deploy.prediction import load_classifier
-from aoft_deploy.tasks import load_task
+from aoft_deploy.data.folder import ImageList
+from aoft_deploy.data.synthetic import load_task
+from aoft_deploy.tuning.backbones.backbone import create_backbone
 
 TASK, METHOD, BACKBONE = "digits", "aoft-lora-star", "aoft_vit_nano"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aoft_deploy.cli.command import positive, run
 
 if TYPE_CHECKING:
-    from aoft_deploy.measurement import Subject, Timing
+    from aoft_deploy.artefacts.timing import Subject, Timing
 
 __all__ = ["main"]
 
@@ -53,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def bench(options: argparse.Namespace) -> None:
     """Time, print, and write what was asked for."""
+    from aoft_deploy.artefacts.timing import gemm_peaks, interleaved, machine, trusted
     from aoft_deploy.errors import OutputError
     from aoft_deploy.files import json_text
-    from aoft_deploy.measurement import gemm_peaks, interleaved, machine, trusted
-    from aoft_deploy.plots import check_matplotlib
     from aoft_deploy.processors import processors
+    from aoft_deploy.training.analysis.plots import check_matplotlib
 
     if options.plot:
         check_matplotlib()
@@ -78,7 +78,7 @@ def bench(options: argparse.Namespace) -> None:
             found = {"machine": where, "gemm_peaks": measured, "rows": rows}
             options.json.write_text(json_text(found, indent=1) + "\n", "utf-8")
         if options.plot:
-            from aoft_deploy.speed_plot import draw_throughput
+            from aoft_deploy.artefacts.throughput_plot import draw_throughput
 
             draw_throughput(timings, options.plot)
     except OSError as error:
@@ -89,9 +89,9 @@ def _subjects(
     options: argparse.Namespace, threads: Sequence[int], engines: ExitStack
 ) -> list[Subject]:
     """Every artefact in every engine asked for, named as shortly as tells them apart."""
-    from aoft_deploy.apart import Apart
-    from aoft_deploy.engines import load_artefact
-    from aoft_deploy.measurement import Subject
+    from aoft_deploy.artefacts.isolation import Apart
+    from aoft_deploy.artefacts.protocols import load_artefact
+    from aoft_deploy.artefacts.timing import Subject
 
     short = len({path.name for path in options.artefacts}) == len(options.artefacts)
     found = []

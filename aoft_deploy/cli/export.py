@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aoft_deploy.cli.command import run
 
 if TYPE_CHECKING:
-    from aoft_deploy.export import Exported
+    from aoft_deploy.export.merged import Exported
 
 __all__ = ["main"]
 
@@ -144,8 +144,8 @@ def export(options: argparse.Namespace) -> None:
         for name in ("uint8", "backbone", "refittable", "refit"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
-        from aoft_deploy.engines import get_exporter
-        from aoft_deploy.fleet_export import export_fleet
+        from aoft_deploy.artefacts.protocols import get_exporter
+        from aoft_deploy.export.fleet import export_fleet
 
         exported = export_fleet(
             options.fleet,
@@ -160,7 +160,7 @@ def export(options: argparse.Namespace) -> None:
     elif options.to == "auto":
         exported = _fastest(options)
     else:
-        from aoft_deploy.export import export_merged
+        from aoft_deploy.export.merged import export_merged
 
         exported = export_merged(
             options.merge,
@@ -186,7 +186,7 @@ def export(options: argparse.Namespace) -> None:
     if exported.left_in_float:
         print(f"left in float32: {', '.join(exported.left_in_float)}")
     if exported.device is None:
-        from aoft_deploy.engines import DeviceExporter, get_exporter
+        from aoft_deploy.artefacts.protocols import DeviceExporter, get_exporter
 
         engine = isinstance(get_exporter(options.to), DeviceExporter)
         why = "this machine has no GPU that runs the engine"
@@ -200,7 +200,7 @@ def export(options: argparse.Namespace) -> None:
 
 def _note_passed_over(sources: Sequence[Path]) -> None:
     """Say which files of folders were taken for no images."""
-    from aoft_deploy.images import image_files, told_suffixes
+    from aoft_deploy.data.images import image_files, told_suffixes
 
     others = Counter[str]()
     image_files(list(dict.fromkeys(sources)), others)
@@ -235,7 +235,7 @@ def _fastest(options: argparse.Namespace) -> Exported:
     for name in ("precision", "opset", "batches", "compute_capability", "refittable", "refit"):
         if getattr(options, name):
             parser().error(f"--{name.replace('_', '-')} does not go with --to auto")
-    from aoft_deploy.fastest import BATCHES, Candidate, export_fastest
+    from aoft_deploy.export.fastest import BATCHES, Candidate, export_fastest
 
     def told(candidate: Candidate) -> None:
         print(f"tried {candidate.to} {candidate.precision}: {candidate.reason or 'answers hold'}")

@@ -58,7 +58,7 @@ def inspect(options: argparse.Namespace) -> None:
         return
     if options.backbone or options.backbone_weights or options.force:
         parser().error("--backbone, --backbone-weights and --force need --plots")
-    from aoft_deploy.inspection import inspect_file
+    from aoft_deploy.artefacts.inspection import inspect_file
 
     description = inspect_file(options.file)
     if options.json:
@@ -69,10 +69,10 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def _analyse(options: argparse.Namespace) -> None:
-    from aoft_deploy.plots import check_matplotlib, write_analysis
+    from aoft_deploy.training.analysis.plots import check_matplotlib, write_analysis
 
     check_matplotlib()
-    from aoft_deploy.analysis import analyse_file
+    from aoft_deploy.training.analysis.quantities import analyse_file
 
     analysis = analyse_file(
         options.file,

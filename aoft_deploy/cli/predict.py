@@ -13,8 +13,8 @@ from aoft_deploy.cli.command import add_engine_options, positive, run
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from aoft_deploy.artefacts.prediction import Classifier, Prediction
     from aoft_deploy.errors import AoftError
-    from aoft_deploy.prediction import Classifier, Prediction
 
 __all__ = ["main"]
 
@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
 
 def predict(options: argparse.Namespace) -> None:
     """Classify what can be read; an image without an answer fails the command after the others."""
+    from aoft_deploy.artefacts.prediction import load_classifier
+    from aoft_deploy.data.images import read_image
     from aoft_deploy.errors import ImageError
-    from aoft_deploy.images import read_image
-    from aoft_deploy.prediction import load_classifier
 
     classifier = load_classifier(
         options.artefact,

@@ -52,7 +52,7 @@ def serve(options: argparse.Namespace) -> None:
     try:
         from aoft_deploy.serving import server
         from aoft_deploy.serving.memory import give_large_blocks_back
-        from aoft_deploy.serving.models import artefact_name
+        from aoft_deploy.serving.repository.models import artefact_name
     except ImportError as error:
         if error.name in EXTRA:
             raise MissingExtraError(str(error.name), "serve") from error

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.cli.command import run
 from aoft_deploy.cli.train_options import check_usage, given_settings, parser
-from aoft_deploy.hyperparameters import TrainingSettings
+from aoft_deploy.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from aoft_deploy.benchmark_run import Outcome
-    from aoft_deploy.results_table import Summary
-    from aoft_deploy.training import Result
+    from aoft_deploy.training.paper_benchmarks.report import Summary
+    from aoft_deploy.training.paper_benchmarks.task_run import Outcome
+    from aoft_deploy.training.run import Result
 
 __all__ = ["main", "parser"]
 
@@ -65,8 +65,8 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
 
     from accelerate.state import PartialState
 
-    from aoft_deploy.data import load_data
-    from aoft_deploy.training import train
+    from aoft_deploy.data.folder import load_data
+    from aoft_deploy.training.run import train
 
     splits = load_data(options.data, seed=settings.seed)
     if PartialState().is_main_process:
@@ -76,8 +76,8 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
 
 
 def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> Outcome:
-    from aoft_deploy.benchmark_run import load_splits, run_recipe
-    from aoft_deploy.recipes import get_recipe
+    from aoft_deploy.training.paper_benchmarks.recipes import get_recipe
+    from aoft_deploy.training.paper_benchmarks.task_run import load_splits, run_recipe
 
     recipe = get_recipe(options.recipe, given)
     splits = load_splits(recipe, Path(options.data), strict=not options.any_size)
@@ -85,7 +85,7 @@ def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> Outcom
 
 
 def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> Summary:
-    from aoft_deploy.suite import run_suite
+    from aoft_deploy.training.paper_benchmarks.suite import run_suite
 
     return run_suite(
         options.suite,

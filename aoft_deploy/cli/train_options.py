@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.benchmarks import BENCHMARKS
-from aoft_deploy.hyperparameters import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
+from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
+from aoft_deploy.training.settings import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
 
 __all__ = ["check_usage", "given_settings", "parser"]
 

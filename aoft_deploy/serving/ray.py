@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aoft_deploy.errors import SettingError
-from aoft_deploy.serving.application import Application
-from aoft_deploy.serving.models import artefact_name
+from aoft_deploy.serving.endpoints.application import Application
+from aoft_deploy.serving.repository.models import artefact_name
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings, read_toml
 

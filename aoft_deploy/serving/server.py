@@ -30,14 +30,14 @@ from typing import Any
 import uvicorn
 
 from aoft_deploy.errors import MissingExtraError, OutputError
-from aoft_deploy.serving.application import Application
-from aoft_deploy.serving.batcher import ENGINE
-from aoft_deploy.serving.connections import connections
-from aoft_deploy.serving.descriptors import ACCEPTED_AT_ONCE, connections_possible
+from aoft_deploy.serving.batching.batcher import ENGINE
+from aoft_deploy.serving.endpoints.application import Application
 from aoft_deploy.serving.log import JsonHandler, background, flush, log
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.threads import working
+from aoft_deploy.serving.transport.connections import connections
+from aoft_deploy.serving.transport.descriptors import ACCEPTED_AT_ONCE, connections_possible
 
 __all__ = ["serve"]
 

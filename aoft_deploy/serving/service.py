@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
 from aoft_deploy.errors import SettingError
-from aoft_deploy.serving.bodies import Bodies
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.log import log
-from aoft_deploy.serving.models import Models
-from aoft_deploy.serving.observations import Observations
-from aoft_deploy.serving.refusals import Refusal
+from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.serving.repository.models import Models
 from aoft_deploy.serving.settings import Settings
+from aoft_deploy.serving.telemetry.observations import Observations
+from aoft_deploy.serving.transport.bodies import Bodies
 
 __all__ = ["Service"]
 

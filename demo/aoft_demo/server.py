@@ -99,12 +99,12 @@ def running(
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from aoft_demo.classify import MAX_PIXELS
-        from aoft_demo.page import build
-        from aoft_demo.stage import open_stage
-        from aoft_demo.style import CSS, theme
-        from aoft_demo.visitors import Visitors
-        from aoft_deploy.images import image_files
+        from aoft_demo.actions.classify import MAX_PIXELS
+        from aoft_demo.tasks.shared_fleet import open_stage
+        from aoft_demo.tasks.visitors import Visitors
+        from aoft_demo.views.page import build
+        from aoft_demo.views.style import CSS, theme
+        from aoft_deploy.data.images import image_files
 
         names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else ["*"]
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
@@ -131,7 +131,7 @@ def running(
                 app_kwargs={"middleware": [trusted]},
             )
             # While people look at the page, for the tabs that need it.
-            torch = ["aoft_deploy.export"]
+            torch = ["aoft_deploy.export.merged"]
             threading.Thread(target=importlib.import_module, args=torch, daemon=True).start()
             yield f"http://{host}:{port}"
         finally:

@@ -1,0 +1,187 @@
+"""One file of many tasks, opened in an instant and read a task at a time.
+
+    magic
+    for each task its row, its classifier's rows (float32, little-endian), its classes (JSON)
+    index: length and text of the kind (JSON), number of tasks, entries (``ENTRY``), names
+    where the index begins, its CRC-32, magic
+
+Tasks are read with ``pread`` into memory of their own: unlike a mapped page, a part that is missing
+or cannot be read is an error and not the end of the process, and what was read counts in the
+fleet's budget alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import weakref
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aoft_deploy.errors import CheckpointError, OutputError, UnknownNameError
+from aoft_deploy.file_signatures import foreign
+from aoft_deploy.files import replacing
+from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.task import TaskKind, TaskNumbers
+
+if TYPE_CHECKING:
+    from aoft_deploy.fleet.store import TaskStore
+
+__all__ = ["PackedTasks", "pack"]
+
+MAGIC = b"AOFTASK1"
+TRAILER = struct.Struct("<QI8s")
+ENTRY = np.dtype(
+    [("name_end", "<i8"), ("start", "<u8"), ("classes", "<u4"), ("text", "<u4"), ("crc", "<u4")]
+)
+"""Of each task: where its name ends, where its numbers begin, how many classes, bytes of their
+JSON, CRC-32 of all three."""
+
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error)
+"""What reading an index of anybody's raises."""
+
+
+class PackedTasks:
+    """The tasks of a file that ``pack`` wrote.
+
+    The index is in memory, some 30 bytes and the name for each task. A file that ``pack`` replaces
+    stays as it was for those who opened it before.
+
+    Attributes:
+        path: The file.
+        kind: What its tasks are.
+        names: Their names.
+
+    Args:
+        path: As the attribute.
+        kind: What the tasks must be; None takes any.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, damaged, no such file, or of another kind.
+    """
+
+    def __init__(self, path: Path, kind: TaskKind | None = None) -> None:
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened ({error.strerror}).") from error
+        weakref.finalize(self, os.close, self._file)
+        try:
+            self._read_index()
+        except UNREADABLE as error:
+            told = foreign(self.path, "packed")
+            raise CheckpointError(
+                f"{path} is no file of packed tasks, or a truncated one "
+                f"({f'it {told}' if told else error})."
+            ) from error
+        if kind is not None:
+            kind.check_kind(self.path, self.kind)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def read(self, name: str) -> TaskNumbers:
+        """A task's numbers.
+
+        Raises:
+            UnknownNameError: There is no such task.
+            CheckpointError: The file was damaged after it was opened.
+        """
+        place = self.names.find(name)
+        if place is None:
+            raise UnknownNameError("task", name, self.names.closest(name))
+        entry = self._entries[place]
+        numbers, classes, width = self.kind.numbers, int(entry["classes"]), self.kind.width + 1
+        start, text = int(entry["start"]), int(entry["text"])
+        size = 4 * (numbers + classes * width) + text
+        damaged = CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file anew.")
+        if start + size > self._end:
+            raise damaged
+        data = np.empty(size, np.uint8)
+        try:
+            length = os.preadv(self._file, [data.data], start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error.strerror}).") from error
+        if length != size or zlib.crc32(data.data) != entry["crc"]:
+            raise damaged
+        floats = data[: size - text].view("<f4")
+        try:
+            named = tuple(map(str, json.loads(data[size - text :].tobytes())))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise damaged from error
+        return TaskNumbers(floats[:numbers], floats[numbers:].reshape(classes, width), named)
+
+    def _read_index(self) -> None:
+        size = os.fstat(self._file).st_size
+        trailer = os.pread(self._file, TRAILER.size, max(size - TRAILER.size, 0))
+        start, crc, magic = TRAILER.unpack(trailer)
+        if magic != MAGIC or start > size:
+            raise ValueError("its end is missing")
+        self._end = start
+        index = os.pread(self._file, max(size - TRAILER.size - start, 0), start)
+        if zlib.crc32(index) != crc:
+            raise ValueError("its index is damaged")
+        (length,) = struct.unpack_from("<Q", index)
+        self.kind = TaskKind.from_dict(json.loads(index[8 : 8 + length]))
+        (count,) = struct.unpack_from("<Q", index, 8 + length)
+        self._entries = np.frombuffer(index, ENTRY, count, 16 + length)
+        text = index[16 + length + self._entries.nbytes :]
+        ends = self._entries["name_end"].astype(np.int64)
+        if (np.diff(ends, prepend=0, append=len(text)) < 0).any():
+            raise ValueError("its names do not fit")
+        self.names = Names(text, ends)
+
+
+def pack(source: TaskStore, path: Path) -> None:
+    """Write all tasks of a store into one file, whole or not at all.
+
+    Args:
+        source: The tasks, such as ``CheckpointFolder(folder, fleet.kind)``.
+        path: File to write; it may be the one that ``source`` reads.
+
+    Raises:
+        CheckpointError: There are no tasks, or one cannot be read, has another shape, or holds
+            numbers that are not finite.
+        SettingError: Two tasks have the same name.
+        OutputError: The file cannot be written.
+    """
+    names, kind = source.names, source.kind
+    if not len(names):
+        raise CheckpointError(f"There are no tasks to pack into {path}.")
+    entries = np.zeros(len(names), ENTRY)
+    entries["name_end"] = names.ends
+    with replacing(Path(path)) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                file.write(MAGIC)
+                for place, name in enumerate(names):
+                    task = source.read(name)
+                    kind.check_numbers(name, task)
+                    text = json.dumps(task.classes).encode()
+                    data = b"".join(
+                        [
+                            task.row.astype("<f4", copy=False).data,
+                            task.head.astype("<f4", copy=False).data,
+                            text,
+                        ]
+                    )
+                    entry = file.tell(), len(task.head), len(text), zlib.crc32(data)
+                    entries[place] = (names.ends[place], *entry)
+                    file.write(data)
+                index = _index(kind, entries, names.text)
+                file.write(index + TRAILER.pack(file.tell(), zlib.crc32(index), MAGIC))
+        except OSError as error:
+            raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def _index(
+    kind: TaskKind, entries: np.ndarray[tuple[int], np.dtype[np.void]], text: bytes
+) -> bytes:
+    described = json.dumps(kind.to_dict()).encode()
+    length, count = struct.pack("<Q", len(described)), struct.pack("<Q", len(entries))
+    return b"".join([length, described, count, entries.tobytes(), text])

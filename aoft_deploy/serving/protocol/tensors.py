@@ -1,0 +1,145 @@
+"""Tensors of the protocol: from JSON or bytes to arrays, and back.
+
+Nothing is allocated by what a shape says before the data were counted.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.serving.protocol.refusals import Refusal, shown
+
+__all__ = [
+    "DTYPES",
+    "Tensor",
+    "bytes_tensor",
+    "from_binary",
+    "from_json",
+    "read_shape",
+    "top_classes",
+]
+
+DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a model.
+
+    Attributes:
+        name: Its name.
+        datatype: ``FP32`` or ``UINT8``.
+        shape: Of one sample, without the batch.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @property
+    def full_shape(self) -> list[int]:
+        """With −1 for the batch."""
+        return [-1, *self.shape]
+
+
+def read_shape(value: Any, tensor: Tensor) -> tuple[int, ...]:
+    """A shape that a client sent, if the model takes it.
+
+    Raises:
+        Refusal: It is no list of whole numbers, or another one.
+    """
+    allowed = f"{tensor.full_shape} with a batch of 1 or more"
+    if not isinstance(value, list) or not all(type(axis) is int for axis in value):
+        raise Refusal(400, f"Shape of {tensor.name} is {shown(value)}: give {allowed}.")
+    if tuple(value[1:]) != tensor.shape or value[0] < 1:
+        raise Refusal(400, f"Shape of {tensor.name} is {shown(value)}: give {allowed}.")
+    return tuple(value)
+
+
+def from_binary(data: memoryview, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]:
+    """An array on the bytes of a request, which are not copied.
+
+    Raises:
+        Refusal: There are too few or too many, or a number is not finite.
+    """
+    dtype = DTYPES[tensor.datatype]
+    needed = math.prod(shape) * dtype.itemsize
+    if len(data) != needed:
+        raise Refusal(
+            400, f"{tensor.name} has {len(data)} bytes: shape {list(shape)} takes {needed}."
+        )
+    array = np.frombuffer(data, dtype).reshape(shape)
+    if dtype.kind == "f" and not _finite(array):
+        raise Refusal(400, f"Data of {tensor.name} are not all finite.")
+    return array
+
+
+def _finite(array: NDArray[np.float32]) -> bool:
+    """Of extremes alone, which NaN pass on: no memory for an answer of each number."""
+    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+
+
+def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]:
+    """An array of numbers in JSON, in one list or in lists as deep as the shape.
+
+    Raises:
+        Refusal: They are of another count or form, no numbers, or outside the data type.
+    """
+    if not isinstance(data, list):
+        raise Refusal(400, f"Data of {tensor.name} are {shown(data)}: give a list of numbers.")
+    flat = _flat(data, shape, tensor) if data and isinstance(data[0], list) else data
+    if len(flat) != math.prod(shape):
+        raise Refusal(
+            400,
+            f"Data of {tensor.name} are {len(flat)} numbers: shape {list(shape)} takes "
+            f"{math.prod(shape)}.",
+        )
+    whole = tensor.datatype == "UINT8"
+    if not set(map(type, flat)) <= ({int} if whole else {int, float}):
+        kind = "whole numbers" if whole else "numbers"
+        raise Refusal(400, f"Data of {tensor.name} are not all {kind}.")
+    if not whole:
+        numbers = np.array(flat, np.float64).reshape(shape)
+        if not np.abs(numbers).max() <= LARGEST:
+            raise Refusal(400, f"Data of {tensor.name} are not all finite in {tensor.datatype}.")
+        return numbers.astype(np.float32)
+    if min(flat) < 0 or max(flat) > 255:
+        raise Refusal(400, f"Data of {tensor.name} are not all from 0 to 255.")
+    return np.array(flat, np.uint8).reshape(shape)
+
+
+def _flat(data: list[Any], shape: tuple[int, ...], tensor: Tensor) -> list[Any]:
+    level = [data]
+    for axis, length in enumerate(shape):
+        if not all(isinstance(part, list) and len(part) == length for part in level):
+            raise Refusal(
+                400, f"Data of {tensor.name} are not lists of {length} on axis {axis} of the shape."
+            )
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def top_classes(logits: NDArray[np.float32], classes: Iterable[str], top: int) -> list[list[str]]:
+    """For each sample ``score:index:label`` of the ``top`` highest logits, highest first."""
+    labels = list(classes)
+    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :top]
+    return [
+        [f"{row[i]:f}:{i}:{labels[i]}" for i in best.tolist()]
+        for row, best in zip(logits, ranked, strict=True)
+    ]
+
+
+def bytes_tensor(texts: Iterable[str]) -> bytes:
+    """The protocol's form of strings: each with its length, four bytes, before it."""
+    encoded = [text.encode() for text in texts]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

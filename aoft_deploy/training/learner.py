@@ -1,0 +1,276 @@
+"""A model that learns: gradients, optimiser steps and evaluation, on one device or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.errors import DivergedError, SettingError
+from aoft_deploy.training.augmentation import generator, mix, reseed
+from aoft_deploy.training.batches import Loader, Part
+from aoft_deploy.training.optimisation import make_optimiser, set_rate
+from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.methods import get_method
+from aoft_deploy.tuning.tuned_model import TunedModel, attach
+
+__all__ = [
+    "Learner",
+    "create_model",
+    "diverged",
+    "fast_bf16",
+    "model_preprocessing",
+    "normalised",
+    "only_depth_is_random",
+]
+
+DEPTH, MIX = 3, 4  # purposes of random numbers; batches.py has 1 and 2
+CHECK_EVERY = 20  # steps between looks at the gradient, which a GPU has to be waited for
+
+
+def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
+    """The backbone with the method's updates and a fresh classifier.
+
+    Args:
+        settings: Says the backbone, the method, the input's size and the seed.
+        num_classes: Width of the classifier.
+
+    Raises:
+        UnknownNameError: Unknown backbone, method or method setting.
+        SettingError: A learning rate for updates that the method does not have.
+        BackboneError: The backbone's weights are missing or do not fit.
+        AttachError: The method finds no place in the backbone.
+    """
+    method = get_method(settings.method)
+    values = method.settings(settings.method_settings)
+    if method.build is None and not method.everything and settings.lr is not None:
+        raise SettingError(
+            f"{method.name} has no updates, so lr means nothing to it: set the classifier's with "
+            "--head-lr."
+        )
+    args = {} if settings.img_size is None else {"img_size": settings.img_size}
+    depth = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+    model, identity = create_backbone(
+        settings.backbone,
+        num_classes=num_classes,
+        weights=settings.backbone_weights,
+        **args,
+        **depth,
+    )
+    identity = replace(identity, args=args)  # stochastic depth ends with training
+    tuned = attach(model, settings.method, seed=settings.seed, backbone=identity, **values)
+    source = torch.Generator().manual_seed(settings.seed)
+    for name, parameter in tuned.trained().items():
+        if name.startswith("head."):
+            if parameter.dim() >= 2:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=source)
+            else:
+                nn.init.zeros_(parameter)
+    return tuned
+
+
+class Learner:
+    """A tuned model, its optimiser, and the device or devices that they work on.
+
+    Attributes:
+        tuned: The model.
+        optimiser: AdamW over its trained numbers.
+        precision: ``fp32`` or ``bf16``.
+
+    Args:
+        accelerator: Knows the devices and moves gradients between them.
+        tuned: The model.
+        preprocessing: Says how pixels are normalised.
+        settings: The hyper-parameters.
+        steps: Optimiser steps of an epoch.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        tuned: TunedModel,
+        preprocessing: Preprocessing,
+        settings: TrainingSettings,
+        steps: int,
+    ) -> None:
+        self.accelerator, self.tuned = accelerator, tuned
+        self.settings, self.steps = settings, steps
+        self.device: torch.device = accelerator.device
+        self.model: nn.Module = accelerator.prepare_model(tuned)
+        self.optimiser = make_optimiser(tuned, settings)
+        kind = next(tuned.parameters()).dtype
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(triple, dtype=kind, device=self.device).view(3, 1, 1)
+            for triple in (preprocessing.mean, preprocessing.std)
+        )
+        self.precision = settings.precision
+        if settings.precision == "auto":
+            self.precision = "bf16" if fast_bf16(self.device) else "fp32"
+
+    def fit(
+        self, loader: Loader, epoch: int, tick: Callable[[], object]
+    ) -> tuple[float, float, float]:
+        """Train on every image once.
+
+        Args:
+            loader: Gives this process's parts of each step.
+            epoch: The epoch, from 0.
+            tick: Called after each step.
+
+        Returns:
+            Last learning rate, mean loss, accuracy.
+
+        Raises:
+            DivergedError: The gradient is not finite.
+        """
+        only_depth_is_random(self.tuned)
+        sums = torch.zeros(3, device=self.device)
+        rate, parts = 0.0, self.settings.accumulate
+        for i, (part, pixels, labels) in enumerate(loader.epoch(epoch)):
+            is_last = (i + 1) % parts == 0
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                sums += self._backward(part, pixels, labels)
+            if is_last:
+                rate = self._step(epoch, part.step)
+                tick()
+        return rate, *self._means(sums)
+
+    def _backward(self, part: Part, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Add a part's gradients; return its sums for ``_means``."""
+        place = part.epoch, part.step, part.number
+        settings = self.settings
+        images, labels = self._prepared(pixels), labels.to(self.device)
+        rng = generator(settings.seed, MIX, *place)
+        images, share = mix(images, settings.mixup, settings.cutmix, rng)
+        reseed(settings.seed, DEPTH, *place)
+        logits = self._logits(self.model, images)
+        losses = partial(
+            F.cross_entropy, reduction="none", label_smoothing=settings.label_smoothing
+        )
+        loss = share * losses(logits, labels)
+        if share < 1:
+            loss = loss + (1 - share) * losses(logits, labels.flip(0))
+        # Processes average their gradients, but the step's loss is a mean over all their images.
+        (loss.sum() * part.weight * self.accelerator.num_processes).backward()
+        return _sums(loss.detach(), logits, labels) * (part.weight > 0)
+
+    def _step(self, epoch: int, step: int) -> float:
+        """Change the trained numbers; return the learning rate."""
+        settings, done = self.settings, epoch * self.steps + step
+        trained = list(self.tuned.trained().values())
+        norm = nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
+        is_looked_at = step % CHECK_EVERY == 0 or step + 1 == self.steps
+        if is_looked_at and not norm.isfinite():
+            raise diverged(epoch, settings)
+        rate = set_rate(
+            self.optimiser,
+            done,
+            floor=settings.min_lr,
+            warmup=round(settings.warmup_epochs * self.steps),
+            total=settings.epochs * self.steps,
+        )
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return rate
+
+    @torch.no_grad()
+    def evaluate(self, loader: Loader) -> tuple[float, float]:
+        """Mean loss and accuracy over all images of a loader, each counted once."""
+        self.tuned.eval()
+        sums = torch.zeros(3, device=self.device)
+        for _, pixels, labels in loader.epoch(0):
+            labels = labels.to(self.device)
+            logits = self._logits(self.tuned, self._prepared(pixels))
+            sums += _sums(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+        return self._means(sums)
+
+    def _means(self, sums: Tensor) -> tuple[float, float]:
+        """Mean loss and accuracy from every process's sums."""
+        loss, right, count = self.accelerator.reduce(sums, "sum").tolist()
+        return loss / count, right / count
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        on_device = pixels.to(self.device, non_blocking=True)
+        return normalised(on_device, self.pixel_mean, self.pixel_std)
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits: Tensor = model(images)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _sums(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of losses, number of right answers, number of answers. (3,)."""
+    right = (logits.argmax(-1) == labels).sum()
+    return torch.stack([losses.sum(), right, losses.new_tensor(len(labels))])
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        ask: Any = getattr(torch.cpu, "get_capabilities", dict)  # an older torch cannot tell
+        able = ask()
+        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return False
+
+
+def diverged(epoch: int, settings: TrainingSettings) -> DivergedError:
+    """The error for an epoch, from 0, with numbers that are not finite."""
+    rates = " and ".join(f"{rate:g}" for rate in settings.peak_rates())
+    return DivergedError(
+        f"Training diverged in epoch {epoch + 1}, its numbers are not finite: use lower learning "
+        f"rates than {rates} (--lr, --head-lr)."
+    )
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The input that ``Preprocessing`` makes of pixels, in float32 bit for bit.
+
+    Args:
+        pixels: (…, 3, height, width), uint8.
+        mean: (3, 1, 1), of the type to compute in.
+        std: (3, 1, 1).
+    """
+    return (pixels.to(mean.dtype) / 255 - mean) / std
+
+
+def only_depth_is_random(model: nn.Module) -> None:
+    """Put stochastic depth into training mode and all else into evaluation mode.
+
+    Frozen parts must answer as they will after training: BatchNorm's statistics stay, dropout of
+    the backbone stays off.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.train()
+
+
+def model_preprocessing(tuned: TunedModel, settings: TrainingSettings) -> Preprocessing:
+    """What the backbone's authors prepared images with, changed as the settings say.
+
+    Raises:
+        SettingError: The backbone's input is not a square RGB image, or a change is outside its
+            range.
+    """
+    config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]
+    changes = {
+        "size": settings.img_size,
+        "crop_mode": settings.crop_mode,
+        "crop_pct": settings.crop_pct,
+    }
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    return replace(Preprocessing.from_timm(config), **given)

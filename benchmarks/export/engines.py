@@ -1,0 +1,188 @@
+"""One merged model in every engine and precision that the CPU offers, beside what people use today.
+
+All run the same ViT in one interleaved run: what torch's exporter writes in ONNX Runtime (the
+first, to which ratios are), the same of timm's, PyTorch as it is and compiled, PEFT's unmerged
+LoRA, the plain backbone by our exporter, and the merged artefacts. Medians; random weights and
+images: for the speed, not the answers, which `aoft-export` judges on images. Each runs in a process
+of its own: see aoft_deploy/artefacts/isolation.py.
+
+    python benchmarks/export/engines.py --out benchmarks/results/engines.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx as onnx_library
+import torch
+import torch_engines
+from torch import nn
+
+from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.protocols import Engine, Recipe, load_artefact
+from aoft_deploy.artefacts.timing import Subject, gemm_peaks, interleaved, machine, trusted
+from aoft_deploy.artefacts.verification import random_pixels
+from aoft_deploy.export.flops import flops_per_image
+from aoft_deploy.processors import processors
+from aoft_exporters.onnx import exporter as onnx_exporter
+from aoft_exporters.onnx.engine import OnnxEngine
+from aoft_exporters.openvino import exporter as openvino_exporter
+
+HALF = (0.5, 0.5, 0.5)
+Load = Callable[[], Engine]
+
+
+class Variants:
+    """What is timed, made when asked for."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.plain, self.merged = torch_engines.models(options.model, options.method)
+        self.size = int(self.plain.pretrained_cfg["input_size"][-1])
+
+    def stock(self) -> Load:
+        """What ``torch.onnx.export`` writes, in ONNX Runtime."""
+        path = self.folder / "stock.onnx"
+        with _quiet():
+            torch.onnx.export(
+                self.merged,
+                (torch.zeros(2, 3, self.size, self.size),),
+                path,
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch"},),
+                external_data=False,
+            )
+        return partial(OnnxEngine, path, self.options.threads)
+
+    def timms(self) -> Load:
+        """What timm's own exporter writes by default, by way of TorchScript, in ONNX Runtime."""
+        from timm.utils.onnx import onnx_export
+
+        path = self.folder / "timm.onnx"
+        with _quiet():
+            onnx_export(
+                self.merged,
+                str(path),
+                example_input=torch.zeros(2, 3, self.size, self.size),
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                check=False,
+            )
+        return partial(OnnxEngine, path, self.options.threads)
+
+    def torch(self, make: Callable[[str, str, int], Engine]) -> Load:
+        """One of PyTorch's own ways."""
+        return partial(make, self.options.model, self.options.method, self.options.threads)
+
+    def ours(
+        self, exporter: Any, precision: str, model: nn.Module | None = None, **more: Any
+    ) -> Load:
+        """An artefact of ours."""
+        learns = precision in getattr(exporter, "CALIBRATED", ())
+        pixels = random_pixels(self.options.calibration, self.size, seed=1) if learns else None
+        recipe = Recipe(self.size, False, HALF, HALF, {}, precision, pixels, **more)
+        name = f"{len(list(self.folder.iterdir()))}{exporter.SUFFIX}"
+        exporter.export(model or self.merged, self.folder / name, recipe)
+        return partial(load_artefact, self.folder / name, threads=self.options.threads)
+
+    def nodes(self) -> dict[str, int]:
+        """Nodes of each ONNX file that was written."""
+        return {
+            path.name: len(onnx_library.load(path, load_external_data=False).graph.node)
+            for path in sorted(self.folder.glob("*.onnx"))
+        }
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
+    "torch.onnx.export, ONNX Runtime": ("fp32", Variants.stock),
+    "timm's export, ONNX Runtime": ("fp32", Variants.timms),
+    "PyTorch": ("fp32", lambda v: v.torch(torch_engines.pytorch)),
+    "torch.compile": ("fp32", lambda v: v.torch(torch_engines.compiled)),
+    "PEFT, unmerged": ("fp32", lambda v: v.torch(torch_engines.peft)),
+    "onnxruntime fp32, plain backbone": ("fp32", lambda v: v.ours(onnx_exporter, "fp32", v.plain)),
+    "onnxruntime fp32": ("fp32", lambda v: v.ours(onnx_exporter, "fp32")),
+    "onnxruntime fp32, opset 20": ("fp32", lambda v: v.ours(onnx_exporter, "fp32", opset=20)),
+    "onnxruntime int8": ("int8", lambda v: v.ours(onnx_exporter, "int8")),
+    "openvino fp32": ("fp32", lambda v: v.ours(openvino_exporter, "fp32")),
+    "openvino bf16": ("bf16", lambda v: v.ours(openvino_exporter, "bf16")),
+    "openvino int8": ("int8", lambda v: v.ours(openvino_exporter, "int8")),
+}
+FIRST = next(iter(VARIANTS))
+OPTIONAL = ("torch.compile", "openvino bf16")
+"""Need a compiler, or a processor that computes in bf16."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    """Time, print, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--method", default="aoft-lora-star")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    usual = [name for name in VARIANTS if name not in OPTIONAL]
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=usual)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        variants = Variants(options, Path(scratch))
+        flops = flops_per_image(variants.merged, variants.size)
+        loads = {
+            name: VARIANTS[name][1](variants) for name in dict.fromkeys([FIRST, *options.variants])
+        }
+        nodes, size = variants.nodes(), variants.size
+        del variants
+        peaks = gemm_peaks(options.threads)
+        with contextlib.ExitStack() as stack:
+            subjects = [
+                Subject(name, stack.enter_context(Apart(load)), flops, VARIANTS[name][0])
+                for name, load in loads.items()
+            ]
+            timings = interleaved(subjects, options.batches, size, options.rounds)
+        after = gemm_peaks(options.threads)
+        measured = {n: max(peaks.get(n, 0.0), after.get(n, 0.0)) for n in peaks | after}
+        peaks = trusted(measured, timings)
+    print(f"{'batch':>5}  {'variant':34}{'ms':>9}{'img/s':>8}{'ratio':>7}  of the peak")
+    for timing in timings:
+        share = timing.share(peaks)
+        told = "" if share is None else f"{share:6.0%} {timing.subject.precision}"
+        print(
+            f"{timing.batch:5}  {timing.subject.name:34}{timing.median * 1e3:9.1f}"
+            f"{timing.throughput:8.2f}{timing.ratio:7.2f}  {told}"
+        )
+    print(f"nodes {nodes}; peak GOP/s { {n: round(p / 1e9) for n, p in measured.items()} }")
+    if options.out:
+        packages = ("torch", "timm", "onnxruntime", "openvino", "nncf", "peft")
+        found = {
+            "machine": machine(options.threads),
+            "versions": {package: version(package) for package in packages},
+            "model": options.model,
+            "method": options.method,
+            "nodes": nodes,
+            "gemm_peaks": measured,
+            "rows": [timing.to_dict(peaks) for timing in timings],
+        }
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

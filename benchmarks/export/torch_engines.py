@@ -1,0 +1,65 @@
+"""PyTorch's ways to run a model, as engines that another process can make by their name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from aoft_deploy.tuning.backbones.backbone import identify
+from aoft_deploy.tuning.tuned_model import attach, merge
+
+CLASSES = 100
+
+
+class InTorch:
+    """A PyTorch module as an engine."""
+
+    device, takes_pixels, takes_tasks = "cpu", False, False
+    info: Mapping[str, str] = {}
+
+    def __init__(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.model = model
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits."""
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
+        return logits
+
+
+def models(name: str, method: str) -> tuple[nn.Module, nn.Module]:
+    """A plain backbone with random weights, and a merged model on it; always the same."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=CLASSES).eval()
+    taken = copy.deepcopy(plain)
+    return plain, merge(attach(taken, method, backbone=identify(taken)).eval())
+
+
+def pytorch(name: str, method: str, threads: int) -> InTorch:
+    """The merged model as it is."""
+    torch.set_num_threads(threads)
+    return InTorch(models(name, method)[1])
+
+
+def compiled(name: str, method: str, threads: int) -> InTorch:
+    """The merged model by torch's own compiler."""
+    torch.set_num_threads(threads)
+    return InTorch(torch.compile(models(name, method)[1], dynamic=False))
+
+
+def peft(name: str, method: str, threads: int) -> InTorch:
+    """PEFT's LoRA of rank 8, unmerged beside the frozen weights; ``method`` is not used."""
+    import peft as library
+
+    torch.set_num_threads(threads)
+    config = library.LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
+    return InTorch(library.get_peft_model(models(name, method)[0], config).eval())

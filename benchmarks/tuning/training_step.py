@@ -1,0 +1,165 @@
+"""One fine-tuning step against PEFT's LoRA on the same sites: time and peak memory.
+
+Each variant lives in a process of its own that imports the same packages; the parent asks them for
+one step each in turn, every other round in the opposite order, so that a drift of the machine's
+speed hits all alike. Time is the median over rounds, memory the peak resident set of the variant's
+process.
+
+    python benchmarks/tuning/training_step.py --out benchmarks/results/training_step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import psutil
+import timm
+import torch
+from torch import nn
+
+from aoft_deploy import attach
+
+VARIANTS = {
+    "peft-lora-8": None,
+    "aoft-lora-8": ("aoft-lora", 8),
+    "aoft-lora-64": ("aoft-lora", 64),
+    "aoft-lora-star-8": ("aoft-lora-star", 8),
+    "lora-8": ("lora", 8),
+    "rlrr": ("rlrr", 1),
+    "linear": ("linear", 0),
+}
+
+
+def build(variant: str, model: nn.Module) -> nn.Module:
+    """The variant's trainable model."""
+    chosen = VARIANTS[variant]
+    if chosen is None:
+        config = peft.LoraConfig(
+            r=8, lora_alpha=8, target_modules=["qkv"], modules_to_save=["head"]
+        )
+        return peft.get_peft_model(model, config)
+    method, rank = chosen
+    return attach(model, method, **({"rank": rank} if rank else {}))
+
+
+def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
+    """A function that does one training step and returns its seconds."""
+    torch.manual_seed(0)
+    model = build(variant, timm.create_model(options.model, num_classes=100)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-3)
+    side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
+    images = torch.randn(options.batch, 3, side, side)
+    labels = torch.randint(0, 100, (options.batch,))
+    bf16 = options.precision == "bf16"
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    return step
+
+
+def serve(variant: str, options: argparse.Namespace) -> None:
+    """Do one step for every line on stdin."""
+    step = stepper(variant, options)
+    for _ in sys.stdin:
+        seconds = step()
+        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        print(json.dumps([seconds, int(peak) / 1024]), flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Median seconds and peak MiB of every variant, and their ratios to PEFT's."""
+    arguments = [
+        f"--{k}={v}" for k, v in vars(options).items() if k in ("model", "batch", "precision")
+    ]
+    workers = {
+        v: subprocess.Popen(
+            [sys.executable, __file__, "--serve", v, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for v in dict.fromkeys(["peft-lora-8", *options.variants])  # to which the ratios are
+    }
+    seconds: dict[str, list[float]] = {v: [] for v in workers}
+    peak: dict[str, float] = {}
+    for turn in range(options.rounds + 1):
+        order = list(workers.items())
+        for variant, worker in reversed(order) if turn % 2 else order:
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            taken, peak[variant] = json.loads(worker.stdout.readline())
+            if turn:
+                seconds[variant].append(taken)
+    for worker in workers.values():
+        worker.communicate()
+    base = seconds["peft-lora-8"]
+    return {
+        v: {
+            "seconds": statistics.median(times),
+            "time_ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
+            "all_seconds": times,
+            "peak_mib": peak[v],
+            "memory_ratio": peak[v] / peak["peft-lora-8"],
+        }
+        for v, times in seconds.items()
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options)
+    result = measure(options)
+    print(f"{'variant':18}{'s/step':>9}{'x PEFT':>9}{'peak MiB':>10}{'x PEFT':>9}")
+    for name, row in result.items():
+        print(
+            f"{name:18}{row['seconds']:9.3f}{row['time_ratio']:9.3f}"
+            f"{row['peak_mib']:10.0f}{row['memory_ratio']:9.3f}"
+        )
+    if options.out:
+        report = {
+            "command": "python benchmarks/tuning/training_step.py " + " ".join(sys.argv[1:]),
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": psutil.cpu_count(logical=False),
+                "isa": torch.backends.cpu.get_cpu_capability(),
+                "torch": torch.__version__,
+                "peft": peft.__version__,
+            },
+            "settings": {k: getattr(options, k) for k in ("model", "batch", "precision", "rounds")},
+            "variants": result,
+        }
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

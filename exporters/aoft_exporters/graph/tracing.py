@@ -1,0 +1,150 @@
+"""From a PyTorch model to an ONNX graph that keeps timm's parameter names."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.errors import AttachError
+from aoft_exporters.graph.attention_lowering import attention_as_one_node
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["OPSET", "Traced", "pixel_model", "plain_name", "trace"]
+
+OPSET = 20
+"""LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
+
+TRANSPOSED = "transposed"
+"""``doc_string`` of an initialiser that is stored with its axes in reverse order."""
+
+
+class Traced(NamedTuple):
+    """A graph and what it needs of the model.
+
+    Attributes:
+        proto: The ONNX protobuf.
+        used: Names of the parameters and buffers that the graph's answer depends on.
+    """
+
+    proto: Any
+    used: frozenset[str]
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what this project wraps around a timm model."""
+    stripped = name.removeprefix("model.").removeprefix("backbone.")
+    return stripped.replace(".base.", ".")  # a layer that a fleet folds into
+
+
+def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
+    """The model as an optimised ONNX protobuf with timm's names on its initialisers.
+
+    Attention stands in it as nodes that ``attention.lower`` turns into ONNX's own.
+
+    Each input is an example and the name of its first axis, which is dynamic.
+    """
+    import torch
+    from onnxscript import optimizer
+
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad(), attention_as_one_node():
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        program = torch.onnx.export(
+            model,
+            tuple(example for example, _ in examples.values()),
+            dynamo=True,
+            input_names=list(examples),
+            output_names=["logits"],
+            dynamic_shapes=tuple({0: axis} for _, axis in examples.values()),
+            opset_version=OPSET,
+            optimize=False,  # it renames every linear weight that it transposes
+            verbose=False,
+        )
+        assert program is not None
+        _store_transposed(program.model.graph)
+        optimizer.optimize_ir(program.model)
+    graph = program.model.graph
+    for initializer in list(graph.initializers.values()):
+        initializer.name = plain_name(str(initializer.name))
+    proto = program.model_proto
+    names = {initializer.name for initializer in proto.graph.initializer}
+    kept = [info for info in proto.graph.value_info if info.name not in names]
+    del proto.graph.value_info[:]  # shapes of initialisers there break ONNX Runtime's quantiser
+    proto.graph.value_info.extend(kept)
+    for entry in (*proto.graph.node, *proto.graph.value_info):
+        del entry.metadata_props[:]  # stack traces with paths of this machine
+    return Traced(proto, _used(program.exported_program))
+
+
+def _used(program: Any) -> frozenset[str]:
+    """Parameters and buffers that some operation takes."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return frozenset(
+        plain_name(targets[node.name])
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in targets and node.users
+    )
+
+
+def _store_transposed(graph: Any) -> None:
+    """Transpose weights where they are stored, under their own names.
+
+    Constant folding does the same, but gives every weight a new name.
+    """
+    import onnx_ir
+
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.name not in graph.initializers or len(weight.uses()) > 1:
+            continue
+        transposed = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        note = TRANSPOSED if tuple(node.attributes["perm"].as_ints()) == (1, 0) else None
+        contiguous = np.ascontiguousarray(transposed)
+        weight.const_value = onnx_ir.tensor(contiguous, name=weight.name, doc_string=note)
+        weight.shape = weight.const_value.shape
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
+
+
+def pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model on uint8 pixels, normalisation folded into a copy of its patch embedding."""
+    import torch
+    from torch import nn
+
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d) or any(projection.padding):
+        raise AttachError(
+            f"--uint8 folds normalisation into an unpadded patch embedding, which "
+            f"{type(model).__name__} does not have: export without it."
+        )
+    model = copy.deepcopy(model)
+    weight = projection.weight.detach().double()
+    mean = torch.tensor(recipe.mean, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(recipe.std, dtype=torch.float64).view(1, 3, 1, 1)
+    bias = -(weight * (mean / std)).sum((1, 2, 3))
+    if projection.bias is not None:
+        bias = bias + projection.bias.detach().double()
+    copied: Any = model.get_submodule("patch_embed.proj")
+    copied.weight = nn.Parameter((weight / (255 * std)).float(), requires_grad=False)
+    copied.bias = nn.Parameter(bias.float(), requires_grad=False)
+
+    class PixelModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(image.permute(0, 3, 1, 2).float())
+            return logits
+
+    return PixelModel().eval()

@@ -1,0 +1,260 @@
+"""ONNX files and fleets, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.onnx_metadata import checked_metadata
+from aoft_deploy.artefacts.protocols import check_batch
+from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.processors import limited
+
+__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library", "session"]
+
+FLEET_TABLES = {
+    "bank": "tasks",
+    "heads": "rows",
+    "first": "tasks",
+    "count": "tasks",
+    "columns": "classes",
+}
+"""What a fleet knows of its tasks, and what the first axis of each table counts."""
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""What ONNX Runtime calls the kinds of device."""
+
+
+def library() -> Any:
+    """The library, which reports no use: it looks for the variable when it is imported.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+
+
+def session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
+    """An ONNX Runtime session on exactly the device asked for."""
+    ort = library()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is told by the exceptions
+    threads = threads or limited()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    asked = _providers(ort, device)
+    try:
+        opened = ort.InferenceSession(model, options, asked)
+        opened.get_inputs()[0]
+    except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
+        raise CheckpointError(
+            f"{path} is no ONNX model that can be run ({_reason(error)})."
+        ) from error
+    if opened.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
+        raise SettingError(
+            f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
+            "the driver and CUDA's libraries are those that onnxruntime-gpu names, or take "
+            "--device cpu."
+        )
+    return opened
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime found, without its own name, its source and where the model lies."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text)
+    return re.sub(r"/\S+:\d+ .*?\) ", "", text)[:160].rstrip(".")
+
+
+def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
+    """What runs a device's operators, and those that it has none for.
+
+    Products of float32 are computed in float32, as they were verified: CUDA's default is TF32.
+
+    Raises:
+        SettingError: There is no such kind of device.
+        MissingExtraError: The installed package is that for the CPU alone.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in PROVIDERS or not (index or "0").isdecimal() or (kind == "cpu" and index):
+        raise SettingError(
+            f"ONNX Runtime knows no device {device!r}: give cpu, cuda or tensorrt, and for one of "
+            "several GPUs its number, as cuda:1."
+        )
+    if PROVIDERS[kind] not in ort.get_available_providers():
+        raise MissingExtraError("onnxruntime-gpu", "gpu")
+    place = {"device_id": index or "0"}
+    chosen = [(PROVIDERS["tensorrt"], place)] if kind == "tensorrt" else []
+    if kind != "cpu":
+        chosen.append((PROVIDERS["cuda"], {**place, "use_tf32": "0"}))
+    return [*chosen, (PROVIDERS["cpu"], {})]
+
+
+class OnnxEngine:
+    """An ONNX file in an ONNX Runtime session.
+
+    Attributes:
+        device: ``cpu``, ``cuda:0`` or ``tensorrt:0`` …
+
+    Args:
+        path: The file.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+        device: ``cpu``, ``cuda`` or ``tensorrt``, and of several GPUs the number, as ``cuda:1``.
+
+    Raises:
+        CheckpointError: The file is missing, names other files, or ONNX Runtime cannot read it.
+        SettingError: The device does not exist or does not start.
+        MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
+        self.info: Mapping[str, str] = checked_metadata(path)
+        self._session = session(path, threads, device, path)
+        self._runs = self._new_runs()
+        self.device = device if device == "cpu" or ":" in device else f"{device}:0"
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._input = self._session.get_inputs()[0]
+        dtype = np.uint8 if self.takes_pixels else np.float32
+        shape = tuple(side if isinstance(side, int) else None for side in self._input.shape[1:])
+        self._takes = dtype, shape
+        self._tasks = _task_count(self.info, path) if self.takes_tasks else None
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the input is uint8 [batch, H, W, 3]."""
+        return str(self._input.type) == "tensor(uint8)"
+
+    @property
+    def input_name(self) -> str:
+        """``pixel_values`` or ``image``."""
+        return str(self._input.name)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether the file is a fleet, which needs a task for each image."""
+        return "task" in self._inputs
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the file's own input form; see ``Engine``."""
+        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        if task is not None:
+            return _fleet_logits(self._session, images, task, {}, self.info)
+        feed = {self.input_name: images}
+        logits: Any = self._session.run(["logits"], feed, self._runs)[0]
+        return np.asarray(logits, np.float32)
+
+    def stop(self) -> None:
+        """Let what runs now fail between two operators; what is run later is not touched."""
+        runs, self._runs = self._runs, self._new_runs()
+        runs.terminate = True
+
+    @staticmethod
+    def _new_runs() -> Any:
+        return library().RunOptions()
+
+
+def _task_count(info: Mapping[str, str], path: Path) -> int:
+    try:
+        return len(json.loads(info.get("tasks", "[]")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not name its tasks ({error}).") from error
+
+
+class OnnxFleet:
+    """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
+
+    Attributes:
+        info: Metadata of the file.
+        tables: The tasks that the file holds, as ``MixedModel.forward`` takes them.
+
+    Args:
+        path: What ``export_fleet`` wrote.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no fleet, or names other files.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnx
+
+        self.info: Mapping[str, str] = checked_metadata(path)
+        try:
+            proto = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf raises classes of its own
+            raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
+        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
+        if set(stored) != set(FLEET_TABLES):
+            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
+        self.tables = {n: onnx.numpy_helper.to_array(i) for n, i in stored.items()}
+        for name, axis in FLEET_TABLES.items():
+            proto.graph.initializer.remove(stored[name])
+            shape = [axis, *stored[name].dims[1:]]
+            kind = stored[name].data_type
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        self._session = session(proto.SerializeToString(), threads, "cpu", path)
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        task: NDArray[np.int64],
+        tables: Mapping[str, NDArray[Any]],
+    ) -> NDArray[np.float32]:
+        """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
+        return _fleet_logits(self._session, images, task, tables, self.info)
+
+
+def _fleet_logits(
+    session: Any,
+    images: NDArray[Any],
+    task: NDArray[np.int64],
+    tables: Mapping[str, NDArray[Any]],
+    info: Mapping[str, str],
+) -> NDArray[np.float32]:
+    """A fleet's logits, in the file's form."""
+
+    def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits: Any = session.run(["logits"], {"pixel_values": images, "task": task, **tables})[0]
+        return np.asarray(logits, np.float32)
+
+    task = np.asarray(task, np.int64)
+    if info.get("form") == "folded":
+        return folded_logits(answer, images, task)
+    return answer(images, task)
+
+
+def folded_logits(
+    answer: Any, images: NDArray[Any], task: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Logits of a graph that folds one task at a time, which gets the images task by task."""
+    if (task == task[:1]).all():
+        whole: NDArray[np.float32] = answer(images, task)
+        return whole
+    logits: NDArray[np.float32] | None = None
+    for each in np.unique(task):
+        chosen = np.flatnonzero(task == each)
+        part = answer(images[chosen], task[chosen])
+        if logits is None:
+            logits = np.empty((len(task), part.shape[1]), np.float32)
+        logits[chosen] = part
+    assert logits is not None
+    return logits

@@ -1,0 +1,70 @@
+"""A plain timm model in PyTorch, the reference that other engines are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.protocols import check_batch
+from aoft_deploy.errors import SettingError
+from aoft_deploy.processors import limited
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["TorchEngine"]
+
+
+class TorchEngine:
+    """A model in evaluation mode, run as it is.
+
+    Attributes:
+        info: Metadata.
+        device: ``cpu``, ``cuda:0`` …
+        takes_pixels: False; inputs are normalised.
+        takes_tasks: False.
+
+    Args:
+        model: It is moved to the device.
+        info: Metadata.
+        threads: Threads within a batch on a CPU, of the whole process; None leaves them.
+        device: What PyTorch calls it; None is the CPU.
+
+    Raises:
+        SettingError: There is no such device.
+    """
+
+    takes_pixels = False
+    takes_tasks = False
+
+    def __init__(
+        self, model: nn.Module, info: Mapping[str, str], threads: int | None, device: str | None
+    ) -> None:
+        import torch
+
+        self.info = info
+        try:
+            chosen = torch.device(device or "cpu")
+            self._model = model.to(chosen).eval()
+        except (RuntimeError, AssertionError) as error:  # of CUDA: the latter where it is not built
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise SettingError(f"PyTorch cannot use the device {device!r} ({reason}).") from error
+        index = f":{chosen.index or 0}" if chosen.type != "cpu" else ""
+        self.device = f"{chosen.type}{index}"
+        threads = threads or limited()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._torch = torch
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of normalised images, float32 [batch, 3, H, W]; see ``Engine``."""
+        check_batch(images, task, takes=(np.float32, (3, None, None)), tasks=None)
+        with self._torch.inference_mode():
+            inputs = self._torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+            logits: NDArray[np.float32] = self._model(inputs).float().cpu().numpy()
+        return logits

@@ -1,0 +1,284 @@
+"""TensorRT: a folder with a plan and what it was built for, run on an NVIDIA GPU.
+
+``model.plan`` is the engine, ``engine.json`` what it takes, what it was built with and for, its
+SHA-256, and the graph's answers about a few built-in images. A plan is native code: it is opened
+only if its hash, the version of TensorRT and the GPU are those recorded, and used only if it gives
+these answers there. It may so be built, with TensorRT-RTX, where no GPU is.
+
+Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_values`` float32
+[batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3], and for a fleet ``task`` int64
+[batch]; output ``logits`` float32 [batch, classes]. Batches are those of ``Recipe.batches``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
+from aoft_exporters.graph.low_precision import emulated
+from aoft_exporters.graph.tracing import plain_name
+from aoft_exporters.onnx.engine import OnnxEngine
+from aoft_exporters.onnx.fp16_ranges import in_range
+from aoft_exporters.tensorrt import library as libraries
+from aoft_exporters.tensorrt.build import build
+from aoft_exporters.tensorrt.metadata import METADATA, Metadata, Sample, check_files
+from aoft_exporters.tensorrt.refit import named_weights, refitted, structure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.tuning.multitask import FleetModel
+    from aoft_exporters.tensorrt.engine import TensorrtEngine
+
+__all__ = [
+    "BETWEEN",
+    "ENGINES",
+    "FORMS",
+    "MARKER",
+    "PRECISIONS",
+    "RANGED",
+    "SUFFIX",
+    "TOLERANCE",
+    "device",
+    "export",
+    "export_fleet",
+    "load",
+    "stand_in",
+]
+
+SUFFIX = ".tensorrt"
+MARKER = "model.plan"
+BETWEEN = "graph.onnx"
+TOLERANCE = 1e-4
+PRECISIONS = ("fp32", "fp16", "bf16")
+FORMS = ("mixed",)
+RANGED = True
+ENGINES = ("tensorrt",)
+
+
+def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a plain model as a folder with an engine.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        path: Folder to make.
+        recipe: Input form, normalisation, metadata, precision, batches, and the GPU to build for.
+
+    Raises:
+        MissingExtraError: TensorRT, TensorRT-RTX or ONNX Runtime is not installed.
+        SettingError: No GPU and none named, or one that the installed TensorRT cannot build for.
+        OutputError: TensorRT cannot build the engine, or the weights take more than 2 GiB.
+        VerificationError: Numbers leave the range of the precision.
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    from aoft_exporters.onnx import exporter as onnx_exporter
+
+    names = {plain_name(name) for name in model.state_dict()}
+    _write(path, recipe, names, lambda between, plain: onnx_exporter.export(model, between, plain))
+
+
+def export_fleet(
+    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a fleet's model and its tasks as a folder with an engine.
+
+    Args:
+        model: The model that all tasks share, of the mixed form; it is not changed.
+        path: Folder to make.
+        recipe: As for ``export``, without ``uint8``.
+        tables: As for the ONNX exporter; they become constants of the engine.
+
+    Raises:
+        AoftError: As ``export``.
+    """
+    from aoft_exporters.onnx import exporter as onnx_exporter
+
+    names = {*(plain_name(name) for name in model.state_dict()), *tables}
+    _write(
+        path,
+        recipe,
+        names,
+        lambda between, plain: onnx_exporter.export_fleet(model, between, plain, tables),
+        tables,
+    )
+
+
+def _write(
+    path: Path,
+    recipe: Recipe,
+    names: Collection[str],
+    write_graph: Callable[[Path, Recipe], None],
+    tables: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
+    """Graph, plan and metadata; ``BETWEEN`` is what the plan computes, for ONNX Runtime."""
+    import onnx
+
+    target = libraries.target(recipe.compute_capability)
+    _check_refit(recipe)
+    path.mkdir()
+    between = path / BETWEEN
+    write_graph(between, replace(recipe, precision="fp32", opset=20))
+    graph, low = onnx.load(between), recipe.precision != "fp32"
+    _cast_pixels_first(graph.graph)
+    sample = Sample.of(graph, recipe)
+    exact = sample.answers(OnnxEngine(between))
+    if low:
+        graph, left = in_range(graph, recipe, tables)
+        told = {"left_in_float": json.dumps(left)} if left else {}
+        recipe = replace(recipe, metadata={**recipe.metadata, **told})
+        onnx.helper.set_model_props(graph, dict(recipe.metadata))
+        onnx.save(emulated(graph), between)
+    answers = sample.answers(OnnxEngine(between)) if low else exact
+    sample = sample.answered(answers, exact, TOLERANCE)
+    weights = named_weights(graph, names) if recipe.refittable or recipe.refit else {}
+    fixed = structure(graph, weights) if weights else ""
+    plan = _refitted(recipe, target, weights, fixed, sample)
+    origin = "built" if plan is None else "refitted"
+    if plan is None:
+        plan = build(graph.SerializeToString(), target, recipe.batches, list(weights))
+    (path / MARKER).write_bytes(plan)
+    Metadata.of(plan, target, recipe, sample, fixed, origin).write(path / METADATA)
+
+
+def _check_refit(recipe: Recipe) -> None:
+    """Refuse new weights, now or later, without the GPU that takes them.
+
+    Raises:
+        SettingError: There is none.
+        CheckpointError: What is to be refitted is no engine.
+    """
+    if not recipe.refit and not recipe.refittable:
+        return
+    if libraries.find_gpu() is None:
+        raise SettingError(
+            "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
+            "this machine has none: leave --refit and --refittable out."
+        )
+    if recipe.refit and not (recipe.refit / MARKER).is_file():
+        raise CheckpointError(f"There is no folder {recipe.refit} with a {MARKER} to refit.")
+
+
+def _refitted(
+    recipe: Recipe,
+    target: libraries.Target,
+    weights: Mapping[str, Any],
+    fixed: str,
+    sample: Sample,
+) -> bytes | None:
+    """The named engine with new weights; None where one must be built.
+
+    That is where the named one is of another graph, range, version or GPU, takes no new weights, or
+    does not answer as it must once it has them.
+    """
+    if recipe.refit is None:
+        return None
+    old = Metadata.read(recipe.refit / METADATA)
+    plan = check_files(recipe.refit, old, (MARKER, METADATA))
+    ours = (fixed, recipe.batches, target.library.name, target.library.version, target.capability)
+    if ours != (old.structure, old.batches, old.library, old.version, old.capability):
+        return None
+    from aoft_exporters.tensorrt.engine import TensorrtEngine
+
+    try:
+        plan = refitted(plan, target.library, weights)
+        new = Metadata.of(plan, target, recipe, sample, fixed, "refitted")
+        difference = sample.difference(TensorrtEngine(plan, new, target.library), recipe.batches)
+    except (OutputError, CheckpointError, RuntimeError):
+        return None
+    return plan if difference <= sample.allowed else None
+
+
+def _cast_pixels_first(graph: Any) -> None:
+    """Let pixels become numbers before they are moved: TensorRT moves no uint8."""
+    pixels = [value.name for value in graph.input if value.name == "image"]
+    moves = [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in pixels]
+    for move in moves:
+        cast = next(n for n in graph.node if n.op_type == "Cast" and n.input[0] == move.output[0])
+        moved, cast.input[0], move.input[0] = cast.output[0], move.input[0], f"{move.input[0]}.fp32"
+        cast.output[0], move.output[0] = move.input[0], moved
+        nodes = list(graph.node)
+        first, second = nodes.index(move), nodes.index(cast)
+        nodes[first], nodes[second] = cast, move
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(nodes)
+
+
+def device(path: Path) -> str | None:
+    """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
+    gpu = libraries.find_gpu()
+    fits = gpu is not None and gpu.capability == Metadata.read(path / METADATA).capability
+    return gpu.name if gpu and fits else None
+
+
+def stand_in(path: Path) -> OnnxEngine:
+    """What the engine computes, by ONNX Runtime on the CPU, while ``BETWEEN`` is there."""
+    return OnnxEngine(path / BETWEEN)
+
+
+def load(
+    path: Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    lanes: int = 1,
+    cuda_graphs: bool = True,
+) -> TensorrtEngine:
+    """Open a folder on a GPU of this machine.
+
+    Args:
+        path: What ``export`` wrote.
+        engine: ``tensorrt``; there is no other.
+        threads: None: a GPU has no threads to choose.
+        device: ``cuda`` or ``cuda:1`` …; None is the first GPU.
+        lanes: Batches that are computed at once, each with buffers and a stream of its own.
+        cuda_graphs: Whether each size of batch is recorded once and replayed.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged or changed since it was written, or is for
+            another GPU or version of TensorRT.
+        SettingError: Threads are asked for, or this machine has no such GPU.
+        VerificationError: The engine gives other answers here than the graph it was built from.
+        MissingExtraError: The TensorRT that built the engine is not installed.
+    """
+    path = Path(path)
+    if not (path / MARKER).is_file():
+        raise CheckpointError(f"There is no folder {path} with a {MARKER}.")
+    metadata = Metadata.read(path / METADATA)
+    plan = check_files(path, metadata, (MARKER, METADATA))
+    if threads is not None:
+        raise SettingError(f"{path} runs on a GPU, which has no threads to choose: leave them out.")
+    index = _index(device)
+    gpu = None if index is None else libraries.find_gpu(index)
+    if gpu is None or index is None:
+        raise SettingError(
+            f"{path} needs an NVIDIA GPU of compute capability {metadata.capability}, and this "
+            f"machine has none called {device or 'cuda'}: run it there, or export --to onnx."
+        )
+    library = libraries.library(metadata.library)
+    metadata.check_here(path, library.version, gpu.capability)
+    from aoft_exporters.tensorrt.engine import TensorrtEngine
+
+    opened = TensorrtEngine(
+        plan, metadata, library, index=index, lanes=lanes, cuda_graphs=cuda_graphs
+    )
+    difference = metadata.sample.difference(opened, metadata.batches)
+    if not difference <= metadata.sample.allowed:  # nan too
+        raise VerificationError(
+            f"On this {gpu.name} the engine's logits differ from its graph's by {difference:.2e}, "
+            f"but at most {metadata.sample.allowed:.2e} is allowed: it is not used."
+        )
+    return opened
+
+
+def _index(device: str | None) -> int | None:
+    """Number of a GPU; None where none is named."""
+    kind, _, number = (device or "cuda").partition(":")
+    return int(number or 0) if kind == "cuda" and (number or "0").isdecimal() else None

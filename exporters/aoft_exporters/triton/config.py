@@ -1,0 +1,130 @@
+"""What NVIDIA Triton reads beside a model: its configuration and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.errors import SettingError
+
+__all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "write_config"]
+
+CONFIG = "config.pbtxt"
+LABELS = "labels.txt"
+TASKS = "tasks.json"
+
+
+class Word(NamedTuple):
+    """A name of the configuration's own, which stands without quotes."""
+
+    text: str
+
+
+def check_labels(recipe: Recipe) -> None:
+    """Refuse classes that a file of one name a line cannot hold.
+
+    Raises:
+        SettingError: A name breaks the line.
+    """
+    for name in _classes(recipe) or ():
+        if "\n" in name or "\r" in name:
+            raise SettingError(
+                f"The class {name!r} has a line break, but Triton's labels are one a line: rename "
+                "it, or export --to onnx."
+            )
+
+
+def write_config(folder: Path, recipe: Recipe, backend: str) -> None:
+    """Write the configuration, and the labels of a single model or the tasks of a fleet.
+
+    The model's name is left out: it is that of its folder, whatever that is called.
+
+    Args:
+        folder: The model's folder in a repository.
+        recipe: Input form, classes or tasks, and batches.
+        backend: Triton's name of what runs the model.
+    """
+    text = "".join(f"{line}\n" for line in _lines(_config(recipe, backend)))
+    (folder / CONFIG).write_text(text, "utf-8")
+    classes = _classes(recipe)
+    if classes is not None:
+        (folder / LABELS).write_text("".join(f"{name}\n" for name in classes), "utf-8")
+    if "tasks" in recipe.metadata:
+        (folder / TASKS).write_text(recipe.metadata["tasks"] + "\n", "utf-8")
+
+
+def _config(recipe: Recipe, backend: str) -> dict[str, Any]:
+    """Fields of Triton's ``ModelConfig``. Shapes leave the batch out, since the batch is its own.
+
+    ``task`` has one number a sample for clients, as Triton asks for at least one axis, and none for
+    the model. Waiting for a preferred batch helps engines that are tuned for one alone.
+    """
+    classes, fleet = _classes(recipe), "tasks" in recipe.metadata
+    wide = [len(task["classes"]) for task in json.loads(recipe.metadata["tasks"])] if fleet else []
+    output = {
+        "name": "logits",
+        "data_type": Word("TYPE_FP32"),
+        "dims": [max(wide) if fleet else -1 if classes is None else len(classes)],
+        **({} if classes is None else {"label_filename": LABELS}),
+    }
+    side = recipe.size
+    pixels = {"data_type": Word("TYPE_FP32"), "dims": [3, side, side]}
+    if recipe.uint8:
+        pixels = {"data_type": Word("TYPE_UINT8"), "dims": [side, side, 3]}
+    inputs: dict[str, dict[str, Any]] = {"image" if recipe.uint8 else "pixel_values": pixels}
+    if fleet:
+        inputs["task"] = {"data_type": Word("TYPE_INT64"), "dims": [1]}
+    reshape: dict[str, dict[str, Any]] = {"task": {"reshape": {"shape": []}}}
+    tuned = {"preferred_batch_size": [recipe.batches[1]]} if backend == "tensorrt" else {}
+    warm = [
+        {"key": name, "value": {**tensor, "zero_data": True}} for name, tensor in inputs.items()
+    ]
+    told = ("preprocessing", "precision", "method")
+    return {
+        "backend": backend,
+        "max_batch_size": recipe.batches[2],
+        "input": [{"name": n, **tensor, **reshape.get(n, {})} for n, tensor in inputs.items()],
+        "output": [output],
+        "dynamic_batching": tuned,
+        "model_warmup": [
+            {"name": f"batch of {size}", "batch_size": size, "inputs": warm}
+            for size in sorted(set(recipe.batches))
+        ],
+        "parameters": [
+            {"key": key, "value": {"string_value": recipe.metadata[key]}}
+            for key in told
+            if key in recipe.metadata
+        ],
+    }
+
+
+def _classes(recipe: Recipe) -> list[str] | None:
+    """Names of a single model's classes, if they are known."""
+    classes = json.loads(recipe.metadata.get("classes", "null"))
+    return None if classes is None else [str(name) for name in classes]
+
+
+def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Protobuf's text form of a message; a list is a repeated field."""
+    for name, value in fields.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping):
+                yield f"{indent}{name} {{"
+                yield from _lines(each, indent + "  ")
+                yield f"{indent}}}"
+            else:
+                yield f"{indent}{name}: {_scalar(each)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Word):
+        return value.text
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    escaped = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"}
+    return '"' + "".join(escaped.get(letter, letter) for letter in value) + '"'

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aoft_deploy.artefacts.inspection import inspect_file
+from aoft_deploy.errors import CheckpointError
+from aoft_deploy.export.merged import export_merged
+
+
+def test_a_checkpoint_tells_its_task_and_counts_its_numbers(
+    checkpoint: Path, classes: tuple[str, ...]
+) -> None:
+    found = inspect_file(checkpoint)
+    sizes = {name: tensor.numel() for name, tensor in load_file(checkpoint).items()}
+    head = sum(size for name, size in sizes.items() if name.startswith("head."))
+    assert found["kind"] == "checkpoint"
+    assert found["method"] == "rlrr"
+    assert found["classes"] == list(classes)
+    assert found["training"] == {"epochs": 3}
+    assert found["trained_numbers"] == sum(sizes.values())
+    assert found["update_numbers"] == sum(sizes.values()) - head
+    assert head == 5 * 32 + 5 == found["sites"]["classifier"]
+    assert found["sites"]["blocks.0.attn.qkv.q"] == 3 * 32
+    assert found["bytes"] == checkpoint.stat().st_size
+    assert found["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_an_artefact_tells_its_graph_and_that_its_manifest_matches(artefact: Path) -> None:
+    found = inspect_file(artefact)
+    assert found["kind"] == "ONNX artefact"
+    assert found["opset"] == {"ai.onnx": 23}
+    assert found["inputs"] == ["pixel_values float [batch, 3, 16, 16]"]
+    assert found["outputs"] == ["logits float [batch, 5]"]
+    assert found["nodes"] == sum(found["operators"].values())
+    assert found["preprocessing"]["size"] == 16
+    assert found["manifest"] == "matches"
+    assert found["verification"]["agreement"] == 1.0
+
+
+def test_an_artefact_without_manifest_says_so(artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(artefact.read_bytes())
+    found = inspect_file(tmp_path / "a.onnx")
+    assert found["manifest"] == "none"
+    assert "verification" not in found
+
+
+def test_an_artefact_changed_after_its_verification_says_so(artefact: Path, tmp_path: Path) -> None:
+    manifest = artefact.with_name(artefact.name + ".json").read_bytes()
+    data = bytearray(artefact.read_bytes())
+    data[-1] ^= 0  # the same file first
+    (tmp_path / "a.onnx").write_bytes(data)
+    (tmp_path / "a.onnx.json").write_bytes(manifest)
+    assert inspect_file(tmp_path / "a.onnx")["manifest"] == "matches"
+    import onnx
+
+    model = onnx.load(artefact)
+    model.producer_name = "somebody"
+    onnx.save(model, tmp_path / "a.onnx")
+    assert "changed after it was verified" in inspect_file(tmp_path / "a.onnx")["manifest"]
+
+
+def test_a_timm_artefact_tells_its_task(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.safetensors"
+    export_merged(checkpoint, path, to="timm", weights=backbone_weights)
+    found = inspect_file(path)
+    assert found["kind"] == "timm artefact"
+    assert found["tensors"] == len(load_file(path))
+    assert found["method"] == "rlrr"
+    assert found["manifest"] == "matches"
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        inspect_file(tmp_path / "a.safetensors")
+
+
+def test_a_manifest_is_shown_as_it_is(artefact: Path) -> None:
+    path = artefact.with_name(artefact.name + ".json")
+    found = inspect_file(path)
+    assert found == {"kind": "manifest", **json.loads(path.read_text("utf-8"))}
+
+
+def test_a_published_file_counts_its_numbers(tmp_path: Path) -> None:
+    state = {
+        "head.weight": torch.zeros(3, 8),
+        "head.bias": torch.zeros(3),
+        "transformer.encoder.layer.0.attn.query.scale_col": torch.zeros(1, 8),
+        "transformer.encoder.layer.0.attn.query.scale_line": torch.zeros(8, 1),
+    }
+    torch.save(state, tmp_path / "cifar  75.60.pth")
+    found = inspect_file(tmp_path / "cifar  75.60.pth")
+    assert found["kind"] == "published RLRR checkpoint"
+    assert found["sites"] == {"classifier": 27, "blocks.0.attn.qkv.q": 16}
+    assert found["update_numbers"] == 16
+
+
+def test_the_description_is_json(checkpoint: Path, artefact: Path) -> None:
+    for path in (checkpoint, artefact):
+        found = inspect_file(path)
+        assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"text", "is no JSON file"),
+        ("a.json", b"\xff\xfe", "is no JSON file"),
+        ("a.json", b"[" * 100_000, "is no JSON file"),
+        ("a.json", b'{"artefact": ' + b"9" * 5000 + b"}", "is no JSON file"),
+        ("a.json", b"[1]", "is no manifest of aoft-export"),
+        ("a.json", b"{}", "is no manifest of aoft-export"),
+        ("a.onnx", b"", "is no ONNX model, or a damaged one"),
+        ("a.onnx", b"text", "is no ONNX model, or a damaged one"),
+        ("a.onnx", b"\x10\x01", "is no valid ONNX model"),
+        ("a.ckpt", b"", "is no checkpoint, or a truncated one"),
+        ("a.pth", b"\x80\x04text", "is damaged or would run code"),
+    ],
+)
+def test_what_is_damaged_is_refused(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        inspect_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json", ""])
+def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no file"):
+        inspect_file(tmp_path / name)
+
+
+def test_odd_metadata_of_a_strangers_graph_are_shown_as_text(
+    artefact: Path, tmp_path: Path, contents: Callable[[Path], dict[str, Any]]
+) -> None:
+    import onnx
+
+    model = onnx.load(artefact)
+    odd = {"deep": "[" * 100_000, "long": "9" * 5000, "plain": "text"}
+    onnx.helper.set_model_props(model, odd)
+    onnx.save(model, tmp_path / "a.onnx")
+    found = inspect_file(tmp_path / "a.onnx")
+    assert {key: found[key] for key in odd} == odd
+    assert list(contents(tmp_path)) == ["a.onnx"]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aoft_deploy.artefacts.protocols import exporter_names, get_exporter, load_artefact, load_fleet
+from aoft_deploy.errors import CheckpointError, UnknownNameError
+
+
+def test_the_exporters_of_this_repository_are_found() -> None:
+    assert {"onnx", "openvino", "peft", "timm"} <= set(exporter_names())
+    assert list(exporter_names()) == sorted(exporter_names())
+
+
+@pytest.mark.parametrize("name", exporter_names())
+def test_every_exporter_has_the_same_verbs(name: str) -> None:
+    exporter = get_exporter(name)
+    assert exporter.SUFFIX.startswith(".")
+    assert 0 < exporter.TOLERANCE < 1
+    assert callable(exporter.export)
+    assert callable(exporter.load)
+
+
+def test_no_two_exporters_write_the_same_suffix() -> None:
+    suffixes = [get_exporter(name).SUFFIX for name in exporter_names()]
+    assert len(set(suffixes)) == len(suffixes)
+
+
+def test_a_close_name_is_suggested() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown exporter 'onx'\. Did you mean onnx"):
+        get_exporter("onx")
+
+
+@pytest.mark.parametrize("name", ["", "ONNX", "onnx "])
+def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="Known: onnx, openvino, peft, tensorrt, timm"):
+        get_exporter(name)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model", "model.ONNX", "onnx"])
+def test_a_suffix_that_no_exporter_writes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="is no artefact of aoft-export"):
+        load_artefact(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_an_artefact_that_does_not_exist_is_refused(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(CheckpointError, match=r"(There is no file|No such file)"):
+        load_artefact(tmp_path / f"missing{suffix}")
+
+
+def test_an_onnx_artefact_opens_by_its_suffix(artefact: Path) -> None:
+    engine = load_artefact(artefact)
+    assert not engine.takes_pixels
+    assert engine.info["format"] == "aoft-deploy/1"
+
+
+@pytest.mark.parametrize("opening", [load_artefact, load_fleet])
+def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
+    fleet_artefact: Path, tmp_path: Path, opening: Callable[[Path], object]
+) -> None:
+    artefact, manifest = tmp_path / "f.onnx", tmp_path / "f.onnx.json"
+    artefact.write_bytes(fleet_artefact.read_bytes())
+    opening(artefact)
+    manifest.write_bytes(fleet_artefact.with_name(fleet_artefact.name + ".json").read_bytes())
+    opening(artefact)
+    content = bytearray(artefact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artefact.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"f\.onnx was changed after its manifest f\.onnx"):
+        opening(artefact)
+    manifest.write_text("[]", "utf-8")
+    with pytest.raises(CheckpointError, match=r"f\.onnx\.json is no manifest of aoft-export"):
+        opening(artefact)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.timing import (
+    Subject,
+    Timing,
+    gemm_peaks,
+    inputs_for,
+    interleaved,
+    trusted,
+)
+from aoft_deploy.errors import CheckpointError
+
+
+class Clock:
+    """Seconds that pass only when something says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Worker:
+    """An engine that takes a known time of a clock, another one for every run in turn."""
+
+    device = "cpu"
+
+    def __init__(self, clock: Clock, seconds: Sequence[float], order: list[str], **info: str):
+        self.clock, self.seconds, self.order = clock, itertools.cycle(seconds), order
+        self.info: Mapping[str, str] = info
+        self.takes_pixels = "pixels" in info
+        self.takes_tasks = "tasks" in info
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        self.order.append(f"{self.info['name']}{len(images)}")
+        self.clock.now += next(self.seconds)
+        return np.zeros((len(images), 1), np.float32)
+
+
+def idle(**info: str) -> Worker:
+    return Worker(Clock(), [0.0], [], **info)
+
+
+def test_subjects_take_turns_and_every_other_round_goes_back() -> None:
+    order: list[str] = []
+    clock = Clock()
+    subjects = [Subject.of(n, Worker(clock, [1.0], order, name=n)) for n in "ab"]
+    done: list[int] = []
+    interleaved(subjects, [1, 2], 4, 2, done.append, clock)
+    once = ["a1", "b1", "a2", "b2"]
+    turns = [turn for turn in once for _ in range(2)]
+    assert order == once + turns + turns[::-1]
+    assert done == [1, 2]
+
+
+def test_medians_ratios_and_shares_are_those_of_the_rounds() -> None:
+    clock = Clock()
+    times = [9.0, *(8.0, 4.0), *(8.0, 5.0), *(8.0, 30.0)]  # one to load, then two a round
+    slow = Worker(clock, times, [], name="s", flops="1000")
+    fast = Worker(clock, [9.0, 8.0, 1.0, 8.0, 2.0, 8.0, 1.5], [], name="f", flops="1000")
+    fast.info = {**fast.info, "precision": "int8"}
+    subjects = [Subject.of("slow", slow), Subject.of("fast", fast)]
+    timings = interleaved(subjects, [2], 4, 3, clock=clock)
+    assert [timing.subject.name for timing in timings] == ["slow", "fast"]
+    assert [timing.seconds for timing in timings] == [(4.0, 5.0, 30.0), (1.0, 2.0, 1.5)]
+    assert timings[0].ratio == 1
+    assert timings[1].ratios == (4.0, 2.5, 20.0) and timings[1].ratio == 4.0
+    assert timings[0].median == 5.0 and timings[0].throughput == 0.4
+    peaks = {"fp32": 800.0, "int8": 2000.0}
+    assert timings[0].share(peaks) == pytest.approx(0.4 * 1000 / 800)
+    assert timings[1].share(peaks) == pytest.approx(2 / 1.5 * 1000 / 2000)
+    assert timings[1].share({"fp32": 1.0}) is None
+    assert Subject.of("x", idle(name="x")).flops is None
+    told = timings[1].to_dict(peaks)
+    assert told["rounds"] == [1.0, 2.0, 1.5]
+    assert (told["ratio_lowest"], told["ratio"], told["ratio_highest"]) == (2.5, 4.0, 20.0)
+    assert told["share_of_peak"] == timings[1].share(peaks)
+    assert told["images_per_second"] == 2 / 1.5 and told["seconds"] == 1.5
+
+
+def timing(precision: str, rate: float) -> Timing:
+    """Of an artefact that does so many operations a second."""
+    subject = Subject(precision, idle(), 1000, precision)
+    return Timing(subject, 1, (1000 / rate,), (1.0,))
+
+
+def test_a_peak_that_an_engine_exceeds_is_no_limit() -> None:
+    timings = [timing("fp32", 90.0), timing("int8", 300.0), timing("int8", 50.0)]
+    assert trusted({"fp32": 100.0, "int8": 280.0}, timings) == {"fp32": 100.0}
+    both = {"fp32": 90.0, "int8": 301.0}
+    assert trusted(both, timings) == both
+    unknown = Timing(Subject("x", idle(), None, "fp32"), 1, (1e-9,), (1.0,))
+    assert trusted(both, [unknown]) == both
+
+
+def test_inputs_are_in_the_engines_own_form() -> None:
+    (images,) = inputs_for(idle(pixels=""), 3, 8)
+    assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 3)
+    images, task = inputs_for(idle(tasks='["a", "b"]'), 3, 8)
+    assert images.dtype == np.float32 and images.shape == (3, 3, 8, 8)
+    assert task.tolist() == [0, 1, 0]
+    with pytest.raises(CheckpointError, match="does not name its tasks"):
+        inputs_for(idle(tasks="oops"), 1, 8)
+
+
+def products(clock: Clock, done: list[int], **rates: float) -> Any:
+    """By precision what makes products that take their time of a clock."""
+
+    def making(rate: float) -> Any:
+        def made(side: int) -> Any:
+            def product() -> None:
+                done.append(side)
+                clock.now += 2 * side**3 / rate
+
+            return product
+
+        return made
+
+    return {name: making(rate) for name, rate in rates.items()}
+
+
+def test_a_precision_without_instructions_has_no_peak() -> None:
+    clock = Clock()
+    kinds = products(clock, [], fp32=1.5e11, bf16=2.6e9, int8=1.6e11)
+    peaks = gemm_peaks(1, products=kinds, clock=clock)
+    assert peaks == pytest.approx({"fp32": 1.5e11, "int8": 1.6e11})
+    kinds = products(clock, [], fp32=1.5e11, int8=1.5e11)
+    assert set(gemm_peaks(1, products=kinds, clock=clock)) == {"fp32"}
+
+
+def test_the_peaks_take_no_more_than_their_time() -> None:
+    clock, done = Clock(), list[int]()
+    kinds = products(clock, done, fp32=7e10, int8=0.7e9)  # a product of 2048 would take 25 s
+    assert set(gemm_peaks(1, 4.0, products=kinds, clock=clock)) == {"fp32"}
+    assert clock.now <= 4.0
+    assert 2048 in done
+    done.clear()
+    assert gemm_peaks(1, 1.0, products=products(clock, done, fp32=1e6), clock=clock) == {
+        "fp32": pytest.approx(1e6)
+    }
+    assert done == [256]  # the smallest is always done, and here it is one too many
+
+
+def test_the_peak_is_that_of_the_best_product_of_all() -> None:
+    clock = Clock()
+    rates = iter([1e9, 2e9, 3e9, 2e9, 9e9, 8e9, *[5e9] * 8])
+
+    def made(side: int) -> Any:
+        def product() -> None:
+            clock.now += 2 * side**3 / next(rates)
+
+        return product
+
+    assert gemm_peaks(1, 1e9, products={"fp32": made}, clock=clock) == {"fp32": pytest.approx(9e9)}
+    assert next(rates, None) is None
+
+
+def test_threads_are_those_asked_for_and_stay_as_they_were() -> None:
+    before, clock, seen = torch.get_num_threads(), Clock(), set[int]()
+
+    def made(side: int) -> Any:
+        def product() -> None:
+            seen.add(torch.get_num_threads())
+            clock.now += 1.0
+
+        return product
+
+    gemm_peaks(before + 1, products={"fp32": made}, clock=clock)
+    assert seen == {before + 1} and torch.get_num_threads() == before
+
+
+def test_pytorch_has_the_products_and_fp32_always_counts() -> None:
+    peaks = gemm_peaks(1, 0.5)
+    assert {"fp32"} <= set(peaks) <= {"fp32", "bf16", "int8"}
+    assert all(peak >= peaks["fp32"] > 0 for peak in peaks.values())

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from aoft_deploy.artefacts.protocols import Recipe, exporter_names, get_exporter
+from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
+from aoft_deploy.cli.export import main
+from aoft_deploy.errors import VerificationError
+from aoft_deploy.export.merged import bar_for, export_merged
+
+Logits = NDArray[np.float32]
+Answer = Callable[[NDArray[Any], Logits], Any]
+"""From a batch of inputs and the merged model's logits to what an engine answers."""
+
+
+def lookup(table: Logits) -> Callable[[NDArray[np.uint8]], Logits]:
+    """A model that knows its answers: the first pixel's red is the row of ``table``."""
+    return lambda batch: table[batch[:, 0, 0, 0]]
+
+
+def numbered(count: int) -> NDArray[np.uint8]:
+    pixels = np.zeros((count, 2, 2, 3), np.uint8)
+    pixels[:, 0, 0, 0] = np.arange(count)
+    return pixels
+
+
+EXPECTED = np.array([[0, 1, 0.5], [4, 2, -8], [1, 0, 0], [0, 0, 3]], np.float32)
+
+
+def test_equal_answers_give_a_report_of_zeros() -> None:
+    report = verify(lookup(EXPECTED), lookup(EXPECTED), numbered(4), bar=Bar(1e-6))
+    assert report == Report(4, (1, 2, 7), 0.0, 0.0, 1.0, 8e-6)
+    assert report.to_dict()["batch_sizes"] == (1, 2, 7)
+
+
+def test_the_figures_are_those_of_the_arrays() -> None:
+    answers = EXPECTED.copy()
+    answers[1, 2] += 0.25
+    answers[0] = [1.125, 1, 0.5]  # another top class, and the largest difference
+    report = verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(0.25))
+    assert report.max_abs == 1.125
+    assert report.relative == 1.125 / 8
+    assert report.agreement == 0.75
+    assert report.tolerance == 0.25 * 8
+    assert report.images == 4
+
+
+def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
+    small: Logits = EXPECTED / np.float32(800)
+    report = verify(
+        lookup(small), lookup(np.add(small, 9e-4, dtype=np.float32)), numbered(4), bar=Bar(1e-3)
+    )
+    assert report.tolerance == 1e-3
+    with pytest.raises(VerificationError, match=r"at most 1\.00e-03 is allowed"):
+        verify(
+            lookup(small),
+            lookup(np.add(small, 2e-3, dtype=np.float32)),
+            numbered(4),
+            bar=Bar(1e-3),
+        )
+
+
+TOLERANCES = {
+    "onnx": 5e-5,
+    "openvino": 5e-5,
+    "peft": 1e-5,
+    "tensorrt": 1e-4,
+    "timm": 5e-5,
+    "triton": 5e-5,
+    "triton-tensorrt": 1e-4,
+}
+"""What the documentation promises of every exporter in fp32, for logits up to 1."""
+
+
+@pytest.mark.parametrize("largest", [0.5, 1.0, 8.0])
+@pytest.mark.parametrize("to", exporter_names())
+def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
+    to: str, largest: float
+) -> None:
+    bar = bar_for(get_exporter(to), to, "fp32", 0.99, [])
+    assert bar == Bar(TOLERANCES[to])
+    allowed = TOLERANCES[to] * max(1.0, largest)
+    expected = np.zeros((4, 3), np.float32)
+    expected[2, 1] = -largest
+    for place in ((0, 0), (3, 2)):
+        for sign in (-1, 1):
+            answers = expected.copy()
+            answers[place] = sign * allowed * (1 - 1e-3)
+            assert verify(lookup(expected), lookup(answers), numbered(4), bar=bar).tolerance
+            answers[place] = sign * allowed * (1 + 1e-3)
+            with pytest.raises(VerificationError, match=f"at most {allowed:.2e} is allowed"):
+                verify(lookup(expected), lookup(answers), numbered(4), bar=bar)
+
+
+@pytest.mark.parametrize(("agreeing", "holds"), [(100, True), (99, True), (98, False)])
+def test_below_fp32_the_share_of_equal_top_classes_decides_to_the_image(
+    agreeing: int, holds: bool
+) -> None:
+    bar = bar_for(get_exporter("onnx"), "onnx", "int8", 0.99, [Path("photos")])
+    expected = np.tile(np.array([[1, 0]], np.float32), (100, 1))
+    answers = expected.copy()
+    answers[agreeing:] = [0, 1e6]
+    if holds:
+        report = verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+        assert report.agreement == agreeing / 100
+        return
+    with pytest.raises(VerificationError, match=r"98\.00% of the answers \(98 of 100\)"):
+        verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+
+
+def test_logits_of_zero_have_no_relative_error() -> None:
+    zeros = np.zeros((4, 3), np.float32)
+    assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
+
+
+def test_every_batch_size_goes_once_through_all_images() -> None:
+    seen: list[int] = []
+
+    def candidate(batch: NDArray[np.uint8]) -> Logits:
+        seen.append(len(batch))
+        return EXPECTED[batch[:, 0, 0, 0] % 4]
+
+    table = np.tile(EXPECTED, (3, 1))[:9]
+    verify(lookup(table), candidate, numbered(9), bar=Bar(1e-6))
+    assert BATCH_SIZES == (1, 2, 7)
+    assert seen == [1, 2, 7, 2]
+
+
+@pytest.mark.parametrize("size", BATCH_SIZES)
+def test_a_difference_at_one_batch_size_alone_is_found(size: int) -> None:
+    table = np.tile(EXPECTED, (2, 1))[:7]
+
+    def candidate(batch: NDArray[np.uint8]) -> Logits:
+        return table[batch[:, 0, 0, 0]] + np.float32(0.1 * (len(batch) == size))
+
+    with pytest.raises(VerificationError, match=f"At batch size {size} .* differ .* by 1.00e-01"):
+        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3), batch_sizes=(size,))
+    with pytest.raises(VerificationError, match="logits differ from the unmerged model's"):
+        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
+    answers = EXPECTED.copy()
+    answers[2, 1] = value
+    with pytest.raises(VerificationError, match="finite values are expected"):
+        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [EXPECTED[:, :2], EXPECTED[:, :1], np.tile(EXPECTED, (1, 2)), EXPECTED[:, :, None]],
+    ids=["narrow", "one", "wide", "deep"],
+)
+def test_an_answer_of_another_shape_is_refused(answers: Logits) -> None:
+    with pytest.raises(VerificationError, match="where \\(1, 3\\) and finite values are expected"):
+        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
+
+
+def test_a_reference_that_is_not_finite_is_refused() -> None:
+    broken = np.full_like(EXPECTED, np.nan)
+    with pytest.raises(VerificationError, match="unmerged model's own logits are not finite"):
+        verify(lookup(broken), lookup(broken), numbered(4), bar=Bar(1))
+
+
+def test_random_images_are_different_whole_range_and_repeatable() -> None:
+    pixels = random_pixels(3, 20)
+    assert pixels.shape == (3, 20, 20, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels.min((1, 2, 3)) == 0).all()
+    assert (pixels.max((1, 2, 3)) == 255).all()
+    assert not (pixels[0] == pixels[1]).all()
+    np.testing.assert_array_equal(pixels, random_pixels(3, 20))
+    assert (random_pixels(3, 20, seed=1) != pixels).any()
+
+
+def test_random_images_have_structure_at_large_and_small_scales() -> None:
+    grey = random_pixels(8, 64).astype(float).mean(3)
+    blocks = grey.reshape(8, 4, 16, 4, 16)
+    assert blocks.mean((2, 4)).std() > 10  # between blocks of 16 pixels
+    assert blocks.std((2, 4)).mean() > 10  # within them
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_random_images_exist_at_every_size(size: int) -> None:
+    assert random_pixels(2, size).shape == (2, size, size, 3)
+
+
+class FakeExporter:
+    """An exporter whose engine answers what a test wants, in place of ONNX Runtime."""
+
+    SUFFIX, TOLERANCE, PRECISIONS = ".onnx", 5e-5, ("fp32",)
+    ENGINES = ("onnxruntime",)
+    takes_pixels = False
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.info: dict[str, str] = {}
+
+    def export(self, model: torch.nn.Module, path: Path, recipe: Recipe) -> None:
+        path.write_bytes(b"artefact")
+        self.model = model
+
+    def load(self, path: Path) -> FakeExporter:
+        assert path.read_bytes() == b"artefact"
+        return self
+
+    def run(self, images: NDArray[Any]) -> Any:
+        with torch.no_grad():
+            return self.answer(images, self.model(torch.from_numpy(images)).numpy())
+
+
+def always(value: float) -> Answer:
+    return lambda images, logits: np.full_like(logits, value)
+
+
+def one_row(images: NDArray[Any], logits: Logits) -> Logits:
+    return logits[:1]
+
+
+def wrong_in_batches(images: NDArray[Any], logits: Logits) -> Logits:
+    result: Logits = logits[::-1]
+    return result
+
+
+def mixing_samples(images: NDArray[Any], logits: Logits) -> Logits:
+    result: Logits = logits + np.float32(1e-3) * (logits.mean(0) - logits)
+    return result
+
+
+def fixed_batch(images: NDArray[Any], logits: Logits) -> Logits:
+    if len(images) != 2:
+        raise RuntimeError("Got: 1\n Expected: 2")
+    return logits
+
+
+def ragged(images: NDArray[Any], logits: Logits) -> Logits:
+    return logits if len(images) == 1 else logits[:, :-1]
+
+
+def scalar(images: NDArray[Any], logits: Logits) -> Any:
+    return logits.sum()
+
+
+FAULTS: dict[str, tuple[Answer, str]] = {
+    "zeros": (always(0), "At batch size 1 the artefact's logits differ"),
+    "nan": (always(np.nan), "finite values are expected"),
+    "inf": (always(np.inf), "finite values are expected"),
+    "one row": (one_row, "At batch size 2 the artefact answers with shape \\(1, 5\\)"),
+    "order": (wrong_in_batches, "At batch size 2 the artefact's logits differ"),
+    "mixing": (mixing_samples, "At batch size 2 the artefact's logits differ"),
+    "fixed batch": (fixed_batch, "At batch size 1 the artefact does not run .Got: 1 Expected: 2"),
+    "ragged": (ragged, "At batch size 2 the artefact (answers with shape|does not run)"),
+    "scalar": (scalar, "does not run"),
+    "transposed": (lambda images, logits: logits.T, "does not run|answers with shape"),
+    "slightly off": (lambda images, logits: logits + np.float32(1e-2), "logits differ"),
+    "missing": (lambda images, logits: None, "does not run"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_artefact_is_refused_and_leaves_no_file(
+    fault: str,
+    checkpoint: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+) -> None:
+    answer, message = FAULTS[fault]
+    monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: FakeExporter(answer))
+    with pytest.raises(VerificationError, match=message):
+        export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.onnx").write_text("old")
+    (tmp_path / "a.onnx.json").write_text("old")
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    assert "is not written" in refused(main, *options, "-o", tmp_path / "a.onnx")
+
+
+def test_the_same_exporter_without_a_fault_is_accepted(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = FakeExporter(lambda images, logits: logits)
+    monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: exporter)
+    exported = export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    assert exported.report.agreement == 1.0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.onnx", "a.onnx.json"}
+
+
+@pytest.mark.parametrize("method", ["aoft-lora", "aoft-lora-star", "lora", "rlrr"])
+def test_an_artefact_without_the_merge_is_refused(
+    method: str,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    backbone_name: str,
+    backbone_args: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = timm.create_model(backbone_name, num_classes=5, **backbone_args).eval()
+
+    class Unmerged(FakeExporter):
+        def export(self, model: torch.nn.Module, path: Path, recipe: Recipe) -> None:
+            head = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
+            base.load_state_dict(load_file(backbone_weights) | head)
+            super().export(base, path, recipe)
+
+    exporter = Unmerged(lambda images, logits: logits)
+    monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: exporter)
+    with pytest.raises(VerificationError, match="differ from the unmerged model's"):
+        export_merged(make_checkpoint(method), tmp_path / "a.onnx", weights=backbone_weights)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from made_model import metadata_of
+from PIL import Image
+
+from aoft_deploy.cli.bench import main
+
+
+def test_artefacts_are_timed_beside_each_other(
+    artefact: Path, pixel_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "speed.png"
+    options = ["--batches", "1", "3", "--rounds", "3", "--json", str(figures)]
+    assert main([str(artefact), str(pixel_artefact), *options, "--plot", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(figures.read_text("utf-8"))
+    assert [(row["batch"], row["name"]) for row in found["rows"]] == [
+        (batch, path.name if path.name != artefact.name else row["name"])
+        for row, (batch, path) in zip(
+            found["rows"],
+            [(b, p) for b in (1, 3) for p in (artefact, pixel_artefact)],
+            strict=True,
+        )
+    ]
+    for row in found["rows"]:
+        assert len(row["rounds"]) == 3
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["ratio_lowest"] <= row["ratio"] <= row["ratio_highest"]
+        assert row["share_of_peak"] is None or 0 < row["share_of_peak"] <= 1
+        assert f"{row['images_per_second']:.2f}" in out
+    assert [row["ratio"] for row in found["rows"]][::2] == [1, 1]
+    assert found["gemm_peaks"]["fp32"] > 0
+    assert found["machine"]["processor"]
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 200
+
+
+def test_every_engine_and_number_of_threads_gets_a_line(
+    artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines = ["--engines", "onnxruntime", "openvino", "--threads", "1", "2"]
+    assert main([str(artefact), *engines, "--batches", "2", "--rounds", "2"]) == 0
+    lines = capsys.readouterr().out.partition("peak of")[0].splitlines()[1:]
+    labels = [f"{artefact.name} {e} ×{n}" for e in ("onnxruntime", "openvino") for n in (1, 2)]
+    assert [label in line for label, line in zip(labels, lines, strict=True)] == [True] * 4
+
+
+def test_a_fleet_is_timed_with_its_tasks_in_turn(
+    fleet_artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(fleet_artefact), "--rounds", "2"]) == 0
+    table = capsys.readouterr().out.partition("peak of")[0]
+    assert table.count(fleet_artefact.name) == 2
+
+
+def test_the_share_is_that_of_the_peak_in_the_artefacts_precision(
+    artefact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peaks = {"fp32": 1e15, "int8": 2e15}
+    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", lambda threads: peaks)
+    options = [str(artefact), "--batches", "2", "--rounds", "2"]
+    assert main([*options, "--json", str(tmp_path / "figures.json")]) == 0
+    (row,) = json.loads((tmp_path / "figures.json").read_text("utf-8"))["rows"]
+    (flops,) = (
+        int(entry.value) for entry in onnx.load(artefact).metadata_props if entry.key == "flops"
+    )
+    assert row["share_of_peak"] == pytest.approx(row["images_per_second"] * flops / 1e15)
+    out = capsys.readouterr().out
+    assert "fp32 1,000,000, int8 2,000,000" in out
+    assert re.search(rf"^ +2 +{artefact.name} +\d+% of fp32$", out, re.M)
+
+
+def test_no_share_is_above_100_per_cent(
+    artefact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peaks = {"fp32": 1.0, "int8": 2.0}
+    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", lambda threads: peaks)
+    options = [str(artefact), "--batches", "1", "--rounds", "2"]
+    assert main([*options, "--json", str(tmp_path / "figures.json")]) == 0
+    found = json.loads((tmp_path / "figures.json").read_text("utf-8"))
+    assert [row["share_of_peak"] for row in found["rows"]] == [None]
+    assert found["gemm_peaks"] == peaks
+    out = capsys.readouterr().out
+    assert "no share of fp32" in out and "no share of int8" not in out and "%" not in out
+
+
+def test_the_timings_are_told_before_the_peaks_are_measured(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(threads: int) -> dict[str, float]:
+        assert re.search(rf"^ +1 +{artefact.name} +[\d.]+ ", capsys.readouterr().out, re.M)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", stopped)
+    assert main([str(artefact), "--batches", "1", "--rounds", "1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engines", "tensorrt"], "Unknown engine for .* 'tensorrt'. Known: onnxruntime"),
+        (["--device", "cuda"], "onnxruntime-gpu is not installed"),
+        (["--device", "tpu"], "no device 'tpu': give cpu, cuda or tensorrt"),
+        (["--json", "/nowhere/figures.json"], "The figures cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    artefact: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(artefact), *options, "--rounds", "1"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(message, err)
+
+
+def test_artefacts_of_different_sizes_are_refused(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(artefact)
+    props = metadata_of(artefact)
+    props["preprocessing"] = json.dumps({**json.loads(props["preprocessing"]), "size": 32})
+    onnx.helper.set_model_props(model, props)
+    onnx.save(model, tmp_path / "other.onnx")
+    assert main([str(artefact), str(tmp_path / "other.onnx")]) == 1
+    assert "different input sizes" in capsys.readouterr().err
+    del props["preprocessing"]
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, props)
+    onnx.save(model, tmp_path / "other.onnx")
+    assert main([str(tmp_path / "other.onnx")]) == 1
+    assert "names no preprocessing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["a.onnx", "--rounds", "0"], ["a.onnx", "--batches", "-1"]]
+)
+def test_wrong_usage_exits_with_2(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(options)
+    assert exit.value.code == 2
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom aoft_deploy.cli.bench import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as exit:\n    assert exit.code == 0\n"
+        "assert not {'torch', 'onnxruntime', 'timm', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from made_model import without_digest
+from PIL import Image
+
+from aoft_deploy.cli.predict import main
+
+
+def answers(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[Any]:
+    """Run the command with --json; it must succeed."""
+    assert main([*map(str, arguments), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_every_image_gets_a_line_in_the_order_of_the_arguments(
+    artefact: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = [photos[i % 9] for i in range(35)]  # more than two batches
+    assert main([str(artefact), *map(str, order)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.rpartition("  ")[0] for line in out.splitlines()] == [str(p) for p in order]
+
+
+def test_json_gives_labels_and_probabilities(
+    artefact: Path,
+    photos: list[Path],
+    classes: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (answer,) = answers(capsys, artefact, photos[0], "--top", "9")
+    assert answer["image"] == str(photos[0])
+    assert {entry["label"] for entry in answer["classes"]} == set(classes)
+    probabilities = [entry["probability"] for entry in answer["classes"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert abs(sum(probabilities) - 1) < 1e-5
+
+
+def test_a_pixel_artefact_and_a_state_dict_answer_alike(
+    artefact: Path,
+    pixel_artefact: Path,
+    photos: list[Path],
+    checkpoint: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from aoft_deploy.export.merged import export_merged
+
+    state = tmp_path / "a.safetensors"
+    export_merged(checkpoint, state, to="timm", weights=backbone_weights)
+    tables = []
+    for path in (artefact, pixel_artefact, state):
+        found = answers(capsys, path, *photos, "--top", "5")
+        rows = [{e["label"]: e["probability"] for e in answer["classes"]} for answer in found]
+        tables.append([[row[name] for name in sorted(row)] for row in rows])
+    np.testing.assert_allclose(tables[1], tables[0], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(tables[2], tables[0], atol=2e-5, rtol=0)
+
+
+def save_png_bomb(path: Path) -> None:
+    """A PNG of 100,000 × 100,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.fixture
+def odd(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, Path]:
+    """Image files that can be read, each strange in its way."""
+    image = make_picture(30, 20, seed=3)
+    paths = {
+        name: tmp_path / f"{name}.{suffix}"
+        for name, suffix in {
+            "one pixel": "png",
+            "cmyk": "jpg",
+            "sixteen bits": "png",
+            "animated": "gif",
+            "thread": "png",
+            "bilevel": "png",
+            "transparent": "png",
+            "misnamed": "txt",
+        }.items()
+    }
+    Image.new("RGB", (1, 1), "red").save(paths["one pixel"])
+    image.convert("CMYK").save(paths["cmyk"])
+    grey = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    Image.fromarray(grey).save(paths["sixteen bits"])
+    others = [make_picture(30, 20, seed=i) for i in (4, 5)]
+    image.save(paths["animated"], save_all=True, append_images=others)
+    Image.new("RGB", (5000, 1), "blue").save(paths["thread"])
+    image.convert("1").save(paths["bilevel"])
+    image.convert("RGBA").save(paths["transparent"])
+    image.save(paths["misnamed"], "PNG")
+    return paths
+
+
+def test_strange_images_are_answered(
+    artefact: Path, odd: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answers(capsys, artefact, *odd.values())
+    assert [answer["image"] for answer in found] == [str(path) for path in odd.values()]
+
+
+@pytest.fixture
+def bad(tmp_path: Path, photos: list[Path]) -> list[Path]:
+    """What cannot be read as an image."""
+    data = photos[0].read_bytes()
+    contents = {
+        "empty.png": b"",
+        "text.jpg": b"no image at all\n",
+        "truncated.png": data[: len(data) // 2],
+        "header.png": data[:30],
+        "line\nbreak.png": b"x",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    save_png_bomb(tmp_path / "bomb.png")
+    (tmp_path / "folder.png").mkdir()
+    names = [*contents, "bomb.png", "folder.png", "missing.png"]
+    return [tmp_path / name for name in names]
+
+
+def test_each_bad_image_is_one_line(
+    artefact: Path, bad: list[Path], refused: Callable[..., str]
+) -> None:
+    for path in bad:
+        line = refused(main, artefact, path)
+        assert line.startswith("Cannot read image ")
+        assert path.name.partition("\n")[0] in line
+
+
+def test_good_images_are_answered_beside_bad_ones(
+    artefact: Path, bad: list[Path], photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = [path for pair in zip(bad, photos, strict=False) for path in pair]
+    assert main([str(artefact), *map(str, mixed), "--json"]) == 1
+    out, err = capsys.readouterr()
+    found = [json.loads(line)["image"] for line in out.splitlines()]
+    assert found == [str(path) for path in photos[: len(bad)]]
+    assert len(err.splitlines()) == 1
+    assert "empty.png" in err
+    assert f"({len(bad) - 1} more have no answer)" in err
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_gives_the_answer_of_the_upright_one(
+    orientation: int,
+    artefact: Path,
+    make_picture: Callable[..., Image.Image],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    upright = make_picture(24, 36, seed=7)
+    transpose = Image.Transpose
+    stored = {
+        1: upright,
+        2: upright.transpose(transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(transpose.ROTATE_180),
+        4: upright.transpose(transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(transpose.TRANSPOSE),
+        6: upright.transpose(transpose.ROTATE_90),
+        7: upright.transpose(transpose.TRANSVERSE),
+        8: upright.transpose(transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    stored.save(tmp_path / "untold.png")
+    paths = [tmp_path / f"{name}.png" for name in ("turned", "upright", "untold")]
+    turned, straight, untold = answers(capsys, artefact, *paths, "--top", "5")
+    assert turned["classes"] == straight["classes"]
+    assert (untold["classes"] == straight["classes"]) == (orientation == 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a.onnx"], ["a.onnx", "b.png", "--top", "0"], ["a.onnx", "b.png", "--top", "two"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: aoft-predict" in capsys.readouterr().err
+
+
+def test_what_is_no_artefact_is_refused(
+    checkpoint: Path, photos: list[Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert "is no artefact of aoft-export" in refused(main, checkpoint, photos[0])
+    assert "There is no file" in refused(main, tmp_path / "missing.onnx", photos[0])
+    (tmp_path / "text.onnx").write_text("text")
+    assert "is no ONNX model, or a damaged one" in refused(main, tmp_path / "text.onnx", photos[0])
+    (tmp_path / "a.safetensors").write_bytes(checkpoint.read_bytes())
+    line = refused(main, tmp_path / "a.safetensors", photos[0])
+    assert "is no state dict of --to timm" in line
+
+
+def test_an_image_whose_name_is_no_text_is_answered(
+    artefact: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
+    strange.write_bytes(photos[0].read_bytes())
+    assert main([str(artefact), str(strange)]) == 0
+    assert r"caf\udce9.png" in capsys.readouterr().out
+
+
+def test_onnx_runtime_reports_no_use(artefact: Path, photos: list[Path], tmp_path: Path) -> None:
+    code = "import sys\nfrom aoft_deploy.cli.predict import main\nsys.exit(main(sys.argv[1:]))"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", code, str(artefact), str(photos[0])]
+    subprocess.run(command, check=True, env={**environment, "TMPDIR": str(tmp_path)})
+    assert not list(tmp_path.iterdir())  # with reports on, it keeps its session there
+
+
+def broken_for_bright_images(artefact: Path, target: Path, value: float) -> Path:
+    """The artefact, but its first logit is ``value`` where an image is nearly white."""
+    model = onnx.load(artefact)
+    node, constant = onnx.helper.make_node, onnx.numpy_helper.from_array
+    (last,) = (n for n in model.graph.node if n.output[0] == "logits")
+    last.output[0] = "logits before"
+    model.graph.node.extend(
+        [
+            node("ReduceMean", ["pixel_values", "all but batch"], ["brightness"], keepdims=0),
+            node("Greater", ["brightness", "white"], ["bright"]),
+            node("Unsqueeze", ["bright", "first"], ["bright column"]),
+            node("And", ["bright column", "first class"], ["places"]),
+            node("Where", ["places", "broken", "logits before"], ["logits"]),
+        ]
+    )
+    constants = {
+        "all but batch": np.array([1, 2, 3]),
+        "white": np.float32(2),
+        "first": np.array([1]),
+        "first class": np.arange(5)[None] == 0,
+        "broken": np.float32(value),
+    }
+    model.graph.initializer.extend(constant(np.asarray(v), name) for name, v in constants.items())
+    target.write_bytes(without_digest(model))
+    return target
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_an_answer_that_is_not_finite_never_leaves_and_takes_no_other_with_it(
+    value: float,
+    json_lines: bool,
+    artefact: Path,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = broken_for_bright_images(artefact, tmp_path / "a.onnx", value)
+    whites = [tmp_path / "white.png", tmp_path / "white too.png"]
+    for white in whites:
+        Image.new("RGB", (20, 20), (255, 255, 255)).save(white)
+    images = [photos[0], whites[0], *photos[1:4], whites[1]]
+    assert main([str(path), *map(str, images), *(["--json"] if json_lines else [])]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4
+    assert "white" not in out and "nan" not in out.lower() and "infinity" not in out.lower()
+    assert err == (
+        f"error: {whites[0]} has no answer. The artefact answers with {value}, not with a number "
+        "for each class: export it with a higher --precision. (1 more have no answer)\n"
+    )

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aoft_deploy.artefacts.protocols import exporter_names, get_exporter
+from aoft_deploy.checkpoints.opening import load, open_checkpoint, read_checkpoint, save
+from aoft_deploy.cli.export import main
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
+from aoft_deploy.export.merged import export_merged, manifest_path
+from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.methods import get_method
+from aoft_deploy.tuning.tuned_model import TunedModel, attach
+from aoft_exporters.onnx import exporter as onnx_exporter
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def manifest(artefact: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(manifest_path(artefact).read_text("utf-8"))
+    return values
+
+
+def test_the_manifest_stands_beside_the_artefact() -> None:
+    assert manifest_path(Path("a/model.v2.onnx")) == Path("a/model.v2.onnx.json")
+
+
+def test_the_manifest_holds_the_hashes_and_sizes_of_the_files(
+    manifest: dict[str, Any], artefact: Path, checkpoint: Path
+) -> None:
+    assert manifest["artefact"] == artefact.name
+    assert manifest["sha256"] == digest(artefact)
+    assert manifest["bytes"] == artefact.stat().st_size
+    assert manifest["checkpoint"] == {"name": "model.ckpt", "sha256": digest(checkpoint)}
+    assert manifest["backbone"]["digest"] == read_checkpoint(checkpoint).backbone.digest
+
+
+def test_the_manifest_describes_the_task(
+    manifest: dict[str, Any], classes: tuple[str, ...], backbone_args: dict[str, Any]
+) -> None:
+    assert manifest["method"] == "rlrr"
+    assert manifest["settings"] == get_method("rlrr").settings({})
+    assert manifest["classes"] == list(classes)
+    assert manifest["backbone"]["args"] == backbone_args
+    assert manifest["input"] == {
+        "name": "pixel_values",
+        "type": "float32",
+        "shape": ["batch", 3, 16, 16],
+    }
+    assert manifest["forced"] is False
+    assert torch.__version__.startswith(manifest["versions"]["torch"])
+
+
+def test_the_manifest_holds_the_verification_on_built_in_and_real_images(
+    manifest: dict[str, Any], photos: list[Path]
+) -> None:
+    report = manifest["verification"]
+    assert report["images"] == 7 + len(photos)
+    assert report["real_images"] == len(photos)
+    assert report["batch_sizes"] == [1, 2, 7]
+    assert 0 < report["max_abs"] < report["tolerance"]
+    assert report["agreement"] == 1.0
+
+
+def test_the_manifest_holds_the_command_that_repeats_the_export(
+    manifest: dict[str, Any], artefact: Path, checkpoint: Path
+) -> None:
+    assert manifest["command"].startswith(f"aoft-export --merge {checkpoint} ")
+    assert f"-o {artefact} " in manifest["command"]
+
+
+def test_the_manifest_of_a_pixel_artefact_says_so(pixel_artefact: Path) -> None:
+    manifest = json.loads(manifest_path(pixel_artefact).read_text("utf-8"))
+    assert manifest["input"] == {
+        "name": "image",
+        "type": "uint8",
+        "shape": ["batch", 16, 16, 3],
+    }
+
+
+def test_the_manifest_is_utf_8_whatever_the_locale(artefact: Path) -> None:
+    assert "日本" in manifest_path(artefact).read_bytes().decode("utf-8")
+
+
+def test_artefact_and_manifest_have_ordinary_permissions(artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    ordinary = (tmp_path / "plain").stat().st_mode
+    assert artefact.stat().st_mode == ordinary
+    assert manifest_path(artefact).stat().st_mode == ordinary
+
+
+def test_the_artefact_stands_beside_the_checkpoint_where_no_name_is_given(
+    make_checkpoint: Callable[..., Path], backbone_weights: Path
+) -> None:
+    checkpoint = make_checkpoint("linear")
+    exported = export_merged(checkpoint, to="timm", weights=backbone_weights)
+    assert exported.path == checkpoint.with_name("model.safetensors")
+    assert exported.manifest == checkpoint.with_name("model.safetensors.json")
+    assert exported.size == exported.path.stat().st_size
+    names = {path.name for path in checkpoint.parent.iterdir()}
+    assert names == {"model.ckpt", "model.safetensors", "model.safetensors.json"}
+
+
+def test_a_second_export_replaces_the_first(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "deep" / "er" / "a.safetensors"
+    first = export_merged(checkpoint, output, to="timm", weights=backbone_weights)
+    tensors = {name: tensor.clone() for name, tensor in load_file(output).items()}
+    output.write_bytes(b"something else")
+    second = export_merged(checkpoint, output, to="timm", weights=backbone_weights)
+    again = load_file(output)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert first.report == second.report
+    assert len(list(output.parent.iterdir())) == 2
+
+
+def test_the_exported_task_is_the_one_of_the_checkpoint(
+    checkpoint: Path, backbone_weights: Path, artefact: Path, make_tuned: Callable[..., TunedModel]
+) -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        loaded = load(checkpoint, weights=backbone_weights)(x)
+        trained = make_tuned("rlrr")(x)
+    assert torch.equal(loaded, trained)
+    answers = onnx_exporter.load(artefact).run(x.numpy())
+    np.testing.assert_allclose(answers, trained.numpy(), atol=5e-5, rtol=0)
+
+
+def test_an_unknown_exporter_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean onnx"):
+        export_merged(tmp_path / "missing.ckpt", to="onx")
+
+
+def test_pixels_are_refused_by_an_export_without_a_graph(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.safetensors"
+    with pytest.raises(SettingError, match="--uint8 needs a graph"):
+        export_merged(checkpoint, output, to="timm", uint8=True, weights=backbone_weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_without_the_exporters_suffix_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a", "a.bin", "a.onnx.old"):
+        with pytest.raises(OutputError, match=f"{name} does not end in .onnx"):
+            export_merged(checkpoint, tmp_path / name)
+
+
+def test_no_input_is_overwritten(
+    checkpoint: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    task = tmp_path / "task.safetensors"
+    task.write_bytes(checkpoint.read_bytes())
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(backbone_weights.read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    for output in (None, task, weights, tmp_path / "link.safetensors"):
+        with pytest.raises(OutputError, match="is an input of this export"):
+            export_merged(task, output, to="timm", weights=weights)
+    before = digest(weights)
+    export_merged(task, tmp_path / "new.safetensors", to="timm", weights=weights)
+    assert digest(weights) == before
+
+
+def test_a_manifest_name_that_is_taken_by_a_folder_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.onnx.json").mkdir()
+    with pytest.raises(OutputError, match=r"a\.onnx\.json exists and is no file"):
+        export_merged(checkpoint, tmp_path / "a.onnx")
+
+
+def test_images_of_another_size_than_the_backbones_are_refused(
+    checkpoint: Path, backbone_weights: Path, with_metadata: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = with_metadata(
+        checkpoint, tmp_path / "a.ckpt", lambda data: data["preprocessing"].update(size=32)
+    )
+    with pytest.raises(CheckpointError, match=r"prepares images of 32 pixels, but .* takes 16"):
+        open_checkpoint(path, weights=backbone_weights)
+
+
+@pytest.fixture(scope="module")
+def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any) -> Path:
+    """A checkpoint with a single logit, as regression and binary heads have."""
+    model, identity = create_backbone(
+        backbone_name,
+        num_classes=1,
+        weights=backbone_weights,
+        img_size=16,
+        depth=1,
+        embed_dim=32,
+        num_heads=2,
+    )
+    tuned = attach(model, "aoft-lora-star", seed=0, backbone=identity)
+    path: Path = tmp_path_factory.mktemp("one") / "age.ckpt"
+    half = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(16, crop_pct=0.9, mean=half, std=half)
+    save(tuned, path, classes=("years",), preprocessing=preprocessing, training={})
+    return path
+
+
+@pytest.mark.parametrize("to", exporter_names())
+def test_a_model_of_one_output_is_refused_by_name_by_every_exporter(
+    to: str, one_output: Path, backbone_weights: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    suffix = get_exporter(to).SUFFIX
+    options: list[Any] = ["--merge", one_output, "--backbone-weights", backbone_weights, "--to", to]
+    line = refused(main, *options, "-o", tmp_path / f"a{suffix}")
+    assert line == (
+        f"{one_output} has 1 output ('years'), but a classifier has 2 or more: train it with a "
+        "class for each answer, such as yes and no."
+    )
+
+
+def test_a_fleet_with_a_task_of_one_output_is_refused_by_name(
+    one_output: Path,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    other = make_checkpoint("aoft-lora-star")
+    options: list[Any] = ["--backbone-weights", backbone_weights, "-o", tmp_path / "fleet.onnx"]
+    for tasks in ([other, one_output], [one_output, other]):
+        line = refused(main, "--fleet", *tasks, *options)
+        assert line.startswith(f"{one_output} has 1 output ('years'), but a classifier has 2")

@@ -1,0 +1,220 @@
+"""Low precision: judged by answers about real images, refused below the bar, updates in float32."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from aoft_deploy.artefacts.verification import Bar, verify
+from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.cli.export import main
+from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.errors import ImageError, VerificationError
+from aoft_deploy.export.merged import export_merged
+from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_exporters.onnx import exporter
+
+
+def rows(values: list[list[float]]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: np.array(values, np.float32)[pixels[:, 0, 0, 0]]
+
+
+IMAGES = np.zeros((4, 1, 1, 3), np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
+
+
+def test_agreement_counts_top_classes_and_the_bar_refuses_with_the_figures() -> None:
+    right = [[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]
+    one_off = [[5.0, 0.0], [0.0, 9.0], [0.1, 0.0], [3.0, 1.0]]
+    report = verify(rows(right), rows(one_off), IMAGES, bar=Bar(float("inf"), 0.75))
+    assert (report.agreement, report.tolerance, report.min_agreement) == (0.75, None, 0.75)
+    assert json.loads(json.dumps(report.to_dict()))["max_abs"] == 8.0
+    with pytest.raises(VerificationError, match=r"agrees .* in 75\.00% .* 4 images, .* 76\.00%"):
+        verify(rows(right), rows(one_off), IMAGES, bar=Bar(float("inf"), 0.76))
+    nan = [[np.nan, 0.0], *one_off[1:]]
+    with pytest.raises(VerificationError, match="finite values are expected"):
+        verify(rows(right), rows(nan), IMAGES, bar=Bar(float("inf"), 0.0))
+
+
+def test_int8_has_integer_weights_a_float_classifier_and_the_figures_in_its_manifest(
+    checkpoint: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "int8.onnx"
+    exported = export_merged(
+        checkpoint,
+        output,
+        weights=backbone_weights,
+        precision="int8",
+        images=[photos[0].parent],
+        min_agreement=0.5,
+    )
+    manifest = json.loads(exported.manifest.read_text("utf-8"))
+    assert manifest["precision"] == "int8"
+    assert manifest["verification"]["images"] == manifest["verification"]["real_images"]
+    assert manifest["verification"]["tolerance"] is None
+    assert manifest["verification"]["max_abs"] > 0
+    graph = onnx.load(output).graph
+    types = {i.name: i.data_type for i in graph.initializer}
+    integers = [n for n, kind in types.items() if kind == onnx.TensorProto.INT8]
+    assert any("attn.qkv.weight" in n for n in integers)
+    assert any("mlp.fc2.weight" in n for n in integers)
+    assert not any("head" in n for n in integers)
+    assert types["head.weight"] == onnx.TensorProto.FLOAT
+    assert exporter.load(output).info["precision"] == "int8"
+
+
+def test_int8_without_images_and_agreement_below_the_bar_are_refused(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    options += ["-o", tmp_path / "a.onnx"]
+    line = refused(main, *options, "--precision", "int8")
+    assert "judged by its answers about real images" in line
+    line = refused(main, *options, "--precision", "int4")
+    assert "Unknown precision of --to onnx 'int4'. Did you mean int8?" in line
+    line = refused(main, *options, "--min-agreement", "99")
+    assert "--min-agreement is 99.0, but is a share from 0 to 1" in line
+    folder = tmp_path / "none"
+    folder.mkdir()
+    with pytest.raises(ImageError, match="There are no images in the folder"):
+        image_files([photos[0], folder])
+
+
+def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
+    make_checkpoint: Callable[..., Path],
+    make_tuned: Callable[..., TunedModel],
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    names = ("one", "two", "three")
+    tasks = []
+    for seed, name in enumerate(names):
+        tasks.append(tmp_path / f"{name}.ckpt")
+        tasks[-1].write_bytes(make_checkpoint("aoft-lora-star", seed=seed).read_bytes())
+    options = ["--fleet", *tasks[:2], "--backbone-weights", backbone_weights, "--min-agreement"]
+    output = tmp_path / "fleet.onnx"
+    images = ["--images", *photos, "--precision", "int8", "-o", output]
+    assert main([str(o) for o in [*options, 0.5, *images]]) == 0
+    types = {i.name: i.data_type for i in onnx.load(output).graph.initializer}
+    integers = [n for n, kind in types.items() if kind == onnx.TensorProto.INT8]
+    assert any("attn.qkv.weight" in n for n in integers)
+    assert types["bank"] == types["heads"] == onnx.TensorProto.FLOAT
+    fleet = Fleet(output, threads=1)
+    fleet.add(tasks[2])
+    x = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
+    with torch.inference_mode():
+        own = {
+            name: make_tuned("aoft-lora-star", seed=seed)(torch.from_numpy(x)).numpy()
+            for seed, name in enumerate(names)
+        }
+    found = {
+        name: np.stack([a.logits for a in fleet.predict(x, [name] * len(x))]) for name in names
+    }
+    mixed = [a.logits for a in fleet.predict(x, [names[i % 3] for i in range(len(x))])]
+    for i, name in enumerate(names):
+        error = np.abs(found[name] - own[name]).max()
+        assert 0 < error < 0.1 * np.abs(own[name]).max()
+        for other in set(names) - {name}:
+            assert np.abs(found[name] - own[other]).max() > 3 * error
+        for row in range(i, len(x), 3):  # int8 takes the range of the whole batch
+            assert np.abs(mixed[row] - own[name][row]).max() < 2 * error
+
+
+def test_int8_below_the_bar_is_refused_and_leaves_no_file(
+    make_tuned: Callable[..., TunedModel],
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    """Two classes of which float32 prefers one and int8 the other, for one image at least."""
+    tuned = make_tuned("rlrr")
+    bias = tuned.trained()["head.head.bias"]
+    preprocessing = Preprocessing(16, crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
+    task = tmp_path_factory.mktemp("tie") / "tie.ckpt"
+
+    def saved() -> Path:
+        save(tuned, task, classes=tuple("abcde"), preprocessing=preprocessing, training={})
+        return task
+
+    with torch.no_grad():
+        bias[:2] += 20
+        first = task.with_name("first.onnx")
+        told: dict[str, Any] = {"weights": backbone_weights, "precision": "int8"}
+        export_merged(saved(), first, images=photos, min_agreement=0, **told)
+        x = np.stack([preprocessing(read_image(path)) for path in image_files(photos)])
+        run = exporter.load(first).run  # in batches of 7, as in verification: each has its ranges
+        logits = tuned(torch.from_numpy(x)).numpy(), np.concatenate([run(x[:7]), run(x[7:])])
+        exact, rounded = (each[:, 1] - each[:, 0] for each in logits)
+        image = np.abs(rounded - exact).argmax()
+        bias[1] -= float(rounded[image] + exact[image]) / 2
+    options = ["--merge", saved(), "--backbone-weights", backbone_weights, "--precision", "int8"]
+    options += ["-o", tmp_path / "a.onnx", "--images", photos[0].parent]
+    line = refused(main, *options, "--min-agreement", "1")
+    assert re.match(
+        r"The top class agrees with the unmerged model's in \d+\.\d\d% of the answers \(\d of 9\) "
+        r"about 9 images, but at least 100\.00% is asked: nothing is written",
+        line,
+    )
+    share = float(re.findall(r"in (\d+\.\d+)%", line)[0])
+    assert main([*map(str, options), "--min-agreement", str(share / 100 - 1e-3)]) == 0
+
+
+@pytest.mark.parametrize("fleet", [False, True])
+def test_fp16_halves_the_weights_and_keeps_float_where_it_must(
+    fleet: bool,
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    task, output = tmp_path / "task.ckpt", tmp_path / "half.onnx"
+    task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
+    options = ["--fleet" if fleet else "--merge", task, "--backbone-weights", backbone_weights]
+    options += ["--precision", "fp16", "--images", photos[0].parent, "-o", output]
+    assert main([str(option) for option in options]) == 0
+    proto = onnx.load(output)
+    types = {i.name: i.data_type for i in proto.graph.initializer}
+    assert types["blocks.0.mlp.fc1.weight"] == onnx.TensorProto.FLOAT16
+    assert types["head.weight" if not fleet else "bank"] == onnx.TensorProto.FLOAT
+    assert types["blocks.0.norm1.weight"] == onnx.TensorProto.FLOAT
+    values = [*proto.graph.input, *proto.graph.output]
+    kinds = {v.name: v.type.tensor_type.elem_type for v in values}
+    assert kinds["pixel_values"] == kinds["logits"] == onnx.TensorProto.FLOAT
+    manifest = json.loads(output.with_name("half.onnx.json").read_text("utf-8"))
+    assert 0 < manifest["verification"]["max_abs"] < 0.05
+    assert manifest["verification"]["agreement"] >= 0.99
+
+
+def test_fp16_of_another_opset_than_its_own_is_refused(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--images", photos[0]]
+    options += ["--precision", "fp16", "-o", tmp_path / "a.onnx"]
+    assert "fp16 is written in opset 20: leave --opset out" in refused(
+        main, *options, "--opset", 23
+    )
+    line = refused(main, "--merge", checkpoint, "--opset", 17, "-o", tmp_path / "a.onnx")
+    assert "--opset 17 is nothing that --to onnx writes: take 23 or 20" in line
+    line = refused(main, "--merge", checkpoint, "--to", "timm", "--opset", 20)
+    assert "--opset 20 is nothing that --to timm writes: leave it out" in line
+    assert not list(tmp_path.iterdir())

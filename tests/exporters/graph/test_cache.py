@@ -1,0 +1,173 @@
+"""A backbone's graph is traced once; what is kept holds no weights and answers the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+
+from aoft_deploy.export.fleet import export_fleet
+from aoft_deploy.export.merged import export_merged
+from aoft_exporters.graph import cache
+from aoft_exporters.graph.cache import graph_of
+from aoft_exporters.onnx import exporter
+
+
+def never(*arguments: Any) -> Any:
+    raise AssertionError("traced again")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def example(side: int = 32) -> dict[str, tuple[torch.Tensor, str]]:
+    return {"pixel_values": (torch.zeros(2, 3, side, side), "batch")}
+
+
+def answers(proto: Any, x: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    ort: Any = onnxruntime
+    session = ort.InferenceSession(proto.SerializeToString())
+    result: np.ndarray = session.run(None, {"pixel_values": x})[0]
+    return result
+
+
+def test_a_second_task_of_a_backbone_is_exported_without_a_trace(
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    kept: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = make_checkpoint("lora")
+    export_merged(first, tmp_path / "a.onnx", weights=backbone_weights)
+    assert len(list(kept.iterdir())) == 1
+    monkeypatch.setattr(cache, "trace", never)
+    for method in ("rlrr", "aoft-adapter"):  # merged, they are all the plain backbone
+        other = make_checkpoint(method)
+        exported = export_merged(other, tmp_path / f"{method}.onnx", weights=backbone_weights)
+        assert exported.report.agreement == 1.0
+    with pytest.raises(AssertionError, match="traced again"):
+        prompts = make_checkpoint("vpt")
+        export_merged(prompts, tmp_path / "p.onnx", weights=backbone_weights)
+    with pytest.raises(AssertionError, match="traced again"):
+        export_merged(first, tmp_path / "u.onnx", weights=backbone_weights, uint8=True)
+    again = export_merged(first, tmp_path / "c.onnx", weights=backbone_weights)
+    assert again.report.agreement == 1.0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+
+
+def test_a_kept_graph_has_no_weights_and_gives_the_traced_graphs_answers(kept: Path) -> None:
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4)
+        models.append(model.eval())
+    x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    graph_of(models[0], example(), {"name": "tiny"})
+    file = next(kept.iterdir())
+    assert 10_000 < file.stat().st_size < 300_000 < sum(p.numel() for p in models[0].parameters())
+    filled, direct = (graph_of(models[1], example(), kind) for kind in ({"name": "tiny"}, None))
+    assert [n.op_type for n in filled.graph.node] == [n.op_type for n in direct.graph.node]
+    onnx.checker.check_model(filled)
+    with torch.no_grad():
+        expected = models[1](torch.from_numpy(x)).numpy()
+    assert np.abs(answers(filled, x) - expected).max() < 1e-5
+    assert not any(tensor.doc_string for tensor in filled.graph.initializer)
+
+
+def test_a_fleets_graph_is_kept_too(
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    kept: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = make_checkpoint("aoft-lora-star")
+    export_fleet([task], tmp_path / "a.onnx", weights=backbone_weights)
+    monkeypatch.setattr(cache, "trace", never)
+    assert export_fleet([task], tmp_path / "b.onnx", weights=backbone_weights).report.agreement == 1
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_weights_inside_computed_constants_are_not_kept(name: str, kept: Path) -> None:
+    model = timm.create_model(name, num_classes=4).eval()
+    x = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(0.1 * torch.rand_like(tensor))
+            expected = model(torch.from_numpy(x)).numpy()
+        found = answers(graph_of(model, example(64), {"name": name}), x)
+        assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    assert next(kept.iterdir()).stat().st_size == 0  # BatchNorm's, LayerScale's are computed with
+
+
+def test_models_that_look_alike_do_not_share_a_graph_unless_they_are_named(kept: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    for heads in (3, 6):  # neither repr nor shapes tell
+        torch.manual_seed(heads)
+        name: Any = "vit_tiny_patch16_224"
+        model = timm.create_model(name, img_size=32, depth=1, num_heads=heads, num_classes=4)
+        found = answers(graph_of(model.eval(), example(), None), x)
+        with torch.no_grad():
+            assert np.abs(found - model(torch.from_numpy(x)).numpy()).max() < 1e-5
+    assert not kept.exists()
+
+
+def test_a_damaged_kept_graph_is_traced_again(
+    checkpoint: Path, backbone_weights: Path, kept: Path, tmp_path: Path
+) -> None:
+    export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    file = next(kept.iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    export_merged(checkpoint, tmp_path / "b.onnx", weights=backbone_weights)
+    assert file.read_bytes() == whole
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_nothing_is_kept_where_that_is_turned_off_or_not_possible(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AOFT_CACHE_DIR", "")
+    export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path / "file"))
+    export_merged(checkpoint, tmp_path / "b.onnx", weights=backbone_weights)
+    assert exporter.load(tmp_path / "b.onnx").info == exporter.load(tmp_path / "a.onnx").info
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("package", ["aoft_deploy", "aoft_exporters"])
+def test_a_change_in_a_folder_of_our_code_is_another_graph(
+    package: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / package / "room" / "inner"
+    room.mkdir(parents=True)
+    (tmp_path / package / "__init__.py").touch()
+    formula = room / "formula.py"
+    formula.write_text("SCALE = 1\n")
+    monkeypatch.setattr(f"{package}.__file__", str(tmp_path / package / "__init__.py"))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4).eval()
+
+    def graphs() -> int:
+        graph_of(model, example(), {"identity": "same"})
+        return len(list(kept.iterdir()))
+
+    assert graphs() == 1
+    assert graphs() == 1
+    formula.write_text("SCALE = 2\n")
+    assert graphs() == 2

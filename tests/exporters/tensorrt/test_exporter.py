@@ -1,0 +1,445 @@
+"""TensorRT: engines built without a GPU, proven by their graphs, refused where they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from aoft_deploy.artefacts.inspection import inspect_file
+from aoft_deploy.artefacts.protocols import Recipe, get_exporter, load_artefact
+from aoft_deploy.cli.export import main
+from aoft_deploy.cli.predict import main as predict
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
+from aoft_deploy.export.merged import within
+from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_exporters.onnx import exporter as onnx_exporter
+from aoft_exporters.tensorrt import exporter
+from aoft_exporters.tensorrt.build import build
+from aoft_exporters.tensorrt.engine import checked
+from aoft_exporters.tensorrt.library import find_gpu, library, target
+from aoft_exporters.tensorrt.metadata import METADATA, Metadata, Sample
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GPU = find_gpu()
+NAMED = ["--compute-capability", "8.9"] if GPU is None else []
+without_gpu = pytest.mark.skipif(GPU is not None, reason="is about machines without a GPU")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPU is None, reason="needs a CUDA device")]
+
+
+def inputs(batch: int) -> NDArray[np.float32]:
+    return np.random.default_rng(batch).normal(0, 1, (batch, 3, 16, 16)).astype(np.float32)
+
+
+def logits_of(model: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.from_numpy(x)).numpy()
+    return logits
+
+
+def texts(*options: object) -> list[str]:
+    return [str(option) for option in options]
+
+
+@pytest.fixture(scope="module")
+def options(checkpoint: Path, backbone_weights: Path) -> list[str]:
+    merged = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "tensorrt"]
+    return [*texts(*merged), *NAMED]
+
+
+@pytest.fixture(scope="module")
+def folder(options: list[str], tmp_path_factory: Any) -> Path:
+    """A task exported by the command, in fp32."""
+    path: Path = tmp_path_factory.mktemp("tensorrt") / "task.tensorrt"
+    assert main([*options, "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the artefact with its manifest."""
+    shutil.copytree(folder, tmp_path / folder.name)
+    shutil.copy(folder.with_name(f"{folder.name}.json"), tmp_path)
+    return tmp_path / folder.name
+
+
+@pytest.fixture(scope="module")
+def fleet_tasks(make_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> list[Path]:
+    parent = tmp_path_factory.mktemp("tasks")
+    for seed, name in enumerate(("cats", "dogs")):
+        path = make_checkpoint("aoft-lora-star", rank=4 if seed < 5 else 8)
+        (parent / f"{name}.ckpt").write_bytes(path.read_bytes())
+    return sorted(parent.iterdir())
+
+
+def check_built(path: Path, precision: str, batches: list[int]) -> None:
+    """The plan is there as recorded, alone with its metadata."""
+    assert sorted(entry.name for entry in path.iterdir()) == [METADATA, exporter.MARKER]
+    metadata = Metadata.read(path / METADATA)
+    plan = (path / exporter.MARKER).read_bytes()
+    assert metadata.sha256 == hashlib.sha256(plan).hexdigest()
+    assert list(metadata.batches) == batches
+    assert metadata.info["precision"] == precision
+    assert (metadata.library, metadata.version) == (library().name, library().version)
+    manifest = json.loads(path.with_name(f"{path.name}.json").read_text("utf-8"))
+    assert manifest["precision"] == precision
+    assert manifest["verification"]["verified_on_device"] == (GPU.name if GPU else False)
+    assert manifest["versions"][metadata.library] == metadata.version
+
+
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_a_merged_model_builds_in_every_precision(
+    precision: str, options: list[str], photos: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "task"
+    more = ["--precision", precision, "--images", *photos, "--min-agreement", 0.8, "-o", path]
+    assert main([*options, *texts(*more), "--batches", "1", "8", "32"]) == 0
+    check_built(path, precision, [1, 8, 32])
+
+
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_a_fleet_builds_in_every_precision(
+    precision: str,
+    fleet_tasks: list[Path],
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "fleet.tensorrt"
+    options: list[Any] = ["--fleet", *fleet_tasks, "--backbone-weights", backbone_weights]
+    options += ["--to", "tensorrt", "--precision", precision, "--images", *photos]
+    options += ["--min-agreement", 0.8, "-o", path, *NAMED]
+    assert main(texts(*options)) == 0
+    check_built(path, precision, [1, 8, 32])
+    metadata = Metadata.read(path / METADATA)
+    assert metadata.inputs["task"] == ("int64", ())
+    assert metadata.sample.tasks == 2
+    assert checked(metadata, inputs(2), np.array([1, 0]))["task"].tolist() == [1, 0]
+    for task in (None, np.array([0]), np.array([0, 2])):
+        with pytest.raises(SettingError, match=r"needs a task|give one from 0 to 1 for each"):
+            checked(metadata, inputs(2), task)
+
+
+@pytest.mark.slow
+def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3).eval()
+    capability = NAMED[1] if NAMED else None
+    recipe = Recipe(224, False, MEAN, STD, {}, "fp16", compute_capability=capability)
+    exporter.export(model, tmp_path / "a", recipe)
+    x = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
+    np.testing.assert_allclose(
+        exporter.stand_in(tmp_path / "a").run(x), logits_of(model, x), atol=5e-3
+    )
+    assert 1e7 < (tmp_path / "a" / exporter.MARKER).stat().st_size < 4e7
+
+
+@without_gpu
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_without_a_gpu_the_figures_are_those_of_the_precisions_own_arithmetic(
+    precision: str,
+    options: list[str],
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
+    assert main([*options, *texts(*more), "--min-agreement", "0.8"]) == 0
+    emulation = f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+    arithmetic = "fp32 by onnxruntime on CPU" if precision == "fp32" else emulation
+    manifest = json.loads((tmp_path / "task.json").read_text("utf-8"))
+    assert manifest["verification"]["arithmetic"] == arithmetic
+    assert f"so the figures are those of {arithmetic}; the engine" in capsys.readouterr().out
+
+
+@without_gpu
+def test_without_a_gpu_command_and_manifest_say_so(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "task"
+    assert main([*options, "-o", str(path), "--batches", "2", "2", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "verified on 7 images at batch sizes 1, 2, 7: max |Δlogit|" in printed
+    assert "NOT VERIFIED ON DEVICE: this machine has no GPU" in printed
+    manifest = json.loads(path.with_name("task.json").read_text("utf-8"))
+    assert manifest["verification"]["verified_on_device"] is False
+    assert manifest["verification"]["max_abs"] < 1e-4
+    check_built(path, "fp32", [2, 2, 4])
+
+
+def test_the_graph_between_gives_the_unmerged_logits(
+    make_tuned: Callable[..., TunedModel], tmp_path: Path
+) -> None:
+    tuned = make_tuned("rlrr")
+    capability = NAMED[1] if NAMED else None
+    recipe = Recipe(16, False, MEAN, STD, {"a": "b"}, "bf16", compute_capability=capability)
+    exporter.export(merge(tuned), tmp_path / "a", recipe)
+    expected, logits = logits_of(tuned, inputs(7)), exporter.stand_in(tmp_path / "a").run(inputs(7))
+    assert 1e-4 < np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
+    sample = Metadata.read(tmp_path / "a" / METADATA).sample
+    assert sample.difference(exporter.stand_in(tmp_path / "a"), (1, 8, 32)) == 0
+    assert exporter.device(tmp_path / "a") == (GPU.name if GPU else None)
+
+
+def test_answers_that_an_engine_must_give_catch_another_model(
+    make_tuned: Callable[..., TunedModel], folder: Path, tmp_path: Path
+) -> None:
+    sample = Metadata.read(folder / METADATA).sample
+    for seed, fits in ((2, True), (3, False)):
+        path = tmp_path / f"{seed}.onnx"
+        recipe = Recipe(16, False, MEAN, STD, {})
+        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, recipe)
+        engine = onnx_exporter.load(path)
+        assert (sample.difference(engine, (1, 8, 32)) <= sample.allowed) is fits
+        assert (sample.difference(engine, (3, 3, 3)) <= sample.allowed) is fits
+        assert (sample.difference(engine, (6, 7, 8)) <= sample.allowed) is fits
+    assert sample.allowed < 1e-3
+
+
+def test_the_answers_of_a_fleet_keep_their_infinite_ones() -> None:
+    inf = float("inf")
+    answers = np.array([[1.0, -inf], [0.5, 2.0]], np.float32)
+    sample = Sample(16, False, 2).answered(answers, answers, 1e-4)
+    assert sample.logits == [[1.0, None], [0.5, 2.0]]
+    assert sample.allowed == pytest.approx(2e-4)
+    with pytest.raises(VerificationError, match="are not finite in this precision"):
+        sample.answered(answers * inf, answers, 1e-4)
+
+
+def test_the_pixel_graph_builds(options: list[str], tmp_path: Path) -> None:
+    assert main([*options, "-o", str(tmp_path / "a"), "--uint8"]) == 0
+    metadata = Metadata.read(tmp_path / "a" / METADATA)
+    assert metadata.inputs == {"image": ("uint8", (16, 16, 3))}
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    assert checked(metadata, pixels, None)["image"].dtype == np.uint8
+
+
+def test_batches_outside_the_profile_and_other_images_are_refused(folder: Path) -> None:
+    metadata = Metadata.read(folder / METADATA)
+    assert list(checked(metadata, inputs(32), None)) == ["pixel_values"]
+    for size in (33, 100):
+        with pytest.raises(
+            SettingError, match=rf"batches of 1 to 32 images, but got {size}: split"
+        ):
+            checked(metadata, inputs(size), None)
+    with pytest.raises(SettingError, match=r"takes float32 \[batch, 3, 16, 16\], but got float64"):
+        checked(metadata, inputs(1).astype(np.float64), None)
+    with pytest.raises(SettingError, match="This artefact holds a single task"):
+        checked(metadata, inputs(1), np.array([0]))
+
+
+def test_a_batch_is_cut_and_filled_to_what_an_artefact_takes() -> None:
+    pieces = [(indices.tolist(), count) for indices, count in within(5, (2, 2, 4))]
+    assert pieces == [([0, 1, 2, 3], 4), ([4, 4], 1)]
+    assert [count for _, count in within(33, (1, 8, 32))] == [32, 1]
+
+
+@pytest.mark.parametrize("file", [exporter.MARKER, METADATA])
+def test_an_artefact_that_was_changed_is_not_run(file: str, copy: Path) -> None:
+    data = bytearray((copy / file).read_bytes())
+    place = len(data) // 2 if file == exporter.MARKER else data.index(b'"rlrr"') + 1
+    data[place] ^= 1
+    (copy / file).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"was changed after (it|its manifest)"):
+        exporter.load(copy)
+    if file == exporter.MARKER:  # the plan's own hash needs no manifest
+        copy.with_name(f"{copy.name}.json").unlink()
+        with pytest.raises(CheckpointError, match=r"is not the plan that engine\.json names"):
+            load_artefact(copy)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999, -1])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_truncated_plan_is_not_run(manifest: bool, kept: float, copy: Path) -> None:
+    plan = (copy / exporter.MARKER).read_bytes()
+    end = kept if isinstance(kept, int) else int(kept * len(plan))
+    (copy / exporter.MARKER).write_bytes(plan[:end])
+    if not manifest:
+        copy.with_name(f"{copy.name}.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not the plan that engine\.json names"):
+        exporter.load(copy)
+    with pytest.raises(CheckpointError, match=r"was changed after|is not the plan that engine"):
+        load_artefact(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', None])
+def test_metadata_that_are_missing_or_of_others_are_refused(text: str | None, copy: Path) -> None:
+    (copy / METADATA).unlink()
+    if text is not None:
+        (copy / METADATA).write_text(text)
+    with pytest.raises(CheckpointError, match="does not say what the plan beside it is") as error:
+        exporter.load(copy)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_manifest_of_something_else_is_refused(copy: Path) -> None:
+    copy.with_name(f"{copy.name}.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is no manifest of aoft-export"):
+        exporter.load(copy)
+
+
+def test_engines_of_another_version_or_gpu_are_refused(folder: Path) -> None:
+    metadata = Metadata.read(folder / METADATA)
+    metadata.check_here(folder, metadata.version, metadata.capability)
+    with pytest.raises(CheckpointError, match=r"was built with .* but 99\.1 is installed"):
+        metadata.check_here(folder, "99.1", metadata.capability)
+    with pytest.raises(
+        CheckpointError, match=r"for GPUs of compute capability .* has 5\.0: export"
+    ):
+        metadata.check_here(folder, metadata.version, "5.0")
+
+
+def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> None:
+    found = inspect_file(folder)
+    assert (found["kind"], found["precision"], found["method"]) == (
+        "TensorRT artefact",
+        "fp32",
+        "rlrr",
+    )
+    assert (found["batches"], found["origin"], found["manifest"]) == (
+        [1, 8, 32],
+        "built",
+        "matches",
+    )
+    assert found["bytes"] > (folder / exporter.MARKER).stat().st_size
+    for text in ("[]", "{}", None):
+        (copy / METADATA).write_text(text) if text else (copy / exporter.MARKER).unlink()
+        with pytest.raises(CheckpointError, match="is no TensorRT artefact"):
+            inspect_file(copy)
+
+
+@without_gpu
+def test_running_without_a_gpu_is_refused(
+    folder: Path, photos: list[Path], refused: Callable[..., str]
+) -> None:
+    line = refused(predict, folder, photos[0])
+    assert "needs an NVIDIA GPU of compute capability 8.9, and this machine has none" in line
+    with pytest.raises(SettingError, match="has none called cpu: run it there, or export --to"):
+        exporter.load(folder, device="cpu")
+    with pytest.raises(SettingError, match="has no threads to choose"):
+        exporter.load(folder, threads=2)
+
+
+def test_a_missing_artefact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"There is no folder .* with a model\.plan"):
+        exporter.load(tmp_path)
+
+
+def test_nonsense_is_refused_in_one_line_and_leaves_nothing(
+    options: list[str],
+    fleet_tasks: list[Path],
+    photos: list[Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    output = ["-o", tmp_path / "a"]
+    merge_only = [option for option in options if option not in NAMED]
+    for batches in ((8, 4, 32), (0, 1, 2), (1, 9, 8), (-1, 1, 1)):
+        line = refused(main, *options, *output, "--batches", *batches)
+        assert "are the smallest, usual and largest batch: give three numbers from 1 up" in line
+    line = refused(main, *options, *output, "--precision", "int8", "--images", *photos)
+    assert "Unknown precision of --to tensorrt 'int8'. Known: bf16, fp16, fp32." in line
+    onnx_options = [*merge_only[:-1], "onnx", "-o", tmp_path / "a.onnx"]
+    assert "--to onnx takes any batch" in refused(main, *onnx_options, "--batches", 1, 2, 3)
+    assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
+    fleet = ["--fleet", *fleet_tasks, *merge_only[2:4], *output]
+    line = refused(main, *fleet, "--to", "tensorrt", "--form", "folded")
+    assert "would answer all images of a batch by one task in the form folded" in line
+    assert "--to timm writes no fleets: choose onnx or " in refused(main, *fleet, "--to", "timm")
+    if GPU is None:
+        assert "name the one to build for with --compute-capability, one of 7.5" in refused(
+            main, *merge_only, *output
+        )
+        line = refused(main, *merge_only, *output, "--compute-capability", "9.9")
+        assert "does not build for compute capability 9.9, but for 7.5" in line
+
+
+def test_a_difference_above_the_tolerance_leaves_nothing(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "TOLERANCE", 1e-12)
+    assert main([*options, "-o", str(tmp_path / "a")]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_refused(tmp_path: Path) -> None:
+    chosen = target(NAMED[1] if NAMED else None)
+    with pytest.raises(OutputError, match=r"TensorRT cannot read the graph \(.+\)"):
+        build(b"nonsense", chosen, (1, 2, 3))
+    info, make = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [make("Det", ["x"], ["logits"])],
+        "g",
+        [info("x", 1, ["batch", 2, 2])],
+        [info("logits", 1, ["batch"])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    with pytest.raises(OutputError, match="TensorRT cannot"):
+        build(model.SerializeToString(), chosen, (1, 2, 3))
+
+
+@without_gpu
+def test_a_missing_package_is_named_with_its_extra(options: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['tensorrt_rtx'] = None\n"
+        "from aoft_deploy.cli.export import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *options, "-o", str(tmp_path / "a")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    extra = "pip install 'aoft-deploy[gpu]'"
+    assert result.stderr == f"error: tensorrt-rtx is not installed: run {extra}.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exporter_is_found_by_name() -> None:
+    found: object = get_exporter("tensorrt")
+    assert found is exporter
+
+
+class TestOnDevice:
+    """Runs where a GPU is."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("cuda_graphs", [True, False])
+    @pytest.mark.parametrize("batch", [1, 2, 7, 32])
+    def test_the_engine_gives_the_unmerged_logits(
+        self, batch: int, cuda_graphs: bool, folder: Path, make_tuned: Callable[..., TunedModel]
+    ) -> None:
+        engine = exporter.load(folder, cuda_graphs=cuda_graphs, lanes=2)
+        expected = logits_of(make_tuned("rlrr"), inputs(batch))
+        for _ in range(3):  # computed, recorded, replayed
+            np.testing.assert_allclose(engine.run(inputs(batch)), expected, atol=1e-4, rtol=0)
+        assert engine.device == "cuda:0"
+
+    def test_many_threads_get_their_own_answers(self, folder: Path) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        engine = exporter.load(folder, lanes=2)
+        batches = [inputs(1 + i % 9) for i in range(100)]
+        alone = [engine.run(batch) for batch in batches[:9]]
+        with ThreadPoolExecutor(8) as pool:
+            for i, answer in enumerate(pool.map(engine.run, batches)):
+                np.testing.assert_allclose(answer, alone[i % 9], atol=1e-5, rtol=0)
+
+    def test_an_engine_with_other_answers_is_not_used(self, copy: Path) -> None:
+        metadata = json.loads((copy / METADATA).read_text("utf-8"))
+        metadata["sample"]["logits"][0][0] += 1
+        (copy / METADATA).write_text(json.dumps(metadata))
+        copy.with_name(f"{copy.name}.json").unlink()
+        with pytest.raises(VerificationError, match=r"differ from its graph's by .* not used"):
+            exporter.load(copy)

@@ -1,0 +1,132 @@
+"""New weights for an engine: named as timm names them, and only where all else is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_exporters.graph.low_precision import typed
+from aoft_exporters.onnx import exporter as onnx_exporter
+from aoft_exporters.tensorrt import exporter
+from aoft_exporters.tensorrt.library import find_gpu, library
+from aoft_exporters.tensorrt.metadata import METADATA, Metadata
+from aoft_exporters.tensorrt.refit import mark, named_weights, structure
+
+HALF = (0.5, 0.5, 0.5)
+RECIPE = Recipe(16, False, HALF, HALF, {}, opset=20)
+GPU = find_gpu()
+
+
+@pytest.fixture(scope="module")
+def graphs(make_tuned: Callable[..., TunedModel], tmp_path_factory: Any) -> list[Any]:
+    """Two tasks of one backbone."""
+    path = tmp_path_factory.mktemp("refit") / "a.onnx"
+    found = []
+    for seed in (2, 3):
+        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, RECIPE)
+        found.append(onnx.load(path))
+    return found
+
+
+@pytest.fixture(scope="module")
+def names(make_tuned: Callable[..., TunedModel]) -> set[str]:
+    return set(merge(make_tuned("rlrr")).state_dict())
+
+
+@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+def test_every_weight_of_timm_can_be_marked(
+    precision: str, graphs: list[Any], names: set[str]
+) -> None:
+    graph = graphs[0] if precision == "fp32" else typed(graphs[0], precision)
+    chosen = library()
+    trt = chosen.module
+    builder = trt.Builder(chosen.log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, chosen.log)
+    assert parser.parse(graph.SerializeToString())
+    weights = named_weights(graph, names)
+    assert set(weights) == names
+    config = builder.create_builder_config()
+    mark(chosen, network, config, weights)
+    assert config.get_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    assert all(network.are_weights_marked_refittable(name) for name in names)
+    with pytest.raises(OutputError, match="does not know the weight nonsense"):
+        mark(chosen, network, config, ["nonsense"])
+
+
+def test_tasks_of_one_backbone_share_a_structure_and_other_graphs_do_not(
+    graphs: list[Any], names: set[str]
+) -> None:
+    hashes = [structure(graph, named_weights(graph, names)) for graph in graphs]
+    assert hashes[0] == hashes[1]
+    weights = named_weights(graphs[0], names)
+    fewer = {name: tensor for name, tensor in weights.items() if name != "pos_embed"}
+    assert structure(graphs[0], fewer) != hashes[0]
+    assert structure(typed(graphs[0], "fp16"), weights) != hashes[0]
+    changed = onnx.ModelProto.FromString(graphs[0].SerializeToString())
+    head = next(i for i in changed.graph.initializer if i.name == "head.bias")
+    head.CopyFrom(onnx.numpy_helper.from_array(np.zeros(4, np.float32), "head.bias"))
+    assert structure(changed, weights) != hashes[0]
+    changed = onnx.ModelProto.FromString(graphs[0].SerializeToString())
+    constant = next(i for i in changed.graph.initializer if i.name not in names)
+    values = onnx.numpy_helper.to_array(constant) + 1
+    constant.CopyFrom(onnx.numpy_helper.from_array(values, constant.name))
+    assert structure(changed, weights) != hashes[0]
+
+
+@pytest.mark.skipif(GPU is not None, reason="is about machines without a GPU")
+@pytest.mark.parametrize("wish", [{"refittable": True}, {"refit": Path("old")}])
+def test_without_a_gpu_neither_is_promised(
+    wish: dict[str, Any], make_tuned: Callable[..., TunedModel], tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, compute_capability="8.9", **wish)
+    with pytest.raises(SettingError, match="leave --refit and --refittable out"):
+        exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", recipe)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU is None, reason="needs a CUDA device")
+class TestOnDevice:
+    @pytest.mark.parametrize("precision", exporter.PRECISIONS)
+    def test_a_refitted_engine_answers_as_the_new_task(
+        self, precision: str, make_tuned: Callable[..., TunedModel], tmp_path: Path
+    ) -> None:
+        recipe = replace(RECIPE, precision=precision, refittable=True)
+        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", recipe)
+        tuned = make_tuned("rlrr", seed=3)
+        again = replace(recipe, refit=tmp_path / "old")
+        exporter.export(merge(tuned), tmp_path / "new", again)
+        assert Metadata.read(tmp_path / "new" / METADATA).origin == "refitted"
+        x = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
+        with torch.inference_mode():
+            expected = tuned(torch.from_numpy(x)).numpy()
+        found = exporter.load(tmp_path / "new").run(x)
+        atol = 1e-4 if precision == "fp32" else 0.05 * np.ptp(expected)
+        np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+
+    def test_an_engine_without_marked_weights_is_built_again(
+        self, make_tuned: Callable[..., TunedModel], tmp_path: Path
+    ) -> None:
+        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", RECIPE)
+        again = replace(RECIPE, refit=tmp_path / "old")
+        exporter.export(merge(make_tuned("rlrr", seed=3)), tmp_path / "new", again)
+        assert Metadata.read(tmp_path / "new" / METADATA).origin == "built"
+
+    def test_what_is_no_engine_is_refused(
+        self, make_tuned: Callable[..., TunedModel], tmp_path: Path
+    ) -> None:
+        with pytest.raises(CheckpointError, match=r"There is no folder .* to refit"):
+            exporter.export(
+                merge(make_tuned("rlrr")), tmp_path / "a", replace(RECIPE, refit=tmp_path)
+            )

@@ -1,0 +1,355 @@
+"""Paging: the numbers under a name are that task's, whatever is read, evicted or removed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.resident_tasks import ResidentTasks
+from aoft_deploy.fleet.slots import Held
+from aoft_deploy.fleet.tables import TaskTables
+from aoft_deploy.fleet.task import TaskKind, TaskNumbers
+
+KIND = TaskKind("d" * 64, "lora", {}, {}, (("q", (6,)),), width=1)
+ROOM = 40  # bytes of a task with two classes
+
+
+def task(value: float, classes: int = 2) -> TaskNumbers:
+    row, head = np.full(6, value, np.float32), np.full((classes, 2), value, np.float32)
+    return TaskNumbers(row, head, tuple(map(str, range(classes))))
+
+
+class Store:
+    """Tasks ``0``, ``1`` … whose numbers are their names; counts what is read."""
+
+    kind = KIND
+
+    def __init__(self, count: int, classes: Callable[[int], int] = lambda _: 2) -> None:
+        self.names, self.reads = Names.of(map(str, range(count))), Counter[str]()
+        self.classes = classes
+        self.before_read: Callable[[str], object] = lambda _: None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def read(self, name: str) -> TaskNumbers:
+        self.before_read(name)
+        self.reads[name] += 1
+        return task(float(name), self.classes(int(name)))
+
+
+class Resident(ResidentTasks):
+    """With the numbers of what is held."""
+
+    def __init__(self, room: int, store: Store | None = None) -> None:
+        self.tables = TaskTables(6, 1, room * ROOM)
+        super().__init__(self.tables, store)
+
+    def values(self, *names: str) -> dict[str, float]:
+        """Value of each task held; all its numbers must be the same."""
+        with self.holding(names) as held:
+            return {name: self.value(task) for name, task in held.items()}
+
+    def value(self, held: Held) -> float:
+        slot, classes = held
+        first, count = int(self.tables.first[slot]), int(self.tables.count[slot])
+        assert len(classes) == count
+        found = {*self.tables.bank[slot], *self.tables.heads[first : first + count].ravel()}
+        assert len(found) == 1, found
+        return float(found.pop())
+
+
+def test_the_least_recently_used_task_leaves_first() -> None:
+    tasks = Resident(3, Store(9))
+    for name in "0120310":
+        assert tasks.values(name) == {name: float(name)}
+    assert set(tasks.resident) == {"0", "1", "3"}
+    found = tasks.residency
+    assert (found.hits, found.misses, found.evictions) == (2, 5, 2)
+    assert (found.tasks, found.bytes, found.budget) == (3, 3 * ROOM, 3 * ROOM)
+
+
+def test_a_wide_task_displaces_as_many_as_it_needs() -> None:
+    tasks = Resident(4, Store(9, classes=lambda i: 9 if i == 8 else 2))
+    tasks.values("0", "1", "2", "3")
+    assert tasks.values("8") == {"8": 8.0}
+    assert tasks.residency.bytes <= 4 * ROOM and set(tasks.resident) == {"3", "8"}
+
+
+def test_a_request_for_more_than_there_is_room_for_gets_the_first_of_them() -> None:
+    tasks = Resident(2, Store(9))
+    assert tasks.values("4", "5", "6", "7") == {"4": 4.0, "5": 5.0}
+    assert tasks.values("6", "5") == {"5": 5.0, "6": 6.0}
+
+
+def test_what_is_held_is_not_evicted() -> None:
+    tasks = Resident(2, Store(9))
+    with tasks.holding(["0"]) as slots:
+        for name in "1234":
+            assert tasks.values(name) == {name: float(name)}
+        assert tasks.value(slots["0"]) == 0 and "0" in tasks.resident
+
+
+def test_a_removed_task_keeps_its_numbers_for_the_requests_that_hold_it() -> None:
+    tasks = Resident(3, Store(9))
+    tasks.add("mine", task(70))
+    with tasks.holding(["0", "mine"]) as slots:
+        tasks.remove("0")
+        tasks.remove("mine")
+        for name in "1231":
+            assert tasks.values(name) == {name: float(name)}
+        assert (tasks.value(slots["0"]), tasks.value(slots["mine"])) == (0, 70)
+        assert tasks.residency.bytes == 3 * ROOM and list(tasks.resident) == ["1"]
+    assert tasks.residency.bytes == ROOM
+
+
+@pytest.mark.parametrize("what", ["asked", "added"])
+def test_who_needs_room_waits_until_a_request_ends(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, waits = Resident(1, Store(9)), threading.Event()
+    wait = tasks._wait
+
+    def waiting(changes: int) -> None:
+        waits.set()
+        wait(changes)
+
+    monkeypatch.setattr(tasks, "_wait", waiting)
+    with ThreadPoolExecutor() as pool:
+        with tasks.holding(["0"]) as slots:
+            if what == "asked":
+                other = pool.submit(tasks.values, "1")
+            else:
+                other = pool.submit(tasks.add, "new", task(7))  # type: ignore[arg-type]
+            assert waits.wait(20)
+            assert not other.done() and tasks.value(slots["0"]) == 0
+        assert other.result(20) == ({"1": 1.0} if what == "asked" else None)
+    assert list(tasks.resident) == (["1"] if what == "asked" else ["new"])
+
+
+def test_two_requests_that_want_a_task_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate, asked = Store(9), threading.Event(), threading.Semaphore(0)
+    store.before_read = lambda _: gate.wait(20)
+    tasks = Resident(4, store)
+    paged_in = tasks._paged_in
+
+    def missed(name: str, wait: bool) -> Held | None:
+        asked.release()
+        return paged_in(name, wait)
+
+    monkeypatch.setattr(tasks, "_paged_in", missed)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(tasks.values, "5") for _ in range(8)]
+        assert all(asked.acquire(timeout=20) for _ in range(8))
+        assert tasks.resident == {}
+        gate.set()
+        assert [future.result(20) for future in found] == [{"5": 5.0}] * 8
+    counts = tasks.residency
+    assert store.reads == {"5": 1} and counts.hits + counts.misses == 8
+
+
+def test_requests_for_tasks_in_memory_do_not_wait_for_a_disk() -> None:
+    store, gate, reading = Store(9), threading.Event(), threading.Event()
+    tasks = Resident(4, store)
+    tasks.values("1")
+
+    def read_slowly(_: str) -> None:
+        reading.set()
+        gate.wait(20)
+
+    store.before_read = read_slowly
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(tasks.values, "5")
+        assert reading.wait(20)
+        assert tasks.values("1") == {"1": 1.0} and not slow.done()
+        gate.set()
+        assert slow.result(20) == {"5": 5.0}
+
+
+def test_a_task_removed_while_it_is_read_does_not_answer() -> None:
+    store, gate, reading = Store(40), threading.Event(), threading.Event()
+
+    def wait(_: str) -> None:
+        reading.set()
+        gate.wait(20)
+
+    store.before_read = wait
+    tasks = Resident(4, store)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(tasks.values, "5")
+        assert reading.wait(20)
+        tasks.remove("5")
+        gate.set()
+        with pytest.raises(UnknownNameError, match="Unknown task '5'"):
+            asked.result(20)
+    assert tasks.residency.bytes == 0
+
+
+def test_a_task_exchanged_while_it_is_read_answers_with_the_new_numbers() -> None:
+    store, gate, reading = Store(9), threading.Event(), threading.Event()
+
+    def wait(_: str) -> None:
+        reading.set()
+        gate.wait(20)
+
+    store.before_read = wait
+    tasks = Resident(4, store)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(tasks.values, "5")
+        assert reading.wait(20)
+        tasks.remove("5")
+        tasks.add("5", task(55))
+        gate.set()
+        assert asked.result(20) == {"5": 55.0}
+    assert tasks.residency.bytes == ROOM
+
+
+def test_a_removed_task_of_the_store_never_comes_back_but_its_name_may() -> None:
+    tasks = Resident(4, Store(30))
+    tasks.values("5")
+    for name in ("5", "6"):
+        tasks.remove(name)
+        with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
+            tasks.values(name)
+        with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
+            tasks.remove(name)
+        with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
+            tasks.classes(name)
+    tasks.add("5", task(55))
+    assert tasks.values("5") == {"5": 55.0}
+    tasks.remove("5")
+    with pytest.raises(UnknownNameError):
+        tasks.values("5")
+
+
+def test_added_tasks_are_never_evicted() -> None:
+    tasks = Resident(3, Store(9))
+    tasks.add("mine", task(70))
+    tasks.add("yours", task(71))
+    for name in "01230":
+        tasks.values(name)
+    assert tasks.values("mine", "yours") == {"mine": 70.0, "yours": 71.0}
+    tasks.add("hers", task(72))
+    with pytest.raises(
+        SettingError, match="of 2 classes takes 40 bytes, for which the tasks added"
+    ):
+        tasks.add("his", task(73))
+    with pytest.raises(SettingError, match="leave no room in a budget of 120: remove some"):
+        tasks.values("1")
+    tasks.remove("hers")
+    assert tasks.values("1") == {"1": 1.0}
+
+
+def test_a_task_without_a_stretch_of_rows_for_its_classes_is_refused() -> None:
+    tasks = Resident(3)
+    slots = [tasks.tables.take(1) for _ in range(3)]
+    length = len(tasks.tables.heads)
+    tasks.tables._free_rows = [(i, 1) for i in range(3, length, 2)]
+    for slot in slots[1:]:
+        assert slot is not None
+        tasks.tables.give_back(slot)
+    with pytest.raises(SettingError, match="A task of 4 classes takes 56 bytes"):
+        tasks.add("wide", task(1, classes=4))
+
+
+def test_a_name_that_is_there_is_not_given_again() -> None:
+    store = Store(9)
+    tasks = Resident(4, store)
+    tasks.add("mine", task(70))
+    for name in ("mine", "3"):
+        with pytest.raises(SettingError, match=f"The fleet has a task '{name}': remove it first"):
+            tasks.add(name, task(71))
+    assert tasks.values("mine", "3") == {"mine": 70.0, "3": 3.0}
+
+
+def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, both = Resident(4), threading.Barrier(2)
+    written = tasks._written
+
+    def together(numbers: TaskNumbers) -> int | None:
+        slot = written(numbers)
+        both.wait(20)
+        return slot
+
+    monkeypatch.setattr(tasks, "_written", together)
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(tasks.add, "new", task(i)).exception for i in range(2)]
+        errors = [error(20) for error in found]
+    assert sorted(type(error).__name__ for error in errors) == ["NoneType", "SettingError"]
+    assert tasks.residency.bytes == ROOM
+
+
+def test_what_the_store_gives_is_checked_and_the_next_request_reads_again() -> None:
+    class Broken(Store):
+        def read(self, name: str) -> TaskNumbers:
+            self.reads[name] += 1
+            if self.reads[name] == 1:
+                raise CheckpointError("The disk is gone.")
+            return (
+                task(1)._replace(row=np.ones(1, np.float32)) if self.reads[name] == 2 else task(1)
+            )
+
+    tasks = Resident(4, Broken(9))
+    with pytest.raises(CheckpointError, match="The disk is gone"):
+        tasks.values("1")
+    with pytest.raises(CheckpointError, match="Task '1' has numbers of shape"):
+        tasks.values("1")
+    assert tasks.values("1") == {"1": 1.0} and not tasks._paging
+
+
+def test_an_unknown_name_is_told_with_close_ones_from_memory_and_store() -> None:
+    tasks = Resident(4, Store(300))
+    tasks.add("pets", task(1))
+    with pytest.raises(UnknownNameError, match=r"Unknown task 'pest'\. Did you mean pets\?$"):
+        tasks.values("1", "pest")
+    with pytest.raises(UnknownNameError, match=r"Unknown task '1234'\. Did you mean .*234"):
+        tasks.remove("1234")
+    assert tasks.residency.misses == 0
+    assert tasks.classes("17") == tasks.classes("pets") == ("0", "1")
+
+
+@pytest.mark.parametrize("room", [1, 3, 20])
+def test_no_request_gets_another_tasks_numbers(room: int) -> None:
+    store = Store(60, classes=lambda i: 2 + i % 3 * (room > 1))
+    tasks = Resident(room, store)
+    stop, wrong, served = threading.Event(), list[object](), Counter[int]()
+
+    def churn() -> None:
+        while not stop.is_set():
+            if room > 1:
+                tasks.add("new", task(1000))
+                tasks.remove("new")
+            time.sleep(0)
+
+    def ask(worker: int) -> None:
+        rng = np.random.default_rng(worker)
+        for _ in range(600):
+            names = list(dict.fromkeys(map(str, (60 * rng.random(4) ** 3).astype(int))))
+            while names:
+                with tasks.holding(names) as slots:
+                    found = {name: tasks.value(slot) for name, slot in slots.items()}
+                if not found or any(value != float(name) for name, value in found.items()):
+                    wrong.append((names, found))
+                names = [name for name in names if name not in found]
+            served[worker] += 1
+
+    changer = threading.Thread(target=churn)
+    changer.start()
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(ask, worker) for worker in range(8)]:
+            future.result(120)
+    stop.set()
+    changer.join()
+    assert not wrong and set(served.values()) == {600}
+    assert tasks.residency.bytes <= tasks.residency.budget
+    for name in tasks.resident:
+        tasks.remove(name)
+    assert tasks.residency.bytes == 0 and not tasks._paging and not tasks._slots._held

@@ -1,0 +1,547 @@
+"""The application inside this process, as another server would run it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+import torch
+from made_model import metadata_of
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.checkpoints.opening import open_checkpoint, save
+from aoft_deploy.cli.export import main as export_main
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.serving.endpoints.application import Application
+from aoft_deploy.serving.service import Service
+from aoft_deploy.serving.settings import Settings
+
+PREPROCESSING = Preprocessing(
+    16, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+SETTINGS = Settings(threads=1, follow=0, engine_timeout=0.2, max_batch=4)
+
+
+@asynccontextmanager
+async def living(application: Application) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application that was started, and is drained in the end."""
+    inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    outbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    send: Any = outbox.put
+    task = asyncio.create_task(application({"type": "lifespan"}, inbox.get, send))
+    await inbox.put({"type": "lifespan.startup"})
+    told = await outbox.get()
+    assert told["type"] == "lifespan.startup.complete", told
+    transport = httpx.ASGITransport(application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+    await inbox.put({"type": "lifespan.shutdown"})
+    assert (await outbox.get())["type"] == "lifespan.shutdown.complete"
+    await task
+
+
+def inside(
+    given: list[tuple[str, Path]],
+    play: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
+) -> None:
+    async def run() -> None:
+        service = Service(SETTINGS, given)
+        async with living(Application(service)) as client:
+            await play(client, service)
+        assert service.state == "draining"
+
+    asyncio.run(run())
+
+
+def asking(value: float = 0.5) -> dict[str, Any]:
+    entry = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 16, 16]}
+    return {"inputs": [{**entry, "data": [value] * 768}]}
+
+
+def test_any_server_of_asgi_runs_it(artefact: Path) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        answers = await asyncio.gather(
+            *(client.post("/v2/models/a/infer", json=asking(i / 20)) for i in range(20))
+        )
+        logits = [answer.json()["outputs"][0]["data"] for answer in answers]
+        assert len({tuple(row) for row in logits}) == 20
+        assert (await client.get("/v2/health/ready")).status_code == 200
+        service.state = "starting"
+        answer = await client.post("/v2/models/a/infer", json=asking())
+        assert (answer.status_code, answer.json()) == (503, {"error": "The server is starting."})
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert (await client.get("/v2/models/a/ready")).status_code == 503
+        assert (await client.get("/v2/health/live")).status_code == 200
+
+    inside([("a", artefact)], play)
+
+
+def test_what_cannot_be_served_is_told_to_the_server(tmp_path: Path) -> None:
+    async def run() -> None:
+        application = Application(Service(SETTINGS, [("a", tmp_path / "none.onnx")]))
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, str]:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await application({"type": "lifespan"}, receive, send)
+        (message,) = sent
+        assert message["type"] == "lifespan.startup.failed"
+        assert "There is no file" in message["message"]
+
+    asyncio.run(run())
+
+
+def test_a_stuck_model_is_not_ready_and_says_so_and_the_others_answer(artefact: Path) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        batcher: Any = service.models.artefacts["a"].batcher
+        gate, run, stopped = threading.Event(), batcher._run, threading.Event()
+
+        def wait(images: Any, tasks: Any) -> Any:
+            assert gate.wait(10)
+            return run(images, tasks)
+
+        batcher._run, batcher._stop = wait, stopped.set
+        answer = await client.post("/v2/models/a/infer", json=asking())
+        assert answer.status_code == 504 and "did not answer in time" in answer.json()["error"]
+        assert stopped.is_set()
+        assert (await client.get("/v2/models/a/ready")).status_code == 503
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert (await client.post("/v2/models/a/infer", json=asking())).status_code == 503
+        index = {e["name"]: e for e in (await client.post("/v2/repository/index")).json()}
+        assert index["a"]["state"] == "UNAVAILABLE" and "stuck" in index["a"]["reason"]
+        assert 'aoft_engine_stuck{artefact="a"} 1' in (await client.get("/metrics")).text
+        assert (await client.post("/v2/models/b/infer", json=asking())).status_code == 200
+        gate.set()
+        while (await client.get("/v2/health/ready")).status_code != 200:
+            await asyncio.sleep(0.01)
+        assert (await client.post("/v2/models/a/infer", json=asking())).status_code == 200
+
+    inside([("a", artefact), ("b", artefact)], play)
+
+
+def test_a_failure_of_our_own_is_logged_and_told_without_detail(
+    artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        def broken(name: str) -> None:
+            raise RuntimeError("/secret/path")
+
+        service.models.find = broken  # type: ignore[method-assign, assignment]
+        answer = await client.post("/v2/models/a/infer", json=asking())
+        assert (answer.status_code, answer.json()) == (
+            500,
+            {"error": "The server failed on this request."},
+        )
+
+    inside([("a", artefact)], play)
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (event,) = [event for event in events if event["event"] == "request failed"]
+    assert "/secret/path" in event["error"] and "broken" in event["traceback"]
+
+
+def test_two_artefacts_with_the_same_task_are_refused(fleet_artefact: Path, artefact: Path) -> None:
+    async def run() -> None:
+        application = Application(Service(SETTINGS, [("one", fleet_artefact), ("pets", artefact)]))
+        with pytest.raises(AssertionError, match="has models of the same names as"):
+            async with living(application):
+                pass
+
+    asyncio.run(run())
+
+
+def test_too_many_pictures_are_refused_before_they_are_decoded(
+    artefact: Path, photos: list[Path]
+) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        gate = threading.Event()
+        blockers = [asyncio.create_task(service.aside(gate.wait, 10)) for _ in range(256)]
+        await asyncio.sleep(0)
+        answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        gate.set()
+        assert all(await asyncio.gather(*blockers))
+        answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
+        assert answer.status_code == 200
+
+    inside([("a", artefact)], play)
+
+
+def test_bodies_that_were_answered_are_let_go(artefact: Path) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        pixels = np.zeros((2, 3, 16, 16), np.float32).tobytes()
+        for content in (b"{}", pixels, json.dumps(asking()).encode()):
+            for address in ("infer", "classify"):
+                await client.post(f"/v2/models/a/{address}", content=content)
+                await client.post(f"/v2/models/none/{address}", content=content)
+        assert service.bodies.bytes == 0 and service.observations.in_flight == 0
+
+    inside([("a", artefact)], play)
+
+
+def until(true: Callable[[], bool]) -> Awaitable[None]:
+    """Wait for what must come."""
+
+    async def waiting() -> None:
+        while not true():
+            await asyncio.sleep(0.001)
+
+    return waiting()
+
+
+class Gate:
+    """Stands in a batcher's engine: what comes to it waits until it is opened."""
+
+    def __init__(self, batcher: Any) -> None:
+        self.reached, self._opened, self._run = threading.Event(), threading.Event(), batcher._run
+        batcher._run = self
+
+    def __call__(self, images: Any, tasks: Any) -> Any:
+        found = list(self._run(images, tasks))
+        self.reached.set()
+        assert self._opened.wait(60)
+        return found
+
+    async def open(self) -> None:
+        self._opened.set()
+
+
+def serving(
+    given: list[tuple[str, Path]],
+    play: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
+    **settings: Any,
+) -> None:
+    async def run() -> None:
+        options = {"threads": 1, "follow": 0, "max_batch": 4, "grace": 1.0, **settings}
+        service = Service(Settings(**options), given)
+        async with living(Application(service)) as client:
+            await play(client, service)
+
+    asyncio.run(run())
+
+
+def ranked_by(logits: NDArray[np.float32], classes: Sequence[str]) -> list[str]:
+    return [classes[i] for i in np.argsort(-logits, kind="stable")]
+
+
+@pytest.fixture(scope="module")
+def versions(
+    make_tuned: Callable[..., Any],
+    classes: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[Path, tuple[str, ...]]]:
+    """Two versions of a task: other numbers, and the same classes in another order."""
+    folder, found = tmp_path_factory.mktemp("versions"), []
+    for seed, step in ((21, 1), (22, -1)):
+        path, ordered = folder / f"{seed}.ckpt", classes[::step]
+        save(
+            make_tuned("aoft-lora-star", seed=seed),
+            path,
+            classes=ordered,
+            preprocessing=PREPROCESSING,
+        )
+        found.append((path, ordered))
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged_versions(
+    versions: list[tuple[Path, tuple[str, ...]]],
+    backbone_weights: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[Path, tuple[str, ...]]]:
+    folder, found = tmp_path_factory.mktemp("merged"), []
+    for path, classes in versions:
+        output = folder / f"{path.stem}.onnx"
+        options = ["--merge", path, "--backbone-weights", backbone_weights, "-o", output]
+        assert export_main([str(option) for option in options]) == 0
+        found.append((output, classes))
+    return found
+
+
+def expected(path: Path, weights: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits by PyTorch, of a checkpoint that is not merged."""
+    tuned, _ = open_checkpoint(path, weights=weights)
+    with torch.inference_mode():
+        found: NDArray[np.float32] = tuned.eval()(torch.from_numpy(images)).numpy()
+    return found
+
+
+def many(images: NDArray[np.float32], top: int = 5) -> dict[str, Any]:
+    """A request for the names of the best classes of each image."""
+    entry = {"name": "pixel_values", "datatype": "FP32", "shape": list(images.shape)}
+    output = {"name": "logits", "parameters": {"classification": top}}
+    return {"inputs": [{**entry, "data": images.ravel().tolist()}], "outputs": [output]}
+
+
+def labels(answer: httpx.Response) -> list[list[str]]:
+    assert answer.status_code == 200, answer.text
+    (output,) = answer.json()["outputs"]
+    rows = np.reshape(output["data"], output["shape"])
+    return [[text.split(":")[2] for text in row] for row in rows]
+
+
+@pytest.mark.parametrize("address", ["infer", "classify"])
+@pytest.mark.parametrize("kind", ["fleet", "merged"])
+def test_labels_are_those_of_what_computed_the_logits(
+    kind: str,
+    address: str,
+    versions: list[tuple[Path, tuple[str, ...]]],
+    merged_versions: list[tuple[Path, tuple[str, ...]]],
+    fleet_artefact: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    images = np.random.default_rng(5).normal(size=(6, 3, 16, 16)).astype(np.float32)
+    photo = np.stack([PREPROCESSING(read_image(photos[0]))])
+
+    def owed(version: int, pictures: NDArray[np.float32]) -> list[list[str]]:
+        path, classes = versions[version]
+        return [ranked_by(row, classes) for row in expected(path, backbone_weights, pictures)]
+
+    async def ask(client: httpx.AsyncClient) -> list[list[str]]:
+        if address == "infer":
+            return labels(await client.post("/v2/models/task/infer", json=many(images)))
+        answer = await client.post("/v2/models/task/classify", content=photos[0].read_bytes())
+        return [[p["label"] for p in row] for row in answer.json()["predictions"]]
+
+    given = images if address == "infer" else photo
+    assert owed(0, given) != owed(1, given)
+    fleet = kind == "fleet"
+    files = versions if fleet else merged_versions
+    path = tmp_path / ("task.ckpt" if fleet else "task.onnx")
+    shutil.copy(files[0][0], path)
+
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        models = service.models
+        for version in (0, 1, 0, 1):
+            other = 1 - version
+            gate = Gate(models.find("task").artefact.batcher)
+            asked = asyncio.create_task(ask(client))
+            await asyncio.to_thread(gate.reached.wait)
+            shutil.copy(files[other][0], path)
+            await models.load("task")  # between the engine and the names
+            await gate.open()
+            assert await asked == owed(version, given)
+            assert await ask(client) == owed(other, given)
+
+    serving([("fleet", fleet_artefact)] if fleet else [], play, repository=tmp_path)
+
+
+def test_a_request_in_parts_is_answered_by_one_version(
+    versions: list[tuple[Path, tuple[str, ...]]],
+    fleet_artefact: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+) -> None:
+    images = np.random.default_rng(6).normal(size=(11, 3, 16, 16)).astype(np.float32)
+    shutil.copy(versions[0][0], tmp_path / "task.ckpt")
+
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        fleet: Any = service.models.find("task").artefact.fleet
+        run, rows = fleet._engine.run, list[int]()
+
+        def exchanging(part: Any, *rest: Any) -> Any:
+            rows.append(len(part))
+            fleet.add(versions[len(rows) % 2][0], "task", replace=True)
+            return run(part, *rest)
+
+        fleet._engine.run = exchanging
+        found = labels(await client.post("/v2/models/task/infer", json=many(images)))
+        path, classes = versions[0]
+        logits = expected(path, backbone_weights, images)
+        assert found == [ranked_by(row, classes) for row in logits]
+        assert rows == [4, 4, 3]  # max_batch still bounds what the engine computes at once
+
+    serving([("fleet", fleet_artefact)], play, repository=tmp_path)
+
+
+def test_no_label_is_wrong_while_a_task_is_exchanged_in_a_loop(
+    versions: list[tuple[Path, tuple[str, ...]]],
+    fleet_artefact: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+) -> None:
+    images = np.random.default_rng(7).normal(size=(5, 3, 16, 16)).astype(np.float32)
+    shutil.copy(versions[0][0], tmp_path / "task.ckpt")
+    right = [
+        [ranked_by(row, classes) for row in expected(path, backbone_weights, images)]
+        for path, classes in versions
+    ]
+
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        done = False
+
+        async def exchange() -> None:
+            fleet: Any = service.models.find("task").artefact.fleet
+            turn = 0
+            while not done:
+                turn += 1
+                await asyncio.to_thread(fleet.add, versions[turn % 2][0], "task", replace=True)
+
+        async def ask() -> None:
+            for _ in range(40):
+                found = labels(await client.post("/v2/models/task/infer", json=many(images)))
+                assert found in right
+
+        changing = asyncio.create_task(exchange())
+        try:
+            await asyncio.gather(*(ask() for _ in range(4)))
+        finally:
+            done = True
+            await changing
+
+    serving([("fleet", fleet_artefact)], play, repository=tmp_path)
+
+
+def test_a_model_exchanged_for_one_of_another_input_asks_the_client_again(
+    artefact: Path, pixel_artefact: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.onnx"
+    shutil.copy(artefact, path)
+
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        aside = service.aside
+
+        async def exchanging(function: Any, *arguments: Any) -> Any:
+            found = await aside(function, *arguments)
+            shutil.copy(pixel_artefact, path)
+            await service.models.load("a")
+            return found
+
+        service.aside = exchanging  # type: ignore[method-assign, assignment]
+        large = many(np.zeros((40, 3, 16, 16), np.float32))  # read in a thread
+        for address, content in (
+            ("infer", json.dumps(large).encode()),
+            ("classify", photos[0].read_bytes()),
+        ):
+            shutil.copy(artefact, path)
+            await service.models.load("a")
+            answer = await client.post(f"/v2/models/a/{address}", content=content)
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer.json() == {"error": "The model 'a' was exchanged: ask again."}
+
+    serving([], play, repository=tmp_path)
+
+
+def test_a_picture_is_not_answered_by_a_model_of_another_preprocessing(
+    artefact: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    path, proto = tmp_path / "a.onnx", onnx.load(artefact)
+    metadata = metadata_of(artefact)
+    changed = {**json.loads(metadata["preprocessing"]), "mean": [0.1, 0.2, 0.3]}
+    onnx.helper.set_model_props(proto, {**metadata, "preprocessing": json.dumps(changed)})
+    shutil.copy(artefact, path)
+
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        aside = service.aside
+
+        async def exchanging(function: Any, *arguments: Any) -> Any:
+            found = await aside(function, *arguments)
+            path.write_bytes(proto.SerializeToString())
+            await service.models.load("a")
+            return found
+
+        service.aside = exchanging  # type: ignore[method-assign, assignment]
+        content = photos[0].read_bytes()
+        answer = await client.post("/v2/models/a/classify", content=content)
+        assert answer.json() == {"error": "The model 'a' was exchanged: ask again."}
+        service.aside = aside  # type: ignore[method-assign]
+        assert (await client.post("/v2/models/a/classify", content=content)).status_code == 200
+
+    serving([], play, repository=tmp_path)
+
+
+def test_a_client_s_timeout_shortens_the_server_s_and_does_not_exceed_it(artefact: Path) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        gate = Gate(service.models.artefacts["a"].batcher)
+        first = asyncio.create_task(client.post("/v2/models/a/infer", json=asking()))
+        await asyncio.to_thread(gate.reached.wait)
+        batcher, given = service.models.artefacts["a"].batcher, list[float]()
+        answer = batcher.answer
+
+        async def noted(images: Any, task: str, seconds: float) -> Any:
+            given.append(seconds)
+            return await answer(images, task, min(seconds, 0.001))
+
+        batcher.answer = noted  # type: ignore[method-assign]
+        for microseconds in (None, 0, 3_000_000, 10**12):
+            parameters = {} if microseconds is None else {"timeout": microseconds}
+            body = {**asking(), "parameters": parameters}
+            late = await client.post("/v2/models/a/infer", json=body)
+            assert (late.status_code, first.done()) == (504, False)
+        ours, unnamed, short, long = given
+        assert 0 < short <= 3 and all(3 < each <= 1000 for each in (ours, unnamed, long))
+        await gate.open()
+        assert (await first).status_code == 200
+
+    serving([("a", artefact)], play, timeout=1000.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_refused_with_the_reason(
+    artefact: Path, photos: list[Path], value: float
+) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        batcher: Any = service.models.artefacts["a"].batcher
+        run = batcher._run
+
+        def overflowing(images: Any, tasks: Any) -> Any:
+            for logits, classes in run(images, tasks):
+                logits = logits.copy()
+                logits[-1] = value
+                yield logits, classes
+
+        batcher._run = overflowing
+        for address, content in (
+            ("infer", json.dumps(asking()).encode()),
+            ("infer", json.dumps(many(np.zeros((1, 3, 16, 16), np.float32))).encode()),
+            ("classify", photos[0].read_bytes()),
+        ):
+            answer = await client.post(f"/v2/models/a/{address}", content=content)
+            assert answer.status_code == 500
+            told = "The model's logits on this request are NaN or infinite: no answer is given."
+            assert answer.json() == {"error": told}
+
+    serving([("a", artefact)], play)
+
+
+@pytest.mark.parametrize("queue", [1, 64])
+def test_24_overload_is_refused_while_the_engine_is_busy(artefact: Path, queue: int) -> None:
+    async def play(client: httpx.AsyncClient, service: Service) -> None:
+        batcher = service.models.artefacts["a"].batcher
+        gate = Gate(batcher)
+        running = asyncio.create_task(client.post("/v2/models/a/infer", json=asking()))
+        await asyncio.to_thread(gate.reached.wait)
+        asked = [
+            asyncio.create_task(client.post("/v2/models/a/infer", json=asking(i / 200)))
+            for i in range(queue)
+        ]
+        await until(lambda: batcher.waiting == queue)
+        for _ in range(100):
+            answer = await client.post("/v2/models/a/infer", json=asking())
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert not running.done() and not any(task.done() for task in asked)
+        await gate.open()
+        assert (await running).status_code == 200
+        found = [(await task).json()["outputs"][0]["data"] for task in asked]
+        images = np.stack([np.full((3, 16, 16), i / 200, np.float32) for i in range(queue)])
+        np.testing.assert_allclose(found, load_artefact(artefact).run(images), atol=1e-5, rtol=0)
+
+    serving([("a", artefact)], play, queue=queue)

@@ -1,0 +1,84 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.layers.drop import DropPath
+from torch import nn
+
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.errors import SettingError
+from aoft_deploy.training.learner import (
+    create_model,
+    fast_bf16,
+    model_preprocessing,
+    normalised,
+    only_depth_is_random,
+)
+from aoft_deploy.training.settings import TrainingSettings
+
+SMALL = TrainingSettings(img_size=16)
+
+
+def test_normalised_pixels_are_preprocessings_bit_for_bit() -> None:
+    preprocessing = Preprocessing(32, 0.9, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    pixels = torch.from_numpy(preprocessing.pixels(image).transpose(2, 0, 1).copy())
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (preprocessing.mean, preprocessing.std))
+    expected = torch.from_numpy(preprocessing(image))
+    assert torch.equal(normalised(pixels, mean, std), expected)
+
+
+def test_in_training_only_stochastic_depth_is_random() -> None:
+    settings = replace(SMALL, drop_path=0.5)
+    tuned = create_model(settings, 3)
+    tuned.add_module("frozen", nn.BatchNorm2d(3))
+    only_depth_is_random(tuned)
+    training = {type(module) for module in tuned.modules() if module.training}
+    assert training == {DropPath}
+    assert "drop_path_rate" not in tuned.identity.args
+
+
+def test_a_fresh_classifier_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = create_model(SMALL, 3).trained()
+    torch.manual_seed(2)
+    second = create_model(SMALL, 3).trained()
+    other = create_model(replace(SMALL, seed=1), 3).trained()
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+    assert not torch.equal(first["head.head.weight"], other["head.head.weight"])
+
+
+def test_a_learning_rate_for_updates_that_do_not_exist_is_refused() -> None:
+    with pytest.raises(SettingError, match="linear has no updates, so lr means nothing"):
+        create_model(replace(SMALL, method="linear", lr=0.1), 3)
+
+
+def test_fast_bf16_is_known_for_the_processor() -> None:
+    assert fast_bf16(torch.device("cpu")) in (True, False)
+    assert not fast_bf16(torch.device("meta"))
+
+
+@pytest.mark.parametrize(("given", "size"), [(None, 64), (16, 16)])
+def test_preprocessing_is_the_backbones_at_the_size_that_was_asked_for(
+    given: int | None, size: int
+) -> None:
+    settings = replace(SMALL, img_size=given)
+    preprocessing = model_preprocessing(create_model(settings, 3), settings)
+    assert preprocessing.size == size
+    assert preprocessing.mean == (0.5, 0.5, 0.5)
+    assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("center", 1.0)
+
+
+def test_how_images_are_resized_can_be_changed() -> None:
+    settings = replace(SMALL, crop_mode="squash", crop_pct=0.875)
+    preprocessing = model_preprocessing(create_model(settings, 3), settings)
+    assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("squash", 0.875)
+    wrong = replace(SMALL, crop_mode="stretch")
+    with pytest.raises(SettingError, match="crop_mode is 'stretch': use one of border, center, sq"):
+        model_preprocessing(create_model(wrong, 3), wrong)
+    wrong = replace(SMALL, crop_pct=0.0)
+    with pytest.raises(SettingError, match=r"crop_pct is 0\.0: use a number from 0\.1 to 2"):
+        model_preprocessing(create_model(wrong, 3), wrong)

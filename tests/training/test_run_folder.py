@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.training.run_folder import Progress, RunFolder
+
+RUN = {"lr": 0.1, "classes": ["a", "b"]}
+
+
+def saved(path: Path, **changes: object) -> RunFolder:
+    folder = RunFolder(path, RUN)
+    tensors = {"now.x": torch.arange(3.0), "best.x": torch.zeros(3)}
+    folder.save(Progress([{"epoch": 1, "val_loss": 0.1}], {"epoch": 1}, tensors, **changes))  # type: ignore[arg-type]
+    return folder
+
+
+def test_an_empty_folder_begins_a_run_with_and_without_resume(tmp_path: Path) -> None:
+    for resume in (False, True):
+        assert RunFolder(tmp_path / "new", RUN).open(resume) == Progress()
+
+
+def test_foreign_files_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert RunFolder(tmp_path, RUN).open(resume=False) == Progress()
+
+
+def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
+    progress = saved(tmp_path).open(resume=True)
+    assert progress.lines == [{"epoch": 1, "val_loss": 0.1}]
+    assert progress.best == {"epoch": 1}
+    assert progress.result is None
+    assert torch.equal(progress.group("now")["x"], torch.arange(3.0))
+    assert torch.equal(progress.group("best")["x"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "metrics.jsonl", "resume.safetensors"])
+def test_a_run_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(OutputError, match=f"holds a run already .{name}.: continue .* --resume"):
+        RunFolder(tmp_path, RUN).open(resume=False)
+    assert (tmp_path / name).exists()
+
+
+def test_results_without_a_state_cannot_be_continued(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(OutputError, match=r"holds model.ckpt but no resume.safetensors"):
+        RunFolder(tmp_path, RUN).open(resume=True)
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(SettingError, match=r"begun with lr 0.1, but now it is 0.2"):
+        RunFolder(tmp_path, RUN | {"lr": 0.2}).open(resume=True)
+
+
+def test_long_settings_are_cut(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(SettingError, match=r'now it is \["aaa.*…: continue'):
+        RunFolder(tmp_path, RUN | {"classes": ["a" * 100]}).open(resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_damaged_state_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    folder = saved(tmp_path)
+    folder.state.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"resume.safetensors cannot be read"):
+        folder.open(resume=True)
+
+
+def test_a_complete_run_without_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, result={"method": "lora"})
+    with pytest.raises(CheckpointError, match=r"complete, but its model.ckpt is gone"):
+        folder.open(resume=True)
+    folder.checkpoint.touch()
+    assert folder.open(resume=True).result == {"method": "lora"}
+
+
+def test_metrics_are_rewritten_to_agree_with_the_progress(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    folder.metrics.write_text('{"epoch": 1, "val_loss": 0.1}\n{"epoch": 2, "va')
+    folder.rewrite_metrics(folder.open(resume=True))
+    folder.append_metrics({"epoch": 2})
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Cannot write"):
+        saved(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match=r"Cannot write .*metrics.jsonl"):
+        RunFolder(tmp_path / "absent", RUN).append_metrics({})
