@@ -26,11 +26,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import TunedModel, attach
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 NAME = "aoft_vit_nano"
 ARGS: dict[str, Any] = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from aoft_deploy.data.folder import Splits
+from aoft_deploy.data.splits import Splits
 from aoft_deploy.data.synthetic import load_task, task_names
 from aoft_deploy.files import write_json
 from aoft_deploy.training.analysis.quantities import analyse_file

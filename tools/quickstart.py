@@ -23,12 +23,13 @@ from PIL import Image
 
 from aoft_deploy import load
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.protocols import Recipe, get_exporter
-from aoft_deploy.checkpoints.opening import read_checkpoint
+from aoft_deploy.artefacts.registry import get_exporter
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.cli import export as export_command
 from aoft_deploy.cli import predict as predict_command
 from aoft_deploy.cli import train as train_command
-from aoft_deploy.data.folder import ImageList
+from aoft_deploy.data.splits import ImageList
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 

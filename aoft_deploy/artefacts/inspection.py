@@ -14,7 +14,7 @@ from aoft_deploy.file_signatures import foreign
 from aoft_deploy.files import file_digest, folder_digest
 
 if TYPE_CHECKING:
-    from aoft_deploy.checkpoints.opening import Checkpoint
+    from aoft_deploy.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["inspect_file"]
 
@@ -47,7 +47,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return {"kind": "manifest", **_json(path)}
     if path.suffix == ".safetensors" and (metadata := _timm(path)):
         return {"kind": "timm artefact", **_common(path), **metadata, **_manifest(path)}
-    from aoft_deploy.checkpoints.opening import read_checkpoint
+    from aoft_deploy.checkpoints.checkpoint import read_checkpoint
     from aoft_deploy.checkpoints.rlrr import is_published, read_published
 
     if is_published(path):

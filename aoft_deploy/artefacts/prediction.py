@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.artefacts.protocols import Engine, load_artefact
+from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import (
     CheckpointError,

@@ -6,17 +6,13 @@ Exporters are found by the entry-point group ``aoft_deploy.exporters`` and never
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.manifest import check_unchanged, unchanged
-from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+from aoft_deploy.artefacts.spec import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,58 +29,8 @@ __all__ = [
     "FolderExporter",
     "OpsetExporter",
     "RangedExporter",
-    "Recipe",
     "TunedExporter",
-    "check_batch",
-    "exporter_names",
-    "get_exporter",
-    "load_artefact",
-    "load_fleet",
 ]
-
-GROUP = "aoft_deploy.exporters"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What an exporter needs to know beside the model.
-
-    Attributes:
-        size: Side of the square input, in pixels.
-        uint8: Whether the artefact takes pixels, uint8 [batch, H, W, 3], instead of normalised
-            float32 [batch, 3, H, W].
-        mean: Mean of each channel, on the scale 0..1.
-        std: Standard deviation of each channel, on the scale 0..1.
-        metadata: Text values to store in the artefact where the format can.
-        precision: One of the exporter's ``PRECISIONS``.
-        calibration: Images to learn ranges of activations from, uint8 [n, H, W, 3]; None where the
-            exporter learns none.
-        batches: Smallest, usual and largest batch, for artefacts that are built for a range.
-        compute_capability: Of the GPU that the artefact is for, such as ``8.9``; None is this
-            machine's.
-        refittable: Whether the artefact may be given other weights later.
-        refit: An artefact of the same graph to give these weights to, instead of building.
-        opset: Of ONNX; None is the exporter's own choice.
-        min_agreement: Share of ``calibration`` that must keep its top class, for exporters that
-            can give up some speed for it.
-        judged: Images that answers below fp32 are judged on, uint8 [n, H, W, 3]: an exporter keeps
-            in float32 what leaves the precision's range on them. None where nothing is judged.
-    """
-
-    size: int
-    uint8: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    metadata: Mapping[str, str]
-    precision: str = "fp32"
-    calibration: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
-    batches: tuple[int, int, int] = (1, 8, 32)
-    compute_capability: str | None = None
-    refittable: bool = False
-    refit: Path | None = None
-    opset: int | None = None
-    min_agreement: float = 0.0
-    judged: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
 
 class Engine(Protocol):
@@ -276,126 +222,3 @@ class TunedExporter(Exporter, Protocol):
         weights: Path | None = None,
     ) -> Engine:
         """Open the artefact at ``path`` on its backbone, whose weights are a file's or timm's."""
-
-
-def exporter_names() -> tuple[str, ...]:
-    """Names of the installed exporters, sorted."""
-    return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
-
-
-def get_exporter(name: str) -> Exporter:
-    """The exporter called ``name``.
-
-    Raises:
-        UnknownNameError: No installed exporter has that name.
-    """
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            return cast(Exporter, entry.load())
-    raise UnknownNameError("exporter", name, exporter_names())
-
-
-def load_artefact(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-) -> Engine:
-    """An engine for an exported artefact: a file by its suffix, a folder by what it holds.
-
-    Nothing falls back: what was asked for runs, or the error says what it lacks.
-
-    Args:
-        path: What aoft-export wrote.
-        engine: Which runtime; None is the one that the artefact was verified with.
-        threads: Threads within a batch on a CPU; None lets the runtime choose.
-        device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
-
-    Raises:
-        CheckpointError: No exporter writes such files or folders, or this one is damaged, not the
-            one that the manifest beside it is of, or written while it is opened.
-        UnknownNameError: The engine does not run such artefacts.
-        SettingError: The engine cannot run this artefact, or not on that device.
-        MissingExtraError: The runtime is not installed.
-    """
-    exporter = _exporter_of(path)
-    if exporter is None:
-        raise CheckpointError(
-            f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge "
-            "first."
-        )
-    if engine is not None and engine not in exporter.ENGINES:
-        raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
-    with unchanged(path):
-        check_unchanged(path)
-        return exporter.load(path, engine=engine, threads=threads, device=device)
-
-
-def _exporter_of(path: Path) -> Exporter | None:
-    """The exporter that writes such files or folders."""
-    for entry in entry_points(group=GROUP):
-        exporter = cast(Exporter, entry.load())
-        marked = isinstance(exporter, FolderExporter) and isfile(path / exporter.MARKER)
-        if path.suffix == exporter.SUFFIX or marked:
-            return exporter
-    return None
-
-
-def load_fleet(path: Path, *, threads: int | None = None) -> Any:
-    """A fleet whose caller has the tasks' tables.
-
-    It has ``info``, ``tables`` and ``run(images, task, tables)``.
-
-    Raises:
-        CheckpointError: The artefact is no fleet, or of a kind whose tasks cannot change.
-    """
-    exporter: Any = _exporter_of(path)
-    if not hasattr(exporter, "load_fleet"):
-        raise CheckpointError(
-            f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to "
-            "onnx or openvino."
-        )
-    with unchanged(path):
-        check_unchanged(path)
-        return exporter.load_fleet(path, threads=threads)
-
-
-def check_batch(
-    images: NDArray[Any],
-    task: NDArray[np.int64] | None,
-    *,
-    takes: tuple[Any, tuple[int | None, ...]],
-    tasks: int | None,
-) -> None:
-    """Whether a batch is what an artefact takes.
-
-    Args:
-        images: The batch.
-        task: A task for each image.
-        takes: Type of the images, and their shape without the batch; None where any length goes.
-        tasks: How many the artefact has; None if it is a single model.
-
-    Raises:
-        SettingError: It is not.
-    """
-    dtype, shape = np.dtype(takes[0]), takes[1]
-    fits = len(images.shape) == len(shape) + 1 and all(
-        theirs in (None, ours) for ours, theirs in zip(images.shape[1:], shape, strict=True)
-    )
-    if images.dtype != dtype or not fits or not len(images):
-        sides = ", ".join("any" if side is None else str(side) for side in shape)
-        raise SettingError(
-            f"This artefact takes {dtype} [batch, {sides}], but got {images.dtype} "
-            f"{list(images.shape)}."
-        )
-    if (task is not None) is not (tasks is not None):
-        missing = "needs a task for each image" if tasks is not None else "holds a single task"
-        raise SettingError(f"This artefact {missing}.")
-    if task is None or tasks is None:
-        return
-    if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():
-        raise SettingError(
-            f"Tasks {task.tolist()[:8]} for {len(images)} images: give one from 0 to {tasks - 1} "
-            "for each."
-        )

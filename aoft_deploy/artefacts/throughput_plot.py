@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aoft_deploy.artefacts.timing import Timing
+from aoft_deploy.drawing import DPI
 from aoft_deploy.files import settle, writable_folder
-from aoft_deploy.training.analysis.plots import DPI
 
 __all__ = ["draw_throughput"]
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +15,8 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.isolation import Apart
 from aoft_deploy.artefacts.protocols import Engine
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.processors import processors
 
-__all__ = ["Subject", "Timing", "gemm_peaks", "inputs_for", "interleaved", "machine", "trusted"]
-
-SIDES = (256, 512, 1024, 2048)
-"""Of the square matrices that the peak is measured with. The largest reuses every cache; where one
-would take too long, the smaller ones before it count."""
-
-REPEATS = 8
-"""Products of the largest size; of a smaller one two, of which the first may set things up."""
-
-Product = Callable[[], Any]
-"""One product of two square matrices."""
+__all__ = ["Subject", "Timing", "inputs_for", "interleaved", "trusted"]
 
 
 @dataclass(frozen=True)
@@ -190,74 +176,6 @@ def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...], clock: Callable[[
     return clock() - start
 
 
-def gemm_peaks(
-    threads: int | None = None,
-    seconds: float = 6.0,
-    *,
-    products: Mapping[str, Callable[[int], Product]] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Operations a second that this machine's CPU reaches in large products, by precision.
-
-    The best that PyTorch's libraries reach. A precision is left out unless it is faster than fp32:
-    without instructions for it the processor has no limit of its own there, and PyTorch may have
-    no kernel at all (int8 on AVX2 takes 25 s for a product that fp32 does in 0.2). int8 is counted
-    in integer operations.
-
-    Args:
-        threads: None is as many as PyTorch takes.
-        seconds: Time for all of it; exceeded by at most one small product of each precision.
-        products: From a precision to a function that makes a product from a side; None is
-            PyTorch's, with ``fp32`` among them.
-        clock: Seconds.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    kinds = _torch_products() if products is None else products
-    try:
-        rates = {name: _rate(make, seconds / len(kinds), clock) for name, make in kinds.items()}
-    finally:
-        torch.set_num_threads(before)
-    return {n: rate for n, rate in rates.items() if n == "fp32" or rate > rates["fp32"]}
-
-
-def _torch_products() -> dict[str, Callable[[int], Product]]:
-    """Products in PyTorch, by precision."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-
-    def real(side: int, kind: torch.dtype) -> Product:
-        matrix = torch.randn(side, side, generator=generator).to(kind)
-        return lambda: matrix @ matrix
-
-    def whole(side: int) -> Product:
-        matrix = torch.randint(-63, 64, (side, side), generator=generator, dtype=torch.int8)
-        return lambda: torch._int_mm(matrix, matrix)
-
-    return {
-        "fp32": partial(real, kind=torch.float32),
-        "bf16": partial(real, kind=torch.bfloat16),
-        "int8": whole,
-    }
-
-
-def _rate(make: Callable[[int], Product], seconds: float, clock: Callable[[], float]) -> float:
-    """Operations a second of the best product, of growing ones for as long as there is time."""
-    start, best = clock(), 0.0
-    for side in SIDES:
-        operations, product = 2 * side**3, make(side)
-        for _ in range(REPEATS if side == SIDES[-1] else 2):
-            begin = clock()
-            if best and begin - start + operations / best > seconds:
-                return best
-            product()
-            best = max(best, operations / (clock() - begin))
-    return best
-
-
 def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
     """Those of ``gemm_peaks`` that no engine exceeds.
 
@@ -267,17 +185,3 @@ def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, 
     shares = [(timing.subject.precision, timing.share(peaks) or 0.0) for timing in timings]
     exceeded = {precision for precision, share in shares if share > 1}
     return {name: peak for name, peak in peaks.items() if name not in exceeded}
-
-
-def machine(threads: int | None) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {"processor": _processor(), "cores": processors(), "threads": threads}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return " ".join((names or [platform.processor() or platform.machine()])[0].split())

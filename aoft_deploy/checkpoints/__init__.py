@@ -1,0 +1,28 @@
+"""A tuned task as a file: our own format, the released RLRR files, and PEFT LoRA folders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aoft_deploy._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint, save
+    from aoft_deploy.checkpoints.opening import load, open_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "load",
+    "open_checkpoint",
+    "read_checkpoint",
+    "save",
+]
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "load": "opening",
+    "open_checkpoint": "opening",
+    "read_checkpoint": "checkpoint",
+    "save": "checkpoint",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
+from aoft_deploy.tuning.updates.aoft import AoftLowRank
+from aoft_deploy.tuning.updates.low_rank import LowRank
 from aoft_deploy.tuning.updates.orthogonal import approximately_orthogonal
-from aoft_deploy.tuning.updates.update import AoftLowRank, LowRank, Update
+from aoft_deploy.tuning.updates.update import Update
 
 __all__ = ["bounded", "bypassed_layers", "low_rank_factors"]
 

@@ -7,27 +7,20 @@ and the preprocessing. Nothing in it is ever executed.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from aoft_deploy.checkpoints.file_format import FORMAT, parse_description, read_tensors
+from aoft_deploy.checkpoints.checkpoint import Checkpoint, parse_checkpoint, read_checkpoint
 from aoft_deploy.checkpoints.lora_factors import bypassed_layers
 from aoft_deploy.checkpoints.peft_adapter import PeftFolder, read_peft_folder
 from aoft_deploy.checkpoints.rlrr import is_published, published_preprocessing, read_published
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import BackboneError, CheckpointError, OutputError, UnknownNameError
-from aoft_deploy.file_signatures import foreign
-from aoft_deploy.files import replacing
+from aoft_deploy.errors import CheckpointError, UnknownNameError
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.architecture import CHANGED, called
 from aoft_deploy.tuning.backbones.backbone import (
     Backbone,
@@ -35,123 +28,11 @@ from aoft_deploy.tuning.backbones.backbone import (
     difference,
     file_classifier,
     image_size,
-    unnamed,
 )
-from aoft_deploy.tuning.sites.discovery import classifier_names
-from aoft_deploy.tuning.tuned_model import TunedModel, attach
+from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["Checkpoint", "description", "load", "open_checkpoint", "read_checkpoint", "save"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A task, read from its file.
-
-    Attributes:
-        method: Name of the fine-tuning method.
-        settings: Its settings.
-        backbone: Identity of the backbone that it was trained on.
-        classes: Class names, in the order of the logits.
-        preprocessing: How an image becomes the model's input.
-        tensors: The trained numbers by name.
-        training: Figures of the training run, for information.
-    """
-
-    method: str
-    settings: Mapping[str, Any]
-    backbone: Backbone
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    tensors: Mapping[str, Tensor]
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-
-def save(
-    tuned: TunedModel,
-    path: Path | str,
-    *,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
-    training: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a tuned model's trained numbers as a checkpoint, whole or not at all.
-
-    Args:
-        tuned: The model.
-        path: File to write.
-        classes: One name for each logit.
-        preprocessing: How images were prepared in training.
-        training: Figures of the run, JSON values.
-
-    Raises:
-        CheckpointError: The number of classes differs from the number of logits, or a trained
-            number is not finite.
-        OutputError: The file cannot be written.
-    """
-    if len(classes) != tuned.num_classes:
-        raise CheckpointError(
-            f"{len(classes)} classes are named, but the model has {tuned.num_classes} logits."
-        )
-    tensors = {n: p.detach().cpu().contiguous() for n, p in tuned.trained().items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{name} holds values that are not finite: training diverged.")
-    text = description(tuned, classes, preprocessing, training)
-    with replacing(Path(path)) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"aoft": text})
-        except SafetensorError as error:
-            raise OutputError(f"Cannot write {path}: {error}.") from error
-
-
-def description(
-    tuned: TunedModel,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
-    training: Mapping[str, Any] | None = None,
-) -> str:
-    """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``.
-
-    A backbone that timm does not make by its name and arguments is told so, and only attached to
-    again in Python.
-    """
-    backbone = tuned.identity.to_dict()
-    if why := unnamed(tuned.identity):
-        backbone["origin"] = CHANGED + why
-    metadata = {
-        "format": FORMAT,
-        "method": tuned.method,
-        "settings": tuned.settings,
-        "backbone": backbone,
-        "classes": list(classes),
-        "preprocessing": preprocessing.to_dict(),
-        "training": dict(training or {}),
-    }
-    return json.dumps(metadata)
-
-
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint without its backbone.
-
-    Raises:
-        CheckpointError: The file is missing, no checkpoint, damaged, or of a newer format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
-    try:
-        tensors, metadata = read_tensors(path, "pt")
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(_unreadable(path, error)) from error
-    if "aoft" not in metadata:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but no checkpoint of aoft-train{_belonging(tensors)}."
-        )
-    return _parse(path, metadata["aoft"], tensors)
+__all__ = ["load", "open_checkpoint"]
 
 
 def load(
@@ -275,7 +156,7 @@ def _open_peft(
     """A PEFT LoRA folder on its backbone, as our own method ``lora``."""
     folder = read_peft_folder(path)
     if "aoft" in folder.metadata:
-        checkpoint = _parse(path, folder.metadata["aoft"], {})
+        checkpoint = parse_checkpoint(path, folder.metadata["aoft"], {})
         model, found = _trained_backbone(path, checkpoint, backbone, weights, force)
     elif backbone is not None:
         model, found = _named_backbone(folder, backbone, weights)
@@ -351,38 +232,3 @@ def _pretrained_width(name: str) -> int:
         raise UnknownNameError("backbone", name, timm.list_models())
     config = timm.get_pretrained_cfg(name)
     return int(config.num_classes) if config is not None else 0
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    if told := foreign(path, "safetensors", "torch", "pickle"):
-        return f"{path} is no checkpoint: it {told}."
-    if is_published(path):
-        return (
-            f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
-            "published RLRR .pth files where --backbone and --backbone-weights name their backbone."
-        )
-    return f"{path} is no checkpoint, or a truncated one ({error})."
-
-
-def _belonging(tensors: Mapping[str, Tensor]) -> str:
-    """Where tensors of anybody's belong, as the rest of a sentence."""
-    if any(".lora_A." in name for name in tensors):
-        return ": give the PEFT folder that it lies in"
-    return ", such as a backbone's weights"
-
-
-def _parse(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    metadata = parse_description(path, text)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{name} in {path} is {tensor.dtype}, but must be a float type.")
-    try:
-        backbone = Backbone.from_dict(metadata["backbone"])
-    except BackboneError as error:
-        raise CheckpointError(f"The metadata of {path} names no backbone: {error}") from error
-    classes = tuple(str(name) for name in metadata["classes"])
-    preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
-    rest = {k: metadata[k] for k in ("method", "settings", "training")}
-    return Checkpoint(
-        backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **rest
-    )

@@ -21,7 +21,9 @@ from aoft_deploy.checkpoints.lora_factors import bounded
 from aoft_deploy.checkpoints.peft_config import AdapterConfig
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign
-from aoft_deploy.tuning.sites.discovery import LINEAR_ROLES, classifier_names, find_sites
+from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.sites.discovery import find_sites
+from aoft_deploy.tuning.sites.site import LINEAR_ROLES
 
 __all__ = ["CONFIG", "FILES", "PREFIX", "WEIGHTS", "PeftFolder", "read_peft_folder"]
 

@@ -1,1 +1,1 @@
-"""The commands: each module has ``main(argv)`` and imports what is heavy after parsing."""
+"""One module a command: parse the arguments, call one library function, print the result."""

@@ -53,11 +53,12 @@ def parser() -> argparse.ArgumentParser:
 
 def bench(options: argparse.Namespace) -> None:
     """Time, print, and write what was asked for."""
-    from aoft_deploy.artefacts.timing import gemm_peaks, interleaved, machine, trusted
+    from aoft_deploy.artefacts.machine import gemm_peaks, machine
+    from aoft_deploy.artefacts.timing import interleaved, trusted
+    from aoft_deploy.drawing import check_matplotlib
     from aoft_deploy.errors import OutputError
     from aoft_deploy.files import json_text
     from aoft_deploy.processors import processors
-    from aoft_deploy.training.analysis.plots import check_matplotlib
 
     if options.plot:
         check_matplotlib()
@@ -90,7 +91,7 @@ def _subjects(
 ) -> list[Subject]:
     """Every artefact in every engine asked for, named as shortly as tells them apart."""
     from aoft_deploy.artefacts.isolation import Apart
-    from aoft_deploy.artefacts.protocols import load_artefact
+    from aoft_deploy.artefacts.registry import load_artefact
     from aoft_deploy.artefacts.timing import Subject
 
     short = len({path.name for path in options.artefacts}) == len(options.artefacts)

@@ -144,7 +144,7 @@ def export(options: argparse.Namespace) -> None:
         for name in ("uint8", "backbone", "refittable", "refit"):
             if getattr(options, name):
                 parser().error(f"--{name} does not go with --fleet")
-        from aoft_deploy.artefacts.protocols import get_exporter
+        from aoft_deploy.artefacts.registry import get_exporter
         from aoft_deploy.export.fleet import export_fleet
 
         exported = export_fleet(
@@ -186,7 +186,8 @@ def export(options: argparse.Namespace) -> None:
     if exported.left_in_float:
         print(f"left in float32: {', '.join(exported.left_in_float)}")
     if exported.device is None:
-        from aoft_deploy.artefacts.protocols import DeviceExporter, get_exporter
+        from aoft_deploy.artefacts.protocols import DeviceExporter
+        from aoft_deploy.artefacts.registry import get_exporter
 
         engine = isinstance(get_exporter(options.to), DeviceExporter)
         why = "this machine has no GPU that runs the engine"

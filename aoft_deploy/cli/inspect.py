@@ -69,7 +69,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def _analyse(options: argparse.Namespace) -> None:
-    from aoft_deploy.training.analysis.plots import check_matplotlib, write_analysis
+    from aoft_deploy.drawing import check_matplotlib
+    from aoft_deploy.training.analysis.plots import write_analysis
 
     check_matplotlib()
     from aoft_deploy.training.analysis.quantities import analyse_file

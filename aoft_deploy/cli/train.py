@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aoft_deploy.training.paper_benchmarks.task_run import Outcome
     from aoft_deploy.training.run import Result
 
-__all__ = ["main", "parser"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
 
     from accelerate.state import PartialState
 
-    from aoft_deploy.data.folder import load_data
+    from aoft_deploy.data.sources import load_data
     from aoft_deploy.training.run import train
 
     splits = load_data(options.data, seed=settings.seed)

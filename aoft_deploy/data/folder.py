@@ -4,111 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import tempfile
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from aoft_deploy.data.folder_structure import ClassFolders, quoted, read_image_folder
-from aoft_deploy.data.images import read_image, read_size
-from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
-from aoft_deploy.processors import processors
+from aoft_deploy.data.splits import ImageList, Splits, check_train
+from aoft_deploy.errors import DataError, OutputError, SettingError
 
-__all__ = [
-    "ImageList",
-    "Splits",
-    "cut_parts",
-    "find_faults",
-    "image_paths",
-    "load_data",
-    "load_folder",
-    "refuse_faults",
-]
-
-_NAMED = 10  # classes that a summary names
-_AT_ONCE = 1024  # files that wait for a thread
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """Images with their labels, usable as a torch data set.
-
-    Attributes:
-        images: Paths, read when asked for, or uint8 arrays of shape ``(height, width, 3)``.
-        labels: The index of each image's class.
-    """
-
-    images: Sequence[Path | NDArray[np.uint8]]
-    labels: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Image of mode ``RGB`` and label; an unreadable file is an ``ImageError``."""
-        image = self.images[index]
-        rgb = read_image(image) if isinstance(image, Path) else Image.fromarray(image)
-        return rgb, self.labels[index]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A data set for training: what to fit, what to choose by, and what to report.
-
-    Attributes:
-        train: Images to fit.
-        val: Images to choose settings and epochs by.
-        test: Images to report on once, or None.
-        classes: Class names in the order of the labels; those of folders are sorted.
-        origins: Where each part comes from, a phrase; empty where that is plain.
-        passed_over: What lies beside the images and is not used, a sentence each.
-    """
-
-    train: ImageList
-    val: ImageList
-    test: ImageList | None
-    classes: tuple[str, ...]
-    origins: Mapping[str, str] = field(default_factory=dict)
-    passed_over: tuple[str, ...] = ()
-
-    def summary(self) -> list[str]:
-        """Lines that say which classes there are, and how many images each part has from where."""
-        more = ", …" if len(self.classes) > _NAMED else ""
-        phrases = []
-        for part in ("train", "val", "test"):
-            images: ImageList | None = getattr(self, part)
-            count = "none" if images is None else f"{len(images):,}"
-            origin = f" ({self.origins[part]})" if part in self.origins else ""
-            phrases.append(f"{part} {count}{origin}")
-        return [
-            f"{len(self.classes):,} classes: {', '.join(self.classes[:_NAMED])}{more}",
-            f"images: {', '.join(phrases)}",
-        ]
-
-
-def load_data(source: str, *, seed: int = 0) -> Splits:
-    """Load what a user names: an offline task, or an image folder.
-
-    Args:
-        source: A name of :func:`aoft_deploy.data.task_names`, or else a path. To use a folder
-            that bears the name of a task, write it as ``./name``.
-        seed: Seed of the task, or of the split where the folder has none.
-
-    Raises:
-        UnknownNameError: Neither a task nor a path that exists.
-        DataError: As for :func:`load_folder`.
-    """
-    from aoft_deploy.data import synthetic  # which builds on this module
-
-    if source in synthetic.task_names():
-        return synthetic.load_task(source, seed=seed)
-    if not Path(source).exists():
-        raise UnknownNameError("folder or task", source, synthetic.task_names())
-    return load_folder(Path(source), seed=seed)
+__all__ = ["cut_parts", "image_paths", "load_folder", "write_folder"]
 
 
 def load_folder(
@@ -152,7 +57,7 @@ def load_folder(
             f"({error.filename!r})."
         ) from error
     train, passed_over = found.parts["train"], list(found.passed_over)
-    _check_train(train, root, passed_over)
+    check_train(train, root, passed_over)
     classes = tuple(sorted(train))
     origins = {part: f"in {folder}" for part, folder in found.folders.items() if folder != "."}
     parts = dict(found.parts)
@@ -176,66 +81,6 @@ def load_folder(
 def image_paths(split: ImageList) -> list[Path]:
     """The images of a split that are files, each once."""
     return list(dict.fromkeys(image for image in split.images if isinstance(image, Path)))
-
-
-def find_faults(
-    paths: Sequence[Path], *, whole: bool, tick: Callable[[], object] = lambda: None
-) -> list[str]:
-    """Sentences about the files that cannot be used, in the order of the files.
-
-    Args:
-        paths: The files, which are read in threads.
-        whole: Decode the pixels too; else the headers alone are read.
-        tick: Called after each file.
-    """
-
-    def fault(path: Path) -> str | None:
-        try:
-            (read_image if whole else read_size)(path)
-        except ImageError as error:
-            return str(error)
-        return None
-
-    faults = []
-    with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
-        for start in range(0, len(paths), _AT_ONCE):
-            for found in pool.map(fault, paths[start : start + _AT_ONCE]):
-                tick()
-                if found:
-                    faults.append(found)
-    return faults
-
-
-def refuse_faults(faults: Sequence[str], total: int) -> None:
-    """Refuse images that cannot be used.
-
-    Raises:
-        DataError: There are some; the first five are named.
-    """
-    if faults:
-        first = "; ".join(fault.rstrip(".") for fault in faults[:5])
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise DataError(f"{len(faults)} of {total} images cannot be used: {first}{more}.")
-
-
-def _check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> None:
-    if not train:
-        raise DataError(
-            f"Data folder {str(root)!r} has no class folders: "
-            "put each class's images into a folder named after the class."
-        )
-    if len(train) == 1:
-        (name,) = train
-        raise DataError(
-            f"Data folder {str(root)!r} has one class, {name!r}: use at least 2, "
-            "or give the folder that holds the class folders."
-        )
-    empty = [name for name, images in train.items() if not images]
-    if empty:
-        told = f" ({'; '.join(passed_over)})" if passed_over else ""
-        raise DataError(
-            f"No images for training in class folder {quoted(empty)}: add some or remove it{told}."
-        )
 
 
 def cut_parts(
@@ -279,3 +124,31 @@ def _listed(folder: ClassFolders, classes: tuple[str, ...], part: str) -> ImageL
     if not pairs:
         raise DataError(f"Data folder's part {part} has no images: add some or remove it.")
     return ImageList([path for path, _ in pairs], [label for _, label in pairs])
+
+
+def write_folder(splits: Splits, root: Path) -> None:
+    """Write splits as PNG files ``root/<train|val|test>/<class>/<number>.png``.
+
+    Raises:
+        OutputError: The folder is there already, or cannot be written.
+        ImageError: An image of the splits cannot be read.
+    """
+    if root.exists():
+        raise OutputError(f"Folder {str(root)!r} is there already: remove it or name another.")
+    parts = {"train": splits.train, "val": splits.val}
+    if splits.test is not None:
+        parts["test"] = splits.test
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".writing-") as scratch:
+            for part, images in parts.items():
+                for number in range(len(images)):
+                    image, label = images[number]
+                    path = Path(scratch, root.name, part, splits.classes[label], f"{number:05}.png")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    image.save(path)
+            Path(scratch, root.name).rename(root)
+    except OSError as error:
+        raise OutputError(
+            f"Folder {str(root)!r} cannot be written: {error.strerror or error}."
+        ) from error

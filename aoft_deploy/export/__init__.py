@@ -1,0 +1,27 @@
+"""From one checkpoint, or many, to one verified artefact with its manifest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aoft_deploy._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from aoft_deploy.export.fastest import export_fastest
+    from aoft_deploy.export.fleet import export_fleet
+    from aoft_deploy.export.merged import Exported, export_merged
+
+__all__ = [
+    "Exported",
+    "export_fastest",
+    "export_fleet",
+    "export_merged",
+]
+
+_HOMES = {
+    "Exported": "merged",
+    "export_fastest": "fastest",
+    "export_fleet": "fleet",
+    "export_merged": "merged",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.machine import machine
 from aoft_deploy.artefacts.manifest import check_unchanged
-from aoft_deploy.artefacts.protocols import (
-    CalibratedExporter,
-    FolderExporter,
-    get_exporter,
-    load_artefact,
-)
-from aoft_deploy.artefacts.timing import Subject, interleaved, machine
+from aoft_deploy.artefacts.protocols import CalibratedExporter, FolderExporter
+from aoft_deploy.artefacts.registry import get_exporter, load_artefact
+from aoft_deploy.artefacts.timing import Subject, interleaved
 from aoft_deploy.errors import AoftError, CheckpointError, OutputError, SettingError
 from aoft_deploy.export.merged import (
     Exported,
@@ -33,7 +30,7 @@ from aoft_deploy.export.merged import (
 from aoft_deploy.files import writable_folder
 from aoft_deploy.processors import processors
 
-__all__ = ["CANDIDATES", "Candidate", "choose", "export_fastest"]
+__all__ = ["BATCHES", "CANDIDATES", "Candidate", "choose", "export_fastest"]
 
 CANDIDATES = (
     ("onnx", "fp32"),

@@ -18,16 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.prediction import check_classes
-from aoft_deploy.artefacts.protocols import (
-    Exporter,
-    FleetExporter,
-    FolderExporter,
-    Recipe,
-    exporter_names,
-    get_exporter,
-)
+from aoft_deploy.artefacts.protocols import Exporter, FleetExporter, FolderExporter
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
-from aoft_deploy.checkpoints.opening import Checkpoint, open_checkpoint, read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.data.images import image_files, read_image
 from aoft_deploy.errors import (
     AttachError,
@@ -64,9 +60,11 @@ from aoft_deploy.export.merged import (
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
 from aoft_deploy.tuning.backbones.backbone import difference
+from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import get_method
-from aoft_deploy.tuning.multitask import FleetModel, FoldedModel, MixedModel, classifier_rows
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.multitask import FleetModel, FoldedModel, MixedModel
+from aoft_deploy.tuning.task_layout import classifier_rows
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["export_fleet", "task_names"]
 

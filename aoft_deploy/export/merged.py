@@ -33,12 +33,13 @@ from aoft_deploy.artefacts.protocols import (
     FolderExporter,
     OpsetExporter,
     RangedExporter,
-    Recipe,
     TunedExporter,
-    get_exporter,
 )
+from aoft_deploy.artefacts.registry import get_exporter
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
-from aoft_deploy.checkpoints.opening import Checkpoint, open_checkpoint
+from aoft_deploy.checkpoints.checkpoint import Checkpoint
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import FILES
 from aoft_deploy.data.images import image_files, read_image
 from aoft_deploy.data.preprocessing import Preprocessing
@@ -47,9 +48,34 @@ from aoft_deploy.export.calibration import calibration_files, calibration_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.files import json_text, settle, writable_folder
 from aoft_deploy.tuning.backbones.backbone import difference
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["Exported", "export_merged", "manifest_path"]
+__all__ = [
+    "MIN_AGREEMENT",
+    "Exported",
+    "arithmetic_of",
+    "artefact_size",
+    "bar_for",
+    "built_for",
+    "check_output",
+    "check_output_folder",
+    "device_of",
+    "export_merged",
+    "flops",
+    "judges",
+    "learnt_from",
+    "left_in_float",
+    "logits",
+    "normalised",
+    "on_device",
+    "provenance",
+    "publish",
+    "verifiable",
+    "verification_pixels",
+    "versions",
+    "within",
+]
 
 MIN_AGREEMENT = 0.99
 """Share of images whose top class a low-precision artefact must keep."""
@@ -371,6 +397,7 @@ def _contents(tuned: TunedModel, task: Checkpoint, recipe: Recipe) -> dict[str, 
 
 
 def check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
+    """Refuse a path that an artefact of one file cannot take."""
     if output.is_dir():
         raise OutputError(f"{output} is a folder: name a file with -o.")
     if output.suffix != suffix:
@@ -383,6 +410,7 @@ def check_output(output: Path, suffix: str, inputs: Sequence[Path]) -> None:
 
 
 def check_output_folder(output: Path) -> None:
+    """Refuse a path that an artefact of a folder cannot take."""
     if output.name in ("", "..") or output.is_symlink():
         raise OutputError(f"{output} cannot become a folder: name a new one with -o.")
     manifest = manifest_path(output)
@@ -435,6 +463,7 @@ def _exported(
 
 
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A model's logits of normalised inputs, (batch, classes)."""
     with torch.inference_mode():
         logits: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return logits
@@ -489,6 +518,7 @@ def _input_form(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that an export depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

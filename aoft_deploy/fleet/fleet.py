@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.manifest import unchanged
-from aoft_deploy.artefacts.protocols import load_fleet
+from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.slots import Residency
-from aoft_deploy.fleet.store import TaskStore, open_store
+from aoft_deploy.fleet.store import TaskStore
 from aoft_deploy.fleet.tables import TaskTables
 from aoft_deploy.fleet.task import TaskKind, TaskNumbers, name_of, read_checkpoint_numbers
 

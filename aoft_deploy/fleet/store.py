@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
-from aoft_deploy.errors import CheckpointError
-from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
 from aoft_deploy.fleet.name_index import Names
-from aoft_deploy.fleet.packed_tasks import PackedTasks
 from aoft_deploy.fleet.task import TaskKind, TaskNumbers
 
-__all__ = ["TaskStore", "open_store"]
+__all__ = ["TaskStore"]
 
 
 class TaskStore(Protocol):
@@ -39,20 +35,3 @@ class TaskStore(Protocol):
             CheckpointError: Its numbers cannot be had.
         """
         ...
-
-
-def open_store(path: Path, kind: TaskKind) -> TaskStore:
-    """A folder of checkpoints, or a file that ``pack`` wrote.
-
-    Args:
-        path: Folder or file.
-        kind: What the tasks must be.
-
-    Raises:
-        CheckpointError: There is neither, or the file cannot be used.
-    """
-    if path.is_dir():
-        return CheckpointFolder(path, kind)
-    if path.is_file():
-        return PackedTasks(path, kind)
-    raise CheckpointError(f"There is no folder of checkpoints or file of packed tasks {path}.")

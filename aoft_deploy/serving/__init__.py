@@ -1,1 +1,1 @@
-"""Exported artefacts served over HTTP, in the Open Inference Protocol v2."""
+"""Artefacts and fleets over HTTP in the Open Inference Protocol v2. Needs no torch."""

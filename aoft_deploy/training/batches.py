@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aoft_deploy.data.folder import ImageList
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.data.splits import ImageList
 from aoft_deploy.errors import ImageError
 from aoft_deploy.processors import processors
 from aoft_deploy.training.augmentation import generator, image_transform, mirrored, reseed

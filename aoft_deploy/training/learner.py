@@ -21,9 +21,10 @@ from aoft_deploy.training.augmentation import generator, mix, reseed
 from aoft_deploy.training.batches import Loader, Part
 from aoft_deploy.training.optimisation import make_optimiser, set_rate
 from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.methods import get_method
-from aoft_deploy.tuning.tuned_model import TunedModel, attach
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = [
     "Learner",

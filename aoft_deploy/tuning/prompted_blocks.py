@@ -19,7 +19,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as CosineWindowAtten
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aoft_deploy.tuning.sites.discovery import Site
+from aoft_deploy.tuning.sites.site import Site
 from aoft_deploy.tuning.updates.delta import PromptDelta
 from aoft_deploy.tuning.updates.update import Update
 

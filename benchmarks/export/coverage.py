@@ -45,12 +45,13 @@ from timm.models import (
 from torch import Tensor, nn
 
 from aoft_deploy import attach, merge
-from aoft_deploy.artefacts.protocols import Recipe, get_exporter
+from aoft_deploy.artefacts.registry import get_exporter
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import AttachError
 from aoft_deploy.tuning.backbones.backbone import Backbone
 from aoft_deploy.tuning.methods import get_method, method_names
 from aoft_deploy.tuning.sites.attention_classes import LEFT_ALONE, is_attention
-from aoft_deploy.tuning.sites.discovery import classifier_names
+from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
 
 CLASSES = 5

@@ -29,8 +29,11 @@ import torch_engines
 from torch import nn
 
 from aoft_deploy.artefacts.isolation import Apart
-from aoft_deploy.artefacts.protocols import Engine, Recipe, load_artefact
-from aoft_deploy.artefacts.timing import Subject, gemm_peaks, interleaved, machine, trusted
+from aoft_deploy.artefacts.machine import gemm_peaks, machine
+from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.timing import Subject, interleaved, trusted
 from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.processors import processors

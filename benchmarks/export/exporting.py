@@ -24,12 +24,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from aoft_deploy.artefacts.timing import machine
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.artefacts.machine import machine
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.processors import processors
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import attach
 
 WITHIN = """
 import json, sys, time

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import identify
-from aoft_deploy.tuning.tuned_model import attach, merge
+from aoft_deploy.tuning.merging import merge
 
 CLASSES = 100
 

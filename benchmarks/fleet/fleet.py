@@ -42,16 +42,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from aoft_deploy.artefacts.protocols import load_artefact
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.processors import processors
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.multitask import Layout, MixedModel, classifier_rows
-from aoft_deploy.tuning.tuned_model import TunedModel, attach, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.multitask import MixedModel
+from aoft_deploy.tuning.task_layout import Layout, classifier_rows
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET, lower
 from aoft_exporters.graph.tracing import trace
 

@@ -72,11 +72,11 @@ def checkpoints(model: str, classes: int, folder: Path, count: int) -> tuple[lis
     import timm
     import torch
 
-    from aoft_deploy.checkpoints.opening import save
+    from aoft_deploy.checkpoints.checkpoint import save
     from aoft_deploy.data.preprocessing import Preprocessing
+    from aoft_deploy.tuning.attaching import attach
     from aoft_deploy.tuning.backbones.backbone import Backbone
-    from aoft_deploy.tuning.multitask import Layout
-    from aoft_deploy.tuning.tuned_model import attach
+    from aoft_deploy.tuning.task_layout import Layout
 
     module = timm.create_model(model, num_classes=classes)
     identity = Backbone(model, digest="d" * 64, origin="timm", args={})

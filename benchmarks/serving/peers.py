@@ -35,7 +35,7 @@ import psutil
 import torch
 from torch import nn
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_exporters.onnx import exporter
 

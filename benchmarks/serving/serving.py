@@ -39,8 +39,8 @@ import numpy as np
 from PIL import Image
 
 from aoft_deploy.artefacts.isolation import Apart
-from aoft_deploy.artefacts.protocols import load_artefact
-from aoft_deploy.artefacts.timing import machine
+from aoft_deploy.artefacts.machine import machine
+from aoft_deploy.artefacts.registry import load_artefact
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from aoft_deploy.artefacts.inspection import inspect_file
-from aoft_deploy.artefacts.protocols import load_artefact, load_fleet
+from aoft_deploy.artefacts.registry import load_artefact, load_fleet
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet

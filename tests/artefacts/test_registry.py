@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.artefacts.protocols import exporter_names, get_exporter, load_artefact, load_fleet
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact, load_fleet
 from aoft_deploy.errors import CheckpointError, UnknownNameError
 
 

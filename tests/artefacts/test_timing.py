@@ -9,14 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.timing import (
-    Subject,
-    Timing,
-    gemm_peaks,
-    inputs_for,
-    interleaved,
-    trusted,
-)
+from aoft_deploy.artefacts.machine import gemm_peaks
+from aoft_deploy.artefacts.timing import Subject, Timing, inputs_for, interleaved, trusted
 from aoft_deploy.errors import CheckpointError
 
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from aoft_deploy.artefacts.protocols import Recipe, exporter_names, get_exporter
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import VerificationError

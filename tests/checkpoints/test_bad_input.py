@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from safetensors_faults import FAULTS, faulty
 
-from aoft_deploy.checkpoints.opening import save as save_checkpoint
+from aoft_deploy.checkpoints.checkpoint import save as save_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import main as inspect_main
 from aoft_deploy.data.preprocessing import Preprocessing

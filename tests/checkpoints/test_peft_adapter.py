@@ -25,13 +25,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.checkpoints.peft_config import AdapterConfig
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import CheckpointError, UnknownNameError
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 VIT, EVA, BEIT = "peft_test_vit", "peft_test_eva", "peft_test_beit"
 SIZE, WIDTH, CLASSES = 32, 32, 6

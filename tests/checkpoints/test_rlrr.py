@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from aoft_deploy.checkpoints.opening import read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.rlrr import is_published, published_preprocessing, read_published
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import main as inspect_main

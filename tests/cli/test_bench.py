@@ -70,7 +70,7 @@ def test_the_share_is_that_of_the_peak_in_the_artefacts_precision(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     peaks = {"fp32": 1e15, "int8": 2e15}
-    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", lambda threads: peaks)
+    monkeypatch.setattr("aoft_deploy.artefacts.machine.gemm_peaks", lambda threads: peaks)
     options = [str(artefact), "--batches", "2", "--rounds", "2"]
     assert main([*options, "--json", str(tmp_path / "figures.json")]) == 0
     (row,) = json.loads((tmp_path / "figures.json").read_text("utf-8"))["rows"]
@@ -90,7 +90,7 @@ def test_no_share_is_above_100_per_cent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     peaks = {"fp32": 1.0, "int8": 2.0}
-    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", lambda threads: peaks)
+    monkeypatch.setattr("aoft_deploy.artefacts.machine.gemm_peaks", lambda threads: peaks)
     options = [str(artefact), "--batches", "1", "--rounds", "2"]
     assert main([*options, "--json", str(tmp_path / "figures.json")]) == 0
     found = json.loads((tmp_path / "figures.json").read_text("utf-8"))
@@ -107,7 +107,7 @@ def test_the_timings_are_told_before_the_peaks_are_measured(
         assert re.search(rf"^ +1 +{artefact.name} +[\d.]+ ", capsys.readouterr().out, re.M)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aoft_deploy.artefacts.timing.gemm_peaks", stopped)
+    monkeypatch.setattr("aoft_deploy.artefacts.machine.gemm_peaks", stopped)
     assert main([str(artefact), "--batches", "1", "--rounds", "1"]) == 1
 
 

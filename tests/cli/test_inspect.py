@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from aoft_deploy import approximately_orthogonal
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.cli.inspect import main
-from aoft_deploy.training.analysis.plots import COLOURS, DPI
-from aoft_deploy.training.analysis.quantities import orthogonality
+from aoft_deploy.drawing import DPI
+from aoft_deploy.training.analysis.orthogonality import orthogonality
+from aoft_deploy.training.analysis.plots import COLOURS
 
 
 def test_text_shows_one_line_per_fact(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.checkpoints.opening import read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.cli.train import main, parser
 from aoft_deploy.cli.train_options import given_settings
-from aoft_deploy.data.synthetic import load_task, write_folder
+from aoft_deploy.data.folder import write_folder
+from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.training.settings import TrainingSettings
 
 SHAPES = load_task("shape", train=30, val=12, test=12)

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aoft_deploy.data.folder import (
-    ImageList,
-    find_faults,
-    image_paths,
-    load_data,
-    load_folder,
-    refuse_faults,
-)
+from aoft_deploy.data.folder import image_paths, load_folder
+from aoft_deploy.data.sources import load_data
+from aoft_deploy.data.splits import ImageList, find_faults, refuse_faults
 from aoft_deploy.errors import DataError, ImageError, SettingError, UnknownNameError
 
 
@@ -681,7 +676,7 @@ def test_decoding_finds_what_headers_hide(ready: Path) -> None:
 def test_every_file_is_looked_at_however_many_there_are(
     flat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aoft_deploy.data.folder._AT_ONCE", 3)
+    monkeypatch.setattr("aoft_deploy.data.splits._AT_ONCE", 3)
     paths = sorted(flat.rglob("*.png"))
     for path in paths[::7]:
         path.write_bytes(b"")

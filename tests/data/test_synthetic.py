@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.data import synthetic
-from aoft_deploy.data.folder import ImageList, Splits, load_folder
-from aoft_deploy.data.synthetic import load_task, task_names, write_folder
+from aoft_deploy.data import scenes
+from aoft_deploy.data.folder import load_folder, write_folder
+from aoft_deploy.data.splits import ImageList, Splits
+from aoft_deploy.data.synthetic import load_task, task_names
 from aoft_deploy.errors import ImageError, OutputError, SettingError, UnknownNameError
 
 SCENES = [name for name in task_names() if name != "digits"]
@@ -115,13 +116,13 @@ def test_a_longer_training_set_begins_like_a_shorter_one_and_leaves_the_rest() -
 def test_the_hue_of_the_colour_task_is_that_of_the_class() -> None:
     splits = load_task("colour", train=40, val=1, test=0)
     for image, label in zip(pixels(splits.train), splits.train.labels, strict=True):
-        target = synthetic._HUES[splits.classes[label]]
+        target = scenes.HUES[splits.classes[label]]
         hsv = np.asarray(Image.fromarray(image).convert("HSV"), dtype=float).reshape(-1, 3)
         vivid = hsv[hsv[:, 1] > 150, 0] * (360 / 255)
         assert np.sum(np.abs((vivid - target + 180) % 360 - 180) < 25) > 100
 
 
-class _Recorder(synthetic._Canvas):
+class _Recorder(scenes.Canvas):
     """A canvas that remembers what was put on it."""
 
     def __init__(self, seed: int) -> None:
@@ -136,7 +137,7 @@ class _Recorder(synthetic._Canvas):
 @pytest.mark.parametrize("label", range(8))
 def test_the_count_task_draws_that_many_shapes_that_do_not_touch(label: int) -> None:
     canvas = _Recorder(label)
-    synthetic._count_scene(canvas, label)
+    scenes.count_scene(canvas, label)
     centres = [centre for centre, _ in canvas.put_calls]
     assert len(centres) == label + 1
     gaps = [np.linalg.norm(a - b) for i, a in enumerate(centres) for b in centres[:i]]
@@ -146,7 +147,7 @@ def test_the_count_task_draws_that_many_shapes_that_do_not_touch(label: int) -> 
 @pytest.mark.parametrize("label", range(16))
 def test_the_position_task_draws_the_star_in_its_cell(label: int) -> None:
     canvas = _Recorder(label)
-    synthetic._position_scene(canvas, label)
+    scenes.position_scene(canvas, label)
     cells = [int(y // 16) * 4 + int(x // 16) for (x, y), _ in canvas.put_calls]
     assert cells[0] == label
     assert label not in cells[1:]
@@ -158,12 +159,12 @@ def test_the_position_task_draws_the_star_in_its_cell(label: int) -> None:
 @pytest.mark.parametrize("label", range(12))
 def test_the_orientation_task_turns_the_object_counter_clockwise(label: int) -> None:
     canvas = _Recorder(label)
-    synthetic._orientation_scene(canvas, label)
+    scenes.orientation_scene(canvas, label)
     assert abs(canvas.put_calls[-1][1] - 15 * label) <= 4
-    blank = synthetic._Canvas(np.random.default_rng(0))
+    blank = scenes.Canvas(np.random.default_rng(0))
     before = np.asarray(blank.image).copy()
     angle = 15 * label
-    blank.put(synthetic._BAR * (25, 4), np.array([32.0, 32]), angle, (255, 0, 255))
+    blank.put(scenes.BAR * (25, 4), np.array([32.0, 32]), angle, (255, 0, 255))
     y, x = np.nonzero((np.asarray(blank.image) != before).any(axis=-1))
     _, vectors = np.linalg.eigh(np.cov(x, -y))
     found = np.degrees(np.arctan2(vectors[1, -1], vectors[0, -1]))

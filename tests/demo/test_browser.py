@@ -23,7 +23,8 @@ from aoft_demo.actions.evidence import accuracies
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_demo.views.classify_tab import FRESH
 from aoft_deploy.artefacts.prediction import load_classifier, ranked
-from aoft_deploy.checkpoints.opening import load, read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
 from aoft_deploy.training.analysis.quantities import analyse_file
 

@@ -20,7 +20,7 @@ from aoft_demo.actions.classify import Answers
 from aoft_demo.actions.evidence import accuracies, results_folder, speeds
 from aoft_demo.actions.inside import Insight
 from aoft_demo.actions.swap import Agreement
-from aoft_demo.views import cards
+from aoft_demo.views import cards, notices, units
 from aoft_demo.views.charts import Bar, Line, bars, lines
 from aoft_demo.views.choosers import chooser, names_among, refreshed
 from aoft_demo.views.failures import sentence, told
@@ -36,8 +36,8 @@ def test_names_of_strangers_are_text() -> None:
     answers = Answers({bad: [Prediction(bad, 1.0)]}, 0.01, 1e-5, 3, 4)
     for html in (
         cards.answer_cards(answers),
-        cards.problem(bad, bad),
-        cards.done(bad, bad),
+        notices.problem(bad, bad),
+        notices.done(bad, bad),
         cards.of_picture("", bad),
         cards.angle_cards(bad, Insight((), (), "lora", ())),
         cards.agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
@@ -52,7 +52,7 @@ def test_figures_are_in_units_that_suit_them() -> None:
     html = cards.answer_cards(answers)
     for text in ("12.3 ms", "42 µs", "25.0%", 'data-p="0.250000"', "3 × 4 pixels"):
         assert text in html
-    assert [cards.size(n) for n in (12, 28_300, 10_900_000, 2e9)] == [
+    assert [units.size(n) for n in (12, 28_300, 10_900_000, 2e9)] == [
         "12 bytes",
         "28.3 KB",
         "10.9 MB",

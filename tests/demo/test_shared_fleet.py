@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from aoft_demo.actions.classify import MAX_STORED, classify, read_picture
+from aoft_demo.actions.export import export_task
 from aoft_demo.actions.inside import attention_map, insight, lora_angles, overlay
 from aoft_demo.actions.swap import residents, verify
 from aoft_demo.tasks.shared_fleet import BUNDLED, Stage, bundled_checkpoints, open_stage, task_bytes
 from aoft_demo.tasks.visitors import IDLE, MOST_TASKS, Visitor, Visitors, task_name
-from aoft_demo.views.export_tab import export_task
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.synthetic import load_task

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import OutputError

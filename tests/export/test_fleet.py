@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.verification import Bar
-from aoft_deploy.checkpoints.opening import open_checkpoint, save
+from aoft_deploy.checkpoints.checkpoint import save
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, AttachError, SettingError, VerificationError
 from aoft_deploy.export.fleet import _verified, export_fleet
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import attach
 from aoft_exporters.onnx import exporter
 
 CLASSES = {"cats": ("tabby", "siamese"), "dogs": ("pug", "husky", "collie"), "日": ("a", "b")}

@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aoft_deploy.artefacts.protocols import exporter_names, get_exporter
-from aoft_deploy.checkpoints.opening import load, open_checkpoint, read_checkpoint, save
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
+from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export.merged import export_merged, manifest_path
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.methods import get_method
-from aoft_deploy.tuning.tuned_model import TunedModel, attach
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from aoft_deploy.artefacts.verification import Bar, verify
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.images import image_files, read_image
 from aoft_deploy.data.preprocessing import Preprocessing

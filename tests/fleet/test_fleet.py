@@ -22,15 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aoft_deploy.checkpoints import file_format
-from aoft_deploy.checkpoints.opening import open_checkpoint, save
+from aoft_deploy.checkpoints.checkpoint import save
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
 from aoft_deploy.fleet.fleet import Fleet, TaskAnswer
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import attach, merge
+from aoft_deploy.tuning.merging import merge
 
 WIDTHS = (2, 5, 3, 4, 2, 9, 5, 8, 6, 3, 2, 7)
 HALF = (0.5, 0.5, 0.5)

@@ -22,8 +22,8 @@ from aoft_deploy.errors import CheckpointError, OutputError, SettingError, Unkno
 from aoft_deploy.fleet import packed_tasks
 from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
 from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import ENTRY, TRAILER, PackedTasks, pack
-from aoft_deploy.fleet.store import open_store
 from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
 
 KIND = TaskKind(

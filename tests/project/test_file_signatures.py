@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
-from aoft_deploy.checkpoints.opening import read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import CONFIG, WEIGHTS, read_peft_folder
 from aoft_deploy.checkpoints.rlrr import read_published
 from aoft_deploy.cli.export import main as export_main

@@ -26,7 +26,7 @@ from aoft_deploy.artefacts.onnx_metadata import (
     digest_entry,
     read_metadata,
 )
-from aoft_deploy.artefacts.protocols import load_artefact, load_fleet
+from aoft_deploy.artefacts.registry import load_artefact, load_fleet
 from aoft_deploy.cli.bench import main as bench
 from aoft_deploy.cli.export import main as export
 from aoft_deploy.cli.predict import main as predict

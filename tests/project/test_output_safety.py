@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 
 from aoft_deploy.artefacts.manifest import manifest_path
-from aoft_deploy.artefacts.protocols import load_artefact
-from aoft_deploy.checkpoints.opening import read_checkpoint
-from aoft_deploy.checkpoints.opening import save as save_checkpoint
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import save as save_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.files import file_digest, replacing, write_json
 from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import pack
-from aoft_deploy.fleet.store import open_store
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 

@@ -19,8 +19,9 @@ import torch
 from made_model import metadata_of
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import load_artefact
-from aoft_deploy.checkpoints.opening import open_checkpoint, save
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.checkpoint import save
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import attach
 
 NAME, HALF = "vit_tiny_patch16_224", (0.5, 0.5, 0.5)
 

@@ -25,7 +25,7 @@ import pytest
 from made_model import BODY, answered, asking, harmless, made, metadata_of
 
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.images import read_image
 from aoft_deploy.fleet.fleet import Fleet
 

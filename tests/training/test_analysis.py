@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aoft_deploy import approximately_orthogonal, attach, merge
-from aoft_deploy.checkpoints.opening import read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.training.analysis.quantities import analyse, analyse_file, orthogonality
+from aoft_deploy.training.analysis.orthogonality import orthogonality
+from aoft_deploy.training.analysis.quantities import analyse, analyse_file
 from aoft_deploy.training.run import train
 from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.backbones.backbone import create_backbone

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
-from aoft_deploy.data.folder import ImageList
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.data.splits import ImageList
 from aoft_deploy.training.batches import Loader, PixelBatches, training_parts
 from aoft_deploy.training.learner import Learner, only_depth_is_random
 from aoft_deploy.training.settings import TrainingSettings
-from aoft_deploy.tuning.tuned_model import attach
+from aoft_deploy.tuning.attaching import attach
 
 NAME = "aoft_vit_nano"
 SIZE, CLASSES, COUNT, BATCH = 16, 3, 11, 4

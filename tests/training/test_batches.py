@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from aoft_deploy.data.folder import ImageList
+from aoft_deploy.data.folder import write_folder
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.data.synthetic import load_task, write_folder
+from aoft_deploy.data.splits import ImageList
+from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import ImageError
 from aoft_deploy.training.batches import (
     Loader,

@@ -15,9 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from aoft_deploy.checkpoints.opening import load, read_checkpoint
-from aoft_deploy.data.folder import ImageList, load_folder
-from aoft_deploy.data.synthetic import load_task, write_folder
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.opening import load
+from aoft_deploy.data.folder import load_folder, write_folder
+from aoft_deploy.data.splits import ImageList
+from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import (
     BackboneError,
     DataError,

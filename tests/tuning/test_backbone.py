@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aoft_deploy import attach, save
-from aoft_deploy.checkpoints.opening import load, read_checkpoint
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, BackboneError, CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
-from aoft_deploy.fleet.store import open_store
 from aoft_deploy.fleet.task import TaskKind, read_checkpoint_numbers
 from aoft_deploy.tuning.backbones.architecture import called, first_difference, same_architecture
 from aoft_deploy.tuning.backbones.backbone import (

@@ -34,7 +34,8 @@ from aoft_deploy.tuning.sites.attention_classes import (
     fused_parts,
     parts_refusal,
 )
-from aoft_deploy.tuning.sites.discovery import classifier_names, find_sites
+from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.sites.discovery import find_sites
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"

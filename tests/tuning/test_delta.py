@@ -9,27 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.tuning import tuned_model
-from aoft_deploy.tuning.tuned_model import UpdatedModule, fold_exactly
+from aoft_deploy.tuning import exact_folding
+from aoft_deploy.tuning.exact_folding import fold_exactly
+from aoft_deploy.tuning.tuned_model import UpdatedModule
+from aoft_deploy.tuning.updates.aoft import Aoft, AoftLowRank
+from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import (
     Delta,
     OutputDelta,
     PromptDelta,
     Rows,
     WeightDelta,
-    apply_linear,
-    fold_rows,
     matrix_shape,
 )
-from aoft_deploy.tuning.updates.update import (
-    Aoft,
-    AoftLowRank,
-    LowRank,
-    LowRankAdapter,
-    Rescale,
-    ScaleShift,
-    Update,
-)
+from aoft_deploy.tuning.updates.folding import fold_rows
+from aoft_deploy.tuning.updates.low_rank import LowRank, LowRankAdapter
+from aoft_deploy.tuning.updates.rescale import Rescale
+from aoft_deploy.tuning.updates.scale_shift import ScaleShift
+from aoft_deploy.tuning.updates.update import Update
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -76,7 +73,7 @@ def test_rescaling_a_convolution_is_the_published_plain_view(kind: str) -> None:
     )
     module = UpdatedModule(layer, [((0, layer.out_channels), update)])
     assert (module(x) - expected).abs().max() < 1e-12
-    plain, shift = module.plain(tuned_model.exact_deltas([update]), in_place=False)
+    plain, shift = module.plain(exact_folding.exact_deltas([update]), in_place=False)
     assert shift is None and type(plain) is nn.Conv2d
     assert (plain(x) - expected).abs().max() < 1e-12
 
@@ -166,7 +163,7 @@ def test_layers_in_another_memory_format_take_updates_too() -> None:
     module = UpdatedModule(layer, [((0, 6), update)])
     assert torch.allclose(module(x), expected, atol=1e-13)
     for in_place in (False, True):
-        plain, _ = module.plain(tuned_model.exact_deltas([update]), in_place)
+        plain, _ = module.plain(exact_folding.exact_deltas([update]), in_place)
         assert torch.allclose(plain(x), expected, atol=1e-13)
 
 
@@ -225,10 +222,10 @@ def test_folding_a_block_of_rows_at_a_time_gives_the_same_weight(
     for i, parameter in enumerate(update.parameters()):
         parameter.data = random(*parameter.shape, seed=i)
     weight, bias = random(12, 5), random(12)
-    delta = tuned_model.exact_deltas([update])[update]
+    delta = exact_folding.exact_deltas([update])[update]
     expected, expected_bias = fold_rows(weight, bias, [((3, 11), delta)])
     assert expected_bias is not None
-    monkeypatch.setattr(tuned_model, "FOLDED_AT_ONCE", at_once)
+    monkeypatch.setattr(exact_folding, "FOLDED_AT_ONCE", at_once)
     for in_place in (False, True):
         folded, new_bias = fold_exactly(weight, bias, [((3, 11), delta)], in_place)
         assert torch.allclose(folded, expected, atol=1e-14)

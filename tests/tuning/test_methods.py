@@ -13,8 +13,11 @@ from torch import nn
 
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.tuning.methods import METHODS, get_method, method_names
-from aoft_deploy.tuning.sites.discovery import classifier_names, find_sites
-from aoft_deploy.tuning.updates.update import Rescale, ScaleShift, Shift, Update
+from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.sites.discovery import find_sites
+from aoft_deploy.tuning.updates.rescale import Rescale
+from aoft_deploy.tuning.updates.scale_shift import ScaleShift, Shift
+from aoft_deploy.tuning.updates.update import Update
 
 AOFT = {"rank": 8, "scale": 1.0, "strict": False}
 ADAPTER = {**AOFT, "shared": False, "residual": True, "targets": "auto"}

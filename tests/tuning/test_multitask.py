@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from aoft_deploy import attach, merge
 from aoft_deploy.errors import AttachError, CheckpointError
 from aoft_deploy.tuning.methods import method_names
-from aoft_deploy.tuning.multitask import FoldedModel, Layout, MixedModel, classifier_rows
+from aoft_deploy.tuning.multitask import FoldedModel, MixedModel
+from aoft_deploy.tuning.task_layout import Layout, classifier_rows
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

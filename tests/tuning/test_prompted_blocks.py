@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aoft_deploy import attach, merge
-from aoft_deploy.artefacts.protocols import Recipe
-from aoft_deploy.checkpoints.opening import load, save
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.checkpoint import save
+from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AttachError
 from aoft_deploy.tuning.backbones.backbone import create_backbone, identify
-from aoft_deploy.tuning.multitask import Layout, MixedModel, classifier_rows
+from aoft_deploy.tuning.multitask import MixedModel
 from aoft_deploy.tuning.prompted_blocks import FixedPrompts, Prompted
+from aoft_deploy.tuning.task_layout import Layout, classifier_rows
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 SWIN, SWIN_V2, VIT = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "aoft_vit_nano"

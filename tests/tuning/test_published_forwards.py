@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from aoft_deploy import attach, merge
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.tuning.tuned_model import TunedModel, _absorb
+from aoft_deploy.tuning.merging import _absorb
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 PLAIN: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {

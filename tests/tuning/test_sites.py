@@ -13,13 +13,9 @@ import torch
 from torch import nn
 
 from aoft_deploy.errors import AttachError
-from aoft_deploy.tuning.sites.discovery import (
-    LINEAR_ROLES,
-    NORM_ROLES,
-    Site,
-    classifier_names,
-    find_sites,
-)
+from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.sites.discovery import find_sites
+from aoft_deploy.tuning.sites.site import LINEAR_ROLES, NORM_ROLES, Site
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},

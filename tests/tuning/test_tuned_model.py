@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from aoft_deploy import attach, merge
-from aoft_deploy.checkpoints.opening import load, read_checkpoint, save
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
+from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import (
@@ -30,7 +31,7 @@ from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.prompted_blocks import Prompted
 from aoft_deploy.tuning.sites.discovery import find_sites
 from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
-from aoft_deploy.tuning.updates.update import ScaleShift, Shift
+from aoft_deploy.tuning.updates.scale_shift import ScaleShift, Shift
 
 NARROW: dict[str, Any] = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 2}
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 2}

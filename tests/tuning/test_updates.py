@@ -12,23 +12,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuning.tuned_model import UpdatedModule, exact_deltas, fold_exactly
+from aoft_deploy.tuning.exact_folding import exact_deltas, fold_exactly
+from aoft_deploy.tuning.tuned_model import UpdatedModule
 from aoft_deploy.tuning.updates import update as kinds_module
-from aoft_deploy.tuning.updates.delta import PromptDelta, WeightDelta, apply_linear, fold_rows
-from aoft_deploy.tuning.updates.update import (
-    Aoft,
-    AoftAdapter,
-    AoftLowRank,
-    AoftPrompts,
-    Init,
-    LowRank,
-    LowRankAdapter,
-    Prompts,
-    Rescale,
-    ScaleShift,
-    Shift,
-    Update,
-)
+from aoft_deploy.tuning.updates.aoft import Aoft, AoftAdapter, AoftLowRank, AoftPrompts
+from aoft_deploy.tuning.updates.applying import apply_linear
+from aoft_deploy.tuning.updates.delta import PromptDelta, WeightDelta
+from aoft_deploy.tuning.updates.folding import fold_rows
+from aoft_deploy.tuning.updates.low_rank import LowRank, LowRankAdapter
+from aoft_deploy.tuning.updates.prompts import Prompts
+from aoft_deploy.tuning.updates.rescale import Init, Rescale
+from aoft_deploy.tuning.updates.scale_shift import ScaleShift, Shift
+from aoft_deploy.tuning.updates.update import Update
 
 IN, OUT, RANK, SCALE = 12, 10, 4, 0.5
 ROWS = (0, OUT)

@@ -1,0 +1,1 @@
+"""Requests joined into batches for one engine."""

@@ -1,0 +1,1 @@
+"""The models of a server: found on disk, opened, and replaced while it runs."""

@@ -18,7 +18,8 @@ from PIL.Image import Image
 
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.artefacts.prediction import check_classes
-from aoft_deploy.artefacts.protocols import Engine, load_artefact
+from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.fleet.fleet import Fleet

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aoft_deploy.artefacts.manifest import signature
-from aoft_deploy.artefacts.protocols import TunedExporter, exporter_names, get_exporter
+from aoft_deploy.artefacts.protocols import TunedExporter
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 
 __all__ = ["CHECKPOINT", "Sight", "is_name", "printable", "seen"]
 

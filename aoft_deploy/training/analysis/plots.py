@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aoft_deploy.errors import MissingExtraError, OutputError
+from aoft_deploy.drawing import DPI, check_matplotlib
+from aoft_deploy.errors import OutputError
 from aoft_deploy.files import json_text, settle, writable_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DPI", "check_matplotlib", "draw", "write_analysis"]
+__all__ = ["draw", "write_analysis"]
 
-DPI = 150
 
 COLOURS = {
     "weight": "#4d4d4d",
@@ -48,18 +48,6 @@ NORMS = {
 }
 
 PICTURES = ("angles.png", "spectral_norms.png", "orthogonality.png")
-
-
-def check_matplotlib() -> None:
-    """Refuse to begin without the library that draws.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots") from error
 
 
 def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -27,67 +27,21 @@ from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.training.analysis.geometry import (
     Angles,
-    ao_columns,
     change_norm,
-    deviation,
     spectral_norm,
 )
+from aoft_deploy.training.analysis.orthogonality import deviations, orthogonality, projections
 from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.exact_folding import exact_deltas
+from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import get_method
-from aoft_deploy.tuning.sites.discovery import LINEAR_ROLES, Site, find_sites
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule, exact_deltas, merge
+from aoft_deploy.tuning.sites.discovery import find_sites
+from aoft_deploy.tuning.sites.site import LINEAR_ROLES, Site
+from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
 from aoft_deploy.tuning.updates.delta import OutputDelta, PromptDelta, WeightDelta, matrix_shape
-from aoft_deploy.tuning.updates.update import AoftLowRank, AoftPrompts, LowRank, Prompts, Update
+from aoft_deploy.tuning.updates.update import Update
 
-__all__ = ["analyse", "analyse_file", "orthogonality"]
-
-
-def ao_vectors(update: Update) -> dict[str, Tensor]:
-    """The vectors that generate an update's AO matrices, by the kind of matrix."""
-    if isinstance(update, AoftLowRank):
-        up = update.q_down if update.options.shared else update.q_up
-        return {"down": update.q_down.detach().cpu(), "up": up.detach().cpu()}
-    if isinstance(update, AoftPrompts):
-        return {"prompts": update.q.detach().cpu()}
-    return {}
-
-
-def projections(update: Update) -> dict[str, Tensor]:
-    """An update's matrices (N, d) by kind: down and up, prompts, or none."""
-    if isinstance(update, AoftLowRank | AoftPrompts):
-        d, strict = update.options.rank, update.options.strict
-        vectors = ao_vectors(update).items()
-        return {kind: ao_columns(q.double(), d, strict=strict) for kind, q in vectors}
-    if isinstance(update, LowRank):
-        return {"down": update.a.detach().cpu().double().mT, "up": update.b.detach().cpu().double()}
-    if isinstance(update, Prompts):
-        return {"prompts": update.tokens.detach().cpu().double().mT}
-    return {}
-
-
-def _deviations(update: Update) -> dict[str, float]:
-    if not isinstance(update, AoftLowRank | AoftPrompts):
-        return {}
-    d, strict = update.options.rank, update.options.strict
-    return {kind: deviation(q, d, strict=strict) for kind, q in ao_vectors(update).items()}
-
-
-def orthogonality(tuned: TunedModel) -> dict[str, float]:
-    """How far a model's AO matrices are from strictly orthogonal, for the metrics of an epoch.
-
-    Returns:
-        ``deviation_KIND_mean`` and ``deviation_KIND_max`` over all sites, KIND being ``down`` and
-        ``up`` or ``prompts``; empty for a method without AO matrices.
-    """
-    found: dict[str, list[float]] = defaultdict(list)
-    for update in tuned.updates.values():
-        for kind, value in _deviations(update).items():
-            found[kind].append(value)
-    figures = {}
-    for kind, values in found.items():
-        figures[f"deviation_{kind}_mean"] = math.fsum(values) / len(values)
-        figures[f"deviation_{kind}_max"] = max(values)
-    return figures
+__all__ = ["analyse", "analyse_file"]
 
 
 def analyse_file(
@@ -210,7 +164,7 @@ def analyse(tuned: TunedModel, before: nn.Module | None = None) -> dict[str, Any
                 "angles": {kind: part.summary() for kind, part in found.items() if part.pairs},
                 "spectral_norms": norms,
                 "change_ratio": _ratio(norms),
-                "deviations": {} if update is None else _deviations(update),
+                "deviations": {} if update is None else deviations(update),
             }
         )
     kinds = {kind: _pooled(part) for kind, part in total.items() if part.pairs}

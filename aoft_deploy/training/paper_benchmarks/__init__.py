@@ -1,0 +1,1 @@
+"""The papers' benchmarks: VTAB-1k and FGVC, their recipes, runs and tables."""

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.data.folder import ImageList, Splits, cut_parts
+from aoft_deploy.data.folder import cut_parts
+from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.errors import DataError, SettingError
 from aoft_deploy.training.paper_benchmarks.image_lists import (
     Entry,

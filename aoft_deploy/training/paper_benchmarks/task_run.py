@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from accelerate.state import PartialState
 
-from aoft_deploy.data.folder import Splits
+from aoft_deploy.data.splits import Splits
 from aoft_deploy.errors import CheckpointError, DivergedError, OutputError
 from aoft_deploy.files import file_digest, write_json
 from aoft_deploy.training.batches import fingerprint

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from aoft_deploy.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from aoft_deploy.data.folder import Splits
+    from aoft_deploy.data.splits import Splits
 
-__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkTask", "deviations", "find_task"]
+__all__ = ["BENCHMARKS", "FGVC", "VTAB", "Benchmark", "BenchmarkTask", "deviations", "find_task"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from aoft_deploy.data.folder import ImageList, Splits
+from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.errors import DataError
 from aoft_deploy.training.paper_benchmarks.image_lists import (
     Entry,

@@ -1,0 +1,1 @@
+"""The frozen timm model: created, given its weights, and identified."""

@@ -30,7 +30,7 @@ from aoft_deploy.tuning.backbones.architecture import (
 from aoft_deploy.tuning.backbones.jax_weights import load_npz
 from aoft_deploy.tuning.backbones.timm_loading import Load, Usual, made, skeleton
 from aoft_deploy.tuning.backbones.weights_file import check_fit, file_weights
-from aoft_deploy.tuning.sites.discovery import classifier_names
+from aoft_deploy.tuning.sites.classifier import classifier_names
 
 __all__ = [
     "Backbone",

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from aoft_deploy.errors import BackboneError
-from aoft_deploy.tuning.sites.discovery import classifier_names
+from aoft_deploy.tuning.sites.classifier import classifier_names
 
 __all__ = ["load_npz"]
 

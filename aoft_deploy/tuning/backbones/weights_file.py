@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from aoft_deploy.errors import BackboneError
 from aoft_deploy.file_signatures import file_kind, foreign
 from aoft_deploy.tuning.backbones.timm_loading import Filter, Usual
-from aoft_deploy.tuning.sites.discovery import classifier_names
+from aoft_deploy.tuning.sites.classifier import classifier_names
 
 __all__ = ["LEFT_OUT", "check_fit", "file_weights"]
 

@@ -1,0 +1,1 @@
+"""Places of a model that take updates, found by role."""

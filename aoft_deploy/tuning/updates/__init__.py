@@ -1,0 +1,1 @@
+"""The kinds of update: one formula each, applied, folded or mixed."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["approximately_orthogonal", "factors", "project", "project_back"]
+__all__ = ["approximately_orthogonal", "factors", "flip_first", "project", "project_back"]
 
 SINGULARITY_GUARD = 1e-4
 """Q is singular at q_0 = −1: a q_0 closer to it than this is moved to this distance."""

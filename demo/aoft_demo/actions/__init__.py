@@ -1,0 +1,1 @@
+"""What the page's tabs do, without a page."""

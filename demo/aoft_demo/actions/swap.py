@@ -69,7 +69,7 @@ def verify(visitor: Visitor, name: str) -> Agreement:
     """
     from aoft_deploy.checkpoints.opening import open_checkpoint
     from aoft_deploy.export.merged import logits, normalised
-    from aoft_deploy.tuning.tuned_model import merge
+    from aoft_deploy.tuning.merging import merge
 
     with visitor.using(name) as task:
         source = checkpoint_of(task, name)

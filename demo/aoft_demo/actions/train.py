@@ -15,9 +15,9 @@ from aoft_demo.actions.classify import read_picture
 from aoft_demo.tasks.shared_fleet import Stage
 from aoft_demo.tasks.training_queue import Training
 from aoft_demo.tasks.visitors import task_name
-from aoft_deploy.data.folder import load_folder
+from aoft_deploy.data.folder import load_folder, write_folder
 from aoft_deploy.data.folder_structure import part_of
-from aoft_deploy.data.synthetic import load_task, write_folder
+from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import DataError, SettingError
 
 __all__ = ["EFFORTS", "Step", "plan", "run", "write_pictures", "write_task"]

@@ -1,0 +1,1 @@
+"""How the page looks: tabs, cards, charts and notices."""

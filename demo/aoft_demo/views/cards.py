@@ -22,43 +22,21 @@ from aoft_demo.actions.swap import Agreement, Resident
 from aoft_demo.actions.train import Step
 from aoft_demo.tasks.shared_fleet import Stage
 from aoft_demo.views.charts import Bar, Line, bars, lines
+from aoft_demo.views.notices import empty
+from aoft_demo.views.units import duration, size
 
 __all__ = [
     "agreement_card",
     "angle_cards",
     "answer_cards",
     "attention_card",
-    "done",
-    "empty",
     "evidence_cards",
     "export_card",
     "header",
-    "note",
     "of_picture",
-    "problem",
     "resident_card",
-    "size",
     "training_card",
-    "wait",
 ]
-
-
-def size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
-    for unit in ("bytes", "KB", "MB"):
-        if count < 1000:
-            return (
-                f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-            )
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """A short time in a unit that suits it."""
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.0f} µs"
-    return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def header(stage: Stage, tasks: Sequence[Resident]) -> str:
@@ -73,19 +51,9 @@ def header(stage: Stage, tasks: Sequence[Resident]) -> str:
     )
 
 
-def empty(title: str, text: str) -> str:
-    """Nothing to show yet, and what to do about it."""
-    return f'<div class="empty"><b>{escape(title)}</b><p>{escape(text)}</p></div>'
-
-
 def of_picture(html: str, picture: str) -> str:
     """What is said about a picture, marked with it."""
     return f'<div data-picture="{escape(picture)}">{html}</div>'
-
-
-def wait(text: str) -> str:
-    """Something is under way."""
-    return f'<div class="empty busy" role="status"><b>{escape(text)}</b></div>'
 
 
 def answer_cards(answers: Answers) -> str:
@@ -277,21 +245,6 @@ def export_card(name: str, done: Exported) -> str:
         f'<div class="said good" role="status"><b>{escape(name)}</b> is merged and verified.</div>'
         f'<table class="figures"><tbody>{cells}</tbody></table>'
     )
-
-
-def problem(title: str, text: str) -> str:
-    """What went wrong, where the result would be."""
-    return f'<div class="empty bad" role="alert"><b>{escape(title)}</b><p>{escape(text)}</p></div>'
-
-
-def note(text: str) -> str:
-    """A quiet sentence."""
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def done(name: str, text: str) -> str:
-    """Something about a task has succeeded."""
-    return f'<div class="said good" role="status"><b>{escape(name)}</b> {escape(text)}</div>'
 
 
 def attention_card(name: str, picture: Image.Image, grid: NDArray[np.float32]) -> str:

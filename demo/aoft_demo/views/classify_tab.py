@@ -12,7 +12,7 @@ import gradio as gr
 
 from aoft_demo.actions.classify import classify
 from aoft_demo.tasks.visitors import Visitors
-from aoft_demo.views import cards
+from aoft_demo.views import cards, notices
 from aoft_demo.views.choosers import names_among
 from aoft_demo.views.failures import told
 
@@ -22,7 +22,7 @@ FIRST = 6
 """Tasks that are chosen at the beginning."""
 
 START = cards.of_picture(
-    cards.empty(
+    notices.empty(
         "Drop a picture, or pick an example",
         "Every chosen task answers about it at once, in one pass through the backbone.",
     ),
@@ -33,7 +33,7 @@ FRESH = f"""(picture, html) => {{
     const marked = /data-picture="([^"]*)"/.exec(html ?? "");
     const shown = picture ? picture.path.split("/").slice(-2, -1)[0] : "";
     if (!marked || marked[1] === shown) return html;
-    return picture ? {json.dumps(cards.wait("Looking at the picture …"))} : {json.dumps(START)};
+    return picture ? {json.dumps(notices.wait("Looking at the picture …"))} : {json.dumps(START)};
 }}"""
 """Takes answers away whose picture is not there any more, in the browser, without delay."""
 
@@ -112,7 +112,7 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
     @told("No answer")
     def about(picture: Path, chosen: Sequence[str], request: gr.Request) -> str:
         if not chosen:
-            return cards.empty("No task is chosen", "Tick one below the picture.")
+            return notices.empty("No task is chosen", "Tick one below the picture.")
         visitor = visitors.of(request.session_hash)
         known = [name for name in chosen if name in visitor.tasks]
         return cards.answer_cards(classify(visitor, picture, known))

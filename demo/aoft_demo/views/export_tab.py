@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from aoft_demo.tasks.shared_fleet import checkpoint_of
-from aoft_demo.tasks.visitors import Visitor, Visitors
-from aoft_demo.views import cards
+from aoft_demo.tasks.visitors import Visitors
+from aoft_demo.views import cards, notices
 from aoft_demo.views.choosers import chooser
 from aoft_demo.views.failures import told
 
 if TYPE_CHECKING:
-    from aoft_deploy.export.merged import Exported
+    pass
+from aoft_demo.actions.export import export_task
 from aoft_deploy.errors import SettingError
 
-__all__ = ["ExportTab", "export_tab", "export_task"]
+__all__ = ["ExportTab", "export_tab"]
 
 
 @dataclass(frozen=True)
@@ -30,31 +29,6 @@ class ExportTab:
     """
 
     task: gr.Dropdown
-
-
-def export_task(visitor: Visitor, name: str, *, uint8: bool) -> Exported:
-    """A task's merged model with its manifest, among the visitor's files.
-
-    Raises:
-        AoftError: The task has no checkpoint, it was removed meanwhile, or its answers would
-            differ.
-    """
-    from aoft_deploy.export.merged import export_merged
-
-    folder = visitor.folder / "exports"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with visitor.using(name) as task:
-            return export_merged(
-                checkpoint_of(task, name),
-                folder / f"{name}.onnx",
-                uint8=uint8,
-                weights=visitor.stage.weights,
-                command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] * uint8)],
-            )
-    finally:
-        if visitor.gone:  # its folder was removed while we wrote into it
-            shutil.rmtree(visitor.folder, ignore_errors=True)
 
 
 def export_tab(visitors: Visitors) -> ExportTab:
@@ -72,7 +46,7 @@ def export_tab(visitors: Visitors) -> ExportTab:
             )
         with gr.Column(scale=6, min_width=300):
             panel = gr.HTML(
-                cards.empty(
+                notices.empty(
                     "Nothing exported yet",
                     "The task's numbers are folded into the backbone's weights. The file is run "
                     "and compared with the unmerged model before you get it.",

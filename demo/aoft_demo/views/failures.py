@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from aoft_demo.views.cards import problem
+from aoft_demo.views.notices import problem
 from aoft_deploy.errors import AoftError
 
 __all__ = ["sentence", "told"]

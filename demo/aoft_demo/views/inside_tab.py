@@ -10,7 +10,7 @@ import gradio as gr
 
 from aoft_demo.actions.inside import attention_map, insight, overlay
 from aoft_demo.tasks.visitors import Visitors
-from aoft_demo.views import cards
+from aoft_demo.views import cards, notices
 from aoft_demo.views.choosers import chooser
 from aoft_demo.views.failures import sentence, told
 from aoft_deploy.errors import SettingError
@@ -18,12 +18,12 @@ from aoft_deploy.errors import SettingError
 __all__ = ["InsideTab", "inside_tab"]
 
 
-NOTE = cards.note(
+NOTE = notices.note(
     "Shows the angles between the vectors of the matrices, how much each layer changed, and where "
     "the model looks in the picture of the tab Classify."
 )
 
-START = cards.empty("Nothing looked at yet", "Choose a task and press Look inside.")
+START = notices.empty("Nothing looked at yet", "Choose a task and press Look inside.")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def inside_tab(visitors: Visitors, picture: gr.Image) -> InsideTab:
         panel = cards.angle_cards(chosen, insight(visitor, chosen))
         source = Path(path) if path else next(iter(visitors.stage.examples), None)
         if source is None:
-            return panel, cards.note("Give a picture on the tab Classify to see the attention.")
+            return panel, notices.note("Give a picture on the tab Classify to see the attention.")
         try:
             grid = attention_map(visitor, chosen, source)
             seen = overlay(visitor, source, grid)
         except Exception as error:
-            return panel, cards.note(sentence(error))
+            return panel, notices.note(sentence(error))
         return panel, cards.attention_card(chosen, seen, grid)
 
     look.click(

@@ -10,7 +10,7 @@ import gradio as gr
 
 from aoft_demo.actions.swap import residents, verify
 from aoft_demo.tasks.visitors import Visitors
-from aoft_demo.views import cards
+from aoft_demo.views import cards, notices
 from aoft_demo.views.choosers import chooser
 from aoft_demo.views.failures import told
 from aoft_deploy.errors import CheckpointError, SettingError
@@ -60,7 +60,7 @@ def swap_tab(visitors: Visitors) -> SwapTab:
                 check = chooser(names, label="Verify a task", elem_id="verify-name", scale=3)
                 prove = gr.Button("Verify", elem_id="verify", scale=1, min_width=90)
             verdict = gr.HTML(
-                cards.note(
+                notices.note(
                     "Verify compares three ways to the same answers: the model before any merge, "
                     "the merged one, and this fleet."
                 ),
@@ -77,7 +77,7 @@ def swap_tab(visitors: Visitors) -> SwapTab:
         file = Path(path)
         chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else name_of(file))
         task = visitor.add(file, chosen)
-        where = cards.done(chosen, f"joined the fleet with {len(task.classes)} classes.")
+        where = notices.done(chosen, f"joined the fleet with {len(task.classes)} classes.")
         return None, "", where
 
     @told("Not removed")
@@ -85,7 +85,7 @@ def swap_tab(visitors: Visitors) -> SwapTab:
         if not chosen:
             raise SettingError("Choose a task to remove first.")
         visitors.of(request.session_hash).remove(chosen)
-        return cards.done(chosen, "has left; its room is free again.")
+        return notices.done(chosen, "has left; its room is free again.")
 
     @told("Not verified")
     def verify_task(chosen: str | None, request: gr.Request) -> str:

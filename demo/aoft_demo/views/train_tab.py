@@ -15,7 +15,7 @@ import gradio as gr
 from aoft_demo.actions import train as actions
 from aoft_demo.tasks.training_queue import Training
 from aoft_demo.tasks.visitors import Visitor, Visitors
-from aoft_demo.views import cards
+from aoft_demo.views import cards, notices
 from aoft_demo.views.failures import told
 from aoft_deploy.data.synthetic import task_names
 
@@ -87,7 +87,7 @@ def train_tab(visitors: Visitors) -> TrainTab:
                 stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
         with gr.Column(scale=6, min_width=300):
             panel = gr.HTML(
-                cards.empty(
+                notices.empty(
                     "No training yet",
                     "It takes about a minute on two cores. The new task joins the fleet when it "
                     "is done, and its checkpoint can be downloaded here.",
@@ -109,7 +109,7 @@ def train_tab(visitors: Visitors) -> TrainTab:
         visitor = visitors.of(request.session_hash)
         with visitor.training(typed) as training, visitors.line.place(training):
             if not visitors.line.is_first(training):
-                yield cards.wait("Another training runs; yours begins when it ends …"), gr.skip()
+                yield notices.wait("Another training runs; yours begins when it ends …"), gr.skip()
             while not visitors.line.is_first(training):
                 training.go_on()
                 time.sleep(0.1)
@@ -129,16 +129,16 @@ def train_tab(visitors: Visitors) -> TrainTab:
     ) -> Iterator[tuple[Any, ...]]:
         folder = Path(tempfile.mkdtemp(prefix="training-", dir=visitor.folder))
         try:
-            yield cards.wait("Preparing the pictures …"), gr.skip()
+            yield notices.wait("Preparing the pictures …"), gr.skip()
             data, out = folder / "data", folder / "run"
             write(data)
             arguments, epochs = actions.plan(visitors.stage, data, out, how)
-            yield cards.wait("Starting to train …"), gr.File(visible=False)
+            yield notices.wait("Starting to train …"), gr.File(visible=False)
             for step in actions.run(arguments, out, epochs, training):
                 if step.checkpoint is not None:
                     name, task = visitor.add_trained(training, step.checkpoint)
                     kept = gr.File(str(task.checkpoint), visible=True)
-                    text = cards.done(name, "is trained and has joined the fleet.")
+                    text = notices.done(name, "is trained and has joined the fleet.")
                     yield text + cards.training_card(step), kept
                 elif step.lines:
                     yield cards.training_card(step), gr.skip()

@@ -1,0 +1,1 @@
+"""ONNX graphs of models: traced, cached, and lowered."""

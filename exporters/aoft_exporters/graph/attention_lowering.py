@@ -8,75 +8,19 @@ columns; before into a product, a softmax and a product.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["ATTENTION_OPSET", "attention_as_one_node", "lower"]
+from aoft_exporters.graph.attention_tracing import DOMAIN
+
+__all__ = ["ATTENTION_OPSET", "lower"]
 
 ATTENTION_OPSET = 23
 """The first with an operator Attention."""
 
-DOMAIN = "aoft"
 PACKED = [2, 0, 3, 1, 4]
 """How timm permutes qkv, [batch, tokens, 3, heads, width]."""
-
-
-@contextlib.contextmanager
-def attention_as_one_node() -> Iterator[None]:
-    """Let ``torch.onnx.export`` write attention as ``aoft::Attention`` meanwhile.
-
-    What is not of four axes (sam, twins, nest, hiera) is flattened into the heads of a batch of
-    one; attention that the node cannot state is left to torch.
-    """
-    import torch
-
-    functional: Any = torch.nn.functional
-    fused = functional.scaled_dot_product_attention
-
-    def one_node(
-        q: Any,
-        k: Any,
-        v: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **others: Any,
-    ) -> Any:
-        if q.dim() != 4:
-            axes = q.shape[:-2]
-            if attn_mask is not None:
-                attn_mask = attn_mask.expand(*axes, *attn_mask.shape[-2:]).flatten(0, -3)[None]
-            q, k, v = (tensor.flatten(0, -3)[None] for tensor in (q, k, v))
-            whole = one_node(q, k, v, attn_mask, dropout_p, is_causal, scale, **others)
-            return whole[0].unflatten(0, axes)
-        numbers = attn_mask is None or attn_mask.dtype == q.dtype
-        if is_causal or dropout_p or others or not numbers:
-            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, **others}
-            return fused(q, k, v, attn_mask, **options)
-        heads = q.shape[1] if isinstance(q.shape[1], int) else 0  # 0: not the same always
-        width = int(q.shape[-1])
-        factor = 1 / math.sqrt(width) if scale is None else scale
-        told: dict[str, Any] = {"heads": heads, "width": width, "scale": factor}
-        inputs = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
-        return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Attention",
-            inputs,
-            told,
-            dtype=q.dtype,
-            shape=(*q.shape[:-1], v.shape[-1]),
-            version=1,
-        )
-
-    functional.scaled_dot_product_attention = one_node
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = fused
 
 
 def lower(proto: Any, opset: int, *, separate: bool = False) -> None:

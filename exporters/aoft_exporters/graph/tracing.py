@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aoft_deploy.artefacts.protocols import Recipe
-from aoft_deploy.errors import AttachError
-from aoft_exporters.graph.attention_lowering import attention_as_one_node
+from aoft_exporters.graph.attention_tracing import attention_as_one_node
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["OPSET", "Traced", "pixel_model", "plain_name", "trace"]
+__all__ = ["OPSET", "TRANSPOSED", "Traced", "plain_name", "trace"]
 
 OPSET = 20
 """LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
@@ -114,37 +111,3 @@ def _store_transposed(graph: Any) -> None:
         weight.shape = weight.const_value.shape
         node.outputs[0].replace_all_uses_with(weight)
         graph.remove(node, safe=True)
-
-
-def pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model on uint8 pixels, normalisation folded into a copy of its patch embedding."""
-    import torch
-    from torch import nn
-
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    if not isinstance(projection, nn.Conv2d) or any(projection.padding):
-        raise AttachError(
-            f"--uint8 folds normalisation into an unpadded patch embedding, which "
-            f"{type(model).__name__} does not have: export without it."
-        )
-    model = copy.deepcopy(model)
-    weight = projection.weight.detach().double()
-    mean = torch.tensor(recipe.mean, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(recipe.std, dtype=torch.float64).view(1, 3, 1, 1)
-    bias = -(weight * (mean / std)).sum((1, 2, 3))
-    if projection.bias is not None:
-        bias = bias + projection.bias.detach().double()
-    copied: Any = model.get_submodule("patch_embed.proj")
-    copied.weight = nn.Parameter((weight / (255 * std)).float(), requires_grad=False)
-    copied.bias = nn.Parameter(bias.float(), requires_grad=False)
-
-    class PixelModel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(image.permute(0, 3, 1, 2).float())
-            return logits
-
-    return PixelModel().eval()

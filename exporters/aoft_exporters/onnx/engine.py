@@ -13,21 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.artefacts.protocols import check_batch
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.processors import limited
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
 
-__all__ = ["FLEET_TABLES", "OnnxEngine", "OnnxFleet", "folded_logits", "library", "session"]
+__all__ = ["OnnxEngine", "OnnxFleet", "library", "session"]
 
-FLEET_TABLES = {
-    "bank": "tasks",
-    "heads": "rows",
-    "first": "tasks",
-    "count": "tasks",
-    "columns": "classes",
-}
-"""What a fleet knows of its tasks, and what the first axis of each table counts."""
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -240,21 +233,3 @@ def _fleet_logits(
     if info.get("form") == "folded":
         return folded_logits(answer, images, task)
     return answer(images, task)
-
-
-def folded_logits(
-    answer: Any, images: NDArray[Any], task: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Logits of a graph that folds one task at a time, which gets the images task by task."""
-    if (task == task[:1]).all():
-        whole: NDArray[np.float32] = answer(images, task)
-        return whole
-    logits: NDArray[np.float32] | None = None
-    for each in np.unique(task):
-        chosen = np.flatnonzero(task == each)
-        part = answer(images[chosen], task[chosen])
-        if logits is None:
-            logits = np.empty((len(task), part.shape[1]), np.float32)
-        logits[chosen] = part
-    assert logits is not None
-    return logits

@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.onnx_metadata import DIGEST, digest_entry
-from aoft_deploy.artefacts.protocols import Engine, Recipe
+from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import OutputError, SettingError
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.cache import graph_of
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES
 from aoft_exporters.graph.low_precision import emulated
-from aoft_exporters.graph.tracing import OPSET, pixel_model
-from aoft_exporters.onnx.engine import FLEET_TABLES, OnnxEngine, OnnxFleet
+from aoft_exporters.graph.pixels import pixel_model
+from aoft_exporters.graph.tracing import OPSET
+from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.int8 import quantised
 

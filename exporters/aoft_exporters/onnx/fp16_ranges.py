@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_exporters.graph.low_precision import (
     LARGEST_FP16,
     emulated,

@@ -1,0 +1,1 @@
+"""OpenVINO folders and the OpenVINO runtime."""

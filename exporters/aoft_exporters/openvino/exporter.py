@@ -8,26 +8,26 @@ wherever it runs: a processor that cannot compute in it is refused.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
 import shutil
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.artefacts.protocols import Recipe, check_batch
-from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.files import file_digest
 from aoft_deploy.processors import limited
-from aoft_exporters.onnx.engine import FLEET_TABLES, folded_logits
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
+from aoft_exporters.openvino.library import check_arithmetic, openvino_library
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,8 +146,8 @@ def _write(
     path: Path, recipe: Recipe, graph_of: Callable[[], Any], sample: Callable[[int], Any]
 ) -> None:
     """Make the folder with an ONNX graph as OpenVINO's, in the recipe's precision."""
-    openvino = _openvino()
-    _check_arithmetic(openvino.Core(), recipe.precision)
+    openvino = openvino_library()
+    check_arithmetic(openvino.Core(), recipe.precision)
     from onnx import save
 
     from aoft_exporters.openvino import int8
@@ -224,41 +224,6 @@ def _renumber(graph: Any) -> None:
         own = re.fullmatch(r"([A-Z][A-Za-z0-9]*)_\d+", node.get_friendly_name())
         if own:
             node.set_friendly_name(f"{own[1]}_{place}")
-
-
-def _openvino() -> Any:
-    """The library."""
-    try:
-        with without_telemetry():
-            import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino") from error
-    return openvino
-
-
-@contextlib.contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Let what is imported meanwhile find no package that reports its use over the network."""
-    name = "openvino_telemetry"
-    hidden = name not in sys.modules
-    modules: dict[str, Any] = sys.modules
-    if hidden:
-        modules[name] = None
-    try:
-        yield
-    finally:
-        if hidden:
-            del modules[name]
-
-
-def _check_arithmetic(core: Any, precision: str) -> None:
-    """OpenVINO would emulate bf16 in float32, which is slower than float32 itself."""
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        name = " ".join(core.get_property("CPU", "FULL_DEVICE_NAME").split())
-        raise SettingError(
-            f"The processor ({name}) does not compute in bf16: use one with AVX512-BF16 or AMX, or "
-            "export with --precision fp32 or int8."
-        )
 
 
 class OpenvinoEngine:
@@ -363,13 +328,13 @@ class _Compiled:
     """A graph compiled for the CPU, with requests that threads take and give back."""
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
-        core = _openvino().Core()
+        core = openvino_library().Core()
         core.set_property({"ENABLE_MMAP": False})  # a file written anew changes no model that runs
         found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
         graph = _read(core, file, path)
         self.info: Mapping[str, str] = _metadata(graph, path) if found is None else found
         precision = self.info["precision"]
-        _check_arithmetic(core, precision)
+        check_arithmetic(core, precision)
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
             "NUM_STREAMS": 1,

@@ -30,7 +30,7 @@ def require() -> Any:
     Raises:
         MissingExtraError: It is not installed.
     """
-    from aoft_exporters.openvino.exporter import without_telemetry
+    from aoft_exporters.openvino.library import without_telemetry
 
     try:
         with without_telemetry(), _quiet():

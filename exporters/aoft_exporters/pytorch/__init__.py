@@ -1,0 +1,1 @@
+"""Weights for PyTorch: merged timm models and PEFT adapters."""

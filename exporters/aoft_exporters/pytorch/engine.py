@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import check_batch
+from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import limited
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import OutputError, SettingError
 from aoft_exporters.pytorch.engine import TorchEngine
 
@@ -46,8 +46,8 @@ def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from aoft_deploy.checkpoints.checkpoint import description
     from aoft_deploy.checkpoints.lora_factors import bypassed_layers, low_rank_factors
-    from aoft_deploy.checkpoints.opening import description
     from aoft_deploy.checkpoints.peft_adapter import CONFIG, PREFIX, WEIGHTS
     from aoft_deploy.data.preprocessing import Preprocessing
 
@@ -125,7 +125,7 @@ def load(
         SettingError: There is no such device.
     """
     from aoft_deploy.checkpoints.opening import open_checkpoint
-    from aoft_deploy.tuning.tuned_model import merge
+    from aoft_deploy.tuning.merging import merge
 
     tuned, task = open_checkpoint(Path(path), weights=weights)
     info = {

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
 from aoft_exporters.pytorch.engine import TorchEngine

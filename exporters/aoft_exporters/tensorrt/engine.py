@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import check_batch
+from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_exporters.tensorrt.library import Library
 from aoft_exporters.tensorrt.metadata import Metadata

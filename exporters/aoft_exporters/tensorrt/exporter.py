@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
 from aoft_exporters.graph.low_precision import emulated
 from aoft_exporters.graph.tracing import plain_name

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.manifest import check_unchanged
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.errors import CheckpointError, VerificationError
 from aoft_deploy.files import json_text

@@ -1,0 +1,1 @@
+"""Models of a Triton repository, with ONNX or a TensorRT plan."""

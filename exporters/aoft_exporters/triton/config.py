@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import SettingError
 
 __all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "write_config"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import Engine, Recipe
+from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx import exporter as onnx_exporter

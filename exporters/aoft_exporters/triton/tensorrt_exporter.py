@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import SettingError
 from aoft_exporters.tensorrt import exporter as tensorrt_exporter
 from aoft_exporters.tensorrt import library

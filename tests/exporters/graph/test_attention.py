@@ -10,7 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET, attention_as_one_node
+from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
+from aoft_exporters.graph.attention_tracing import attention_as_one_node
 from aoft_exporters.graph.cache import graph_of
 
 SMALL: dict[str, dict[str, Any]] = {

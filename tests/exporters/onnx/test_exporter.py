@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import AttachError, CheckpointError, OutputError
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import identify
+from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.multitask import MixedModel
-from aoft_deploy.tuning.tuned_model import TunedModel, attach, merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.engine import PROVIDERS, _providers
 

@@ -16,16 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from aoft_deploy.artefacts.protocols import Recipe, exporter_names, get_exporter
-from aoft_deploy.checkpoints.opening import save
+from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.images import image_files, read_image
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged, normalised
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import TunedModel, attach, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.low_precision import LARGEST_FP16, emulated, typed
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.fp16_ranges import HEADROOM, in_range, magnitudes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.int8 import quantised
 

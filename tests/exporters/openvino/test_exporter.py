@@ -23,13 +23,15 @@ from torch import nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.protocols import Recipe, get_exporter, load_artefact
+from aoft_deploy.artefacts.registry import get_exporter, load_artefact
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.export.calibration import MOST, calibration_files
 from aoft_deploy.export.merged import export_merged
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.openvino import exporter
 from aoft_exporters.openvino.exporter import MARKER
 

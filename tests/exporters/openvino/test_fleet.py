@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict

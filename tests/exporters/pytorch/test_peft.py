@@ -21,15 +21,19 @@ from torch import nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.protocols import Recipe, load_artefact
-from aoft_deploy.checkpoints.opening import open_checkpoint, save
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.checkpoint import save
+from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import main as inspect_main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.export.merged import export_merged
+from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.tuned_model import TunedModel, attach, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.pytorch import peft_exporter as exporter
 
 HALF = (0.5, 0.5, 0.5)

@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import method_names
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.pytorch import timm_exporter as exporter
 
 HALF = (0.5, 0.5, 0.5)

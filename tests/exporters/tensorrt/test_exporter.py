@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
-from aoft_deploy.artefacts.protocols import Recipe, get_exporter, load_artefact
+from aoft_deploy.artefacts.registry import get_exporter, load_artefact
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
 from aoft_deploy.export.merged import within
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.tensorrt import exporter
 from aoft_exporters.tensorrt.build import build

@@ -12,9 +12,10 @@ import onnx
 import pytest
 import torch
 
-from aoft_deploy.artefacts.protocols import Recipe
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.low_precision import typed
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.tensorrt import exporter

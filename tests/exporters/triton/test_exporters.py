@@ -16,11 +16,13 @@ from torch import nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.protocols import Recipe, load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, SettingError
-from aoft_deploy.tuning.tuned_model import TunedModel, merge
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.tensorrt.library import find_gpu, library
 from aoft_exporters.triton import onnx_exporter as exporter
 from aoft_exporters.triton import tensorrt_exporter

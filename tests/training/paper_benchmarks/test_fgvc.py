@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.data.folder import ImageList, find_faults, image_paths
+from aoft_deploy.data.folder import image_paths
+from aoft_deploy.data.splits import ImageList, find_faults
 from aoft_deploy.errors import DataError, SettingError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks import fgvc
 from aoft_deploy.training.paper_benchmarks.fgvc import load_fgvc

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from aoft_deploy.checkpoints.opening import load, read_checkpoint
-from aoft_deploy.data.folder import ImageList, Splits, find_faults
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.opening import load
+from aoft_deploy.data.splits import ImageList, Splits, find_faults
 from aoft_deploy.errors import CheckpointError, DataError, DivergedError, OutputError, SettingError
 from aoft_deploy.training import run
 from aoft_deploy.training.paper_benchmarks import task_run

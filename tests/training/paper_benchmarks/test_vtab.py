@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.data.folder import ImageList, find_faults, image_paths
+from aoft_deploy.data.folder import image_paths
+from aoft_deploy.data.splits import ImageList, find_faults
 from aoft_deploy.errors import DataError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks.tasks import FGVC, VTAB, deviations, find_task
 from aoft_deploy.training.paper_benchmarks.vtab import load_vtab

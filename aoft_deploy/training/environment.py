@@ -1,0 +1,54 @@
+"""The surroundings of a run: deterministic kernels, and the TensorBoard writer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aoft_deploy.errors import MissingExtraError
+
+__all__ = ["deterministic", "tensorboard_writer"]
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let a GPU use only algorithms that give the same bits every time, where there are any."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+@contextmanager
+def tensorboard_writer(
+    out: Path, done: int, wanted: bool
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that takes an epoch's metrics; those of epochs after ``done`` are dropped."""
+    if not wanted:
+        yield lambda line: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard") from error
+
+    with SummaryWriter(out, purge_step=done + 1) as writer:
+
+        def log(line: Mapping[str, Any]) -> None:
+            for name, value in line.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, line["epoch"])
+
+        yield log

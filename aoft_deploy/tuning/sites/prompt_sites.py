@@ -1,0 +1,85 @@
+"""Blocks that take prompt tokens, and the reasons why others do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from aoft_deploy.tuning.sites.attention_classes import (
+    class_of,
+)
+from aoft_deploy.tuning.sites.site import (
+    Site,
+)
+
+__all__ = ["token_site"]
+
+ANY_LENGTH = {("timm.layers.attention", "Attention")}
+"""Attention classes that take any number of tokens, so that prompts can stand beside them."""
+
+
+WITHOUT_POSITIONS = {
+    ("timm.layers.diff_attention", "DiffAttention"),
+    ("timm.models.cait", "ClassAttn"),
+    ("timm.models.cait", "TalkingHeadAttn"),
+    ("timm.models.convit", "MHSA"),
+    ("timm.models.crossvit", "CrossAttention"),
+    ("timm.models.davit", "ChannelAttention"),
+    ("timm.models.davit", "ChannelAttentionV2"),
+    ("timm.models.edgenext", "CrossCovarianceAttn"),
+    ("timm.models.metaformer", "Attention"),
+    ("timm.models.tnt", "Attention"),
+    ("timm.models.xcit", "XCA"),
+}
+"""Attention classes that would take any number of tokens too, but in blocks that would not."""
+
+
+IN_WINDOWS = {
+    ("timm.models.swin_transformer", "SwinTransformerBlock"): (
+        "timm.models.swin_transformer",
+        "WindowAttention",
+    ),
+    ("timm.models.swin_transformer_v2", "SwinTransformerV2Block"): (
+        "timm.models.swin_transformer_v2",
+        "WindowAttention",
+    ),
+}
+"""Block classes, and their attention's, that can show prompts to each of their windows."""
+
+
+def token_site(model: nn.Module, path: str, attention: nn.Module, index: int) -> Site:
+    """A block as a place for prompts."""
+    block = model.get_submodule(path)
+    windows = IN_WINDOWS.get(class_of(block)) == class_of(attention)
+    embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
+    patch = getattr(embed, "patch_size", None) or 0
+    width = getattr(model, "embed_dim", None)
+    width = width if isinstance(width, int) else int(getattr(model, "num_features", 1))
+    rows = (0, int(attention.dim) if windows else width)  # type: ignore[arg-type]
+    site = Site(path, "block", path, "tokens", rows, rows[1], False, index=index, windows=windows)
+    patch = patch if isinstance(patch, int) else patch[0]
+    refusal = "" if windows else _prompts_refusal(model, path, attention, index)
+    if "prompts" in block._modules:
+        refusal = f"{path} has prompts already: attach the method to a plain model."
+    return replace(site, patch=patch, embed_dim=width, refusal=refusal)
+
+
+def _prompts_refusal(model: nn.Module, path: str, attention: nn.Module, index: int) -> str:
+    """Why a block without windows cannot take prompts; empty where it can."""
+    kind = ".".join(class_of(attention))
+    if class_of(attention) not in ANY_LENGTH | WITHOUT_POSITIONS:
+        return (
+            f"The attention of {type(model).__name__} is bound to its number of tokens ({kind}): "
+            "prompts cannot stand beside them."
+        )
+    if (
+        class_of(attention) not in ANY_LENGTH
+        or path != f"blocks.{index}"
+        or not hasattr(model, "num_prefix_tokens")
+    ):
+        return (
+            f"The blocks of {type(model).__name__} are not one list of plain blocks for all tokens "
+            f"({kind}): prompts cannot stand beside them."
+        )
+    return ""

@@ -1,0 +1,146 @@
+"""Apply: a linear map with its deltas, for training, with structured gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aoft_deploy.tuning.updates.delta import Rows, WeightDelta
+from aoft_deploy.tuning.updates.folding import fold_rows
+
+__all__ = ["apply_linear"]
+
+
+def apply_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[tuple[Rows, WeightDelta]],
+) -> Tensor:
+    """Training's forward of a frozen linear map with deltas in it.
+
+    Folds the deltas into W first, which is cheap because W is small beside the activations of a
+    batch: the forward then costs what the plain map costs, whatever the update. The backward
+    recomputes the fold instead of keeping it and forms gradients from the delta's structure
+    (``WeightDelta.gradients``), so no dense weight gradient arises unless the update needs one.
+
+    Args:
+        x: (..., in).
+        weight: Frozen W, (out, in).
+        bias: Frozen b, (out,) or None.
+        deltas: Row ranges and their deltas.
+
+    Returns:
+        (..., out) in autocast's dtype where autocast is on, else in x's.
+    """
+    layout = [(rows, delta.names()) for rows, delta in deltas]
+    tensors = [getattr(delta, n) for _, delta in deltas for n in delta.names()]
+    result: Tensor = _FoldedLinear.apply(x, weight, bias, layout, *tensors)
+    return result
+
+
+def _rebuild(
+    layout: Sequence[tuple[Rows, tuple[str, ...]]], tensors: Sequence[Tensor]
+) -> list[tuple[Rows, WeightDelta]]:
+    remaining = iter(tensors)
+    return [(rows, WeightDelta(**{n: next(remaining) for n in names})) for rows, names in layout]
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """x ↦ x fold(W)ᵀ + fold(b) with structured gradients for the deltas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Any, *tensors: Tensor
+    ) -> Tensor:
+        kind = x.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            inputs = x.to(compute)
+            folded, bias = fold_rows(weight, bias, _rebuild(layout, tensors))
+            out = F.linear(inputs, folded.to(compute), None if bias is None else bias.to(compute))
+        ctx.save_for_backward(inputs, weight, *tensors)
+        ctx.layout, ctx.dtype = layout, x.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs, weight, *tensors = ctx.saved_tensors
+        deltas = _rebuild(ctx.layout, tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                folded, _ = fold_rows(weight, None, deltas)
+                grad_x = (grad @ folded.to(grad.dtype)).to(ctx.dtype)
+            parts = _gradients(inputs.flatten(0, -2), grad.flatten(0, -2), weight, deltas)
+            flat = [
+                parts[i][name].to(getattr(deltas[i][1], name).dtype)
+                for i, (_, names) in enumerate(ctx.layout)
+                for name in names
+            ]
+        return (grad_x, None, None, None, *flat)
+
+
+def _gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]]
+) -> list[dict[str, Tensor]]:
+    """Gradients of the deltas' fields, given those of the output.
+
+    The structure is used: only gains need a dense out × in product, and the low-rank parts of all
+    rows share four thin products.
+
+    Args:
+        x: Inputs, (tokens, in).
+        grad: Gradients of the outputs, (tokens, out).
+        weight: W, (out, in).
+        deltas: Row ranges and deltas.
+
+    Returns:
+        For each delta its fields' gradients by name, in float32 or wider.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    parts = _low_rank_gradients(x, grad, deltas, wide)
+    for ((start, stop), delta), part in zip(deltas, parts, strict=True):
+        rows = grad[:, start:stop]
+        if delta.diagonal is not None:
+            d = delta.diagonal.shape[-1]
+            part["diagonal"] = (rows[:, :d].to(wide) * x[:, :d].to(wide)).sum(0)
+        if delta.gain_out is not None and delta.gain_in is not None:
+            dense = (rows.mT @ x).to(wide) * weight[start:stop]
+            part["gain_out"] = delta.gain_in.to(wide) @ dense.mT
+            part["gain_in"] = delta.gain_out.to(wide) @ dense
+        if delta.shift is not None:
+            part["shift"] = rows.sum(0, dtype=wide)
+    return parts
+
+
+def _low_rank_gradients(
+    x: Tensor, grad: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]], wide: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """Gradients of every ``left`` and ``right``, formed together."""
+    pairs = [
+        (F.pad(delta.left, (start, grad.shape[-1] - stop)), delta.right)
+        for (start, stop), delta in deltas
+        if delta.left is not None and delta.right is not None
+    ]
+    if not pairs:
+        return [{} for _ in deltas]
+    left = torch.cat([left for left, _ in pairs]).to(grad.dtype)
+    right = torch.cat([right for _, right in pairs]).to(x.dtype)
+    grad_left = ((x @ right.mT).mT @ grad).to(wide)
+    grad_right = ((grad @ left.mT).mT @ x).to(wide)
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for (start, stop), delta in deltas:
+        rank = 0 if delta.left is None else len(delta.left)
+        chunk = slice(done, done + rank)
+        parts.append(
+            {"left": grad_left[chunk, start:stop], "right": grad_right[chunk]} if rank else {}
+        )
+        done += rank
+    return parts
