@@ -1,10 +1,15 @@
-"""What the commands share: errors in one line, interrupts that clean up, exit codes."""
+"""What the commands share: errors in one line, interrupts that clean up, exit codes.
+
+The library's messages name its parameters in backquotes, such as ```min_agreement```; a command
+shows the option in their place, ``--min-agreement``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +18,9 @@ from types import FrameType
 from aoft_deploy.errors import AoftError
 from aoft_deploy.processors import limited
 
-__all__ = ["add_engine_options", "positive", "run"]
+__all__ = ["add_engine_options", "positive", "run", "with_options"]
+
+_PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
 def run(
@@ -50,10 +57,39 @@ def run(
         return 1
     except (AoftError, OSError) as error:
         _drop_output()
-        return _failed(str(error))
+        return _failed(with_options(str(error), parser))
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def with_options(message: str, parser: argparse.ArgumentParser) -> str:
+    """A message of the library with a command's options in place of the parameters' names.
+
+    ```name``` becomes ``--name``, and ```name=value``` becomes ``--name value``, or ``--name`` where
+    the option is a switch. A name that is only the end of an option's, such as ```weights``` of
+    ``--backbone-weights``, stands for it. Names without an option stay, without backquotes.
+
+    Args:
+        message: It names parameters in backquotes.
+        parser: The command's parser, whose options have the parameters' names.
+    """
+    options = {
+        action.dest: (max(action.option_strings, key=len), action.nargs == 0)
+        for action in parser._actions
+        if action.option_strings
+    }
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        known = [name] if name in options else [o for o in options if o.endswith(f"_{name}")]
+        if len(known) != 1:
+            return name if value is None else f"{name}={value}"
+        flag, is_switch = options[known[0]]
+        words = "" if value is None or is_switch else re.sub(r"[\"'(),]+", " ", value)
+        return " ".join([flag, *words.split()])
+
+    return _PARAMETER.sub(option, message)
 
 
 def positive(text: str) -> int:

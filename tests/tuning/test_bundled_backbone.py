@@ -84,7 +84,7 @@ def test_the_file_says_how_it_was_made_and_its_digest_is_right() -> None:
         notes = file.metadata()
         for name in sorted(file.keys()):
             digest.update(name.encode() + file.get_tensor(name).tobytes())
-    assert notes["script"] == "tools/pretraining/train.py"
+    assert notes["script"] == "tools/pretrain_backbone.py"  # its path then
     assert {"seed", "steps", "images", "script_sha256", "licence"} <= set(notes)
     assert notes["sha256_of_tensors"] == digest.hexdigest()
 
