@@ -66,7 +66,7 @@ def run(
 def with_options(message: str, parser: argparse.ArgumentParser) -> str:
     """A message of the library with a command's options in place of the parameters' names.
 
-    ```name``` becomes ``--name``, and ```name=value``` becomes ``--name value``, or ``--name`` where
+    the option is a switch. A name that is the end of an option's, such as ```weights``` of
     the option is a switch. A name that is only the end of an option's, such as ```weights``` of
     ``--backbone-weights``, stands for it. Names without an option stay, without backquotes.
 
