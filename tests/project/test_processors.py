@@ -186,7 +186,7 @@ def test_java_counts_the_same_under_a_quota(tmp_path: Path) -> None:
 
 ENGINES = """
 from pathlib import Path
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.serving.settings import Settings
 engine = load_artefact(Path(PATH))
 print(Settings().decoders, engine._session.get_session_options().intra_op_num_threads)

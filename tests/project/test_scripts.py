@@ -219,7 +219,7 @@ PEERS = {"lit": "litserve", "bento": "bentoml", "rays": "ray"}
 def test_a_peers_script_says_what_it_lacks(peer: str, tmp_path: Path) -> None:
     (tmp_path / f"{PEERS[peer]}.py").write_text(f"raise ModuleNotFoundError('{PEERS[peer]}')")
     done = run(
-        f"benchmarks/peers/{peer}.py",
+        f"benchmarks/serving/peer_servers/{peer}.py",
         *("model.onnx", "0", "tiny"),
         **{"PYTHONPATH": str(tmp_path), "MODEL": "model.onnx", "KIND": "tiny"},
     )

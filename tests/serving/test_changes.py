@@ -372,7 +372,7 @@ def test_a_folder_of_triton_is_passed_over_with_the_reason(
 READS = """
 import os, sys
 from pathlib import Path
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.artefacts.manifest import check_unchanged
 from aoft_deploy.serving.repository.models import _check_readable

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -12,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aoft_deploy.errors import SettingError
+from aoft_deploy.tuning import updates
 from aoft_deploy.tuning.exact_folding import exact_deltas, fold_exactly
 from aoft_deploy.tuning.tuned_model import UpdatedModule
-from aoft_deploy.tuning.updates import update as kinds_module
 from aoft_deploy.tuning.updates.aoft import Aoft, AoftAdapter, AoftLowRank, AoftPrompts
 from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import PromptDelta, WeightDelta
@@ -202,8 +205,14 @@ def parameters(update: Update) -> Parameters:
 
 def test_every_kind_of_update_stands_among_the_cases() -> None:
     kinds = {type(case.update()) for case in (CASES | PROMPTS).values()}
-    named = {getattr(kinds_module, name) for name in kinds_module.__all__} - {Update}
-    assert kinds == named
+    for module in pkgutil.iter_modules(updates.__path__):
+        importlib.import_module(f"{updates.__name__}.{module.name}")
+    pending, concrete = [Update], set()
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        concrete |= set() if inspect.isabstract(kind) else {kind}
+    assert kinds == {kind for kind in concrete if kind.__module__.startswith(updates.__name__)}
 
 
 @pytest.mark.parametrize("name", CASES)
