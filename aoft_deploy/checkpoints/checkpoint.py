@@ -20,10 +20,7 @@ from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.files import replacing
 from aoft_deploy.tuning.backbones.architecture import CHANGED
-from aoft_deploy.tuning.backbones.backbone import (
-    Backbone,
-    unnamed,
-)
+from aoft_deploy.tuning.backbones.identity import Backbone, difference_from_timm
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["Checkpoint", "description", "parse_checkpoint", "read_checkpoint", "save"]
@@ -105,7 +102,7 @@ def description(
     again in Python.
     """
     backbone = tuned.identity.to_dict()
-    if why := unnamed(tuned.identity):
+    if why := difference_from_timm(tuned.identity):
         backbone["origin"] = CHANGED + why
     metadata = {
         "format": FORMAT,

@@ -22,13 +22,8 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, UnknownNameError
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.architecture import CHANGED, called
-from aoft_deploy.tuning.backbones.backbone import (
-    Backbone,
-    create_backbone,
-    difference,
-    file_classifier,
-    image_size,
-)
+from aoft_deploy.tuning.backbones.backbone import create_backbone, file_classifier
+from aoft_deploy.tuning.backbones.identity import Backbone, difference, image_size
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.tuned_model import TunedModel
 

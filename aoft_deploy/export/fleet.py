@@ -59,7 +59,7 @@ from aoft_deploy.export.merged import (
     within,
 )
 from aoft_deploy.files import file_digest, json_text, writable_folder
-from aoft_deploy.tuning.backbones.backbone import difference
+from aoft_deploy.tuning.backbones.identity import difference
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.multitask import FleetModel, FoldedModel, MixedModel

@@ -47,7 +47,7 @@ from aoft_deploy.errors import CheckpointError, OutputError, SettingError, Unkno
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.files import json_text, settle, writable_folder
-from aoft_deploy.tuning.backbones.backbone import difference
+from aoft_deploy.tuning.backbones.identity import difference
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 

@@ -8,7 +8,8 @@ from aoft_deploy._lazy import lazy_names
 
 if TYPE_CHECKING:
     from aoft_deploy.tuning.attaching import attach
-    from aoft_deploy.tuning.backbones.backbone import Backbone, create_backbone
+    from aoft_deploy.tuning.backbones.backbone import create_backbone
+    from aoft_deploy.tuning.backbones.identity import Backbone
     from aoft_deploy.tuning.merging import merge
     from aoft_deploy.tuning.methods import get_method, method_names
     from aoft_deploy.tuning.multitask import FoldedModel, MixedModel
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Backbone": "backbones.backbone",
+    "Backbone": "backbones.identity",
     "FoldedModel": "multitask",
     "MixedModel": "multitask",
     "TunedModel": "tuned_model",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from aoft_deploy.errors import AttachError
-from aoft_deploy.tuning.backbones.backbone import Backbone, identify
+from aoft_deploy.tuning.backbones.identity import Backbone, identify
 from aoft_deploy.tuning.method import Build
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.prompted_blocks import place_prompts

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.tuning.backbones.backbone import Backbone
+from aoft_deploy.tuning.backbones.identity import Backbone
 from aoft_deploy.tuning.copying import copy_structure
 from aoft_deploy.tuning.exact_folding import fold_exactly
 from aoft_deploy.tuning.sites.classifier import classifier_names

@@ -48,7 +48,7 @@ from aoft_deploy import attach, merge
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import AttachError
-from aoft_deploy.tuning.backbones.backbone import Backbone
+from aoft_deploy.tuning.backbones.identity import Backbone
 from aoft_deploy.tuning.methods import get_method, method_names
 from aoft_deploy.tuning.sites.attention_classes import LEFT_ALONE, is_attention
 from aoft_deploy.tuning.sites.classifier import classifier_names

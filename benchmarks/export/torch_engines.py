@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from aoft_deploy.tuning.attaching import attach
-from aoft_deploy.tuning.backbones.backbone import identify
+from aoft_deploy.tuning.backbones.identity import identify
 from aoft_deploy.tuning.merging import merge
 
 CLASSES = 100

@@ -75,7 +75,7 @@ def checkpoints(model: str, classes: int, folder: Path, count: int) -> tuple[lis
     from aoft_deploy.checkpoints.checkpoint import save
     from aoft_deploy.data.preprocessing import Preprocessing
     from aoft_deploy.tuning.attaching import attach
-    from aoft_deploy.tuning.backbones.backbone import Backbone
+    from aoft_deploy.tuning.backbones.identity import Backbone
     from aoft_deploy.tuning.task_layout import Layout
 
     module = timm.create_model(model, num_classes=classes)

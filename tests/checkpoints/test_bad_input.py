@@ -156,9 +156,9 @@ METADATA: dict[str, tuple[Change, str]] = {
         "Unknown backbone 'vit_bsae_patch16_224'. Did you mean vit_base_patch16_224",
     ),
     "other backbone": (inside("backbone", "name", "test_vit"), "lacks|shape|was trained on"),
-    "no transformer": (inside("backbone", "name", "resnet10t"), "timm cannot make resnet10t"),
-    "unknown argument": (inside("backbone", "args", {"img_sze": 16}), "timm cannot make"),
-    "impossible size": (inside("backbone", "args", {"img_size": -1}), "timm cannot make|shape"),
+    "no transformer": (inside("backbone", "name", "resnet10t"), "timm cannot create resnet10t"),
+    "unknown argument": (inside("backbone", "args", {"img_sze": 16}), "timm cannot create"),
+    "impossible size": (inside("backbone", "args", {"img_size": -1}), "timm cannot create|shape"),
 }
 
 
@@ -366,13 +366,13 @@ def test_a_backbone_on_the_hub_is_refused_without_network(
     backbone = {"name": name, "digest": "0" * 64, "origin": "timm", "args": {}}
     path = with_metadata(checkpoint, tmp_path / "a.ckpt", replaced("backbone", backbone))
     line = refused(main, "--merge", path)
-    assert line.startswith(f"The weights of {name} could not be had from timm")
+    assert line.startswith(f"timm cannot load the weights of {name} (")
     assert "check the name and the network, or give a file with --backbone-weights" in line
 
 
 def test_an_unknown_tag_of_a_backbone_is_refused(checkpoint: Path, refused: Refused) -> None:
     line = refused(main, "--merge", checkpoint, "--backbone", "vit_tiny_patch16_224.no_such_tag")
-    assert "could not be had from timm" in line
+    assert "timm cannot load the weights of" in line
 
 
 def test_an_unknown_backbone_suggests_close_names(checkpoint: Path, refused: Refused) -> None:

@@ -554,7 +554,7 @@ def test_an_npz_file_must_fill_the_model_just_so(
     path = faulty_npz(npz, tmp_path / "w.npz", change)
     if told:
         line = refused(main, *options(pth, path))
-        assert re.search(r"holds \d+ numbers of a backbone, but VisionTransformer has \d+", line)
+        assert re.search(r"holds \d+ weights of a backbone, but VisionTransformer has \d+", line)
     else:
         assert main([str(o) for o in options(pth, path)]) == 0
 

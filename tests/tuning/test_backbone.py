@@ -29,12 +29,12 @@ from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
 from aoft_deploy.fleet.task import TaskKind, read_checkpoint_numbers
 from aoft_deploy.tuning.backbones.architecture import called, first_difference, same_architecture
-from aoft_deploy.tuning.backbones.backbone import (
+from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.backbones.identity import (
     Backbone,
-    create_backbone,
     difference,
+    difference_from_timm,
     identify,
-    unnamed,
     weights_digest,
 )
 
@@ -239,7 +239,7 @@ def test_an_argument_that_is_no_text_or_number_is_told(tmp_path: Path) -> None:
 def test_a_plain_model_is_what_its_name_makes() -> None:
     for name in ("test_vit", "vit_base_patch32_clip_quickgelu_224", "efficientnet_lite0"):
         model = timm.create_model(name, num_classes=5, drop_rate=0.1)
-        assert unnamed(identify(model)) == "", name
+        assert difference_from_timm(identify(model)) == "", name
 
 
 def test_the_structure_of_a_model_is_in_no_file(trained: Callable[..., Path]) -> None:

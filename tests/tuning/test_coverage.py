@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from aoft_deploy import attach, merge
 from aoft_deploy.errors import AttachError
-from aoft_deploy.tuning.backbones.backbone import Backbone
+from aoft_deploy.tuning.backbones.identity import Backbone
 from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.sites.attention_classes import (
     FUSED,

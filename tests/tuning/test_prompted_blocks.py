@@ -25,7 +25,8 @@ from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AttachError
-from aoft_deploy.tuning.backbones.backbone import create_backbone, identify
+from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.backbones.identity import identify
 from aoft_deploy.tuning.multitask import MixedModel
 from aoft_deploy.tuning.prompted_blocks import FixedPrompts, Prompted
 from aoft_deploy.tuning.task_layout import Layout, classifier_rows

@@ -26,7 +26,7 @@ from aoft_deploy.errors import (
     SettingError,
     UnknownNameError,
 )
-from aoft_deploy.tuning.backbones.backbone import identify, image_size
+from aoft_deploy.tuning.backbones.identity import identify, image_size
 from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.prompted_blocks import Prompted
 from aoft_deploy.tuning.sites.discovery import find_sites
@@ -510,7 +510,7 @@ def test_ranks_choose_sites_and_their_ranks_whatever_the_targets() -> None:
 def test_a_model_that_does_not_know_its_name_is_refused() -> None:
     base = model("vit_tiny_patch16_224")
     base.pretrained_cfg = None  # type: ignore[assignment]
-    with pytest.raises(BackboneError, match="does not know its timm name: give it with backbone="):
+    with pytest.raises(BackboneError, match="does not record its timm name: pass `backbone`"):
         attach(base, "lora")
 
 

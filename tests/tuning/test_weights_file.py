@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "two copies": (
         lambda: {"online": weights(), "target": weights(5)},
-        "holds this model 2 times, below online. and target.: save the one that is meant alone.",
+        "holds this model 2 times, below online. and target.: save only the one to use.",
     ),
     "another architecture": (
         lambda: timm.create_model("resnet10t").state_dict(),

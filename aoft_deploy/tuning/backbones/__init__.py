@@ -1,1 +1,1 @@
-"""The frozen timm model: created, given its weights, and identified."""
+"""The frozen timm model: how it is created, filled with weights, and identified."""

@@ -1,7 +1,7 @@
-"""What a backbone computes with its weights: timm's name without its tag, and its arguments.
+"""Compare architectures by timm name and arguments, or by the settings of every module.
 
-Two architectures can have the same weights and other answers: another activation (QuickGELU), other
-padding (the tf_ models), another epsilon. Needs neither torch nor timm.
+Two architectures can have the same weights and give different answers: another activation
+(QuickGELU), another padding (the tf_ models), another epsilon. Imports neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-__all__ = ["CHANGED", "called", "first_difference", "same_architecture", "shaping", "structure"]
+__all__ = [
+    "CHANGED",
+    "called",
+    "evaluation_args",
+    "first_difference",
+    "same_architecture",
+    "structure",
+]
 
 CHANGED = "changed: "
-"""Begin of the origin of a backbone that its name and arguments do not make, before the reason."""
+"""Prefix of a backbone's origin if timm does not create it from name and args; a reason follows."""
 
 WITHOUT_EFFECT = ("fused_attn", "grad_checkpointing", "num_classes", "training", "output_fmt")
 """Attributes of modules that do not change what a frozen backbone computes."""
 
 
-def shaping(args: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``timm.create_model`` that decide what a model computes in evaluation."""
     return {key: value for key, value in args.items() if "drop" not in key}
 
@@ -28,17 +35,17 @@ def shaping(args: Mapping[str, Any]) -> dict[str, Any]:
 def same_architecture(
     name: str, args: Mapping[str, Any], other: str, other_args: Mapping[str, Any]
 ) -> bool:
-    """Whether two names and arguments say the same architecture.
+    """Whether two names with their arguments are the same architecture.
 
-    An image size that only one of them gives is left to what is fed, which is compared elsewhere.
+    An image size that only one side gives does not count: the caller compares the input sizes.
 
     Args:
-        name: timm name of the one, whose tag says nothing of the architecture.
-        args: Its arguments.
-        other: Name of the other.
-        other_args: Its arguments.
+        name: First timm name; its pre-training tag does not count.
+        args: Arguments of the first.
+        other: Second timm name.
+        other_args: Arguments of the second.
     """
-    ours, theirs = shaping(args), shaping(other_args)
+    ours, theirs = evaluation_args(args), evaluation_args(other_args)
     if not ("img_size" in ours and "img_size" in theirs):
         ours.pop("img_size", None)
         theirs.pop("img_size", None)
@@ -46,32 +53,32 @@ def same_architecture(
 
 
 def called(name: str, args: Mapping[str, Any]) -> str:
-    """A backbone as a message names it: ``vit_tiny_patch16_224(img_size=64)``."""
-    told = ", ".join(f"{key}={value}" for key, value in args.items())
-    return f"{name}({told})" if told else name
+    """A backbone's name in messages: ``vit_tiny_patch16_224(img_size=64)``."""
+    shown = ", ".join(f"{key}={value}" for key, value in args.items())
+    return f"{name}({shown})" if shown else name
 
 
-def structure(model: Any, left_out: Sequence[str] = ()) -> tuple[str, ...]:
-    """One line for each class and each setting of a model's modules.
+def structure(model: Any, excluded: Sequence[str] = ()) -> tuple[str, ...]:
+    """One line for the class and for each setting of every module of a model.
 
     Args:
         model: A plain ``nn.Module``.
-        left_out: Paths of modules that do not count, such as the classifier's.
+        excluded: Paths of modules that do not count, such as the classifier's.
     """
     lines = []
     for path, module in model.named_modules():
-        if path in left_out:
+        if path in excluded:
             continue
         kind = type(module).__name__
-        passes = "Drop" in kind or kind == "Identity"
-        lines.append(f"{path}\tclass\t{'Identity' if passes else kind}")
-        if not passes:
+        is_identity = "Drop" in kind or kind == "Identity"
+        lines.append(f"{path}\tclass\t{'Identity' if is_identity else kind}")
+        if not is_identity:
             lines += (f"{path}\t{name}\t{value}" for name, value in _settings(module))
     return tuple(lines)
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> str:
-    """How the first differs from the second, in words; empty where they are equal."""
+    """The first difference between two structures, in words; empty if they are equal."""
     for ours, theirs in zip_longest(one, other, fillvalue="\t\tnothing"):
         if ours == theirs:
             continue

@@ -1,12 +1,12 @@
-"""The bundled backbone `aoft_vit_nano`: a small plain ViT whose weights ship with the package.
+"""The bundled backbone `aoft_vit_nano`: a small plain ViT with weights in this package.
 
-Importing this module registers the name with timm, so that both of these work without a network:
+Importing this module registers the name with timm. Both calls then work without a network:
 
     timm.create_model("aoft_vit_nano", pretrained=True, num_classes=10)
     timm.create_model("aoft_vit_nano", pretrained=True, num_classes=0)  # class-token features
 
-The weights come from formula-driven images alone; `weights/aoft_vit_nano.md` is the model card
-and `tools/pretraining/train.py` the script that made them.
+The weights were trained on formula-driven images only. `weights/aoft_vit_nano.md` is the model
+card, and `tools/pretraining/train.py` is the training script.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def aoft_vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Build the bundled backbone, 2.7 M parameters: patch 8, width 192, depth 6, 3 heads.
 
     Args:
-        pretrained: Load `WEIGHTS`; the classifier, where there is one, stays newly initialised.
+        pretrained: Load `WEIGHTS`; a classifier keeps its initial values.
         **kwargs: timm's own, such as `num_classes` (0 if not given), `drop_path_rate`, `img_size`.
 
     Returns:
-        timm's unmodified `VisionTransformer`: [batch, 3, 64, 64] to [batch, num_classes], or to
-        the class token after the final norm, [batch, 192], where `num_classes` is 0.
+        timm's unmodified `VisionTransformer`: [batch, 3, 64, 64] to [batch, num_classes]. If
+        `num_classes` is 0, the output is the class token after the final norm, [batch, 192].
     """
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
     model: VisionTransformer = build_model_with_cfg(

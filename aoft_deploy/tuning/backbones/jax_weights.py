@@ -1,4 +1,4 @@
-"""Weights in the JAX layout (.npz), as Google's and the papers' codes publish them."""
+"""Load weights in the JAX layout (.npz), which Google's and the papers' codes publish."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from aoft_deploy.tuning.sites.classifier import classifier_names
 __all__ = ["load_npz"]
 
 PREFIXES = ("opt/target/", "params/img/", "params/")
-"""What may stand before all names of the image tower."""
+"""Possible prefixes of all names of the image tower."""
 
 LEFT_OUT = re.compile(r"(resnet/)?(head|pre_logits|MAPHead_\d+)/.*|opt/state/.*|(txt/.*|t|b)")
-"""Arrays that a backbone needs not: classifiers and what stands before them, text towers."""
+"""Arrays that a backbone does not need: classifiers, layers before them, text towers."""
 
 POSITIONS = re.compile(r"(.*[./])?(pos_embed|pos_embedding)")
 """Arrays that are resampled to the model's image size."""
 
 
 def load_npz(model: nn.Module, path: Path) -> None:
-    """Load a file in the JAX layout in place with timm's reader.
+    """Load a file in the JAX layout into a model, with timm's reader.
 
-    The reader takes what it knows and leaves the rest of the file and of the model alone. So the
-    numbers are counted: as many must be in the file as in the model, but for positions, which are
-    resampled.
+    The reader ignores arrays and parameters that it does not know. So the file and the model must
+    hold the same number of weights, except for position embeddings, which are resampled.
 
     Raises:
-        BackboneError: The model has no such layout, the file has more or fewer weights than the
-            model, or a value is not finite.
+        BackboneError: timm has no .npz reader for the model, the file has more or fewer weights
+            than the model, or a value is not finite.
     """
     reader: Any = getattr(model, "load_pretrained", None)
     if reader is None:
@@ -43,14 +42,14 @@ def load_npz(model: nn.Module, path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             shapes = _own({name: archive[name].shape for name in archive.files})
-    except Exception as error:  # damaged archives make their reader raise anything
+    except Exception as error:  # damaged archives make NumPy raise many types
         raise _unreadable(path, error) from error
     found, depth = _depth(shapes), len(getattr(model, "blocks", ()))
     if found != depth:
         raise BackboneError(f"{path} holds {found} encoder blocks, but the model has {depth}.")
     try:
         reader(str(path))
-    except Exception as error:  # missing arrays, and shapes that timm's reader does not expect
+    except Exception as error:  # missing arrays and unexpected shapes
         raise _unreadable(path, error) from error
     classifier = set(classifier_names(model))
     needed = {
@@ -61,8 +60,8 @@ def load_npz(model: nn.Module, path: Path) -> None:
     given, wanted = _count(shapes), _count(needed)
     if given != wanted:
         raise BackboneError(
-            f"{path} holds {given} numbers of a backbone, but {type(model).__name__} has {wanted}: "
-            "it holds weights of another model."
+            f"{path} holds {given} weights of a backbone, but {type(model).__name__} has {wanted}: "
+            "it is a file of another model."
         )
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise BackboneError(f"{path} holds values that are not finite.")
@@ -76,14 +75,14 @@ def _unreadable(path: Path, error: Exception) -> BackboneError:
 
 
 def _own(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of the image tower's arrays by their names without a prefix."""
+    """Shapes of the image tower's arrays, by their names without the prefix."""
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in shapes)), "")
     names = {name: name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
     return {own: shapes[name] for name, own in names.items() if not LEFT_OUT.fullmatch(own)}
 
 
 def _depth(shapes: Mapping[str, Any]) -> int:
-    """Number of encoder blocks, one by one or stacked in one array (big_vision)."""
+    """Number of encoder blocks, in separate arrays or stacked in one (big_vision)."""
     stacked = [s[0] for name, s in shapes.items() if "encoderblock/" in name]
     single = set(re.findall(r"encoderblock_(\d+)/", "\n".join(shapes)))
     return stacked[0] if stacked else len(single)

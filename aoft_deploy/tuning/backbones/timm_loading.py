@@ -1,8 +1,8 @@
-"""The moment at which timm would load a model's weights, taken over.
+"""Create timm models with a custom loader in place of timm's own.
 
-Only the entry point of a model knows the filter for foreign names, and some entry points make
-another model where weights are to come (FBNet's epsilon). So a model is made as timm makes it with
-its own weights, and timm's loader is replaced for this one call.
+A model's entry point defines the filter for other libraries' names, and some entry points build a
+different model when it is to be pre-trained (FBNet's epsilon). So the model is created as a
+pre-trained one, and timm's loader is replaced during this one call.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from timm.models import _builder
 from torch import nn
 
-__all__ = ["Filter", "Load", "Usual", "made", "skeleton"]
+__all__ = ["Filter", "Loader", "TimmLoading", "create_with_loader", "skeleton"]
 
 Filter = Callable[..., Mapping[str, Any]] | None
-"""What timm gives a file's tensors to: (tensors, model) to tensors by timm's names."""
+"""timm's conversion of a file's tensors to its own names: (tensors, model) to tensors."""
 
 
 @dataclass(frozen=True)
-class Usual:
-    """How timm would fill a model.
+class TimmLoading:
+    """How timm would fill a model with its own weights.
 
     Attributes:
         convert: Filter of the model's entry point.
-        strict: Whether its weights fill the model just so; FCMAE's lack the last norm.
-        load: Fetches timm's own weights and fills the model.
+        strict: Whether timm's weights fill the model exactly; FCMAE's lack the last norm.
+        load: Fetches timm's weights and fills the model.
     """
 
     convert: Filter
@@ -39,55 +39,58 @@ class Usual:
     load: Callable[[], None]
 
 
-Load = Callable[[nn.Module, Usual], None]
-"""Fills a model."""
+Loader = Callable[[nn.Module, TimmLoading], None]
+"""Fills a newly created model with weights."""
 
 _LOCK = threading.RLock()
 
 
-def made(name: str, load: Load, **args: Any) -> nn.Module:
-    """A timm model, filled by ``load`` where timm would load its pre-trained weights.
+def create_with_loader(name: str, loader: Loader, **args: Any) -> nn.Module:
+    """A timm model that ``loader`` fills at the moment when timm would load its weights.
 
     Args:
         name: timm name, with or without a tag.
-        load: Fills the model, or leaves it as it starts.
+        loader: Fills the model, or leaves its initial values.
         args: Arguments of ``timm.create_model``.
     """
-    with _replaced(load):
+    with _replaced(loader):
         model: nn.Module = timm.create_model(name, pretrained=True, **args)
     return model
 
 
 def skeleton(name: str, **args: Any) -> nn.Module:
-    """A timm model without memory for its weights; as ``made`` where timm cannot do without."""
+    """A timm model on the meta device, without memory for its weights.
 
-    def leave(model: nn.Module, usual: Usual) -> None:
-        """Load nothing."""
+    A model that timm cannot create there keeps its initial weights on the CPU.
+    """
+
+    def load_nothing(model: nn.Module, timm_loading: TimmLoading) -> None:
+        """Leave the initial values."""
 
     try:
         with torch.device("meta"):
-            return made(name, leave, **args)
+            return create_with_loader(name, load_nothing, **args)
     except (NotImplementedError, RuntimeError):
-        return made(name, leave, **args)
+        return create_with_loader(name, load_nothing, **args)
 
 
 @contextmanager
-def _replaced(load: Load) -> Iterator[None]:
-    """Put ``load`` in the place of timm's loader, for this thread."""
+def _replaced(loader: Loader) -> Iterator[None]:
+    """Replace timm's loader, for this thread only."""
     thread = threading.get_ident()
 
     with _LOCK:
         own: Any = _builder.load_pretrained
 
-        def loader(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def load_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             if threading.get_ident() != thread:
                 own(model, *args, **kwargs)
                 return
             strict = kwargs.get("strict", True)
-            usual = Usual(kwargs.get("filter_fn"), strict, lambda: own(model, *args, **kwargs))
-            load(model, usual)
+            convert = kwargs.get("filter_fn")
+            loader(model, TimmLoading(convert, strict, lambda: own(model, *args, **kwargs)))
 
-        _builder.load_pretrained = loader
+        _builder.load_pretrained = load_pretrained
         try:
             yield
         finally:

@@ -69,7 +69,7 @@ def load(
     import timm
     from safetensors import SafetensorError, safe_open
 
-    from aoft_deploy.tuning.backbones.backbone import Backbone
+    from aoft_deploy.tuning.backbones.identity import Backbone
 
     path = Path(path)
     try:

@@ -21,7 +21,7 @@ from torch import nn
 from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import AttachError, CheckpointError, OutputError
 from aoft_deploy.tuning.attaching import attach
-from aoft_deploy.tuning.backbones.backbone import identify
+from aoft_deploy.tuning.backbones.identity import identify
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.multitask import MixedModel
 from aoft_deploy.tuning.tuned_model import TunedModel
