@@ -1,4 +1,4 @@
-"""A tuned task as a file: our own format, the released RLRR files, and PEFT LoRA folders."""
+"""Checkpoints of tuned tasks: our own format, released RLRR files, and PEFT LoRA folders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from aoft_deploy._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint, save
     from aoft_deploy.checkpoints.opening import load, open_checkpoint
 
 __all__ = [
+    "BackboneSource",
     "Checkpoint",
     "load",
     "open_checkpoint",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BackboneSource": "backbone_source",
     "Checkpoint": "checkpoint",
     "load": "opening",
     "open_checkpoint": "opening",

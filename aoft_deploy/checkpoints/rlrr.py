@@ -1,7 +1,7 @@
-"""Checkpoints of the published RLRR code (github.com/zstarN70/RLRR), read as our own.
+"""Read checkpoints of the published RLRR code (github.com/zstarN70/RLRR).
 
-They are pickled dicts of tensors, read with ``weights_only=True``, with the names of the released
-``models/networks.py``. Each maps to one of our tensors; shapes differ by axes of length one.
+They are pickled dicts of tensors with the names of the released ``models/networks.py``. Each tensor
+maps to one of ours; shapes differ by axes of length one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign
+from aoft_deploy.tuning.backbones.state_dict import load_torch
 
 __all__ = ["is_published", "published_preprocessing", "read_published"]
 
@@ -44,11 +45,11 @@ RULES = {
         "update.blocks.{0}.{1}.{2}"
     ),
 }
-"""Published name → ours, its groups translated by ``WORDS``."""
+"""Pattern of a published name → our name, its groups translated by ``WORDS``."""
 
 
 def is_published(path: Path) -> bool:
-    """Whether a file starts as PyTorch's pickled files do (a zip archive or a bare pickle)."""
+    """Whether a file starts like those of ``torch.save``: a zip archive or a bare pickle."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -57,32 +58,32 @@ def is_published(path: Path) -> bool:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """The file's tensors under our checkpoint's names.
+    """Read a file's tensors, under the names of our checkpoints.
 
     Raises:
         CheckpointError: The file is damaged, would run code, or holds other names.
     """
-    if told := foreign(path, "torch", "pickle"):
-        raise CheckpointError(f"{path} {told}.")
+    if reason := foreign(path, "torch", "pickle"):
+        raise CheckpointError(f"{path} {reason}.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles make their reader raise anything
+        state = load_torch(path)
+    except Exception as error:  # damaged pickles make torch raise many types
         raise CheckpointError(
             f"{path} is damaged or would run code, and is not read ({type(error).__name__})."
         ) from error
     if not isinstance(state, Mapping) or "head.bias" not in state:
         raise CheckpointError(f"{path} is no published RLRR checkpoint: it has no head.bias.")
     for name, value in state.items():
-        plain = isinstance(value, Tensor) and value.layout is torch.strided
-        if not plain or not value.is_floating_point():
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        if not dense or not value.is_floating_point():
             raise CheckpointError(
-                f"{path} is no published RLRR checkpoint: {name} is no tensor of numbers."
+                f"{path} is no published RLRR checkpoint: {name} is not a tensor of floats."
             )
     return {_renamed(path, str(name)): _reshaped(path, str(name), t) for name, t in state.items()}
 
 
 def published_preprocessing(size: int) -> Preprocessing:
-    """The released code's evaluation transform for VTAB: a plain resize to the input's size."""
+    """The released code's evaluation transform for VTAB: a resize to the input size, no crop."""
     half = (0.5, 0.5, 0.5)
     return Preprocessing(size, crop_pct=1.0, mean=half, std=half, crop_mode="squash")
 
@@ -96,7 +97,7 @@ def _renamed(path: Path, name: str) -> str:
 
 
 def _reshaped(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """Scales as rows (1, features), shifts as vectors, the rest as it is."""
+    """Scales as rows (1, features), shifts as vectors, the classifier unchanged."""
     if name.startswith("head."):
         return tensor.float()
     if tensor.numel() != max(tensor.shape, default=1):

@@ -22,6 +22,7 @@ from aoft_deploy.artefacts.protocols import Exporter, FleetExporter, FolderExpor
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.data.images import image_files, read_image
@@ -155,8 +156,9 @@ def export_fleet(
     for path, task in zip(checkpoints, tasks, strict=True):
         check_classes(task.classes, str(path))
         _check_same(path, task, checkpoints[0], tasks[0])
-    tuned, _ = open_checkpoint(checkpoints[0], weights=weights, force=force)
-    spare = functools.partial(open_checkpoint, checkpoints[0], weights=weights, force=force)
+    source = BackboneSource(weights=weights, force=force)
+    tuned, _ = open_checkpoint(checkpoints[0], source)
+    spare = functools.partial(open_checkpoint, checkpoints[0], source)
     preprocessing = tasks[0].preprocessing
     if form == "auto" and "folded" not in exporter.FORMS:
         form = "mixed"

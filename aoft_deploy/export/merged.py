@@ -38,6 +38,7 @@ from aoft_deploy.artefacts.protocols import (
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import FILES
@@ -177,7 +178,7 @@ def export_merged(
         inputs = [checkpoint, *([weights] if weights else []), *images, *calibrate]
         check_output(output, exporter.SUFFIX, inputs)
     pictures = [read_image(path) for path in image_files(images)]
-    tuned, task = open_checkpoint(checkpoint, backbone=backbone, weights=weights, force=force)
+    tuned, task = open_checkpoint(checkpoint, BackboneSource(backbone, weights, force))
     check_classes(task.classes, str(checkpoint))
     preprocessing = task.preprocessing
     pixels = verification_pixels(preprocessing, pictures, precision)

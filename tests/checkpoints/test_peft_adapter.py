@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.checkpoints.peft_config import AdapterConfig
@@ -241,7 +242,7 @@ def test_the_description_of_a_strangers_task_comes_from_timm(
     adapted: Callable[..., Tensor], weights: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapted(tmp_path / "a")
-    _, task = open_checkpoint(tmp_path / "a", backbone=VIT, weights=weights(VIT))
+    _, task = open_checkpoint(tmp_path / "a", BackboneSource(VIT, weights(VIT)))
     assert task.classes == ("0", "1", "2", "3", "4", "5")
     assert (task.preprocessing.size, task.preprocessing.mean) == (SIZE, (0.1, 0.2, 0.3))
     assert task.backbone.name == VIT
@@ -612,7 +613,7 @@ def test_a_folder_that_changes_the_classifier_alone_is_refused(
     adapted(tmp_path / "a", target_modules=["head"], modules_to_save=None)
     whole = with_head(tmp_path / "whole.safetensors")
     line = refused(main, *options(tmp_path / "a", whole))
-    assert "changes the classifier alone: it has nothing to merge" in line
+    assert "changes the classifier only: there is nothing to merge" in line
 
 
 def test_a_convolution_is_refused(

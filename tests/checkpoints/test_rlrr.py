@@ -240,7 +240,7 @@ def test_a_published_file_on_a_backbone_without_blocks_is_refused(
     weights = tmp_path / "resnet.pth"
     torch.save(timm.create_model("resnet10t").state_dict(), weights)
     arguments = ["--merge", pth, "--backbone", "resnet10t", "--backbone-weights", weights]
-    assert "belongs on a plain Vision Transformer" in refused(main, *arguments)
+    assert "needs a plain Vision Transformer, not resnet10t" in refused(main, *arguments)
 
 
 def test_a_published_file_of_a_deeper_model_is_refused(

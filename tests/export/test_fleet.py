@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.verification import Bar
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
@@ -80,7 +81,9 @@ def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
     images = np.random.default_rng(0).normal(size=(9, 3, 16, 16)).astype(np.float32)
     expected = []
     for name in CLASSES:
-        tuned, _ = open_checkpoint(fleet.with_name(f"{name}.ckpt"), weights=backbone_weights)
+        tuned, _ = open_checkpoint(
+            fleet.with_name(f"{name}.ckpt"), BackboneSource(weights=backbone_weights)
+        )
         with torch.inference_mode():
             expected.append(tuned(torch.from_numpy(images)).numpy())
     for order in ([0, 1, 2, 2, 1, 0, 1, 1, 0], [1] * 9, [2, 2, 0, 0, 0, 1, 2, 1, 0]):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
 from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.cli.export import main
@@ -192,7 +193,7 @@ def test_images_of_another_size_than_the_backbones_are_refused(
         checkpoint, tmp_path / "a.ckpt", lambda data: data["preprocessing"].update(size=32)
     )
     with pytest.raises(CheckpointError, match=r"prepares images of 32 pixels, but .* takes 16"):
-        open_checkpoint(path, weights=backbone_weights)
+        open_checkpoint(path, BackboneSource(weights=backbone_weights))
 
 
 @pytest.fixture(scope="module")

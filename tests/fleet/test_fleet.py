@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aoft_deploy.checkpoints import file_format
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
@@ -85,7 +86,7 @@ def expected(
     """Each task's merged model's logits of all images."""
     answers = {}
     for name, path in tasks.items():
-        merged = merge(open_checkpoint(path, weights=backbone_weights)[0])
+        merged = merge(open_checkpoint(path, BackboneSource(weights=backbone_weights))[0])
         with torch.inference_mode():
             answers[name] = merged(torch.from_numpy(images)).numpy()
     return answers
@@ -546,7 +547,7 @@ def versions(write: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 def merged_answer(path: Path, images: NDArray[np.float32], weights: Path) -> tuple[Any, list[str]]:
     """Logits by PyTorch of the merged checkpoint, and its classes."""
-    model, checkpoint = open_checkpoint(path, weights=weights)
+    model, checkpoint = open_checkpoint(path, BackboneSource(weights=weights))
     with torch.inference_mode():
         return merge(model)(torch.from_numpy(images)).numpy(), list(checkpoint.classes)
 

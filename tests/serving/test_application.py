@@ -20,6 +20,7 @@ from made_model import metadata_of
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main as export_main
@@ -277,7 +278,7 @@ def merged_versions(
 
 def expected(path: Path, weights: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Logits by PyTorch, of a checkpoint that is not merged."""
-    tuned, _ = open_checkpoint(path, weights=weights)
+    tuned, _ = open_checkpoint(path, BackboneSource(weights=weights))
     with torch.inference_mode():
         found: NDArray[np.float32] = tuned.eval()(torch.from_numpy(images)).numpy()
     return found

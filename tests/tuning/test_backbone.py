@@ -220,7 +220,9 @@ def test_a_checkpoint_of_a_model_that_its_name_does_not_make_is_not_opened_on_an
     change(model)
     path = tmp_path / "a.ckpt"
     save(attach(model, "lora"), path, classes=CLASSES, preprocessing=PREPROCESSING)
-    with pytest.raises(CheckpointError, match=rf"timm does not make as {NAME}.*\({told}\): attach"):
+    with pytest.raises(
+        CheckpointError, match=rf"timm does not create as {NAME}.*\({told}\): attach"
+    ):
         load(path, weights=clip)
     forced = load(path, weights=clip, force=True)
     kept = read_checkpoint(path).backbone

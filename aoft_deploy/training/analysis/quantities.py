@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.training.analysis.geometry import (
@@ -68,7 +69,7 @@ def analyse_file(
         BackboneError: The backbone's weights are missing or do not fit.
     """
     path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
-    tuned, _ = open_checkpoint(path, backbone=backbone, weights=weights, force=force)
+    tuned, _ = open_checkpoint(path, BackboneSource(backbone, weights, force))
     before = None
     if get_method(tuned.method).everything:
         known = tuned.identity

@@ -125,11 +125,12 @@ def attention_map(visitor: Visitor, name: str, picture: Path) -> NDArray[np.floa
     """
     import torch
 
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
 
     with visitor.using(name) as task:
         tuned, checkpoint = open_checkpoint(
-            checkpoint_of(task, name), weights=visitor.stage.weights
+            checkpoint_of(task, name), BackboneSource(weights=visitor.stage.weights)
         )
     preprocessing = checkpoint.preprocessing
     pixels = preprocessing(read_picture(picture, preprocessing.size).image)

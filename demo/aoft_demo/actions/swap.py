@@ -67,13 +67,14 @@ def verify(visitor: Visitor, name: str) -> Agreement:
         AoftError: The task has no checkpoint, it was removed meanwhile, or its backbone cannot be
             made.
     """
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
     from aoft_deploy.export.merged import logits, normalised
     from aoft_deploy.tuning.merging import merge
 
     with visitor.using(name) as task:
         source = checkpoint_of(task, name)
-        tuned, checkpoint = open_checkpoint(source, weights=visitor.stage.weights)
+        tuned, checkpoint = open_checkpoint(source, BackboneSource(weights=visitor.stage.weights))
         preprocessing = checkpoint.preprocessing
         inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
         own = logits(tuned.eval(), inputs)

@@ -124,10 +124,11 @@ def load(
         BackboneError: The backbone's weights cannot be had.
         SettingError: There is no such device.
     """
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
     from aoft_deploy.tuning.merging import merge
 
-    tuned, task = open_checkpoint(Path(path), weights=weights)
+    tuned, task = open_checkpoint(Path(path), BackboneSource(weights=weights))
     info = {
         "classes": json.dumps(list(task.classes)),
         "preprocessing": json.dumps(task.preprocessing.to_dict()),

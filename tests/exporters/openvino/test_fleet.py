@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
@@ -58,7 +59,7 @@ def images(count: int) -> NDArray[np.float32]:
 
 
 def unmerged(task: Path, weights: Path, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    tuned, _ = open_checkpoint(task, weights=weights)
+    tuned, _ = open_checkpoint(task, BackboneSource(weights=weights))
     with torch.no_grad():
         logits: NDArray[np.float32] = tuned(torch.from_numpy(x)).numpy()
     return logits

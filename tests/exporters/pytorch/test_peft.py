@@ -23,6 +23,7 @@ from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
@@ -114,7 +115,7 @@ def test_our_own_reader_gives_the_unmerged_logits(
     classes: tuple[str, ...],
 ) -> None:
     folder = export(make_checkpoint(method, **settings), backbone_weights)
-    tuned, task = open_checkpoint(folder, weights=backbone_weights)
+    tuned, task = open_checkpoint(folder, BackboneSource(weights=backbone_weights))
     assert (tuned.method, task.method, task.classes) == ("lora", "lora", classes)
     with torch.inference_mode():
         expected = make_tuned(method, **settings)(X)
@@ -435,7 +436,7 @@ def test_a_doctored_description_is_refused(
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"aoft": change(task)})
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path, weights=backbone_weights)
+        open_checkpoint(tmp_path, BackboneSource(weights=backbone_weights))
 
 
 def test_the_folder_may_be_given_as_the_present_one(
