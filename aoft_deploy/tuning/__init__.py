@@ -1,4 +1,10 @@
-"""Fine-tuning methods: updates in a frozen timm model, merged into it, or mixed per sample."""
+"""Fine-tuning methods: updates in a frozen timm model, merged into it, or mixed per sample.
+
+To learn the method, read in this order: ``updates.orthogonal`` (the matrix AO(q)),
+``updates.update`` and ``updates.aoft`` (an update and its formula), ``updates.delta`` (what a
+formula returns), ``updates.applying``, ``.folding`` and ``.mixing`` (its three uses), ``methods``
+(which sites get which update), ``attaching``, ``merging`` and ``multitask`` (whole models).
+"""
 
 from __future__ import annotations
 

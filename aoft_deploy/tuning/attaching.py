@@ -1,4 +1,4 @@
-"""Attach: freeze a timm model and place the updates of a method at its sites."""
+"""Attach: freeze a timm model and put a method's updates at its sites."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def attach(
     backbone: Backbone | None = None,
     **settings: Any,
 ) -> TunedModel:
-    """Put a method's updates into a model and freeze everything else but the classifier.
+    """Put a method's updates into a model, and freeze all parameters except the classifier's.
 
-    The model itself is changed; its weights are not.
+    The model is changed in place; its weights keep their values.
 
     Args:
         model: A plain timm model with a classifier.
         method: One of ``method_names()``.
-        seed: Seed of the updates' random starts.
-        backbone: Identity of the model, from ``create_backbone``; None asks the model.
+        seed: Seed of the updates' initial values.
+        backbone: Identity of the model, from ``create_backbone``; None computes it.
         settings: The method's settings, such as ``rank=16``.
 
     Returns:
-        The model ready for training.
+        The model, ready for training.
 
     Raises:
         UnknownNameError: Unknown method or setting.
         SettingError: A setting outside its range.
-        AttachError: The model offers no site for the method, or has no classifier.
-        BackboneError: The model does not know its timm name and ``backbone`` does not say it.
+        AttachError: The model has no site for the method, or no classifier.
+        BackboneError: ``backbone`` is None and the model does not record its timm name.
     """
     chosen = get_method(method)
     values = chosen.settings(settings)
@@ -62,8 +62,8 @@ def attach(
         placed = _build(chosen.build, sites, values, torch.Generator().manual_seed(seed))
         if not placed:
             known = ", ".join(sorted({site.role for site in sites} - {"other"}))
-            other = ["block"] if "deep" in values else ["bias"]
-            wanted = " or ".join(values.get("targets", other))
+            needed = ["block"] if "deep" in values else ["bias"]
+            wanted = " or ".join(values.get("targets", needed))
             raise AttachError(
                 f"{method} found no {wanted} in {type(model).__name__}, which has {known}."
             )
@@ -89,7 +89,7 @@ def _build(
 
 
 def _place(model: nn.Module, placed: list[tuple[Site, Update]]) -> None:
-    """Wrap the layers that own the sites."""
+    """Wrap each layer that owns a site with its updates."""
     layers: dict[str, list[tuple[Site, Update]]] = defaultdict(list)
     orders: dict[str, tuple[str, ...]] = {}
     prompted: list[tuple[Site, Update]] = []
@@ -105,7 +105,7 @@ def _place(model: nn.Module, placed: list[tuple[Site, Update]]) -> None:
             parametrize.register_parametrization(owner, site.tensor, vector)
     for path, pairs in layers.items():
         base = model.get_submodule(path)
-        whole = (0, len(base.weight))  # type: ignore[arg-type]
-        updates = [(site.rows if site.part else whole, update) for site, update in pairs]
+        all_rows = (0, len(base.weight))  # type: ignore[arg-type]
+        updates = [(site.rows if site.part else all_rows, update) for site, update in pairs]
         model.set_submodule(path, UpdatedModule(base, updates, pairs[0][0].absorber), strict=True)
     place_prompts(model, prompted)

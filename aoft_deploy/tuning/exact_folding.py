@@ -1,4 +1,4 @@
-"""Folding in float64: the exact deltas of updates, added to weights and rounded once."""
+"""Fold in float64: add exact deltas to weights and round once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning.updates.delta import Delta, Rows
 from aoft_deploy.tuning.updates.update import Update
 
-__all__ = ["exact_deltas", "fold_exactly", "store"]
+__all__ = ["exact_deltas", "fold_exactly", "round_into"]
 
-FOLDED_AT_ONCE = 2**18
-"""Weights folded at a time, through one float64 buffer that stays in cache."""
+BLOCK_SIZE = 2**18
+"""Number of weights that are folded at once, in a float64 buffer that fits the processor cache."""
 
 
 @torch.no_grad()
 def exact_deltas(updates: Iterable[Update]) -> dict[Update, Any]:
-    """The float64 delta of every update; those that are alike share one call of their formula."""
-    alike: dict[Any, list[Update]] = defaultdict(list)
+    """The float64 delta of every update. Updates of equal kind share one call of the formula."""
+    kinds: dict[Any, list[Update]] = defaultdict(list)
     for update in updates:
-        alike[update.kind()].append(update)
+        kinds[update.kind()].append(update)
     deltas: dict[Update, Any] = {}
-    for group in alike.values():
+    for group in kinds.values():
         stacked = {
             name: torch.stack([u.get_parameter(name) for u in group]).double()
             for name, _ in group[0].named_parameters()
@@ -44,7 +44,7 @@ def fold_exactly(
     deltas: Iterable[tuple[Rows, Delta]],
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fold in float64 and round once to the weight's own type.
+    """Fold in float64 and round once to the weight's dtype.
 
     Args:
         weight: (out, …).
@@ -53,15 +53,15 @@ def fold_exactly(
         in_place: Write into ``weight`` itself.
 
     Returns:
-        New weight and bias; entries that the updates do not change keep their bits.
+        Weight and bias. Entries that no delta changes keep their bits.
 
     Raises:
         CheckpointError: A folded value is not finite.
     """
-    new_weight = weight if in_place else _new_memory(weight)
+    new_weight = weight if in_place else _empty_like(weight)
     new_bias = None if bias is None else bias.clone()
     deltas = list(deltas)
-    step = max(1, FOLDED_AT_ONCE * len(weight) // weight.numel())
+    step = max(1, BLOCK_SIZE * len(weight) // weight.numel())
     if weight.dim() > 2 or any(delta.mixes_rows for _, delta in deltas):
         step = len(weight)
     buffer = torch.empty((step, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
@@ -71,39 +71,43 @@ def fold_exactly(
             new_weight[done:start] = weight[done:start]
         for first in range(start, stop, step):
             block = slice(first, min(first + step, stop))
-            wide = buffer[: block.stop - first].copy_(weight[block])
-            wide_bias = None if bias is None else bias[block].to(torch.float64, copy=True)
-            delta.fold_(wide, wide_bias, first - start)
-            store(wide, new_weight[block], weight[block])
-            if bias is not None and wide_bias is not None and new_bias is not None:
-                store(wide_bias, new_bias[block], bias[block])
+            exact = buffer[: block.stop - first].copy_(weight[block])
+            exact_bias = None if bias is None else bias[block].to(torch.float64, copy=True)
+            delta.fold_(exact, exact_bias, first - start)
+            round_into(exact, new_weight[block], weight[block])
+            if bias is not None and exact_bias is not None and new_bias is not None:
+                round_into(exact_bias, new_bias[block], bias[block])
         done = stop
     if not in_place:
         new_weight[done:] = weight[done:]
     return new_weight, new_bias
 
 
-def _new_memory(like: Tensor) -> Tensor:
-    """An uninitialised tensor; NumPy asks Linux for huge pages, which come twice as fast."""
+def _empty_like(like: Tensor) -> Tensor:
+    """An uninitialised tensor. NumPy's memory uses huge pages on Linux, which is twice as fast."""
     if like.device.type != "cpu":
         return torch.empty_like(like)
     data = torch.from_numpy(np.empty(like.numel() * like.element_size(), np.uint8))
     return data.view(like.dtype).view(like.shape)
 
 
-def store(wide: Tensor, new: Tensor, old: Tensor) -> None:
-    """Round ``wide`` into ``new``; where that equals ``old``, zeros keep their sign."""
+def round_into(exact: Tensor, new: Tensor, old: Tensor) -> None:
+    """Round ``exact`` into ``new``. Zeros that equal ``old`` keep their sign.
+
+    Raises:
+        CheckpointError: A rounded value is not finite.
+    """
     if _has_negative_zero(old):
-        wide = wide.copysign(torch.where(wide == old, old, wide))
-    new.copy_(wide)
+        exact = exact.copysign(torch.where(exact == old, old, exact))
+    new.copy_(exact)
     if not new.sum().isfinite() and not new.isfinite().all():
         raise CheckpointError(
-            f"Folding gives values that are not finite in {old.dtype}: the checkpoint's numbers "
-            "are too large or damaged."
+            f"Folding gives values that are not finite in {old.dtype}: the trained parameters are "
+            "too large or damaged."
         )
 
 
 def _has_negative_zero(tensor: Tensor) -> bool:
-    """Whether −0.0 occurs: as an integer of the same width its bits are the smallest of all."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return bool(tensor.view(kind).amin() == torch.iinfo(kind).min)
+    """Whether −0.0 occurs. As an integer of the same width, its bits are the smallest value."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return bool(tensor.view(integer).amin() == torch.iinfo(integer).min)

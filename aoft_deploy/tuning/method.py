@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: which update each role of a site takes, and its settings."""
+"""A fine-tuning method: its settings, and the update that it puts at each site."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ __all__ = ["AUTO", "Build", "Method", "Settings"]
 
 
 Settings = Mapping[str, Any]
-"""Values of a method's settings by name; all are JSON values."""
+"""Values of a method's settings by name. All are JSON values."""
 
 
 Build = Callable[[Site, Settings, Generator], Update | None]
+"""Creates a method's update for a site, or returns None for a site without one."""
 
 
 AUTO = "auto"
-"""The ``targets`` that stand for the first of a method's ``fallbacks`` that the model has."""
+"""``targets="auto"``: the first of a method's ``fallbacks`` that the model supports."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-        name: What users call it.
+        name: Name for users.
         summary: One line for help texts.
         defaults: Every setting with its default.
-        build: The update for a site, or None where the method leaves the site alone. A method that
-            trains the classifier alone, or everything, has no ``build``.
-        fallbacks: What ``targets="auto"`` may stand for, best first.
-        everything: Whether all of the backbone's own parameters are trained.
+        build: Creates the update for a site. None for a method that trains only the classifier or
+            the whole model.
+        fallbacks: Possible values of ``targets="auto"``, best first.
+        everything: Whether the whole model is trained.
     """
 
     name: str
@@ -49,11 +50,11 @@ class Method:
     everything: bool = False
 
     def settings(self, given: Settings) -> dict[str, Any]:
-        """The defaults with ``given`` put in.
+        """The defaults, updated with ``given``.
 
         Raises:
-            UnknownNameError: A setting that this method does not have.
-            SettingError: A value of the wrong type or outside its choices.
+            UnknownNameError: This method has no such setting, or a value is not among its choices.
+            SettingError: A value has the wrong type or is not finite.
         """
         merged = dict(self.defaults)
         for name, value in given.items():
@@ -66,8 +67,8 @@ class Method:
         """The settings with ``targets="auto"`` replaced by roles that the model has.
 
         Raises:
-            UnknownNameError: ``ranks`` names a site that the model does not have.
-            SettingError: ``ranks`` names a fused map and a part of it.
+            UnknownNameError: ``ranks`` contains a site that the model does not have.
+            SettingError: ``ranks`` contains a fused map and a part of it.
         """
         ranks = settings.get("ranks", {})
         linear = {site.name for site in sites if site.role in LINEAR_ROLES}
@@ -75,27 +76,29 @@ class Method:
             if name not in linear:
                 raise UnknownNameError(f"site in ranks of {self.name}", name, linear)
             if name.rpartition(".")[0] in ranks:
-                raise SettingError(f"ranks of {self.name} names {name} and the whole: choose one.")
+                raise SettingError(
+                    f"ranks of {self.name} contains {name} and the whole map: choose one."
+                )
         if settings.get("targets") != AUTO:
             return dict(settings)
         roles = {site.role for site in sites}
-        found = (t for t in self.fallbacks if roles.intersection(t))
-        return {**settings, "targets": list(next(found, self.fallbacks[0]))}
+        supported = (t for t in self.fallbacks if roles.intersection(t))
+        return {**settings, "targets": list(next(supported, self.fallbacks[0]))}
 
 
 CHOICES = {
     "init": ("published", "identity", "normal", "uniform", "constant", "zero"),
     "sides": ("both", "out", "in"),
 }
-"""Settings that take one of a few words."""
+"""Allowed words of settings that are one word."""
 
 
 LISTS = {"targets": LINEAR_ROLES, "norms": NORM_ROLES}
-"""Settings that take a list of roles."""
+"""Allowed roles of settings that are lists of roles."""
 
 
 def _checked(method: str, name: str, value: Any, default: Any) -> Any:
-    """Value, if it is of the default's type and among the setting's choices."""
+    """The value, if it has the default's type and is among the setting's choices."""
     if name in LISTS:
         return _roles(method, name, value, default)
     if name in CHOICES and value not in CHOICES[name]:
@@ -107,7 +110,7 @@ def _checked(method: str, name: str, value: Any, default: Any) -> Any:
             f"{name} of {method} is {value!r}, but must be of type {type(default).__name__}."
         )
     if isinstance(value, dict) and not all(type(rank) is int for rank in value.values()):
-        raise SettingError(f"{name} of {method} must give a whole number for each site's name.")
+        raise SettingError(f"{name} of {method} must map site names to whole numbers.")
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingError(f"{name} of {method} is {value}, but must be finite.")
     return value
@@ -121,7 +124,7 @@ def _roles(method: str, name: str, value: Any, default: Any) -> Any:
         if role not in LISTS[name]:
             raise UnknownNameError(f"{name.removesuffix('s')} of {method}", str(role), LISTS[name])
     if name == "targets" and not roles:
-        raise SettingError(f"targets of {method} is empty: name at least one linear map.")
+        raise SettingError(f"targets of {method} is empty: give at least one role of a linear map.")
     if "qkv" in roles and {"q", "k", "v"}.intersection(roles):
-        raise SettingError(f"{name} of {method} names qkv and a part of it: choose one form.")
+        raise SettingError(f"{name} of {method} contains qkv and a part of it: choose one form.")
     return roles

@@ -1,7 +1,7 @@
-"""The fine-tuning methods: which sites take which kind of update.
+"""The registry of fine-tuning methods: which sites get which kind of update.
 
-A method is a name, its settings with their defaults, and one function from a site to an update or
-to None. Adding one is a few lines and a call of ``register``.
+A method is a name, its settings with defaults, and one function that returns the update for a site,
+or None. To add a method, write that function and call ``register``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def register(
     everything: bool = False,
     **defaults: Any,
 ) -> None:
-    """Add a method under ``name``."""
+    """Add a method. For the arguments see ``Method``; ``defaults`` are its settings."""
     frozen = MappingProxyType(defaults)
     METHODS[name] = Method(name, summary, frozen, build, fallbacks, everything)
 
@@ -50,7 +50,7 @@ def get_method(name: str) -> Method:
     """The method called ``name``.
 
     Raises:
-        UnknownNameError: No method has that name.
+        UnknownNameError: There is no such method.
     """
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
@@ -75,24 +75,24 @@ def _adapter(site: Site, settings: Settings, generator: Generator) -> Update | N
 
 
 def _prompts(site: Site, settings: Settings, generator: Generator) -> Update | None:
-    if not _takes_prompts(site, settings):
+    if not _has_prompts(site, settings):
         return None
     return Prompts(site.in_features, settings["rank"], site.patch, generator, site.embed_dim)
 
 
-def _takes_prompts(site: Site, settings: Settings) -> bool:
+def _has_prompts(site: Site, settings: Settings) -> bool:
     if site.windows and not settings["deep"]:
         raise AttachError(
-            f"Prompts before {site.name} alone (deep=False) would have to pass patch merging, "
-            "where VPT's paper ignores them and its code repeats them: use deep=True."
+            f"Prompts in {site.name} only (deep=False) would reach patch merging, where VPT's "
+            "paper ignores them and its code repeats them: use deep=True."
         )
     return site.role == "block" and (settings["deep"] or site.index == 0)
 
 
-def _options(settings: Settings, per_rank_scale: bool) -> Aoft:
+def _aoft(settings: Settings, per_rank_scale: bool) -> Aoft:
     names = ("rank", "scale", "strict", "shared")
-    chosen = {name: settings[name] for name in names if name in settings}
-    return Aoft(per_rank_scale=per_rank_scale, **chosen)
+    options = {name: settings[name] for name in names if name in settings}
+    return Aoft(per_rank_scale=per_rank_scale, **options)
 
 
 def _aoft_low_rank(star: bool) -> Build:
@@ -100,7 +100,7 @@ def _aoft_low_rank(star: bool) -> Build:
         if site.role not in settings["targets"]:
             return None
         features = site.in_features, site.out_features
-        return AoftLowRank(*features, _options(settings, star), generator)
+        return AoftLowRank(*features, _aoft(settings, star), generator)
 
     return build
 
@@ -109,7 +109,7 @@ def _aoft_adapter(star: bool) -> Build:
     def build(site: Site, settings: Settings, generator: Generator) -> Update | None:
         if site.role not in settings["targets"]:
             return None
-        options = _options(settings, star)
+        options = _aoft(settings, star)
         return AoftAdapter(site.channels, options, settings["residual"], generator)
 
     return build
@@ -117,9 +117,9 @@ def _aoft_adapter(star: bool) -> Build:
 
 def _aoft_prompts(star: bool) -> Build:
     def build(site: Site, settings: Settings, generator: Generator) -> Update | None:
-        if not _takes_prompts(site, settings):
+        if not _has_prompts(site, settings):
             return None
-        return AoftPrompts(site.in_features, _options(settings, star), generator)
+        return AoftPrompts(site.in_features, _aoft(settings, star), generator)
 
     return build
 
@@ -164,7 +164,7 @@ for star, suffix, extra in (
 ):
     register(
         f"aoft-lora{suffix}",
-        f"AOFT{'*' if star else ''} in LoRA's place: one vector generates each projection{extra} "
+        f"AOFT{'*' if star else ''} as LoRA: one vector generates each projection{extra} "
         "(arXiv 2507.13260)",
         _aoft_low_rank(star),
         fallbacks=ATTENTION_FIRST,
@@ -187,7 +187,7 @@ for star, suffix, extra in (
     )
     register(
         f"aoft-vpt{suffix}",
-        f"AOFT{'*' if star else ''} as prompts: one vector generates a block's{extra}",
+        f"AOFT{'*' if star else ''} as prompts: one vector generates all prompts of a block{extra}",
         _aoft_prompts(star),
         rank=8,
         scale=1.0,
@@ -232,5 +232,5 @@ register(
     init_std=0.02,
 )
 register("bitfit", "every bias (arXiv 2106.10199)", _bitfit)
-register("linear", "linear probing: the classifier alone", None)
+register("linear", "linear probing: only the classifier", None)
 register("full", "full fine-tuning: every parameter", None, everything=True)

@@ -1,9 +1,9 @@
-"""One backbone that answers every sample of a batch with that sample's own task.
+"""Multi-task models: one backbone that computes every sample of a batch with its own task.
 
-A task is a row of numbers: its updates' parameters, in an order that ``Layout`` fixes. The rows of
-all tasks are a *bank*; a batch gathers its samples' rows, every formula is called once for all
-samples and all sites that are alike, and each layer adds its samples' deltas to what the shared
-weight gives (``mix``). Classifiers of any width stand in a second bank, one row for each class.
+A task is a row of parameters, those of its updates in the order of a ``Layout``. The rows of all
+tasks form a *bank*. A batch gathers the rows of its samples and calls every formula once for all
+samples and all sites of equal kind. Each layer then adds its samples' deltas to the output of the
+shared weight (``mix``). The classifiers of all tasks form a second bank with one row per class.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ __all__ = ["FleetModel", "FoldedModel", "MixedModel"]
 
 
 class Batch:
-    """The deltas of the batch that is under way, and which of them were asked for."""
+    """The deltas of the current batch, and the sites that used them."""
 
     def __init__(self) -> None:
         self.deltas: dict[str, Any] = {}
         self.used: set[str] = set()
 
     def take(self, site: str) -> Any:
+        """The delta of a site, which is recorded as used."""
         self.used.add(site)
         return self.deltas[site]
 
 
 class Mixed(nn.Module):
-    """Mixed into a layer's class: what the layer gives, changed for each sample by its own task."""
+    """Mixin for a layer's class: changes the output of every sample by its own delta."""
 
     batch: Batch
     places: list[tuple[Rows, str]]
@@ -64,11 +65,11 @@ class Mixed(nn.Module):
 
 
 class MixedPrompts(nn.Module):
-    """Prompts of each sample's own task.
+    """Prompts from each sample's own task.
 
     Args:
-        batch: Holds the deltas.
-        site: The block.
+        batch: Contains the deltas.
+        site: Name of the block's site.
     """
 
     def __init__(self, batch: Batch, site: str) -> None:
@@ -86,14 +87,15 @@ def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class FleetModel(nn.Module):
-    """A backbone that answers with the tasks of a bank, made from one tuned model.
+    """Base of the multi-task models: a backbone whose updates come from a bank.
 
     Attributes:
-        layout: Order of a task's numbers.
-        width: Width of the features that classifiers take.
+        layout: Order of a task's parameters in a row.
+        width: Width of the features, the input of the classifiers.
 
     Args:
-        tuned: A model of the method, settings and backbone that all tasks share; it is taken over.
+        tuned: A model with the method, settings and backbone of all tasks. It becomes part of this
+            model and cannot be used afterwards.
 
     Raises:
         AttachError: The model cannot serve several tasks, with the reason.
@@ -111,11 +113,11 @@ class FleetModel(nn.Module):
         self.requires_grad_(False).eval()
 
     def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
-        """Make a module of the backbone take its deltas from the batch, if it has updates."""
+        """Make a module of the backbone use the batch's deltas, if it has updates."""
         raise NotImplementedError
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
-        """The numbers that a batch needs, (samples, numbers)."""
+        """The rows of the bank that a batch needs, (samples, numbers)."""
         raise NotImplementedError
 
     def forward(
@@ -128,16 +130,16 @@ class FleetModel(nn.Module):
         count: Tensor,
         columns: Tensor,
     ) -> Tensor:
-        """Each sample's logits by its own task.
+        """The logits of every sample, by its own task.
 
         Args:
             pixel_values: (batch, 3, H, W).
             task: Row of the bank for each sample, int64 (batch,).
-            bank: Updates of all tasks, (tasks, numbers).
+            bank: Parameters of all tasks, (tasks, numbers).
             heads: Classifier rows of all tasks, weight and bias, (rows, width + 1).
             first: First row of each task's classifier, int64 (tasks,).
-            count: Number of its classes, int64 (tasks,).
-            columns: 0, 1, … up to the widest classifier, int64 (classes,).
+            count: Number of each task's classes, int64 (tasks,).
+            columns: 0, 1, … up to the largest number of classes, int64 (classes,).
 
         Returns:
             (batch, classes); −inf beyond a task's own classes.
@@ -147,18 +149,18 @@ class FleetModel(nn.Module):
         body: Any = self.backbone
         features = body.forward_head(body.forward_features(pixel_values), pre_logits=True)
         self._check_used()
-        own = columns < count[task][:, None]
-        rows = torch.where(own, first[task][:, None] + columns, 0)
-        chosen = heads[rows]
-        logits = (chosen[..., :-1] @ features[..., None])[..., 0] + chosen[..., -1]
-        return torch.where(own, logits, float("-inf"))
+        valid = columns < count[task][:, None]
+        rows = torch.where(valid, first[task][:, None] + columns, 0)
+        head = heads[rows]
+        logits = (head[..., :-1] @ features[..., None])[..., 0] + head[..., -1]
+        return torch.where(valid, logits, float("-inf"))
 
     @torch.no_grad()
     def try_out(self, size: int) -> None:
-        """Answer one image of zeros, ``size`` pixels wide.
+        """Compute one image of zeros, ``size`` pixels wide, to find unsupported sites.
 
         Raises:
-            AttachError: A site cannot take part, which only a forward shows.
+            AttachError: The forward does not use the delta of some site.
         """
         zero = torch.zeros(1, dtype=torch.int64)
         weight = next(self.backbone.parameters())
@@ -167,21 +169,21 @@ class FleetModel(nn.Module):
         self(weight.new_zeros(1, 3, size, size), zero, bank, heads, zero, zero + 1, zero)
 
     def _check_used(self) -> None:
-        """Every site must have been asked for its delta, or tasks would be mixed up silently."""
-        missed = sorted(set(self._batch.deltas) - self._batch.used)
+        """Refuse a forward that skipped a site's delta: its results would belong to no task."""
+        unused = sorted(set(self._batch.deltas) - self._batch.used)
         self._batch.deltas = {}
-        if missed:
+        if unused:
             raise AttachError(
-                f"{missed[0]} is read by its parent instead of called, so samples of one batch "
-                "cannot have different updates there: export each task by itself."
+                f"{unused[0]} is read by its parent instead of called, so samples of one batch "
+                "cannot have different updates there: export each task separately."
             )
 
 
 class MixedModel(FleetModel):
-    """A backbone for mixed batches: every sample with its own task's deltas, added as it goes.
+    """A backbone for mixed batches: every layer adds each sample's own deltas.
 
     Raises:
-        AttachError: Samples cannot differ at some site, with the reason.
+        AttachError: Samples cannot have different deltas at some site, with the reason.
     """
 
     def __init__(self, tuned: TunedModel) -> None:
@@ -189,7 +191,7 @@ class MixedModel(FleetModel):
         super().__init__(tuned)
 
     def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
-        """Mix a class of ours into a layer's, or give prompts for every sample."""
+        """Add ``Mixed`` to a layer's class, or replace prompts with those of every sample."""
         if isinstance(module, UpdatedModule):
             pairs = zip(module.rows, module.updates, strict=True)
             layer = module.base
@@ -207,14 +209,14 @@ class MixedModel(FleetModel):
 
 
 class FoldedModel(FleetModel):
-    """A backbone for batches of one task, whose numbers it folds into its weights each time.
+    """A backbone for batches of a single task, which it folds into its weights for every batch.
 
-    Costs a pass over the weights that updates touch, whatever the batch; every method and layer
-    can do it. All samples are answered by the first one's task, so ``task`` must not differ.
+    This costs one pass over the weights with updates, for any batch size, and works for every
+    method and layer. The first sample's task is used for all samples, so all must have the same.
     """
 
     def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
-        """Put the batch's deltas in the place of the module's updates."""
+        """Replace the module's updates with the batch's deltas."""
         for name, child in list(module.named_children()):
             if child in names:
                 module.add_module(name, _BatchUpdate(self._batch, names[child]))
@@ -225,11 +227,11 @@ class FoldedModel(FleetModel):
 
 
 class _BatchUpdate(nn.Module):
-    """An update whose numbers are those of the batch's one task.
+    """An update with the parameters of the batch's task.
 
     Args:
-        batch: Holds the deltas.
-        site: The update's.
+        batch: Contains the deltas.
+        site: Name of the update's site.
     """
 
     def __init__(self, batch: Batch, site: str) -> None:
@@ -242,24 +244,24 @@ class _BatchUpdate(nn.Module):
 
 
 def _check(tuned: TunedModel) -> None:
-    """Refuse what shares no backbone or has no plain classifier."""
+    """Refuse a method without a shared backbone and a model without a linear classifier."""
     name = type(tuned.backbone).__name__
     if tuned.direct != tuned.classifier:
-        raise AttachError(f"{tuned.method} changes every weight: its tasks share no backbone.")
+        raise AttachError(f"{tuned.method} changes every weight, so its tasks share no backbone.")
     shapes = [tuned.backbone.get_parameter(n).dim() for n in tuned.classifier]
     if shapes not in ([2], [2, 1]):
-        raise AttachError(f"{name} has no single linear classifier: its tasks cannot be mixed.")
+        raise AttachError(f"{name} has no single linear classifier, so its tasks cannot be mixed.")
 
 
 def _check_mixing(tuned: TunedModel) -> None:
-    """Refuse what cannot differ within a batch."""
+    """Refuse layers whose deltas cannot differ within a batch."""
     for path, module in tuned.backbone.named_modules():
         if parametrize.is_parametrized(module):
             raise AttachError(
-                f"{path} holds biases outside its linear map, which cannot differ within a batch."
+                f"{path} has biases outside its linear map, which cannot differ within a batch."
             )
         if isinstance(module, UpdatedModule) and isinstance(module.base, nn.Conv2d):
             if any(type(delta).__name__ == "WeightDelta" for _, delta in module.deltas()):
                 raise AttachError(
-                    f"{path} is a convolution, whose weight cannot differ in a batch."
+                    f"{path} is a convolution, whose weight cannot differ within a batch."
                 )

@@ -1,8 +1,8 @@
-"""Prompts in a model: tokens that come into a block, and do not leave it beside the block's own.
+"""Prompts in a model: tokens that enter a block and are dropped before the next prompts or the end.
 
-A plain block takes them among its tokens. A block of windows, Swin's and SwinV2's, shows them to
-every window (``PromptedWindows``). Either way a block keeps its parameters' names and its own
-forward; the class that is mixed into the block's says where the prompts go.
+A plain block gets them among its tokens (``PromptedTokens``). In a block of Swin or SwinV2, every
+window gets them (``PromptedWindows``). A mixin class inserts the prompts; the block keeps the names
+of its parameters and its own forward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["FixedPrompts", "Prompted", "PromptedTokens", "PromptedWindows", "pla
 
 
 class FixedPrompts(nn.Module):
-    """Prompts as constants of a merged model.
+    """Constant prompts of a merged model.
 
     Args:
         tokens: (prompts, width).
@@ -45,22 +45,23 @@ class FixedPrompts(nn.Module):
 
 
 class Prompted(nn.Module):
-    """Mixed into a block's class, by one of the classes below, to make it see prompts.
+    """Base of the mixins that add prompts to a block's class.
 
-    The block keeps its parameters' names; ``prompts`` is one more child where prompts come in. A
-    block is pickled with its two classes, of which the one it has is made again.
+    The block keeps the names of its parameters. A block where prompts enter has one more child,
+    ``prompts``. A pickle stores the mixin and the block's own class; loading it combines them
+    again.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _empty, type(self).__bases__, vars(self)
+        return _new_prompted, type(self).__bases__, vars(self)
 
 
 class PromptedTokens(Prompted):
-    """A plain block of all tokens: prompts come in before it, or are dropped after it.
+    """Mixin for a plain block of all tokens: inserts prompts before it, or drops them after it.
 
     Attributes:
-        prefix: Tokens in front of the prompts.
-        dropped: Prompts that do not leave the block.
+        prefix: Number of tokens in front of the prompts.
+        dropped: Number of prompts that are dropped after the block.
     """
 
     prefix: int
@@ -78,16 +79,16 @@ class PromptedTokens(Prompted):
 
 
 class PromptedWindows(Prompted):
-    """A block of Swin or SwinV2: the tokens of every window see the block's prompts too.
+    """Mixin for a block of Swin or SwinV2: the tokens of every window attend to the prompts too.
 
     VPT (arXiv 2203.12119, section 4.2, and its released code) puts the prompts before the tokens of
-    each window, with neither position bias nor mask, and keeps them out of patch merging. With
-    prompts of every block's own, what the block makes of them is dropped after it, and so is what
-    their queries find: here they are further keys and values, and nothing else.
+    each window, with neither position bias nor mask, and keeps them out of patch merging. Every
+    block has its own prompts and drops their outputs, so their queries have no effect. The prompts
+    are therefore only additional keys and values.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
-        """What the windows attend to. x: (batch, H, W, width), normalised in Swin; as x."""
+        """The attention's output. x and output: (batch, H, W, width); in Swin, x is normalised."""
         tokens: Tensor = self.prompts.delta().tokens.to(x.dtype)  # type: ignore[operator, union-attr]
         prompts = tokens if tokens.dim() == 3 else tokens[None]
         timm_block: Any = SwinTransformerV2Block
@@ -99,7 +100,7 @@ class PromptedWindows(Prompted):
 
 
 class _WithAttention:
-    """A block as timm's own shifting and partitioning sees it, but with another attention."""
+    """A block with another attention, for timm's own shifting and partitioning of windows."""
 
     def __init__(self, block: nn.Module, attention: Callable[..., Tensor]) -> None:
         self.block, self.attn = block, attention
@@ -109,21 +110,21 @@ class _WithAttention:
 
 
 def _attend(attention: Any, prompts: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Window attention of timm with prompts as further keys and values.
+    """Window attention of timm with prompts as additional keys and values.
 
     Args:
         attention: The ``WindowAttention`` of Swin or SwinV2.
-        prompts: (1 or batch, prompts, width); one for all samples, or each sample's own.
-        x: (batch · windows, tokens, width), the windows of a sample in turn.
-        mask: What is added to the scores of each window, (windows, tokens, tokens), or None.
+        prompts: (1 or batch, prompts, width), shared by all samples or one set per sample.
+        x: (batch · windows, tokens, width), with the windows of a sample in a row.
+        mask: Summand of the scores of each window, (windows, tokens, tokens), or None.
 
     Returns:
         (batch · windows, tokens, width).
     """
     q, k, v = _heads(attention, x)
     windows = x.shape[0] // prompts.shape[0]
-    _, own_k, own_v = (each.repeat_interleave(windows, 0) for each in _heads(attention, prompts))
-    k, v = torch.cat([own_k, k], dim=2), torch.cat([own_v, v], dim=2)
+    _, prompt_k, prompt_v = (t.repeat_interleave(windows, 0) for t in _heads(attention, prompts))
+    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
     bias = _position_bias(attention)
     if mask is not None:
         bias = bias + mask[:, None]
@@ -141,7 +142,7 @@ def _attend(attention: Any, prompts: Tensor, x: Tensor, mask: Tensor | None = No
 
 
 def _heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, scaled so that the products of the first two are the scores.
+    """Queries, keys and values, scaled so that q kᵀ are the scores.
 
     x: (n, tokens, width); each result: (n, heads, tokens, head width).
     """
@@ -160,7 +161,7 @@ def _heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _position_bias(attention: Any) -> Tensor:
-    """What is added to the scores of a window's tokens, (1, heads, tokens, tokens)."""
+    """The position bias of a window's scores, (1, heads, tokens, tokens)."""
     if not isinstance(attention, CosineWindowAttention):
         bias: Tensor = attention._get_rel_pos_bias()
         return bias
@@ -170,27 +171,27 @@ def _position_bias(attention: Any) -> Tensor:
 
 
 @functools.cache
-def _prompted_class(mixed_in: type[Prompted], cls: type[nn.Module]) -> Any:
-    return type(f"Prompted{cls.__name__}", (mixed_in, cls), {"__module__": __name__})
+def _prompted_class(mixin: type[Prompted], cls: type[nn.Module]) -> Any:
+    return type(f"Prompted{cls.__name__}", (mixin, cls), {"__module__": __name__})
 
 
-def _empty(mixed_in: Any, cls: Any) -> Any:
-    """A block of both classes without its contents, for pickle and copy to fill."""
-    prompted = _prompted_class(mixed_in, cls)
+def _new_prompted(mixin: Any, cls: Any) -> Any:
+    """An empty block of both classes, which pickle and copy fill."""
+    prompted = _prompted_class(mixin, cls)
     return prompted.__new__(prompted)
 
 
-def _mix_in(mixed_in: Any, block: Any) -> None:
-    """Make a block one of both classes."""
-    own: Any = type(block)
-    block.__class__ = _prompted_class(mixed_in, own)
+def _mix_in(mixin: Any, block: Any) -> None:
+    """Add a mixin to a block's class."""
+    block_class: Any = type(block)
+    block.__class__ = _prompted_class(mixin, block_class)
 
 
 def place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> None:
-    """Let prompts come into their blocks; none outlive a block that is followed by others.
+    """Put prompts into their blocks. Prompts are dropped before the next block with prompts.
 
     Args:
-        model: A timm model, whose blocks are changed.
+        model: A timm model; its blocks are changed in place.
         prompted: Sites of role ``block`` and their prompts.
     """
     for site, update in prompted:

@@ -1,4 +1,4 @@
-"""Where each task's parameters lie in the tables of a multi-task model."""
+"""The order of a task's parameters in the tables of a multi-task model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Layout", "classifier_rows"]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites whose updates are alike: one call of the formula serves them all.
+    """Sites whose updates are of equal kind, so one call of the formula serves all of them.
 
     Attributes:
-        update: Any of their updates; only its constants are used.
-        sites: Their names.
-        fields: Name, first number and shape of each parameter, of one site.
+        update: The update of one of the sites; only its constants are used.
+        sites: Names of the sites.
+        fields: Name, offset in a row and shape of each parameter of one site.
     """
 
     update: Update
@@ -34,22 +34,22 @@ class Group:
 
 
 class Layout:
-    """Where the numbers of a task's updates stand in its row.
+    """The order in which a row contains the parameters of a task's updates.
 
     Attributes:
         numbers: Length of a row.
-        groups: Alike sites.
+        groups: Sites with updates of equal kind.
 
     Args:
-        updates: The update of every site by the site's name.
+        updates: The update of every site, by the site's name.
     """
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
-        alike: dict[Any, list[str]] = defaultdict(list)
+        kinds: dict[Any, list[str]] = defaultdict(list)
         for site, update in updates.items():
-            alike[update.kind()].append(site)
+            kinds[update.kind()].append(site)
         self.numbers, self.groups = 0, list[Group]()
-        for sites in alike.values():
+        for sites in kinds.values():
             fields = []
             for name, parameter in updates[sites[0]].named_parameters():
                 fields.append((name, self.numbers, tuple(parameter.shape)))
@@ -57,7 +57,7 @@ class Layout:
             self.groups.append(Group(updates[sites[0]], tuple(sites), tuple(fields)))
 
     def order(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names, as ``TunedModel.trained`` has them, and shapes of a row's tensors."""
+        """Names, as in ``TunedModel.trained``, and shapes of a row's tensors."""
         return [
             (f"update.{site}.{name}", shape)
             for group in self.groups
@@ -66,10 +66,10 @@ class Layout:
         ]
 
     def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A task's numbers in order.
+        """A task's parameters as one row.
 
         Args:
-            tensors: As ``TunedModel.trained`` names them; others are ignored.
+            tensors: Tensors by their names in ``TunedModel.trained``; others are ignored.
 
         Returns:
             (numbers,), float32.
@@ -95,22 +95,22 @@ class Layout:
             rows: (batch, numbers).
 
         Returns:
-            Deltas by site, their fields with the leading axis ``batch``.
+            Deltas by site. Their fields have a leading axis ``batch``.
         """
-        found: dict[str, Any] = {}
+        deltas: dict[str, Any] = {}
         for group in self.groups:
             count = len(group.sites)
             values = {}
             for name, start, shape in group.fields:
-                numbers = rows[:, start : start + count * math.prod(shape)]
-                values[name] = numbers.reshape(rows.shape[0], count, *shape)
+                flat = rows[:, start : start + count * math.prod(shape)]
+                values[name] = flat.reshape(rows.shape[0], count, *shape)
             delta = group.update.formula(**values)
-            found |= {site: delta[:, i] for i, site in enumerate(group.sites)}
-        return found
+            deltas |= {site: delta[:, i] for i, site in enumerate(group.sites)}
+        return deltas
 
 
 def classifier_rows(tuned: TunedModel) -> Tensor:
-    """A task's classifier as rows of weight and bias, (classes, width + 1), float32."""
+    """A task's classifier, one row of weight and bias per class: (classes, width + 1), float32."""
     weight, *rest = (tuned.backbone.get_parameter(name).detach() for name in tuned.classifier)
     bias = rest[0] if rest else weight.new_zeros(len(weight))
     return torch.cat([weight, bias[:, None]], dim=1).float()

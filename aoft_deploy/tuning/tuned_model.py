@@ -1,9 +1,4 @@
-"""A backbone with a method's updates in it, and the way back to a plain model.
-
-``attach`` puts updates into a timm model and freezes the rest; ``merge`` returns a new plain model
-with the updates folded into its weights and nothing else changed: the same modules, the same
-state-dict keys, no extra operation.
-"""
+"""A timm model with a method's updates in it: ``attach`` creates it, ``merge`` folds it."""
 
 from __future__ import annotations
 
@@ -31,14 +26,14 @@ __all__ = ["TunedModel", "UpdatedModule", "UpdatedVector"]
 class UpdatedModule(nn.Module):
     """A frozen layer with updates on some of its output rows.
 
-    Calling it applies the updates. Its ``weight`` and ``bias`` are the folded ones, so that a
-    parent which reads them instead of calling the layer (beit, eva) gets the same answer.
+    Calling it applies the updates. Its ``weight`` and ``bias`` are the folded ones, so a parent
+    that reads them instead of calling the layer (beit, eva) computes the same output.
 
     Args:
-        base: The frozen layer; has a weight (out, …) and maybe a bias (out,).
-        updates: Row ranges, disjoint and ascending, and the update of each.
-        absorber: Path of the norm before a layer without bias, whose bias takes the shift when
-            the updates are folded.
+        base: The frozen layer, with a weight (out, …) and optionally a bias (out,).
+        updates: Disjoint, ascending row ranges, and the update of each.
+        absorber: Path of the preceding norm, whose bias absorbs the shift in a merge if this layer
+            has no bias.
     """
 
     def __init__(
@@ -55,7 +50,7 @@ class UpdatedModule(nn.Module):
         return [(r, u.delta()) for r, u in zip(self.rows, self.updates, strict=True)]  # type: ignore[operator]
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the updates in them, differentiable."""
+        """Weight and bias with the updates folded in, differentiable."""
         return fold_rows(self._base_weight, self._base_bias, self.deltas())
 
     @property
@@ -80,25 +75,30 @@ class UpdatedModule(nn.Module):
         return self.folded()[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for x with the updates applied."""
+        """The layer's output for x, with the updates applied."""
         deltas = self.deltas()
         if isinstance(self.base, nn.Linear):
-            linear = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
-            if len(linear) == len(deltas) and torch.is_grad_enabled():
-                return apply_linear(x, self._base_weight, self._base_bias, linear)
-            if len(deltas) == 1 and not linear:
+            on_weight = [(rows, delta) for rows, delta in deltas if isinstance(delta, WeightDelta)]
+            if len(on_weight) == len(deltas) and torch.is_grad_enabled():
+                return apply_linear(x, self._base_weight, self._base_bias, on_weight)
+            if len(deltas) == 1 and not on_weight:
                 return deltas[0][1].mix(x, self.base(x), self._base_weight)
         weight, bias = fold_rows(self._base_weight, self._base_bias, deltas)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         result: Tensor = functional_call(self.base, tensors, (x,))
         return result
 
-    def plain(
+    def merged(
         self, deltas: Mapping[Update, Any], in_place: bool
     ) -> tuple[nn.Module, Tensor | None]:
-        """A copy of the base layer with the updates' float64 deltas folded in exactly.
+        """A plain copy of the base layer with deltas folded in.
 
-        Beside it comes the folded bias of a layer that has none, for the absorber.
+        Args:
+            deltas: The float64 delta of every update.
+            in_place: Write into the base layer's own weight.
+
+        Returns:
+            The layer, and the shift that the absorber takes, or None without an absorber.
         """
         placed = [(r, deltas[u]) for r, u in zip(self.rows, self.updates, strict=True)]  # type: ignore[index]
         weight, bias = fold_exactly(self._base_weight, self._base_bias, placed, in_place)
@@ -109,11 +109,11 @@ class UpdatedModule(nn.Module):
 
 
 class UpdatedVector(nn.Module):
-    """Parametrisation of a frozen vector by an update, for biases outside their linear layer.
+    """Parametrization of a frozen vector by an update, for biases outside their linear layer.
 
     Args:
-        update: What shifts the vector.
-        order: Names of the owner's parameters as they stood, which a merge restores.
+        update: The update that shifts the vector.
+        order: Names of the owner's parameters in their original order, which a merge restores.
     """
 
     def __init__(self, update: Update, order: tuple[str, ...]) -> None:
@@ -131,16 +131,16 @@ class UpdatedVector(nn.Module):
 
 
 class TunedModel(nn.Module):
-    """A frozen backbone with trained updates and a trained classifier. Made by ``attach``.
+    """A frozen backbone with trained updates and a trained classifier, created by ``attach``.
 
     Attributes:
         backbone: The timm model, with updates at its sites.
         method: Name of the method.
-        settings: Its settings, defaults filled in.
-        identity: Name and hash of the backbone's weights before training.
+        settings: Settings of the method, including defaults.
+        identity: Identity of the backbone before training.
         classifier: Names of the classifier's parameters in the backbone.
-        direct: Names of all parameters of the backbone that are trained as they are.
-        updates: The update of every site by the site's name.
+        direct: Names of the backbone's own parameters that are trained: the classifier's, or all.
+        updates: The update of every site, by the site's name.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class TunedModel(nn.Module):
         self.identity = identity
         self.updates = updates
         self.classifier = classifier_names(backbone)
-        every = [name for name, _ in backbone.named_parameters()]
-        self.direct = every if everything else self.classifier
+        names = [name for name, _ in backbone.named_parameters()]
+        self.direct = names if everything else self.classifier
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
@@ -168,7 +168,7 @@ class TunedModel(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training, but leave BatchNorm's statistics as the backbone's."""
+        """Set the training mode, but keep the backbone's BatchNorm statistics."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -176,9 +176,10 @@ class TunedModel(nn.Module):
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name in the checkpoint.
+        """The trained parameters, by their names in a checkpoint.
 
-        ``update.SITE.PARAMETER``, ``head.NAME``; ``backbone.NAME`` in full fine-tuning.
+        Names are ``update.SITE.PARAMETER`` and ``head.NAME``, and ``backbone.NAME`` in full
+        fine-tuning.
         """
         named = {
             f"update.{site}.{name}": parameter
@@ -191,10 +192,10 @@ class TunedModel(nn.Module):
         return named
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors into the trained parameters.
+        """Copy tensors into the trained parameters.
 
         Args:
-            tensors: Exactly the names and shapes of ``trained()``.
+            tensors: Tensors with exactly the names and shapes of ``trained()``.
 
         Raises:
             CheckpointError: A name is missing or unknown, a shape differs, a value is not finite.
@@ -207,7 +208,7 @@ class TunedModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Width of the logits."""
+        """Number of logits."""
         return len(self.backbone.get_parameter(self.classifier[-1]))
 
 

@@ -276,7 +276,7 @@ def test_our_folder_saved_again_by_peft_is_a_strangers(
     with torch.inference_mode():
         torch.testing.assert_close(model(X), expected, atol=1e-5, rtol=0)
     model.save_pretrained(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="name it with --backbone"):
+    with pytest.raises(CheckpointError, match="name it with `backbone`"):
         load(tmp_path / "c", weights=weights(VIT))
     check(tmp_path / "c", VIT, weights(VIT), expected)
 

@@ -73,7 +73,7 @@ def test_rescaling_a_convolution_is_the_published_plain_view(kind: str) -> None:
     )
     module = UpdatedModule(layer, [((0, layer.out_channels), update)])
     assert (module(x) - expected).abs().max() < 1e-12
-    plain, shift = module.plain(exact_folding.exact_deltas([update]), in_place=False)
+    plain, shift = module.merged(exact_folding.exact_deltas([update]), in_place=False)
     assert shift is None and type(plain) is nn.Conv2d
     assert (plain(x) - expected).abs().max() < 1e-12
 
@@ -163,7 +163,7 @@ def test_layers_in_another_memory_format_take_updates_too() -> None:
     module = UpdatedModule(layer, [((0, 6), update)])
     assert torch.allclose(module(x), expected, atol=1e-13)
     for in_place in (False, True):
-        plain, _ = module.plain(exact_folding.exact_deltas([update]), in_place)
+        plain, _ = module.merged(exact_folding.exact_deltas([update]), in_place)
         assert torch.allclose(plain(x), expected, atol=1e-13)
 
 
@@ -225,7 +225,7 @@ def test_folding_a_block_of_rows_at_a_time_gives_the_same_weight(
     delta = exact_folding.exact_deltas([update])[update]
     expected, expected_bias = fold_rows(weight, bias, [((3, 11), delta)])
     assert expected_bias is not None
-    monkeypatch.setattr(exact_folding, "FOLDED_AT_ONCE", at_once)
+    monkeypatch.setattr(exact_folding, "BLOCK_SIZE", at_once)
     for in_place in (False, True):
         folded, new_bias = fold_exactly(weight, bias, [((3, 11), delta)], in_place)
         assert torch.allclose(folded, expected, atol=1e-14)

@@ -157,19 +157,19 @@ def test_values_take_one_form(name: str, given: dict[str, Any], expected: Any) -
         ("lora", {"targets": ["auto"]}, UnknownNameError, "Unknown target of lora 'auto'"),
         ("lora", {"targets": 3}, UnknownNameError, "Unknown target of lora '3'"),
         ("lora", {"targets": {"q": 1}}, UnknownNameError, "Unknown target of lora"),
-        ("lora", {"targets": []}, SettingError, "targets of lora is empty: name at least one lin"),
+        ("lora", {"targets": []}, SettingError, "targets of lora is empty: give at least one role"),
         ("adapter", {"targets": ()}, SettingError, "targets of adapter is empty"),
         (
             "lora",
             {"targets": ["qkv", "q"]},
             SettingError,
-            "targets of lora names qkv and a part of",
+            "targets of lora contains qkv and a part of",
         ),
         (
             "aoft-lora",
             {"targets": ["v", "qkv"]},
             SettingError,
-            "names qkv and a part of it: choose",
+            "contains qkv and a part of it: choose",
         ),
         ("lora", {"rank": 2.5}, SettingError, "rank of lora is 2.5, but must be of type int"),
         ("lora", {"rank": True}, SettingError, "rank of lora is True, but must be of type int"),
@@ -190,14 +190,14 @@ def test_values_take_one_form(name: str, given: dict[str, Any], expected: Any) -
             "init_std of ssf is inf, but must be fin",
         ),
         ("lora", {"ranks": [3]}, SettingError, r"ranks of lora is \[3\], but must be of type dict"),
-        ("lora", {"ranks": {"a": 2.0}}, SettingError, "ranks of lora must give a whole number for"),
+        ("lora", {"ranks": {"a": 2.0}}, SettingError, "ranks of lora must map site names to whole"),
         (
             "lora",
             {"ranks": {"a": True}},
             SettingError,
-            "ranks of lora must give a whole number for",
+            "ranks of lora must map site names to whole",
         ),
-        ("lora", {"ranks": {"a": "4"}}, SettingError, "ranks of lora must give a whole number for"),
+        ("lora", {"ranks": {"a": "4"}}, SettingError, "ranks of lora must map site names to whole"),
     ],
 )
 def test_wrong_settings_are_named_with_what_is_allowed(
@@ -304,7 +304,9 @@ def test_ranks_name_sites_that_exist_and_no_row_twice() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown site in ranks of lora 'blocks\.0\.norm1'"):
         updates("vit_tiny_patch16_224", "lora", ranks={"blocks.0.norm1": 1})
     both = {"blocks.0.attn.qkv": 2, "blocks.0.attn.qkv.v": 2}
-    with pytest.raises(SettingError, match=r"ranks of lora names .*qkv\.v and the whole: choose"):
+    with pytest.raises(
+        SettingError, match=r"ranks of lora contains .*qkv\.v and the whole map: choose"
+    ):
         updates("vit_tiny_patch16_224", "lora", ranks=both)
 
 
@@ -314,7 +316,7 @@ def test_ranks_name_sites_that_exist_and_no_row_twice() -> None:
         ("vit_tiny_patch16_224", "lora", {"rank": 999}, "rank is 999, but a 192 × 192 weight"),
         ("vit_tiny_patch16_224", "aoft-vpt", {"rank": 193}, "rank is 193, but a 192 × 192"),
         ("vit_tiny_patch16_224", "rlrr", {"rank": 0}, "rank is 0, but a 192 × 192 weight allows"),
-        ("vit_tiny_patch16_224", "rlrr", {"rank": 2, "sides": "in"}, "scales of one side alone"),
+        ("vit_tiny_patch16_224", "rlrr", {"rank": 2, "sides": "in"}, "scales of a single side"),
         ("convnext_atto", "lora", {"targets": ["conv"]}, "rank is 8, but a 280 × 7 weight allows"),
         ("resnet18", "aoft-adapter", {"rank": 65}, "rank is 65, but a 64 × 64 weight allows"),
     ],

@@ -1,4 +1,4 @@
-"""AO(q): the structured products against the definition, and the definition against its laws."""
+"""AO(q): its factors against the definition, and the definition against its laws."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from aoft_deploy.tuning.updates.orthogonal import (
     SINGULARITY_GUARD,
     factors,
     guarded,
-    project,
-    project_back,
 )
 
 
@@ -23,7 +21,7 @@ def vector(n: int, norm: float, seed: int = 0) -> torch.Tensor:
 
 
 def entry_by_entry(q: torch.Tensor) -> torch.Tensor:
-    """Q(q) as PAPER and nothing else: loops over entries, no shared code."""
+    """Q(q) computed by loops over entries, as in the paper; shares no code with the package."""
     n = len(q)
     matrix = torch.empty(n, n, dtype=q.dtype)
     for i in range(n):
@@ -53,31 +51,33 @@ def test_columns_are_orthonormal_exactly_when_the_vector_has_unit_norm(n: int) -
     assert not torch.allclose(loose.mT @ loose, torch.eye(n, dtype=torch.float64), atol=1e-2)
 
 
+def from_factors(q: torch.Tensor, d: int, strict: bool = False) -> torch.Tensor:
+    """D[:, :d] − w v[:d]ᵀ."""
+    w, v = factors(q, strict=strict)
+    columns = torch.eye(len(q), d, dtype=q.dtype)
+    columns[0, 0] = -1
+    return columns - w[:, None] * v[None, :d]
+
+
 @pytest.mark.parametrize("norm", [0.1, 1.0, 3.0])
-def test_the_factors_give_a_slice_minus_a_rank_one_term(norm: float) -> None:
-    q, d = vector(12, norm), 5
-    w, v = factors(q)
-    slice_ = torch.eye(12, d, dtype=torch.float64)
-    slice_[0, 0] = -1
-    expected = approximately_orthogonal(q, d)
-    assert torch.allclose(slice_ - w[:, None] * v[None, :d], expected, atol=1e-14)
+@pytest.mark.parametrize(("n", "d"), [(12, 5), (64, 9)])
+def test_the_factors_give_a_slice_minus_a_rank_one_term(n: int, d: int, norm: float) -> None:
+    q = vector(n, norm)
+    assert torch.allclose(from_factors(q, d), approximately_orthogonal(q, d), atol=1e-14)
 
 
 @pytest.mark.parametrize("norm", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (64, 16), (768, 8)])
-def test_strict_factors_have_exactly_orthonormal_columns_whatever_the_norm(
+def test_strict_factors_have_orthonormal_columns_for_every_norm(
     n: int, d: int, norm: float
 ) -> None:
     q = vector(n, norm)
-    w, v = factors(q, strict=True)
-    matrix = torch.eye(n, d, dtype=torch.float64)
-    matrix[0, 0] = -1
-    matrix = matrix - w[:, None] * v[None, :d]
+    matrix = from_factors(q, d, strict=True)
     assert (matrix.mT @ matrix - torch.eye(d, dtype=torch.float64)).abs().max() < 1e-13
     assert torch.allclose(matrix, approximately_orthogonal(q / q.norm(), d), atol=1e-14)
 
 
-def test_a_strict_vector_of_zeros_stays_finite() -> None:
+def test_strict_factors_of_a_zero_vector_are_finite() -> None:
     for factor in factors(torch.zeros(5), strict=True):
         assert factor.isfinite().all()
 
@@ -88,15 +88,6 @@ def test_gradients_of_the_factors_are_those_of_their_formula(strict: bool) -> No
     assert torch.autograd.gradcheck(lambda q: factors(q, strict=strict), (q,))
 
 
-def test_products_with_the_structure_equal_products_with_the_dense_matrix() -> None:
-    q, d = vector(64, 1.5), 9
-    dense = approximately_orthogonal(q, d)
-    x = torch.randn(3, 4, 64, dtype=torch.float64)
-    z = torch.randn(3, 4, d, dtype=torch.float64)
-    assert torch.allclose(project(x, q, d), x @ dense, atol=1e-12)
-    assert torch.allclose(project_back(z, q), z @ dense.mT, atol=1e-12)
-
-
 def test_leading_axes_are_independent_vectors() -> None:
     stacked = torch.stack([vector(6, 1.0, seed) for seed in range(3)])
     dense = approximately_orthogonal(stacked, 4)
@@ -105,14 +96,13 @@ def test_leading_axes_are_independent_vectors() -> None:
 
 
 @pytest.mark.parametrize("q0", [-1.0, -1 + 1e-9, -1 - 1e-9])
-def test_the_singularity_is_guarded_and_the_structure_still_matches(q0: float) -> None:
+def test_near_the_singularity_the_matrix_is_finite_and_equals_its_factors(q0: float) -> None:
     q = vector(8, 0.5)
     q[0] = q0
     q.requires_grad_()
     dense = approximately_orthogonal(q, 4)
     assert dense.isfinite().all()
-    x = torch.randn(5, 8, dtype=torch.float64)
-    assert torch.allclose(project(x, q, 4), x @ dense, rtol=1e-10)
+    assert torch.allclose(from_factors(q, 4), dense, rtol=1e-10)
     torch.autograd.backward(dense.sum())
     assert q.grad is not None and q.grad.isfinite().all()
 
@@ -124,7 +114,9 @@ def test_an_impossible_number_of_columns_is_refused(d: int) -> None:
 
 
 @pytest.mark.parametrize("q0", [-1.0, -1 + 1e-9, -1 - 1e-9])
-def test_the_guard_moves_the_first_entry_to_its_own_side_and_passes_gradients(q0: float) -> None:
+def test_the_guard_moves_the_first_entry_away_from_the_singularity_and_keeps_gradients(
+    q0: float,
+) -> None:
     q = vector(4, 0.5)
     q[0] = q0
     q.requires_grad_()
@@ -136,6 +128,6 @@ def test_the_guard_moves_the_first_entry_to_its_own_side_and_passes_gradients(q0
     assert q.grad is not None and torch.equal(q.grad, torch.ones(4, dtype=torch.float64))
 
 
-def test_a_vector_away_from_the_singularity_is_not_moved() -> None:
+def test_the_guard_does_not_move_other_vectors() -> None:
     q = vector(6, 1.0)
     assert torch.equal(guarded(q), q)

@@ -268,10 +268,10 @@ def test_a_model_without_prompts_keeps_its_classes_and_every_bit_of_its_answer()
         assert torch.equal(plain(x), before)
 
 
-def test_prompts_alone_before_the_first_of_many_stages_are_refused() -> None:
+def test_prompts_in_only_the_first_of_several_stages_are_refused() -> None:
     for name in (SWIN, SWIN_V2):
         for method in METHODS:
-            with pytest.raises(AttachError, match=r"before layers\.0\.blocks\.0 alone .*deep=True"):
+            with pytest.raises(AttachError, match=r"in layers\.0\.blocks\.0 only .*deep=True"):
                 tune(made(name), method, deep=False)
 
 
@@ -279,7 +279,7 @@ def test_windows_of_another_class_are_refused() -> None:
     model = made(SWIN)
     attention = model.get_submodule("layers.0.blocks.0.attn")
     attention.__class__ = type("WindowAttention", (type(attention),), {"__module__": "other"})
-    with pytest.raises(AttachError, match=r"bound to its number of tokens \(other\.Window"):
+    with pytest.raises(AttachError, match=r"needs a fixed number of tokens \(other\.Window"):
         tune(model, "vpt")
 
 

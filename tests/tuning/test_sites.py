@@ -146,7 +146,7 @@ def test_blocks_are_numbered_and_know_the_width_of_their_tokens() -> None:
 def test_blocks_bound_to_their_number_of_tokens_say_so(name: str) -> None:
     for site in find_sites(shapes(name)):
         if site.role == "block":
-            assert "bound to its number of tokens" in site.refusal
+            assert "needs a fixed number of tokens" in site.refusal
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
@@ -212,5 +212,5 @@ def test_a_model_that_is_not_timms_is_told_what_it_is() -> None:
             classifier_names(model)
     wrapped = nn.Module()
     wrapped.module = timm.create_model("test_vit", num_classes=3)
-    with pytest.raises(AttachError, match="wrapper around a timm model: hand over its attribute"):
+    with pytest.raises(AttachError, match="wrapper around a timm model: pass its attribute"):
         classifier_names(wrapped)

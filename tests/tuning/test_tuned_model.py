@@ -71,10 +71,10 @@ PROMPTS = ("aoft-vpt", "aoft-vpt-star", "vpt")
 REFUSED: dict[str, str] = {
     "resnet18": "found no block in ResNet, which has batch_norm, conv",
     "convnext_atto": "found no block in ConvNeXt, which has conv, fc1, fc2, norm",
-    "beit_base_patch16_224": r"Beit is bound to its number of tokens \(timm.models.beit.Attention",
-    "eva02_tiny_patch14_224": "Eva is bound to its number of tokens",
-    "eva02_base_patch14_224": "Eva is bound to its number of tokens",
-    "vit_relpos_small_patch16_224": "VisionTransformerRelPos is bound to its number of tokens",
+    "beit_base_patch16_224": r"Beit needs a fixed number of tokens \(timm.models.beit.Attention",
+    "eva02_tiny_patch14_224": "Eva needs a fixed number of tokens",
+    "eva02_base_patch14_224": "Eva needs a fixed number of tokens",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos needs a fixed number of tokens",
 }
 """The architectures that cannot take prompts, and the reason they are told."""
 
@@ -255,7 +255,9 @@ def test_merging_in_place_gives_the_same_bits_and_spends_the_tuned_model(
         lambda: tuned.load_trained({}),
     ]
     for use in uses:
-        with pytest.raises(CheckpointError, match="merged in place and is gone: load its check"):
+        with pytest.raises(
+            CheckpointError, match="merged in place and cannot be used: load its check"
+        ):
             use()
 
 
@@ -272,7 +274,7 @@ def test_a_merge_in_place_that_fails_leaves_no_model_with_half_folded_weights() 
         parameter.data.fill_(1e30)
     with pytest.raises(CheckpointError, match=r"not finite in torch\.float32"):
         merge(tuned, in_place=True)
-    with pytest.raises(CheckpointError, match="merged in place and is gone"):
+    with pytest.raises(CheckpointError, match="merged in place and cannot be used"):
         tuned(image(model()))
 
 
@@ -486,7 +488,7 @@ def test_automatic_targets_that_no_site_matches_name_the_preferred_ones() -> Non
         (
             {"blocks.0.attn.qkv": 2, "blocks.0.attn.qkv.q": 2},
             SettingError,
-            "names blocks.0.attn.qkv.q and the whole: choose one",
+            "contains blocks.0.attn.qkv.q and the whole map: choose one",
         ),
         ({"blocks.0.attn.proj": 0}, SettingError, "rank is 0, but a 192 × 192 weight allows"),
     ],

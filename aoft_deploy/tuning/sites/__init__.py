@@ -1,1 +1,1 @@
-"""Places of a model that take updates, found by role."""
+"""Sites: the places of a timm model that can take an update, each with a role."""

@@ -1,7 +1,7 @@
-"""What timm's transformers call their linear maps, and how the rows of fused ones lie.
+"""The attention classes of timm: roles of their linear maps and row order of the fused ones.
 
-Only a class that stands here has its fused rows split: its forward was read, and a test shows that
-each part reaches the attention as q, k or v. Any other class is refused instead of guessed at.
+The rows of a fused map are split only for the classes in these tables, whose forward was read. A
+test shows that each part reaches the attention as q, k or v. Other classes are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
     "parts_refusal",
 ]
 
-ROWS_IN_TURN = {
+ROWS_BY_PART = {
     ("timm.layers.attention", "Attention"),
     ("timm.layers.attention", "AttentionRope"),
     ("timm.layers.attention2d", "Attention2d"),
@@ -56,13 +56,13 @@ ROWS_IN_TURN = {
     ("timm.models.volo", "ClassAttention"),
     ("timm.models.xcit", "XCA"),
 }
-"""Attention classes whose fused rows are one part after the other, each (heads, head width)."""
+"""Attention classes whose fused rows are ordered by part, each part (heads, head width)."""
 
 ROWS_BY_HEAD = {
     ("timm.models.efficientformer", "Attention"),
     ("timm.models.tiny_vit", "Attention"),
 }
-"""Attention classes whose fused rows go head by head, so that no part is a range of rows."""
+"""Attention classes whose fused rows are ordered by head, so no part is a range of rows."""
 
 SEPARATE = {
     ("timm.models.cait", "ClassAttn"),
@@ -88,40 +88,40 @@ LEAF_ROLES = {
     **dict.fromkeys(("conv", "conv1", "conv2", "conv3", "dwconv", "sr"), "conv"),
     **dict.fromkeys(("pool_q", "pool_k", "pool_v"), "conv"),
 }
-"""Roles of maps inside attention and MLP by name; ``.linear`` in a wrapper has the wrapper's."""
+"""Roles of maps inside attention and MLP by name; the child ``.linear`` has its parent's role."""
 
 OTHER_MAPS = (
-    "attn",  # gives outlook attention's weights
+    "attn",  # computes outlook attention's weights
     *("proj", "shortcut_proj_attn", "shortcut_proj_mlp"),  # widen a block's shortcut
     *("aligner", "merger", "pool", "projs", "revert_projs"),  # between branches or stages
 )
-"""Linear maps without a role of their own, for methods that update every map."""
+"""Linear maps of the role ``other``, which only methods for every map update."""
 
 LEFT_ALONE = (
-    *("cpb_mlp", "crpe", "meta_mlp", "pos_proj", "rel_pos"),  # make a bias from positions
+    *("cpb_mlp", "crpe", "meta_mlp", "pos_proj", "rel_pos"),  # compute a bias from positions
     *("proj_l", "proj_w"),  # mix the scores of heads
-    "se",  # weighs channels
-    *("attn_pool", "aux_head", "head"),  # stand behind the last block
+    "se",  # scales channels
+    *("attn_pool", "aux_head", "head"),  # follow the last block
 )
-"""Parts that no method updates."""
+"""Modules that no method updates."""
 
 
 def class_of(module: nn.Module) -> tuple[str, str]:
-    """Where a module's class is defined, and its name."""
+    """Module and name of a module's class."""
     return type(module).__module__, type(module).__name__
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module is of a known attention class."""
-    return class_of(module) in ROWS_IN_TURN | ROWS_BY_HEAD | SEPARATE
+    """Whether a module is of a known attention class."""
+    return class_of(module) in ROWS_BY_PART | ROWS_BY_HEAD | SEPARATE
 
 
 def fused_parts(attention: nn.Module, name: str) -> tuple[str, ...]:
-    """Roles of the parts of a fused map in the order of its rows; none where it is not fused.
+    """Roles of the parts of a fused map in the order of its rows; empty if it is not fused.
 
     Args:
         attention: The module that owns the map.
-        name: The map's name in it.
+        name: Name of the map in that module.
     """
     if class_of(attention) == ("timm.models.gcvit", "WindowAttentionGlobal"):
         return FUSED["kv" if attention.use_global else "qkv"] if name == "qkv" else ()
@@ -129,13 +129,13 @@ def fused_parts(attention: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def parts_refusal(attention: nn.Module, path: str) -> str:
-    """Why the parts of an attention's fused map cannot be updated apart; empty where they can."""
-    kind = class_of(attention)
-    if kind in ROWS_IN_TURN and not getattr(attention, "head_first", False):
+    """Why the parts of a fused map cannot be updated separately; empty if they can."""
+    found = class_of(attention)
+    if found in ROWS_BY_PART and not getattr(attention, "head_first", False):
         return ""
-    known = kind in ROWS_IN_TURN | ROWS_BY_HEAD
-    layout = "rows go head by head" if known else "layout is not known"
+    known = found in ROWS_BY_PART | ROWS_BY_HEAD
+    layout = "rows are ordered by head" if known else "layout is not known"
     return (
-        f"{path} is a {'.'.join(kind)}, whose fused qkv {layout}: q, k and v cannot be updated "
-        "apart, the whole map can with the role qkv."
+        f"{path} is a {'.'.join(found)}, whose fused qkv {layout}: update the whole map with the "
+        "role qkv, because q, k and v cannot be updated separately."
     )

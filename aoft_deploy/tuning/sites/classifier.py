@@ -1,4 +1,4 @@
-"""The classifier's parameters, as timm names them."""
+"""The classifier of a timm model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["classifier_names"]
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the classifier's parameters; distilled and token-labelled models have two.
+    """Names of the classifier's parameters. Distilled and token-labelled models have two heads.
 
     Args:
         model: A timm model.
@@ -25,21 +25,21 @@ def classifier_names(model: nn.Module) -> list[str]:
     owned = {id(p) for head in heads for p in head.parameters()}
     names = [name for name, p in model.named_parameters() if id(p) in owned]
     if not names:
-        raise AttachError(without_classifier(model))
+        raise AttachError(_no_classifier(model))
     return names
 
 
-def without_classifier(model: nn.Module) -> str:
-    """What to do about a model without a classifier of timm's."""
-    called = type(model).__name__
+def _no_classifier(model: nn.Module) -> str:
+    """The message for a model without one of timm's classifiers."""
+    class_name = type(model).__name__
     if hasattr(model, "get_classifier"):
-        return f"{called} has no classifier: create it with num_classes of 1 or more."
+        return f"{class_name} has no classifier: create it with num_classes of 1 or more."
     inner = getattr(model, "module", None)
     if hasattr(inner, "get_classifier"):
-        return f"{called} is a wrapper around a timm model: hand over its attribute module."
+        return f"{class_name} is a wrapper around a timm model: pass its attribute module."
     library = type(model).__module__.partition(".")[0]
     return (
-        f"{called} of {library} is no timm model, whose classifier and layers are known by their "
-        "names: make the same architecture with timm.create_model, such as vit_base_patch16_224, "
-        "with num_classes of 1 or more."
+        f"{class_name} of {library} is no timm model, so its classifier and layers are not known: "
+        "create the same architecture with timm.create_model, such as vit_base_patch16_224, with "
+        "num_classes of 1 or more."
     )

@@ -12,7 +12,7 @@ from aoft_deploy.tuning.sites.attention_classes import (
 )
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.sites.site import (
-    NOT_AS_IT_STANDS,
+    SUBCLASS_REFUSAL,
     Site,
     is_map,
     map_site,
@@ -22,11 +22,11 @@ from aoft_deploy.tuning.sites.site import (
 __all__ = ["CONVOLUTIONAL", "convolutional_sites"]
 
 CONVOLUTIONAL = {("timm.models.convnext", "ConvNeXt"), ("timm.models.resnet", "ResNet")}
-"""Convolutional nets whose every convolution, MLP and norm is a site."""
+"""Classes of convolutional networks whose convolutions, MLPs and norms are sites."""
 
 
 def convolutional_sites(model: nn.Module) -> Iterator[Site]:
-    """Sites of a model without attention: its convolutions, maps and norms."""
+    """The sites of a model without attention: its convolutions, linear maps and norms."""
     head = {name.rpartition(".")[0] for name in classifier_names(model)}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -35,7 +35,7 @@ def convolutional_sites(model: nn.Module) -> Iterator[Site]:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             leaf = name.rpartition(".")[2]
             role = LEAF_ROLES.get(leaf, "conv" if isinstance(module, nn.Conv2d) else "other")
-            refusal = f"{name} is a {type(module).__name__}, " + NOT_AS_IT_STANDS
+            refusal = f"{name} is a {type(module).__name__}, {SUBCLASS_REFUSAL}"
             refusal = "" if is_map(module) and role != "other" else refusal
             yield replace(map_site(name, role, module), refusal=refusal)
         elif weight.dim() == 1:

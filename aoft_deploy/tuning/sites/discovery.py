@@ -1,12 +1,12 @@
-"""Where updates go in a timm model: its linear maps, norms and patch embedding, by role.
+"""Find the sites of a timm model: its linear maps, norms and patch embedding, by role.
 
-A fused qkv map is three sites, one for each third of its rows, beside one for the whole, because
-methods treat q, k and v apart. That needs to know how the rows lie (``layouts``).
+A fused qkv map has one site for the whole and three for q, k and v, because methods treat them
+differently. ``attention_classes`` tells the order of its rows.
 
-What a method would have to update but cannot is a site with a refusal, so that it fails when it is
-attached. Left as they are, without a refusal: ``layouts.LEFT_ALONE``, convolutions of a block that
-stand beside its attention and MLP, and what stands outside the blocks of a transformer besides
-patch embedding, patch merging and final norm, such as the convolutional stages of a hybrid.
+A layer that a method should update but cannot is a site with a refusal; attaching to it fails. Some
+layers are no sites, without a refusal: ``LEFT_ALONE``, convolutions beside the attention and MLP of
+a block, and layers outside the blocks of a transformer, such as the convolutional stages of a
+hybrid. Patch embedding, patch merging and the final norm are sites.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aoft_deploy.tuning.sites.convolutional import CONVOLUTIONAL, convolutional_
 from aoft_deploy.tuning.sites.prompt_sites import token_site
 from aoft_deploy.tuning.sites.site import (
     MAPS,
-    NOT_AS_IT_STANDS,
+    SUBCLASS_REFUSAL,
     Site,
     is_map,
     map_site,
@@ -43,25 +43,25 @@ __all__ = ["find_sites"]
 
 
 QKV = ("qkv", "q", "q_proj")
-"""Names by which an attention of an unknown class is taken for one."""
+"""Names of linear maps by which an attention of an unknown class is recognised."""
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """All sites of a timm transformer or convolutional net, in the order of its modules.
+    """All sites of a timm transformer or convolutional network, in the order of its modules.
 
     Args:
         model: A plain timm model.
 
     Returns:
-        Sites of every block and its attention, MLP and norms, of patch merging, of the final norm
-        and of the patch embedding; or of every convolution and norm.
+        For a transformer: the sites of every block with its attention, MLP and norms, of patch
+        merging, the final norm and the patch embedding. Otherwise: every convolution and norm.
 
     Raises:
-        AttachError: The model has no transformer blocks and is no net of ``CONVOLUTIONAL``, or part
-            of its attention is of a class that is not known.
+        AttachError: The model has no transformer blocks and is not ``CONVOLUTIONAL``, or contains
+            an attention class that is not known.
     """
     if class_of(model) in CONVOLUTIONAL:
-        return _without_tied(model, list(convolutional_sites(model)))
+        return _refuse_tied(model, list(convolutional_sites(model)))
     blocks = [
         (path, module)
         for path, module in model.named_modules()
@@ -71,7 +71,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     if not any(_attentions(block) for _, block in blocks):
         raise AttachError(
             f"{type(model).__name__} has no transformer blocks of a known kind (attention and "
-            "MLP): give a timm Vision Transformer, such as vit_base_patch16_224, or use linear."
+            "MLP): use a timm Vision Transformer, such as vit_base_patch16_224, or the method "
+            "linear."
         )
     trunk = "encoder." if hasattr(model, "encoder") else ""
     sites = list(_patch_sites(model, trunk))
@@ -82,18 +83,18 @@ def find_sites(model: nn.Module) -> list[Site]:
             sites += _reduction_sites(module, path)
     for name in ("norm", "fc_norm", "head.norm"):
         sites += _norm_sites(model, f"{trunk}{name}")
-    return _without_tied(model, [*sites, *_outside_sites(model, sites)])
+    return _refuse_tied(model, [*sites, *_outside_sites(model, sites)])
 
 
 def _attentions(block: nn.Module) -> list[str]:
-    """Names of a block's attentions: of a known class, or attn beside mlp with a map of its own."""
-    beside = isinstance(getattr(block, "mlp", None), nn.Module)
+    """Names of a block's attentions: known classes, and ``attn`` beside ``mlp`` with a qkv map."""
+    has_mlp = isinstance(getattr(block, "mlp", None), nn.Module)
     return [
         name
         for name, child in block.named_children()
         if is_attention(child)
         or (
-            beside
+            has_mlp
             and name == "attn"
             and any(isinstance(getattr(child, n, None), MAPS) for n in QKV)
         )
@@ -101,22 +102,24 @@ def _attentions(block: nn.Module) -> list[str]:
 
 
 def _branches(module: nn.Module) -> list[str]:
-    """Names of a block's attentions and MLPs; none where the module is no block."""
+    """Names of a block's attentions and MLPs; empty if the module is no block."""
     mlps = (n for n, c in module.named_children() if n.startswith("mlp") and any(c.children()))
     return [*_attentions(module), *mlps]
 
 
 def _refuse_unknown_attention(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a model part of whose attention is not understood, so that none is left out."""
+    """Refuse a model with an attention of an unknown class, which would stay without updates."""
     known = {id(block.get_submodule(name)) for _, block in blocks for name in _attentions(block)}
     for path, module in model.named_modules():
-        called = type(module).__name__
-        if "Att" not in called or any(word in called for word in ("Block", "Partition", "Pool")):
+        class_name = type(module).__name__
+        if "Att" not in class_name or any(
+            word in class_name for word in ("Block", "Partition", "Pool")
+        ):
             continue
         if id(module) not in known:
             raise AttachError(
                 f"{path} is a {'.'.join(class_of(module))}, an attention whose maps are not known: "
-                f"{type(model).__name__} takes only linear and full."
+                f"only the methods linear and full support {type(model).__name__}."
             )
 
 
@@ -150,7 +153,7 @@ def _attention_sites(attention: nn.Module, path: str) -> Iterator[Site]:
 
 
 def _fused_sites(attention: nn.Module, name: str, path: str) -> Iterator[Site]:
-    """The whole of a fused map, and each of its parts."""
+    """The sites of a whole fused map and of each of its parts."""
     fused, roles = attention.get_submodule(name), fused_parts(attention, name)
     assert isinstance(fused, MAPS)
     whole = map_site(f"{path}.{name}", "qkv", fused)
@@ -170,14 +173,14 @@ def _linear_sites(parent: nn.Module, path: str, skip: tuple[str, ...] = ()) -> I
         role = LEAF_ROLES.get(leaf, "other")
         refusal = f"{path}.{name} is a map with no known role in a block."
         if not is_map(module):
-            refusal = f"{path}.{name} is a {type(module).__name__}, " + NOT_AS_IT_STANDS
+            refusal = f"{path}.{name} is a {type(module).__name__}, {SUBCLASS_REFUSAL}"
         elif role != "other" or name in OTHER_MAPS:
             refusal = ""
         yield replace(map_site(f"{path}.{name}", role, module), refusal=refusal)
 
 
 def _outside_sites(model: nn.Module, sites: list[Site]) -> Iterator[Site]:
-    """Linear maps that no block has: a role for none, a refusal for those not known."""
+    """Linear maps outside the blocks: role ``other``, with a refusal unless in ``OTHER_MAPS``."""
     known = {site.module for site in sites}
     known |= {name.rpartition(".")[0] for name in classifier_names(model)}
     for path, module in model.named_modules():
@@ -187,8 +190,8 @@ def _outside_sites(model: nn.Module, sites: list[Site]) -> Iterator[Site]:
             yield replace(map_site(path, "other", module), refusal=refusal)
 
 
-def _without_tied(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Refuse what is used in two places: an update would reach one of them only."""
+def _refuse_tied(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Refuse modules and tensors that are used twice: an update would reach only one use."""
     uses: Counter[int] = Counter()
     for module in model.modules():
         uses.update(id(child) for child in module._modules.values())
@@ -197,7 +200,7 @@ def _without_tied(model: nn.Module, sites: list[Site]) -> list[Site]:
     for site in sites:
         owner = model.get_submodule(site.module)
         tied = max((uses[id(t)] for t in (owner, *owner.parameters(recurse=False))), default=0)
-        refusal = f"{site.module} is used in {tied} places: an update would reach one of them only."
+        refusal = f"{site.module} is used in {tied} places: an update would reach only one of them."
         checked.append(replace(site, refusal=refusal) if tied > 1 else site)
     return checked
 
@@ -207,12 +210,12 @@ def _is_left_alone(path: str) -> bool:
 
 
 def _reduction_sites(merging: nn.Module, path: str) -> Iterator[Site]:
-    """Swin's patch merging. Where a norm stands before the map, it can take the map's shift."""
+    """Swin's patch merging. A norm before the map absorbs its shift if the map has no bias."""
     reduction, norm = merging.get_submodule("reduction"), getattr(merging, "norm", None)
     assert isinstance(reduction, nn.Linear)
-    before = isinstance(norm, nn.LayerNorm) and norm.normalized_shape[0] == reduction.in_features
+    precedes = isinstance(norm, nn.LayerNorm) and norm.normalized_shape[0] == reduction.in_features
     site = map_site(f"{path}.reduction", "reduction", reduction)
-    if before and reduction.bias is None:
+    if precedes and reduction.bias is None:
         site = replace(site, bias=True, absorber=f"{path}.norm")
     yield site
     if isinstance(norm, nn.Module):
@@ -222,17 +225,17 @@ def _reduction_sites(merging: nn.Module, path: str) -> Iterator[Site]:
 def _norm_sites(model: nn.Module, path: str) -> Iterator[Site]:
     """The norms at a path: one, several in a list, or none."""
     try:
-        found = model.get_submodule(path)
+        parent = model.get_submodule(path)
     except AttributeError:
         return
-    for name, norm in found.named_modules(prefix=path):
+    for name, norm in parent.named_modules(prefix=path):
         if isinstance(norm._parameters.get("weight"), Tensor):
             is_batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
             yield output_site(name, "batch_norm" if is_batch else "norm", norm)
 
 
 def _patch_sites(model: nn.Module, trunk: str) -> Iterator[Site]:
-    """The last layer of the patch embedding."""
+    """The site of the patch embedding's last layer."""
     paths = [f"{trunk}{embed}" for embed in ("patch_embed", "embeds")]
     modules = dict(model.named_modules())
     for path in (f"{p}.{name}" for p in paths for name in ("norm", "proj", "input_proj")):

@@ -1,4 +1,4 @@
-"""Blocks that take prompt tokens, and the reasons why others do not."""
+"""Sites of prompts: blocks that can take prompt tokens, and why others cannot."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from aoft_deploy.tuning.sites.site import (
 __all__ = ["token_site"]
 
 ANY_LENGTH = {("timm.layers.attention", "Attention")}
-"""Attention classes that take any number of tokens, so that prompts can stand beside them."""
+"""Attention classes that accept any number of tokens, and so prompts beside them."""
 
 
-WITHOUT_POSITIONS = {
+ANY_LENGTH_ELSEWHERE = {
     ("timm.layers.diff_attention", "DiffAttention"),
     ("timm.models.cait", "ClassAttn"),
     ("timm.models.cait", "TalkingHeadAttn"),
@@ -32,7 +32,7 @@ WITHOUT_POSITIONS = {
     ("timm.models.tnt", "Attention"),
     ("timm.models.xcit", "XCA"),
 }
-"""Attention classes that would take any number of tokens too, but in blocks that would not."""
+"""Attention classes that accept any number of tokens, in blocks that do not."""
 
 
 IN_WINDOWS = {
@@ -45,11 +45,11 @@ IN_WINDOWS = {
         "WindowAttention",
     ),
 }
-"""Block classes, and their attention's, that can show prompts to each of their windows."""
+"""Block classes that can add prompts to each of their windows, and their attention classes."""
 
 
 def token_site(model: nn.Module, path: str, attention: nn.Module, index: int) -> Site:
-    """A block as a place for prompts."""
+    """The site of a block's prompts."""
     block = model.get_submodule(path)
     windows = IN_WINDOWS.get(class_of(block)) == class_of(attention)
     embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
@@ -66,12 +66,12 @@ def token_site(model: nn.Module, path: str, attention: nn.Module, index: int) ->
 
 
 def _prompts_refusal(model: nn.Module, path: str, attention: nn.Module, index: int) -> str:
-    """Why a block without windows cannot take prompts; empty where it can."""
-    kind = ".".join(class_of(attention))
-    if class_of(attention) not in ANY_LENGTH | WITHOUT_POSITIONS:
+    """Why a block without windows cannot take prompts; empty if it can."""
+    class_name = ".".join(class_of(attention))
+    if class_of(attention) not in ANY_LENGTH | ANY_LENGTH_ELSEWHERE:
         return (
-            f"The attention of {type(model).__name__} is bound to its number of tokens ({kind}): "
-            "prompts cannot stand beside them."
+            f"The attention of {type(model).__name__} needs a fixed number of tokens "
+            f"({class_name}): prompts cannot be added."
         )
     if (
         class_of(attention) not in ANY_LENGTH
@@ -80,6 +80,6 @@ def _prompts_refusal(model: nn.Module, path: str, attention: nn.Module, index: i
     ):
         return (
             f"The blocks of {type(model).__name__} are not one list of plain blocks for all tokens "
-            f"({kind}): prompts cannot stand beside them."
+            f"({class_name}): prompts cannot be added."
         )
     return ""

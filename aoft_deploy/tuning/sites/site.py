@@ -1,4 +1,4 @@
-"""A site: a place of a model that takes an update, with its role."""
+"""A site: a place of a model that can take an update, and its role."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = [
     "LINEAR_ROLES",
     "MAPS",
     "NORM_ROLES",
-    "NOT_AS_IT_STANDS",
+    "SUBCLASS_REFUSAL",
     "Site",
     "is_map",
     "map_site",
@@ -21,19 +21,19 @@ __all__ = [
 
 
 MAPS = (nn.Linear, nn.Conv2d)
-"""Layers that are linear maps, or convolutions seen as the map of their (O·kh, I·kw) matrix."""
+"""Linear maps, and convolutions as linear maps of their (O·kh, I·kw) matrix."""
 
 
-NOT_AS_IT_STANDS = "which may not use its weight as it stands."
+SUBCLASS_REFUSAL = "a subclass that may transform its weight before use."
 """Why a subclass of ``MAPS`` is refused, such as a convolution that standardises its weight."""
 
 
 LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "gate", "fc1", "fc2", "reduction", "conv")
-"""Roles of linear maps. fc1 includes the gate of a gated MLP; qkv is a fused map as a whole."""
+"""Roles of linear maps. ``fc1`` includes the gate of a gated MLP; ``qkv`` is a whole fused map."""
 
 
 NORM_ROLES = ("norm", "reduction_norm", "batch_norm", "patch")
-"""Roles of outputs that are scaled and shifted channel by channel."""
+"""Roles of layers whose output channels can be scaled and shifted."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Site:
     """One place that can take an update.
 
     Attributes:
-        name: Unique name, part of a checkpoint's tensor names.
-        role: One of ``LINEAR_ROLES``; ``other`` for a linear map with no known role; ``q_bias``,
-            ``v_bias``; ``norm``, ``reduction_norm``, ``batch_norm``; ``patch``; or ``block``.
+        name: Unique name, which is part of a checkpoint's tensor names.
+        role: One of ``LINEAR_ROLES``; ``other`` for a linear map of another role; ``q_bias`` or
+            ``v_bias``; one of ``NORM_ROLES``; or ``block``.
         module: Path of the module that owns the tensors.
-        tensor: Name of the tensor in it that plays the weight; ``tokens`` for a block.
-        rows: Output rows that belong to this site, of the weight as a matrix.
-        in_features: Width of the input; 1 where the tensor is a vector; a block's token width.
+        tensor: Name of the module's weight; ``tokens`` for a block.
+        rows: Rows of the weight matrix that belong to this site.
+        in_features: Width of the input; 1 if the tensor is a vector; a block's token width.
         bias: Whether there is a bias to shift.
-        part: Whether it is a part of a fused map, beside a site for the whole.
-        absorber: Path of the norm before a map without bias, whose bias can take the shift.
-        index: Number of a block.
-        patch: Side of the patches in pixels, of a block.
-        embed_dim: Width of the patch embedding, of a block.
-        windows: Whether a block sees prompts window by window, and hands none on.
-        kernel_height: Rows of the matrix for each output channel.
-        refusal: Why no update can be put here; empty where one can.
+        part: Whether this is a part of a fused map. The whole map is another site.
+        absorber: Path of the preceding norm, whose bias absorbs the shift if this layer has none.
+        index: For a block: its position.
+        patch: For a block: side of the patches in pixels.
+        embed_dim: For a block: width of the patch embedding.
+        windows: For a block: whether every window processes the prompts, which end in this block.
+        kernel_height: Rows of the matrix per output channel.
+        refusal: Why this site cannot take an update; empty if it can.
     """
 
     name: str
@@ -82,24 +82,24 @@ class Site:
 
     @property
     def channels(self) -> int:
-        """Number of output channels, which a convolution's matrix has several rows of."""
+        """Number of output channels; a convolution's matrix has several rows per channel."""
         return self.out_features // self.kernel_height
 
 
 def is_map(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight and does nothing else."""
+    """Whether a module only multiplies by its weight: a map, but not a subclass of one."""
     return type(module) in MAPS
 
 
 def map_site(path: str, role: str, module: nn.Linear | nn.Conv2d) -> Site:
-    """A linear map, or a convolution as the map of its (O·kh, I·kw) matrix."""
+    """The site of a linear map, or of a convolution as the map of its (O·kh, I·kw) matrix."""
     rows, columns = matrix_shape(module.weight)
     site = Site(path, role, path, "weight", (0, rows), columns, module.bias is not None)
     return replace(site, kernel_height=rows // len(module.weight))
 
 
 def output_site(path: str, role: str, module: nn.Module) -> Site:
-    """A module whose output channels can be scaled and shifted."""
+    """The site of a module whose output channels can be scaled and shifted."""
     weight = module._parameters["weight"]
     assert weight is not None
     bias = module._parameters.get("bias") is not None

@@ -1,1 +1,1 @@
-"""The kinds of update: one formula each, applied, folded or mixed."""
+"""The kinds of update: each has one formula, which is applied, folded, or mixed per sample."""

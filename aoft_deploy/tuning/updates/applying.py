@@ -1,4 +1,4 @@
-"""Apply: a linear map with its deltas, for training, with structured gradients."""
+"""Apply: a linear map with deltas in training, with structured gradients."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def apply_linear(
     bias: Tensor | None,
     deltas: Sequence[tuple[Rows, WeightDelta]],
 ) -> Tensor:
-    """Training's forward of a frozen linear map with deltas in it.
+    """The output of a frozen linear map with deltas, in training.
 
-    Folds the deltas into W first, which is cheap because W is small beside the activations of a
-    batch: the forward then costs what the plain map costs, whatever the update. The backward
-    recomputes the fold instead of keeping it and forms gradients from the delta's structure
-    (``WeightDelta.gradients``), so no dense weight gradient arises unless the update needs one.
+    The forward folds the deltas into W, which is cheap because W is small compared to the
+    activations of a batch, and then costs as much as the plain map. The backward recomputes the
+    folded weight instead of storing it. It computes the gradients from the structure of the deltas,
+    without a dense weight gradient unless a gain needs one.
 
     Args:
         x: (..., in).
@@ -35,7 +35,7 @@ def apply_linear(
         deltas: Row ranges and their deltas.
 
     Returns:
-        (..., out) in autocast's dtype where autocast is on, else in x's.
+        (..., out) in autocast's dtype if autocast is enabled, otherwise in that of x.
     """
     layout = [(rows, delta.names()) for rows, delta in deltas]
     tensors = [getattr(delta, n) for _, delta in deltas for n in delta.names()]
@@ -89,10 +89,10 @@ class _FoldedLinear(torch.autograd.Function):
 def _gradients(
     x: Tensor, grad: Tensor, weight: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]]
 ) -> list[dict[str, Tensor]]:
-    """Gradients of the deltas' fields, given those of the output.
+    """Gradients of the deltas' fields, from the gradients of the output.
 
-    The structure is used: only gains need a dense out × in product, and the low-rank parts of all
-    rows share four thin products.
+    Only gains need a dense out × in product. The low-rank parts of all rows share four thin
+    products.
 
     Args:
         x: Inputs, (tokens, in).
@@ -101,7 +101,7 @@ def _gradients(
         deltas: Row ranges and deltas.
 
     Returns:
-        For each delta its fields' gradients by name, in float32 or wider.
+        The gradients of each delta's fields by name, in float32 or wider.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     parts = _low_rank_gradients(x, grad, deltas, wide)
@@ -122,7 +122,7 @@ def _gradients(
 def _low_rank_gradients(
     x: Tensor, grad: Tensor, deltas: Sequence[tuple[Rows, WeightDelta]], wide: torch.dtype
 ) -> list[dict[str, Tensor]]:
-    """Gradients of every ``left`` and ``right``, formed together."""
+    """Gradients of every ``left`` and ``right``, computed together."""
     pairs = [
         (F.pad(delta.left, (start, grad.shape[-1] - stop)), delta.right)
         for (start, stop), delta in deltas

@@ -1,14 +1,14 @@
-"""What an update changes in an affine map, and the three ways to use it.
+"""Deltas: the change that an update makes to an affine map x ↦ x Wᵀ + b.
 
-A *delta* is the common form that every update's formula arrives at. It knows nothing of methods;
-it knows how to be used:
+The formula of every update returns a delta. There are three ways to use one:
 
-``fold_``  puts the change into (weight, bias), in place. Differentiable, any dtype.
-``apply``  is training's forward: the folded map, with gradients that never cost more than the
-           update's own structure asks for.
-``mix``    applies a different delta to every sample of a batch, around the one shared weight.
+fold   Add the change to (weight, bias): ``fold_``, in place, differentiable, any dtype.
+apply  Compute the map in training: ``applying.apply_linear`` folds the deltas and computes
+       structured gradients.
+mix    Compute the map for a batch in which every sample has its own delta: ``mix``.
 
-The laws: the three agree sample by sample, and a delta of zeros changes no bit of the weight.
+Tests hold them to two laws: the three agree for every sample, and a delta of zeros changes no bit
+of the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 __all__ = ["Delta", "OutputDelta", "PromptDelta", "Rows", "WeightDelta", "matrix_shape"]
 
 Rows = tuple[int, int]
-"""First and one-past-last output row that a delta acts on."""
+"""Output rows that a delta changes: the first, and one past the last."""
 
 
 class Delta(Protocol):
@@ -33,47 +33,51 @@ class Delta(Protocol):
         """Length of the fields' first axis."""
 
     def __getitem__(self, index: Any) -> Self:
-        """The delta of one task, or of several, picked along the leading axis."""
+        """The delta of one task, or of several, by index along the leading axis."""
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether a row of the folded weight depends on other rows than its own."""
+        """Whether folding needs all rows at once."""
 
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
-        """Put the change into W and b, or into a block of their rows that begins with ``first``.
+        """Add the change to W and b in place, differentiably.
 
-        weight: (out, …) and bias: (out,) or None are changed in place, differentiably.
+        Args:
+            weight: (out, …), or a block of its rows.
+            bias: (out,), or the same block of it, or None.
+            first: Index of the block's first row.
         """
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """The changed map's output from its input x, its unchanged output y and W."""
+        """The changed output, from the input x, the unchanged output y, and W."""
 
 
-class _Tensors:
-    """Delta fields as a flat list of tensors, absent ones left out."""
+class _TensorFields:
+    """Base of the deltas: a dataclass whose fields are optional tensors."""
 
     def __getitem__(self, index: Any) -> Self:
-        """The delta of one task, or of several, picked along the fields' first axis."""
+        """The delta of one task, or of several, by index along the fields' first axis."""
         return type(self)(**{n: getattr(self, n)[index] for n in self.names()})
 
     def samples(self) -> int:
         """Length of the fields' first axis."""
-        first: Tensor = getattr(self, self.names()[0])
-        return first.shape[0]
+        field: Tensor = getattr(self, self.names()[0])
+        return field.shape[0]
 
     def names(self) -> tuple[str, ...]:
-        """Names of the fields that are present."""
+        """Names of the fields that are not None."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class WeightDelta(_Tensors):
-    """A change beside the map: y = x Wᵀ + b + δ(x).
+class WeightDelta(_TensorFields):
+    """A change of the weight and the bias: y = x (W + ΔW)ᵀ + b + Δb.
 
         ΔW = Σ_k left_kᵀ right_k + W ⊙ Σ_k gain_out_kᵀ gain_in_k,   ΔW_ii += diagonal_i (i < d),
         Δb = shift.
 
-    Every field may carry leading task axes, which ``mix`` needs and ``fold`` does not take.
+    The fields of a batch have a leading axis of samples, which ``mix`` uses and ``fold_`` does not
+    accept.
 
     Attributes:
         diagonal: (..., d), d ≤ min(out, in).
@@ -93,13 +97,16 @@ class WeightDelta(_Tensors):
 
     @property
     def mixes_rows(self) -> bool:
-        """Every row changes by itself."""
+        """False: every row changes independently."""
         return False
 
     def after_map(self, residual: bool) -> OutputDelta:
-        """The same change, made to the map's output: y ↦ y (+ y if residual) + y ΔWᵀ.
+        """The same product, applied to the map's output: y ↦ y + y ΔWᵀ, or y ΔWᵀ.
 
-        Only for a square ΔW without gains; ``residual`` keeps y itself.
+        ΔW must be square, without gains and shift.
+
+        Args:
+            residual: Whether to keep the term y.
         """
         scale = None if residual else torch.full_like(self.right[..., 0, :], -1)  # type: ignore[index]
         if self.diagonal is not None:
@@ -109,9 +116,12 @@ class WeightDelta(_Tensors):
         return OutputDelta(scale=scale, left=self.left, right=self.right)
 
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
-        """W += ΔW, b += Δb in the rows from ``first`` on.
+        """W += ΔW and b += Δb in a block of rows.
 
-        weight: (out, in), or a whole convolution's (O, I, kh, kw); bias: (out,).
+        Args:
+            weight: (rows, in), or all of a convolution's (O, I, kh, kw).
+            bias: (rows,) or None.
+            first: Index of the block's first row.
         """
         weight = weight.view(matrix_shape(weight))
         rows = slice(first, first + len(weight))
@@ -121,7 +131,7 @@ class WeightDelta(_Tensors):
             weight.addmm_(self.left[:, rows].mT, self.right)
         if self.diagonal is not None and first < self.diagonal.shape[-1]:
             part = self.diagonal[rows]
-            if torch.compiler.is_exporting():  # which loses writes into a diagonal
+            if torch.compiler.is_exporting():  # export loses in-place writes to a diagonal
                 d = part.shape[0]
                 around = (first, weight.shape[1] - first - d, 0, weight.shape[0] - d)
                 weight.add_(F.pad(torch.diag_embed(part), around))
@@ -131,15 +141,15 @@ class WeightDelta(_Tensors):
             bias.add_(self.shift[first : first + len(bias)])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Y + δ(x) per sample.
+        """The map's output y + x ΔWᵀ + Δb for every sample.
 
         Args:
             x: Input of the map, (batch, tokens, in).
-            y: Its unchanged output x Wᵀ + b, (batch, tokens, out).
+            y: Unchanged output x Wᵀ + b, (batch, tokens, out).
             weight: W, (out, in), shared by all samples.
 
         Returns:
-            (batch, tokens, out). Fields carry the leading axis ``batch``, or none at all.
+            (batch, tokens, out). The fields have a leading axis ``batch``, or none.
         """
         if self.gain_out is not None and self.gain_in is not None:
             for k in range(self.gain_out.shape[-2]):
@@ -154,11 +164,11 @@ class WeightDelta(_Tensors):
 
 
 @dataclass(frozen=True)
-class OutputDelta(_Tensors):
-    """A change after the map: y ↦ y ⊙ (1 + scale) + Σ_k (y · right_k) left_k + shift.
+class OutputDelta(_TensorFields):
+    """A change of the output: y ↦ y ⊙ (1 + scale) + Σ_k (y · right_k) left_k + shift.
 
-    Folds into whatever made y: a linear map, a convolution, or (without left and right) a norm's
-    affine.
+    It can be folded into the layer that computes y: a linear map, a convolution or, without left
+    and right, the affine part of a norm.
 
     Attributes:
         scale: (..., out).
@@ -174,28 +184,28 @@ class OutputDelta(_Tensors):
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether a row of the folded weight depends on other rows than its own."""
+        """Whether folding needs all rows at once."""
         return self.left is not None
 
     def fold_(self, weight: Tensor, bias: Tensor | None, first: int = 0) -> None:
-        """Put the change into the rows from ``first`` on; into all at once if rows mix."""
+        """Add the change to a block of rows of W and b; to all rows at once if ``mixes_rows``."""
         for tensor in (weight, bias):
             if tensor is None:
                 continue
-            mixed = None
+            low_rank = None
             if self.left is not None and self.right is not None:
                 matrix = tensor.reshape(len(tensor), -1).clone()
-                mixed = (self.left.mT @ (self.right @ matrix)).view_as(tensor)
+                low_rank = (self.left.mT @ (self.right @ matrix)).view_as(tensor)
             if self.scale is not None:
                 factor = 1 + self.scale[first : first + len(tensor)]
                 tensor.mul_(factor.view(-1, *[1] * (tensor.dim() - 1)))
-            if mixed is not None:
-                tensor.add_(mixed)
+            if low_rank is not None:
+                tensor.add_(low_rank)
         if self.shift is not None and bias is not None:
             bias.add_(self.shift[first : first + len(bias)])
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """The changed y per sample. y: (batch, tokens, out); x and weight are not used."""
+        """The changed y of every sample. y: (batch, tokens, out); x and weight are not used."""
         result = y
         if self.scale is not None:
             result = torch.addcmul(y, y, self.scale[..., None, :].to(y.dtype))
@@ -205,8 +215,8 @@ class OutputDelta(_Tensors):
 
 
 @dataclass(frozen=True)
-class PromptDelta(_Tensors):
-    """Tokens put before a transformer block's own; they cannot be folded into a weight.
+class PromptDelta(_TensorFields):
+    """Tokens that a transformer block processes beside its own. No weight can absorb them.
 
     Attributes:
         tokens: (..., prompts, width).
@@ -215,24 +225,24 @@ class PromptDelta(_Tensors):
     tokens: Tensor
 
     def before(self, x: Tensor, prefix: int) -> Tensor:
-        """X with the prompts after its first ``prefix`` tokens (class token, registers).
+        """Insert the prompts into x after its first ``prefix`` tokens (class token, registers).
 
         Args:
             x: (batch, tokens, width).
-            prefix: Tokens that stay in front.
+            prefix: Number of tokens that stay in front.
 
         Returns:
-            (batch, tokens + prompts, width); each sample has its own prompts where ``tokens`` has
-            a leading axis ``batch``.
+            (batch, tokens + prompts, width). With a leading axis ``batch`` of ``self.tokens``,
+            each sample gets its own prompts.
         """
         prompts = self.tokens.to(x.dtype).expand(x.shape[0], *self.tokens.shape[-2:])
         return torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Shape that methods see a weight in: (out, in), or (O·kh, I·kw) of a convolution.
+    """Shape of a weight as a matrix: (out, in), or (O·kh, I·kw) for a convolution.
 
-    The convolution's is that of the published RLRR code, a plain view of (O, I, kh, kw).
+    The convolution's matrix is a view of (O, I, kh, kw), as in the published RLRR code.
     """
     if weight.dim() < 4:
         return weight.shape[0], weight[0].numel()

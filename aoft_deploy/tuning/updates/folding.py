@@ -1,4 +1,4 @@
-"""Fold: a weight with the deltas of its rows added."""
+"""Fold: add deltas to the rows of a weight, out of place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["fold_rows"]
 def fold_rows(
     weight: Tensor, bias: Tensor | None, deltas: Sequence[tuple[Rows, Delta]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Fold several deltas, each into its own rows of one map.
+    """Fold several deltas into one map, each into its own rows.
 
     Args:
         weight: (out, …).
@@ -23,11 +23,15 @@ def fold_rows(
         deltas: Disjoint row ranges and the delta of each.
 
     Returns:
-        New weight and bias; the arguments stay as they are.
+        New weight and bias; the arguments are not changed.
     """
-    weight = weight.clone(memory_format=torch.contiguous_format)  # channels_last has no matrix view
+    weight = weight.clone(
+        memory_format=torch.contiguous_format
+    )  # a channels_last weight has no matrix view
     bias = None if bias is None else bias.clone()
-    if torch.compiler.is_exporting() and len(deltas) > 1:  # a graph copies what it writes into
+    if (
+        torch.compiler.is_exporting() and len(deltas) > 1
+    ):  # a graph would copy the whole weight for every write
         return _folded_pieces(weight, bias, deltas)
     for (start, stop), delta in deltas:
         delta.fold_(weight[start:stop], None if bias is None else bias[start:stop])
@@ -37,7 +41,7 @@ def fold_rows(
 def _folded_pieces(
     weight: Tensor, bias: Tensor | None, deltas: Sequence[tuple[Rows, Delta]]
 ) -> tuple[Tensor, Tensor | None]:
-    """The folded map put together from its row ranges."""
+    """The folded map, concatenated from its row ranges."""
     weights, biases, done = list[Tensor](), list[Tensor](), 0
     for (start, stop), delta in [*deltas, ((len(weight), len(weight)), None)]:
         for first, last, change in ((done, start, None), (start, stop, delta)):

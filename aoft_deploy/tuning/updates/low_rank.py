@@ -1,4 +1,4 @@
-"""LoRA and adapters: a free low-rank product beside a map, or after a branch."""
+"""LoRA and adapters: a trained low-rank product beside a linear map, or after its output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["LowRank", "LowRankAdapter"]
 class LowRank(Update):
     """LoRA (arXiv 2106.09685): ΔW = scale · B A.
 
-    Starts at zero: A is Kaiming-uniform as in the reference implementation, B is zero.
+    ΔW starts at zero: A is Kaiming-uniform as in the reference implementation, and B is zero.
 
     Args:
         in_features: Width of the map's input.
-        out_features: Width of its output.
-        rank: r, the rows of A.
-        scale: Fixed factor (alpha / r).
-        generator: Source of A's randomness.
+        out_features: Width of the map's output.
+        rank: r, the number of rows of A.
+        scale: Constant factor (alpha / r).
+        generator: Random generator for A.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class LowRank(Update):
 class LowRankAdapter(LowRank):
     """Adapter without activation on a map's output: y' = y + scale · y Aᵀ Bᵀ.
 
-    The adapter of arXiv 1902.00751 has an activation, which forbids folding; arXiv 2410.22952
-    removes it. Starts at zero.
+    The adapter of arXiv 1902.00751 has an activation, so it cannot be folded; arXiv 2410.22952
+    removes the activation. The change starts at zero.
 
     Args:
         features: Channels of the output.
         rank: Width of the bottleneck.
-        scale: Fixed factor.
-        generator: Source of A's randomness.
+        scale: Constant factor.
+        generator: Random generator for A.
     """
 
     def __init__(self, features: int, rank: int, scale: float, generator: Generator) -> None:

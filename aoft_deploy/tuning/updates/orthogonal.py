@@ -5,14 +5,14 @@ For q ∈ R^N the paper's Q(q) ∈ R^{N×N} has
     first row  (q_0, −q_1, …, −q_{N−1}),   first column  (q_0, q_1, …, q_{N−1}),
     elsewhere  δ_ij − q_i q_j / (1 + q_0),
 
-and AO(q) = Q[:, :d]. Q is a rotation exactly when ‖q‖ = 1; the paper does not enforce that.
+and AO(q) = Q[:, :d]. Q is a rotation exactly if ‖q‖ = 1, which the paper does not enforce.
 With D = diag(−1, 1, …, 1),
 
     w = (1, q_1/(1+q_0), …, q_{N−1}/(1+q_0)),     v = (−(1+q_0), q_1, …, q_{N−1}),
     AO(q) = D[:, :d] − w v[:d]ᵀ,
 
-so a product with AO(q) costs O(N + d) whatever d is. ``approximately_orthogonal`` writes the
-definition out densely and serves as the oracle; everything else uses ``factors``.
+so a product with AO(q) costs O(N + d) instead of O(N d). ``approximately_orthogonal`` computes the
+dense matrix by its definition, as a reference for tests; all updates use ``factors``.
 """
 
 from __future__ import annotations
@@ -22,25 +22,10 @@ from torch import Tensor
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["approximately_orthogonal", "factors", "flip_first", "project", "project_back"]
+__all__ = ["approximately_orthogonal", "factors", "flip_first"]
 
 SINGULARITY_GUARD = 1e-4
-"""Q is singular at q_0 = −1: a q_0 closer to it than this is moved to this distance."""
-
-
-def guarded(q: Tensor) -> Tensor:
-    """The vector with q_0 kept away from −1. Gradients pass as if it had not been moved.
-
-    Args:
-        q: (..., N).
-
-    Returns:
-        (..., N).
-    """
-    distance = 1 + q[..., :1].detach()
-    side = torch.where(distance < 0, -1.0, 1.0).to(q.dtype)
-    move = side * (SINGULARITY_GUARD - distance.abs()).clamp(min=0)
-    return torch.cat([q[..., :1] + move, q[..., 1:]], dim=-1)
+"""Smallest allowed distance of q_0 from −1, where Q is singular."""
 
 
 def approximately_orthogonal(q: Tensor, d: int) -> Tensor:
@@ -69,11 +54,11 @@ def approximately_orthogonal(q: Tensor, d: int) -> Tensor:
 
 
 def factors(q: Tensor, *, strict: bool = False) -> tuple[Tensor, Tensor]:
-    """The vectors w and v with AO(q) = D[:, :d] − w v[:d]ᵀ.
+    """The vectors w and v of AO(q) = D[:, :d] − w v[:d]ᵀ.
 
     Args:
         q: The generating vector, (..., N).
-        strict: Take q/‖q‖ in place of q, so that AO(q)'s columns are exactly orthonormal.
+        strict: Use q/‖q‖ instead of q, which makes the columns of AO(q) exactly orthonormal.
 
     Returns:
         (w, v), each (..., N).
@@ -88,36 +73,22 @@ def factors(q: Tensor, *, strict: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def flip_first(x: Tensor) -> Tensor:
-    """D x: the first entry of the last axis changes its sign."""
+    """D x: negate the first entry of the last axis."""
     return torch.cat([-x[..., :1], x[..., 1:]], dim=-1)
 
 
-def project(x: Tensor, q: Tensor, d: int) -> Tensor:
-    """X AO(q) with one dot product per row.
+def guarded(q: Tensor) -> Tensor:
+    """The vector q with |1 + q_0| of at least ``SINGULARITY_GUARD``.
+
+    Moving q_0 does not change the gradients.
 
     Args:
-        x: (..., N).
-        q: (N,).
-        d: Number of columns.
-
-    Returns:
-        (..., d).
-    """
-    w, v = factors(q)
-    return flip_first(x[..., :d]) - (x * w).sum(-1, keepdim=True) * v[..., :d]
-
-
-def project_back(z: Tensor, q: Tensor) -> Tensor:
-    """Z AO(q)ᵀ with one multiple of w added per row.
-
-    Args:
-        z: (..., d).
-        q: (N,), d ≤ N.
+        q: (..., N).
 
     Returns:
         (..., N).
     """
-    w, v = factors(q)
-    d = z.shape[-1]
-    padded = torch.nn.functional.pad(flip_first(z), (0, q.shape[-1] - d))
-    return padded - (z * v[..., :d]).sum(-1, keepdim=True) * w
+    distance = 1 + q[..., :1].detach()
+    side = torch.where(distance < 0, -1.0, 1.0).to(q.dtype)
+    move = side * (SINGULARITY_GUARD - distance.abs()).clamp(min=0)
+    return torch.cat([q[..., :1] + move, q[..., 1:]], dim=-1)

@@ -1,4 +1,4 @@
-"""Prompts: free tokens that a block sees beside its own."""
+"""VPT: trained prompt tokens of a transformer block."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["Prompts"]
 
 
 class Prompts(Update):
-    """VPT (arXiv 2203.12119): trained tokens beside a block's own.
+    """VPT (arXiv 2203.12119): trained tokens that a block processes beside its own.
 
-    Starts uniform in ±√(6 / (3 · patch² + embed_dim)), as the published code does.
+    The initial values are uniform in ±√(6 / (3 · patch² + embed_dim)), as in the published code.
 
     Args:
         width: Width of the tokens.
         rank: Number of prompts.
         patch: Side of the backbone's patches in pixels.
-        generator: Source of the randomness.
-        embed_dim: Width of the patch embedding, where a later stage's tokens are wider; 0 for
-            ``width``.
+        generator: Random generator for the initial values.
+        embed_dim: Width of the patch embedding, if it differs from ``width``; 0 means ``width``.
+            The tokens of later stages are wider.
     """
 
     def __init__(
@@ -34,5 +34,5 @@ class Prompts(Update):
         self.tokens = nn.Parameter(tokens.uniform_(-bound, bound, generator=generator))
 
     def formula(self, tokens: Tensor) -> PromptDelta:  # type: ignore[override]
-        """The prompts as they are. tokens: (..., prompts, width)."""
+        """The trained tokens themselves. tokens: (..., prompts, width)."""
         return PromptDelta(tokens)

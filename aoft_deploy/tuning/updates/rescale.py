@@ -20,29 +20,34 @@ Init = Literal["published", "identity", "normal", "uniform", "constant", "zero"]
 class Rescale(Update):
     """RLRR (arXiv 2403.19067): W' = W + W ⊙ (scale_out scale_inᵀ), b' = b + shift.
 
-    How the scales start (the ablation, supplementary Table 10, does not say its spreads):
+    Initial values of the scales (the ablation, supplementary Table 10, does not give its standard
+    deviations and bounds):
 
     ========== ===================================================================================
     published  Kaiming-uniform as in the released code: ±√6 for scale_out, ±√(6/in) for scale_in.
-               Not at the pre-trained function.
-    identity   the same scale_in and scale_out = 0: at the pre-trained function
-    normal     N(0, 0.02) for both; uniform: within ±0.02; constant: 0.02
+               Training does not start at the pre-trained function.
+    identity   scale_in as in ``published``, scale_out = 0: training starts at the pre-trained
+               function
+    normal     N(0, 0.02) for both scales
+    uniform    uniform in ±0.02 for both scales
+    constant   0.02 for both scales
     zero       zeros; the product's gradient is zero there, so only ``shift`` learns
     ========== ===================================================================================
 
-    Without ``residual`` W' = W ⊙ (scale_out scale_inᵀ), and the first pair starts at one plus the
-    above. One-sided, the other scale is one. ``published`` has the product's bound 6/√in in both
-    cases, since √6 alone would change the sign of rows.
+    Without ``residual``, W' = W ⊙ (scale_out scale_inᵀ), and the first pair starts at one plus
+    these values. With one side only, the other scale is one. In both cases ``published`` uses the
+    product's bound 6/√in, because the bound √6 would change the sign of rows.
 
     Args:
         in_features: Width of the map's input.
-        out_features: Width of its output.
+        out_features: Width of the map's output.
         rank: Number of scale pairs.
-        shifts: Length of the map's bias, which is shifted; 0 where there is none.
-        init: How the scales start.
-        generator: Source of the scales' randomness.
-        sides: ``both``, ``out`` (scale_out alone, the paper's left) or ``in`` (right).
-        residual: Keep W beside the product.
+        shifts: Length of the map's bias, which is shifted; 0 if there is none.
+        init: Initial values of the scales.
+        generator: Random generator for the scales.
+        sides: ``both``, ``out`` (only scale_out, the paper's left) or ``in`` (only scale_in,
+            right).
+        residual: Whether to keep the term W.
     """
 
     def __init__(
@@ -59,16 +64,17 @@ class Rescale(Update):
         super().__init__()
         check_rank(rank, in_features, out_features)
         if sides != "both" and rank > 1:
-            raise SettingError(f"rank is {rank}, but scales of one side alone have rank 1.")
+            raise SettingError(f"rank is {rank}, but the scales of a single side have rank 1.")
         self.in_features, self.out_features, self.residual = in_features, out_features, residual
         bounds = {"in": (6 / in_features) ** 0.5, "out": 6**0.5}
         if sides != "both" or not residual:
             bounds = dict.fromkeys(bounds, 6 / in_features**0.5)
         for side, size in (("in", in_features), ("out", out_features)):
             if sides in ("both", side):
-                at_rest = init == "identity" and (side == "out" or sides == "in")
-                kind = "zero" if at_rest else init
-                start = _scale_start(kind, (rank, size), bounds[side], generator)
+                is_zero = init == "identity" and (side == "out" or sides == "in")
+                start = _initial_scale(
+                    "zero" if is_zero else init, (rank, size), bounds[side], generator
+                )
                 if not residual:
                     start[0] = 1 if init == "identity" else 1 + start[0]
                 self.register_parameter(f"scale_{side}", nn.Parameter(start))
@@ -81,11 +87,17 @@ class Rescale(Update):
         scale_out: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> WeightDelta:
-        """Gain scale_outᵀ scale_in and shift. scale_in: (..., r, in), scale_out: (..., r, out)."""
-        like = scale_in if scale_in is not None else scale_out
-        assert like is not None
-        ones_in = like.new_ones(*like.shape[:-2], 1, self.in_features)
-        ones_out = like.new_ones(*like.shape[:-2], 1, self.out_features)
+        """ΔW = W ⊙ (scale_outᵀ scale_in), minus W without ``residual``; Δb = shift.
+
+        Args:
+            scale_in: (..., r, in), or None for ones.
+            scale_out: (..., r, out), or None for ones.
+            shift: (..., out), or None for zeros.
+        """
+        scale = scale_in if scale_in is not None else scale_out
+        assert scale is not None
+        ones_in = scale.new_ones(*scale.shape[:-2], 1, self.in_features)
+        ones_out = scale.new_ones(*scale.shape[:-2], 1, self.out_features)
         gain_in = ones_in if scale_in is None else scale_in
         gain_out = ones_out if scale_out is None else scale_out
         if not self.residual:
@@ -94,7 +106,7 @@ class Rescale(Update):
         return WeightDelta(gain_out=gain_out, gain_in=gain_in, shift=shift)
 
 
-def _scale_start(init: str, shape: tuple[int, int], bound: float, generator: Generator) -> Tensor:
+def _initial_scale(init: str, shape: tuple[int, int], bound: float, generator: Generator) -> Tensor:
     scale = torch.zeros(shape)
     if init in ("published", "identity"):
         return scale.uniform_(-bound, bound, generator=generator)

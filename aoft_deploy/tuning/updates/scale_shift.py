@@ -1,4 +1,4 @@
-"""SSF: a scale and a shift after a layer, and the shift alone."""
+"""SSF: a scale and a shift of a layer's output, or only a shift."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["ScaleShift", "Shift"]
 
 
 class ScaleShift(Update):
-    """SSF (arXiv 2210.08823) on an output: y' = y ⊙ scale + shift.
+    """SSF (arXiv 2210.08823): y' = y ⊙ scale + shift.
 
     Args:
         features: Channels of the output.
-        bias: Whether what makes the output has a bias to shift.
-        std: Spread of the start, scale ~ N(1, std) and shift ~ N(0, std); the published one is 0.02
-            and 0 starts at the pre-trained function.
-        generator: Source of the randomness.
+        bias: Whether the layer has a bias, which takes the shift.
+        std: Standard deviation of the initial values, scale ~ N(1, std) and shift ~ N(0, std). The
+            published value is 0.02; with 0, training starts at the pre-trained function.
+        generator: Random generator for the initial values.
     """
 
     def __init__(self, features: int, bias: bool, std: float, generator: Generator) -> None:
@@ -29,12 +29,15 @@ class ScaleShift(Update):
             self.shift = nn.Parameter(torch.empty(features).normal_(0, std, generator=generator))
 
     def formula(self, scale: Tensor, shift: Tensor | None = None) -> OutputDelta:  # type: ignore[override]
-        """Scale and shift. Both (..., features)."""
+        """The delta y ⊙ (scale − 1) + shift. scale and shift: (..., features)."""
         return OutputDelta(scale=scale - 1, shift=shift)
 
 
 class Shift(Update):
-    """A trained vector added to a frozen one, for biases that stand outside their linear layer.
+    """A trained shift: y' = y + shift.
+
+    BitFit (arXiv 2106.10199) uses it for every bias; RLRR and SSF use it for biases that are
+    parameters outside their linear layer.
 
     Args:
         features: Length of the vector.
@@ -45,5 +48,5 @@ class Shift(Update):
         self.shift = nn.Parameter(torch.zeros(features))
 
     def formula(self, shift: Tensor) -> OutputDelta:  # type: ignore[override]
-        """The shift alone. (..., features)."""
+        """The delta shift, (..., features)."""
         return OutputDelta(shift=shift)

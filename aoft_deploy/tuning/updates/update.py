@@ -1,8 +1,7 @@
-"""The kinds of update: a few trained numbers each, and the one formula that they stand for.
+"""The base of all updates: a few trained parameters at one site, and their formula.
 
-``formula`` maps the numbers to a ``Delta`` and is the only place where a method's mathematics
-stands; training, merging and the many-task engine all call it. Parameters may carry leading task
-axes, and the delta then carries them too.
+``formula`` maps the parameters to a ``Delta``. It is the only place that contains the mathematics
+of an update: training, merging and the many-task models all call it.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ __all__ = ["Update", "check_rank"]
 
 
 class Update(nn.Module, ABC):
-    """Trained numbers of one site."""
+    """The trained parameters of one site."""
 
     @abstractmethod
     def formula(self, **parameters: Tensor) -> Delta | PromptDelta:
-        """The delta that these parameters stand for."""
+        """The delta of these parameters. Leading task axes of the parameters stay in front."""
 
     def kind(self) -> Hashable:
-        """What two updates have in common if one call of ``formula`` can serve both, stacked."""
-        plain = (bool, int, float, str)
+        """A key that two updates share if one call of ``formula`` can serve both, stacked."""
+        simple = (bool, int, float, str)
         constants = (
-            (k, v) for k, v in vars(self).items() if isinstance(v, plain) or is_dataclass(v)
+            (k, v) for k, v in vars(self).items() if isinstance(v, simple) or is_dataclass(v)
         )
         return type(self), *constants, *((n, p.shape) for n, p in self.named_parameters())
 
@@ -40,7 +39,7 @@ class Update(nn.Module, ABC):
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
-    """Refuse a rank that no (out, in) matrix can have."""
+    """Refuse a rank that an (out, in) matrix cannot have."""
     limit = min(in_features, out_features)
     if not 1 <= rank <= limit:
         raise SettingError(
