@@ -1,4 +1,9 @@
-"""A tuned task as it stands in a ``model.ckpt``: written, and read without a model."""
+"""``model.ckpt``: write a tuned task, and read it without its backbone.
+
+The file is safetensors. Its tensors are ``update.SITE.PARAMETER`` and ``head.NAME``. Its metadata
+has one entry, ``aoft``: JSON with the format version, the method and its settings, the identity of
+the backbone, the classes and the preprocessing. Reading never executes anything from the file.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +32,21 @@ __all__ = ["Checkpoint", "description", "parse_checkpoint", "read_checkpoint", "
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Allowed dtypes of a checkpoint's tensors."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A task, read from its file.
+    """A tuned task.
 
     Attributes:
         method: Name of the fine-tuning method.
-        settings: Its settings.
-        backbone: Identity of the backbone that it was trained on.
+        settings: Settings of the method.
+        backbone: Identity of the backbone that the task was trained on.
         classes: Class names, in the order of the logits.
         preprocessing: How an image becomes the model's input.
-        tensors: The trained numbers by name.
-        training: Figures of the training run, for information.
+        tensors: The trained parameters by name.
+        training: Figures of the training run, for information only.
     """
 
     method: str
@@ -60,18 +66,18 @@ def save(
     preprocessing: Preprocessing,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tuned model's trained numbers as a checkpoint, whole or not at all.
+    """Write the trained parameters of a model as a checkpoint, completely or not at all.
 
     Args:
         tuned: The model.
         path: File to write.
         classes: One name for each logit.
         preprocessing: How images were prepared in training.
-        training: Figures of the run, JSON values.
+        training: Figures of the training run, as JSON values.
 
     Raises:
         CheckpointError: The number of classes differs from the number of logits, or a trained
-            number is not finite.
+            parameter is not finite.
         OutputError: The file cannot be written.
     """
     if len(classes) != tuned.num_classes:
@@ -96,14 +102,14 @@ def description(
     preprocessing: Preprocessing,
     training: Mapping[str, Any] | None = None,
 ) -> str:
-    """What stands beside a checkpoint's tensors, as JSON; arguments as for ``save``.
+    """A checkpoint's metadata as JSON; arguments as for ``save``.
 
-    A backbone that timm does not make by its name and arguments is told so, and only attached to
-    again in Python.
+    A backbone that timm does not create from its name and arguments is marked. Such a checkpoint
+    can only be attached to a model object in Python.
     """
     backbone = tuned.identity.to_dict()
-    if why := difference_from_timm(tuned.identity):
-        backbone["origin"] = CHANGED + why
+    if reason := difference_from_timm(tuned.identity):
+        backbone["origin"] = CHANGED + reason
     metadata = {
         "format": FORMAT,
         "method": tuned.method,
@@ -120,7 +126,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint without its backbone.
 
     Raises:
-        CheckpointError: The file is missing, no checkpoint, damaged, or of a newer format.
+        CheckpointError: The file is missing, damaged, not a checkpoint, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,24 +139,24 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(_unreadable(path, error)) from error
     if "aoft" not in metadata:
         raise CheckpointError(
-            f"{path} is a safetensors file, but no checkpoint of aoft-train{_belonging(tensors)}."
+            f"{path} is a safetensors file, but no checkpoint of aoft-train{_hint(tensors)}."
         )
     return parse_checkpoint(path, metadata["aoft"], tensors)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    if told := foreign(path, "safetensors", "torch", "pickle"):
-        return f"{path} is no checkpoint: it {told}."
+    if reason := foreign(path, "safetensors", "torch", "pickle"):
+        return f"{path} is no checkpoint: it {reason}."
     if is_published(path):
         return (
             f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
-            "published RLRR .pth files where --backbone and --backbone-weights name their backbone."
+            "published RLRR .pth files if `backbone` and `weights` give their backbone."
         )
     return f"{path} is no checkpoint, or a truncated one ({error})."
 
 
 def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    """The checkpoint that a file's metadata text and tensors make; the path is for messages."""
+    """A checkpoint from a file's metadata text and tensors; the path is for messages."""
     metadata = parse_description(path, text)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -161,14 +167,14 @@ def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Ch
         raise CheckpointError(f"The metadata of {path} names no backbone: {error}") from error
     classes = tuple(str(name) for name in metadata["classes"])
     preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
-    rest = {k: metadata[k] for k in ("method", "settings", "training")}
+    plain = {k: metadata[k] for k in ("method", "settings", "training")}
     return Checkpoint(
-        backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **rest
+        backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **plain
     )
 
 
-def _belonging(tensors: Mapping[str, Tensor]) -> str:
-    """Where tensors of anybody's belong, as the rest of a sentence."""
+def _hint(tensors: Mapping[str, Tensor]) -> str:
+    """What a safetensors file may be instead, as the end of a sentence."""
     if any(".lora_A." in name for name in tensors):
-        return ": give the PEFT folder that it lies in"
+        return ": give the PEFT folder that contains it"
     return ", such as a backbone's weights"

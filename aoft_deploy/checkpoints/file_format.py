@@ -1,8 +1,8 @@
-"""A checkpoint as a file: its tensors and the description beside them, checked before use.
+"""Read the safetensors file of a checkpoint, and check its header and metadata.
 
-safetensors itself checks lengths, offsets, gaps and types. It lets pass two entries of one name, of
-which readers may take either, names that are paths, and any number of tensors. Needs neither torch
-nor timm.
+safetensors itself checks lengths, offsets, gaps and types. It accepts duplicate names, of which
+readers may use either entry, names that are paths, and any number of tensors. This module refuses
+those. It imports neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from safetensors import SafetensorError, safe_open
 
 from aoft_deploy.errors import CheckpointError
 
-__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors"]
+__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors", "shortened"]
 
 FORMAT = 1
-"""Version of the layout that this code writes and reads."""
+"""Version of the format that this code writes and reads."""
 
 MOST_TENSORS = 10_000
-"""Of a checkpoint; a task has some hundreds."""
+"""Largest number of tensors in a checkpoint; a task has a few hundred."""
 
 MOST_HEADER = 16 * 2**20
-"""Bytes of names, shapes and description."""
+"""Largest header in bytes: names, shapes and metadata."""
 
 KEYS = {
     "format": int,
@@ -39,23 +39,27 @@ KEYS = {
     "preprocessing": dict,
     "training": dict,
 }
+"""Required keys of the metadata, with their types."""
 
 PATH = re.compile(r"[/\\\0-\x1f\x7f]|\A\.*\Z")
-"""What makes a path of a name."""
+"""Matches names of tensors that are paths."""
 
 
 def read_tensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors by name, and the texts beside them.
+    """Read the tensors and the metadata of an untrusted safetensors file.
 
     Args:
-        path: A safetensors file of anybody.
-        framework: What the tensors shall be of, ``pt`` or ``np``.
+        path: The file.
+        framework: Type of the returned tensors, ``pt`` or ``np``.
+
+    Returns:
+        Tensors by name, and the texts of the metadata.
 
     Raises:
-        CheckpointError: Something in its header stands there twice, a name is a path, or there are
-            too many tensors.
-        Exception: It is missing, damaged, or no such file; safetensors raises what the framework
-            does, beside its own error.
+        CheckpointError: The header contains a name twice, a name is a path, or there are too many
+            tensors.
+        Exception: The file is missing, damaged or not safetensors. safetensors also raises errors
+            of the framework.
     """
     _check_header(path)
     with safe_open(path, framework) as file:
@@ -63,14 +67,14 @@ def read_tensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def parse_description(path: Path, text: str) -> dict[str, Any]:
-    """What stands beside a checkpoint's tensors, every key there and of its type.
+    """Parse a checkpoint's metadata, and check that every key has its type.
 
     Args:
-        path: Where it was found, for the message.
-        text: JSON of anybody.
+        path: The file, for messages.
+        text: Untrusted JSON.
 
     Raises:
-        CheckpointError: It is no such description, or of a newer format.
+        CheckpointError: The text is not the metadata of a checkpoint, or has a newer format.
     """
     found: dict[str, Any]
     try:
@@ -89,12 +93,18 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
     return found
 
 
+def shortened(value: object) -> str:
+    """The ``repr`` of a value from a file, cut to 60 characters for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def _check_header(path: Path) -> None:
-    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
+    def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if len(unique := dict(pairs)) < len(pairs):
             ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise CheckpointError(f"{path} holds {_short(name)} twice: it is not read.")
-        return found
+            raise CheckpointError(f"{path} holds {shortened(name)} twice: it is not read.")
+        return unique
 
     with path.open("rb") as file:
         start = file.read(8)
@@ -103,7 +113,7 @@ def _check_header(path: Path) -> None:
             raise SafetensorError(f"its header would take {length} bytes")
         text = file.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -118,10 +128,6 @@ def _check_header(path: Path) -> None:
     for name in names:
         if PATH.search(name):
             raise CheckpointError(
-                f"{path} holds a tensor {_short(name)}, which is a path and no name of a "
+                f"{path} holds a tensor {shortened(name)}, which is a path and no name of a "
                 "parameter: it is not read."
             )
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 60 else f"{name[:57]}…")

@@ -1,9 +1,9 @@
-"""PEFT LoRA folders: adapter_config.json beside adapter_model.safetensors.
+"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors.
 
 PEFT stores ``base_model.model.PATH.lora_A.weight`` (r, in), ``….lora_B.weight`` (out, r) and the
-parameters of modules that are trained whole, such as the classifier. Ours also hold, as metadata
-that PEFT ignores, the classes, the preprocessing and the backbone's identity. Weights are read
-from safetensors only, never from a pickle.
+parameters of fully trained modules, such as the classifier. Our own folders also contain the
+classes, the preprocessing and the backbone's identity, as metadata that PEFT ignores. Weights are
+read only from safetensors, never from a pickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aoft_deploy.checkpoints.file_format import read_tensors
-from aoft_deploy.checkpoints.lora_factors import bounded
+from aoft_deploy.checkpoints.lora_factors import bounded_rank
 from aoft_deploy.checkpoints.peft_config import AdapterConfig
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign
@@ -30,10 +30,10 @@ __all__ = ["CONFIG", "FILES", "PREFIX", "WEIGHTS", "PeftFolder", "read_peft_fold
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-"""The files of a folder that count."""
+"""The files that a folder consists of."""
 
 PREFIX = "base_model.model."
-"""What PEFT writes before the names of the model's own modules."""
+"""Prefix of the names of the model's own modules."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class PeftFolder:
 
     Attributes:
         path: The folder.
-        config: Where it acts and how strongly.
+        config: The adapter's config.
         pairs: A (r, in) and B (out, r) by the path of the module.
-        saved: Parameters that were trained whole, by name.
-        metadata: Texts stored beside the tensors; ours name the classes and the backbone.
+        saved: Parameters of fully trained modules, by name.
+        metadata: Metadata of the safetensors file; that of our own folders describes the task.
     """
 
     path: Path
@@ -56,31 +56,31 @@ class PeftFolder:
 
     @property
     def num_classes(self) -> int | None:
-        """Width of the classifier, or None where none was saved.
+        """Width of the classifier, or None if none was saved.
 
         Raises:
-            CheckpointError: More than a classifier was saved.
+            CheckpointError: Other modules were saved too.
         """
         widths = {len(tensor) if tensor.dim() else 0 for tensor in self.saved.values()}
         if len(widths) > 1 or 0 in widths:
             raise CheckpointError(
                 f"modules_to_save of {self.path} holds {', '.join(self.saved)}, which is more than "
-                "one classifier: only the classifier may be trained whole."
+                "one classifier: only the classifier may be fully trained."
             )
         return next(iter(widths), None)
 
     def placed(self, model: nn.Module) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """The adapter as an update ``lora`` of a plain timm model.
+        """The adapter as updates of our method ``lora`` on a plain timm model.
 
         Args:
-            model: The backbone, its classifier of the right width and, where the folder has none,
-                with the values that the classifier had in training.
+            model: The backbone, with a classifier of the right width. If the folder contains no
+                classifier, this one must have the values it had in training.
 
         Returns:
-            The rank of every site, and our checkpoint's tensors, alpha folded into B.
+            The rank of every site, and the tensors of a checkpoint, with alpha folded into B.
 
         Raises:
-            CheckpointError: Config, tensors and model do not fit each other.
+            CheckpointError: Config, tensors and model do not match.
         """
         modules = dict(model.named_modules())
         self._check_targets(modules)
@@ -106,7 +106,7 @@ class PeftFolder:
         return ranks, tensors | {f"head.{name}": tensor for name, tensor in heads.items()}
 
     def _check_targets(self, modules: Mapping[str, nn.Module]) -> None:
-        """PEFT leaves a module without tensors at its start and ignores tensors without module."""
+        """Refuse tensors and modules without each other, which PEFT accepts silently."""
         for path in self.pairs:
             if path not in modules:
                 raise CheckpointError(f"{self.path} changes {path}, which the backbone lacks.")
@@ -125,7 +125,7 @@ class PeftFolder:
             if name not in heads:
                 raise CheckpointError(
                     f"modules_to_save of {self.path} holds {name}, which is not of the classifier "
-                    f"({', '.join(heads)}): nothing else may be trained whole."
+                    f"({', '.join(heads)}): nothing else may be fully trained."
                 )
             if not self.config.saves(name):
                 raise CheckpointError(
@@ -145,7 +145,7 @@ class PeftFolder:
                 )
 
     def _matrices(self, path: str, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """A and B in float64, the scaling in B, no more rows than the weight allows."""
+        """A and B in float64, with the scaling in B and a rank that the weight allows."""
         a, b = self.pairs[path]
         if not isinstance(module, nn.Linear):
             raise CheckpointError(
@@ -166,11 +166,11 @@ class PeftFolder:
                 raise CheckpointError(
                     f"{path}.{name} in {self.path} holds values that are not finite."
                 )
-        return bounded(a.double(), b.double() * self.config.scaling(path))
+        return bounded_rank(a.double(), b.double() * self.config.scaling(path))
 
 
 def read_peft_folder(path: Path) -> PeftFolder:
-    """Read a folder that PEFT's ``save_pretrained`` or ``aoft-export --to peft`` wrote.
+    """Read a folder that ``save_pretrained`` of PEFT or ``aoft-export --to peft`` wrote.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the adapter is more than a plain LoRA.
@@ -207,18 +207,18 @@ def read_peft_folder(path: Path) -> PeftFolder:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
-        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
-        if inside:
+        adapters = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+        if adapters:
             raise CheckpointError(
-                f"{path} holds several adapters: name the folder of one ({', '.join(inside)})."
+                f"{path} holds several adapters: name the folder of one ({', '.join(adapters)})."
             )
-        raise CheckpointError(f"There is no file {file}, by which a PEFT LoRA folder is known.")
+        raise CheckpointError(f"{path} is no PEFT LoRA folder: there is no file {file}.")
     try:
         data = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        told = foreign(file, "json")
-        why = f": it {told}" if told else f" ({error})"
-        raise CheckpointError(f"{file} is no JSON file{why}.") from error
+        kind = foreign(file, "json")
+        reason = f": it {kind}" if kind else f" ({error})"
+        raise CheckpointError(f"{file} is no JSON file{reason}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no JSON object.")
     return data
@@ -235,9 +235,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except CheckpointError:
         raise
     except Exception as error:
-        told = foreign(file, "safetensors")
-        why = f": it {told}" if told else f" ({error})"
-        raise CheckpointError(f"{file} is no safetensors file{why}.") from error
+        kind = foreign(file, "safetensors")
+        reason = f": it {kind}" if kind else f" ({error})"
+        raise CheckpointError(f"{file} is no safetensors file{reason}.") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise CheckpointError(f"{key} in {file} is {tensor.dtype}, but must be a float type.")

@@ -391,7 +391,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"ensure_weight_tying": True}, "ensure_weight_tying is True"),
     ({"a_field_of_tomorrow": 0.5}, "a_field_of_tomorrow is 0.5: it is not known"),
     ({"a_field_of_tomorrow": "x" * 9999}, "a_field_of_tomorrow is 'xxx.*…: it is not known"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': such a start changes"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': this changes the"),
     ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
     ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     ({"init_lora_weights": "LoftQ"}, "init_lora_weights is 'loftq'"),

@@ -208,6 +208,6 @@ def test_a_reader_takes_its_own_kind_under_any_suffix(checkpoint: Path, tmp_path
     with pytest.raises(AoftError, match="no checkpoint of aoft-train, such as a backbone's"):
         (tmp_path / "b.ckpt").write_bytes(WHOLE)
         read_checkpoint(tmp_path / "b.ckpt")
-    with pytest.raises(AoftError, match="give the PEFT folder that it lies in"):
+    with pytest.raises(AoftError, match="give the PEFT folder that contains it"):
         (tmp_path / "c.ckpt").write_bytes(save({"a.lora_A.weight": torch.ones(1)}))
         read_checkpoint(tmp_path / "c.ckpt")

@@ -272,7 +272,7 @@ def test_folded_values_that_are_not_finite_are_refused(where: str) -> None:
     weight, bias = torch.ones(6, 4), torch.ones(6)
     large = torch.full((6,), 1e39, dtype=torch.float64)
     delta: OutputDelta = OutputDelta(scale=large) if where == "weight" else OutputDelta(shift=large)
-    with pytest.raises(CheckpointError, match=r"not finite in torch\.float32: the checkpoint's"):
+    with pytest.raises(CheckpointError, match=r"not finite in torch\.float32: the trained"):
         fold_exactly(weight, bias, [((0, 6), delta)])
 
 

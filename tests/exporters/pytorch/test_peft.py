@@ -384,7 +384,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 
 def test_a_folder_on_file_weights_is_no_artefact_to_run_by_itself(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="give them with --backbone-weights"):
+    with pytest.raises(CheckpointError, match="give them with `weights`"):
         load_artefact(folder)
 
 
