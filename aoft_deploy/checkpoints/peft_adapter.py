@@ -212,7 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} holds several adapters: name the folder of one ({', '.join(adapters)})."
             )
-        raise CheckpointError(f"{path} is no PEFT LoRA folder: there is no file {file}.")
+        raise CheckpointError(f"There is no file {file}, which every PEFT LoRA folder contains.")
     try:
         data = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -152,15 +152,15 @@ def _check_plain(data: Mapping[str, Any]) -> None:
         raise CheckpointError(f"peft_type is {shortened(kind)}, but only LORA can be merged.")
     if data.get("bias", "none") != "none":
         raise CheckpointError(
-            f"bias is {shortened(data['bias'])}: it trains biases of the backbone, which is no LoRA; "
-            "only 'none' is read."
+            f"bias is {shortened(data['bias'])}: it trains biases of the backbone, which is no "
+            "LoRA; only 'none' is read."
         )
     init = data.get("init_lora_weights", True)
     init = init.lower() if isinstance(init, str) else init
     if not isinstance(init, bool) and init not in KNOWN_INITS:
         raise CheckpointError(
-            f"init_lora_weights is {shortened(init)}: this changes the backbone's weights; save the "
-            "adapter with path_initial_model_for_weight_conversion, and copy the tensors of "
+            f"init_lora_weights is {shortened(init)}: this changes the backbone's weights; save "
+            "the adapter with path_initial_model_for_weight_conversion, and copy the tensors of "
             "modules_to_save, which that leaves out, from the adapter saved without it."
         )
     for name, value in data.items():
