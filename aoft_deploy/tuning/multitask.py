@@ -117,7 +117,7 @@ class FleetModel(nn.Module):
         raise NotImplementedError
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
-        """The rows of the bank that a batch needs, (samples, numbers)."""
+        """The rows of the bank that a batch needs, (samples, row_length)."""
         raise NotImplementedError
 
     def forward(
@@ -135,7 +135,7 @@ class FleetModel(nn.Module):
         Args:
             pixel_values: (batch, 3, H, W).
             task: Row of the bank for each sample, int64 (batch,).
-            bank: Parameters of all tasks, (tasks, numbers).
+            bank: Parameters of all tasks, (tasks, row_length).
             heads: Classifier rows of all tasks, weight and bias, (rows, width + 1).
             first: First row of each task's classifier, int64 (tasks,).
             count: Number of each task's classes, int64 (tasks,).
@@ -165,7 +165,7 @@ class FleetModel(nn.Module):
         zero = torch.zeros(1, dtype=torch.int64)
         weight = next(self.backbone.parameters())
         heads = weight.new_zeros(1, self.width + 1)
-        bank = weight.new_zeros(1, self.layout.numbers)
+        bank = weight.new_zeros(1, self.layout.row_length)
         self(weight.new_zeros(1, 3, size, size), zero, bank, heads, zero, zero + 1, zero)
 
     def _check_used(self) -> None:
@@ -222,7 +222,7 @@ class FoldedModel(FleetModel):
                 module.add_module(name, _BatchUpdate(self._batch, names[child]))
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
-        """The first sample's row, (1, numbers)."""
+        """The first sample's row, (1, row_length)."""
         return bank[task[:1]]
 
 

@@ -37,7 +37,7 @@ class Layout:
     """The order in which a row contains the parameters of a task's updates.
 
     Attributes:
-        numbers: Length of a row.
+        row_length: Number of parameters in a row.
         groups: Sites with updates of equal kind.
 
     Args:
@@ -48,12 +48,12 @@ class Layout:
         kinds: dict[Any, list[str]] = defaultdict(list)
         for site, update in updates.items():
             kinds[update.kind()].append(site)
-        self.numbers, self.groups = 0, list[Group]()
+        self.row_length, self.groups = 0, list[Group]()
         for sites in kinds.values():
             fields = []
             for name, parameter in updates[sites[0]].named_parameters():
-                fields.append((name, self.numbers, tuple(parameter.shape)))
-                self.numbers += len(sites) * parameter.numel()
+                fields.append((name, self.row_length, tuple(parameter.shape)))
+                self.row_length += len(sites) * parameter.numel()
             self.groups.append(Group(updates[sites[0]], tuple(sites), tuple(fields)))
 
     def order(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -72,7 +72,7 @@ class Layout:
             tensors: Tensors by their names in ``TunedModel.trained``; others are ignored.
 
         Returns:
-            (numbers,), float32.
+            (row_length,), float32.
 
         Raises:
             CheckpointError: A tensor is missing or has another shape.
@@ -92,7 +92,7 @@ class Layout:
         """Every site's delta for the samples of a batch.
 
         Args:
-            rows: (batch, numbers).
+            rows: (batch, row_length).
 
         Returns:
             Deltas by site. Their fields have a leading axis ``batch``.

@@ -185,7 +185,7 @@ class Rivals:
         self.session_bytes = resident() - before
         self.merged = loaded[0]
         self.task_bytes = 4 * (
-            Layout(self.tuned.updates).numbers + classifier_rows(self.tuned).numel()
+            Layout(self.tuned.updates).row_length + classifier_rows(self.tuned).numel()
         )
 
     def exported(self, name: str, **how: Any) -> Path:

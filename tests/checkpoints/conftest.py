@@ -22,7 +22,7 @@ def peft() -> Any:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """From a backbone's name to a file with its weights and without a classifier."""
+    """Write the weights of a backbone, without a classifier, to a file."""
     folder = tmp_path_factory.mktemp("weights")
 
     def write(name: str) -> Path:
@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def adapted(peft: Any) -> Callable[..., Tensor]:
-    """As if trained with PEFT and saved: from a folder and a LoraConfig's fields to the logits."""
+    """Save a randomised PEFT adapter with the given LoraConfig fields, and return its logits."""
 
     def make(folder: Path, name: str = VIT, half: bool = False, **config: Any) -> Tensor:
         config = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv"], **config}
@@ -66,7 +66,7 @@ def adapted(peft: Any) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(adapted: Callable[..., Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain folder of PEFT, to be damaged in copies."""
+    """A folder that PEFT saved; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("saved") / "a"
     adapted(folder)
     return folder

@@ -1,6 +1,6 @@
-"""Whatever is wrong with its input, a command says so in one line, exits with 1 and leaves no file.
+"""For every fault of its input, a command prints one line, exits with 1 and leaves no file.
 
-Every test goes through the real ``main``; ``refused`` asserts the code, the line and the folder.
+The tests call the real ``main``. ``refused`` asserts the exit code, the line and the folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize("name", ["missing.ckpt", ".", "..", "folder", "missing/model.ckpt", ""])
-def test_a_checkpoint_that_is_no_file_is_refused(
+def test_a_checkpoint_that_is_not_a_file_is_refused(
     name: str, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_is_no_file_is_refused(
     assert "There is no file" in refused(main, "--merge", name)
 
 
-def test_names_that_are_too_long_for_the_system_are_refused(
+def test_file_names_that_are_too_long_are_refused(
     checkpoint: Path, tmp_path: Path, refused: Refused
 ) -> None:
     long = "a" * 300
@@ -75,11 +75,13 @@ def test_names_that_are_too_long_for_the_system_are_refused(
     assert "too long" in refused(main, "--merge", checkpoint, "-o", tmp_path / f"{long}.onnx")
 
 
-def test_a_name_with_a_line_break_stays_one_line(tmp_path: Path, refused: Refused) -> None:
+def test_a_file_name_with_a_line_break_gives_a_message_of_one_line(
+    tmp_path: Path, refused: Refused
+) -> None:
     assert "There is no file" in refused(main, "--merge", tmp_path / "a\nb")
 
 
-def test_a_checkpoint_truncated_anywhere_is_refused(
+def test_a_truncated_checkpoint_is_refused(
     checkpoint: Path, tmp_path: Path, refused: Refused
 ) -> None:
     data = checkpoint.read_bytes()
@@ -182,7 +184,7 @@ def test_wrong_metadata_are_refused(
     ["", "text", "[1]", "3", "null", "[" * 100_000, '{"format": ' + "9" * 5000 + "}"],
     ids=lambda text: text[:12],
 )
-def test_metadata_that_are_no_json_object_are_refused(
+def test_metadata_without_a_json_object_are_refused(
     text: str, tmp_path: Path, refused: Refused
 ) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.ckpt", {"aoft": text})
@@ -224,7 +226,7 @@ def test_a_checkpoint_cannot_make_timm_load_other_files(
 def altered(
     source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]
 ) -> Path:
-    """Copy a checkpoint with its tensors changed in place by ``change``."""
+    """Copy a checkpoint after ``change`` has changed its tensors in place."""
     data = source.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -278,7 +280,7 @@ def test_wrong_tensors_are_refused(
 
 @pytest.fixture
 def weights(backbone_weights: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the backbone's weights, changed in place by a function."""
+    """Copy the backbone's weights after a function has changed them in place."""
 
     def make(change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
         tensors = load_file(backbone_weights)
@@ -289,7 +291,7 @@ def weights(backbone_weights: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_other_weights_than_those_trained_on_are_refused(
+def test_weights_other_than_those_trained_on_are_refused(
     checkpoint: Path, weights: Callable[..., Path], refused: Refused
 ) -> None:
     name = "blocks.0.norm1.bias"
@@ -307,7 +309,7 @@ def test_weights_without_one_tensor_are_refused(
     assert "lacks blocks.0.mlp.fc2.bias: it holds weights of another model" in line
 
 
-def test_weights_of_another_shape_are_refused(
+def test_weights_with_another_shape_are_refused(
     checkpoint: Path, weights: Callable[..., Path], refused: Refused
 ) -> None:
     path = weights(lambda tensors: tensors.update({"norm.bias": torch.ones(33)}))
@@ -387,7 +389,7 @@ def test_an_unknown_exporter_suggests_close_names(checkpoint: Path, refused: Ref
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """A full disk: the system refuses to write a file beyond ``size`` bytes."""
+    """Simulate a full disk: the system refuses to write files of more than ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -397,7 +399,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("to", "old"), [("onnx", True), ("timm", True), ("timm", False)])
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_keeps_the_previous_file(
     to: str,
     old: bool,
     checkpoint: Path,
@@ -415,7 +417,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert "could not be written" in line
 
 
-def test_a_disk_that_is_full_at_the_manifest_leaves_what_was_there(
+def test_a_disk_that_is_full_at_the_manifest_keeps_the_previous_files(
     checkpoint: Path,
     backbone_weights: Path,
     tmp_path: Path,
@@ -433,7 +435,7 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_what_was_there(
     assert line == f"Cannot write {output}: No space left on device."
 
 
-def test_a_disk_that_is_full_under_a_checkpoint_is_an_output_error(
+def test_saving_a_checkpoint_on_a_full_disk_is_an_output_error(
     make_tuned: Callable[..., TunedModel], classes: tuple[str, ...], tmp_path: Path
 ) -> None:
     half = (0.5, 0.5, 0.5)
@@ -473,7 +475,7 @@ def test_an_output_that_is_the_checkpoint_is_refused(
     assert "is an input of this export" in refused(main, *options)
 
 
-def test_an_image_for_verification_that_cannot_be_read_is_refused(
+def test_an_unreadable_image_for_verification_is_refused(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Refused
 ) -> None:
     (tmp_path / "a.png").write_bytes(PNG)

@@ -35,7 +35,7 @@ from aoft_deploy.cli.export import main
 from aoft_deploy.errors import CheckpointError, UnknownNameError
 
 
-def test_the_description_of_a_strangers_task_comes_from_timm(
+def test_a_folder_of_peft_gets_its_description_from_timm(
     adapted: Callable[..., Tensor], weights: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapted(tmp_path / "a")
@@ -46,7 +46,7 @@ def test_the_description_of_a_strangers_task_comes_from_timm(
     assert task.settings["ranks"] == {f"blocks.{i}.attn.qkv": 4 for i in range(2)}
 
 
-def test_our_folder_saved_again_by_peft_is_a_strangers(
+def test_our_folder_saved_again_by_peft_loses_its_description(
     peft: Any,
     adapted: Callable[..., Tensor],
     weights: Callable[[str], Path],
@@ -55,7 +55,9 @@ def test_our_folder_saved_again_by_peft_is_a_strangers(
     expected = adapted(tmp_path / "a")
     more = options(tmp_path / "a", weights(VIT), "--to", "peft", "-o", tmp_path / "b")
     assert main([str(option) for option in more]) == 0
-    assert load(tmp_path / "b", weights=weights(VIT)).identity.name == VIT  # ours names it itself
+    assert (
+        load(tmp_path / "b", weights=weights(VIT)).identity.name == VIT
+    )  # our folder contains the name
     model = peft.PeftModel.from_pretrained(base_model(), tmp_path / "b").eval()
     with torch.inference_mode():
         torch.testing.assert_close(model(X), expected, atol=1e-5, rtol=0)
@@ -69,12 +71,12 @@ def test_our_folder_saved_again_by_peft_is_a_strangers(
 def test_without_a_saved_classifier_the_pretrained_one_stays(
     targets: Any, adapted: Callable[..., Tensor], tmp_path: Path
 ) -> None:
-    # all-linear then adapts the classifier itself.
+    # all-linear then also adapts the classifier.
     expected = adapted(tmp_path / "a", target_modules=targets, modules_to_save=None)
     check(tmp_path / "a", VIT, with_head(tmp_path / "whole.safetensors"), expected)
 
 
-def test_timms_own_weights_bring_their_classifier(
+def test_timms_own_weights_include_their_classifier(
     peft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = with_head(tmp_path / "whole.safetensors")
@@ -117,7 +119,7 @@ def test_an_unknown_backbone_is_refused(adapted: Callable[..., Tensor], tmp_path
             load(tmp_path / folder, backbone="peft_test_vlt")
 
 
-def test_a_layer_that_timm_does_not_call_is_refused_where_it_was_changed(
+def test_a_change_of_a_layer_that_timm_does_not_call_is_refused(
     adapted: Callable[..., Tensor],
     weights: Callable[[str], Path],
     tmp_path: Path,
@@ -128,13 +130,13 @@ def test_a_layer_that_timm_does_not_call_is_refused_where_it_was_changed(
     line = refused(main, *options(tmp_path / "a", weights(BEIT), name=BEIT))
     assert "changes blocks.0.attn.qkv, whose weight Beit reads without calling" in line
     tensors = load_file(path)
-    # PEFT's training leaves B of such a layer at zero, since it never takes part.
+    # PEFT's training leaves B of such a layer at zero, because the layer is never called.
     tensors = {n: t * ("qkv.lora_B" not in n) for n, t in tensors.items()}
     save_file(tensors, path)
     check(tmp_path / "a", BEIT, weights(BEIT), expected)
 
 
-def test_a_folder_that_changes_the_classifier_alone_is_refused(
+def test_a_folder_that_changes_only_the_classifier_is_refused(
     adapted: Callable[..., Tensor], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     adapted(tmp_path / "a", target_modules=["head"], modules_to_save=None)
@@ -143,7 +145,7 @@ def test_a_folder_that_changes_the_classifier_alone_is_refused(
     assert "changes the classifier only: there is nothing to merge" in line
 
 
-def test_a_folder_on_other_weights_than_it_was_written_for_is_refused(
+def test_our_folder_on_other_backbone_weights_is_refused(
     adapted: Callable[..., Tensor],
     weights: Callable[[str], Path],
     tmp_path: Path,
@@ -194,7 +196,7 @@ def test_a_backbone_that_the_folder_does_not_name_is_refused(
         check(tmp_path / "a", VIT, weights(VIT), expected)
 
 
-def test_a_classifier_below_a_prefix_of_the_weights_file_stays(
+def test_a_classifier_below_a_prefix_of_the_weights_file_is_used(
     adapted: Callable[..., Tensor], tmp_path: Path
 ) -> None:
     expected = adapted(tmp_path / "a", modules_to_save=None)

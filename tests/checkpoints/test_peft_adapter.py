@@ -61,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def check_onnx(folder: Path, name: str, weights: Path, expected: Tensor) -> None:
-    """The command's ONNX artefact gives PEFT's logits."""
+    """The ONNX artefact of the command gives PEFT's logits."""
     output = folder.parent / "a.onnx"
     assert main([str(o) for o in options(folder, weights, "-o", output, name=name)]) == 0
     logits = load_artefact(output).run(X.numpy())
@@ -69,7 +69,7 @@ def check_onnx(folder: Path, name: str, weights: Path, expected: Tensor) -> None
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_folder_of_peft_gives_its_unmerged_logits(
+def test_a_folder_of_peft_gives_pefts_unmerged_logits(
     config: dict[str, Any],
     adapted: Callable[..., Tensor],
     weights: Callable[[str], Path],
@@ -80,14 +80,14 @@ def test_a_folder_of_peft_gives_its_unmerged_logits(
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "rank pattern"])
-def test_a_folder_of_peft_exported_by_the_command_gives_its_unmerged_logits(
+def test_an_exported_folder_of_peft_gives_pefts_unmerged_logits(
     kind: str, adapted: Callable[..., Tensor], weights: Callable[[str], Path], tmp_path: Path
 ) -> None:
     expected = adapted(tmp_path / "a", **CONFIGS[kind])
     check_onnx(tmp_path / "a", VIT, weights(VIT), expected)
 
 
-def test_separate_q_k_and_v_and_a_gated_mlp_too(
+def test_separate_q_k_and_v_and_a_gated_mlp_give_pefts_logits(
     adapted: Callable[..., Tensor], weights: Callable[[str], Path], tmp_path: Path
 ) -> None:
     names = ["q_proj", "v_proj", "fc1_g", "fc1_x"]
@@ -104,9 +104,7 @@ def test_half_precision_matrices_are_read(
     check(tmp_path / "a", VIT, weights(VIT), expected)
 
 
-def test_inspect_describes_a_strangers_folder(
-    adapted: Callable[..., Tensor], tmp_path: Path
-) -> None:
+def test_inspect_describes_a_folder_of_peft(adapted: Callable[..., Tensor], tmp_path: Path) -> None:
     adapted(tmp_path / "a", use_rslora=True)
     found = inspect_file(tmp_path / "a")
     assert found["kind"] == "PEFT LoRA folder"
@@ -231,7 +229,7 @@ def test_a_faulty_header_is_refused(
     assert re.search(FAULTS[fault][1], refused(main, *options(copy, weights(VIT))))
 
 
-def test_a_pickled_adapter_is_refused_and_not_read(
+def test_a_pickled_adapter_is_refused_without_reading_it(
     copy: Path, weights: Callable[[str], Path], refused: Callable[..., str]
 ) -> None:
     (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
@@ -270,7 +268,7 @@ def test_a_convolution_is_refused(
 def test_a_linear_map_outside_the_blocks_is_refused(
     peft: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    # A class-attention pooling has linear maps that are no site.
+    # The linear maps of a class-attention pooling are no sites.
     name = "vit_tiny_patch16_224"
     size: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "global_pool": "map"}
     model = timm.create_model(name, num_classes=3, **size)
@@ -282,10 +280,10 @@ def test_a_linear_map_outside_the_blocks_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
-def test_pissa_is_read_as_its_refusal_advises(
+def test_pissa_can_be_read_after_the_conversion_that_its_refusal_advises(
     peft: Any, weights: Callable[[str], Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    # PEFT's conversion leaves modules_to_save out, so that the classifier would be lost.
+    # PEFT's conversion leaves out modules_to_save, which would lose the classifier.
     config = peft.LoraConfig(
         r=4, target_modules=["qkv"], modules_to_save=["head"], init_lora_weights="pissa"
     )

@@ -82,7 +82,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), FIELDS, ids=lambda v: str(v)[:60])
-def test_a_config_that_says_more_than_plain_lora_is_refused(
+def test_a_config_of_more_than_plain_lora_is_refused(
     changes: dict[str, Any],
     message: str,
     copy: Path,
@@ -113,7 +113,7 @@ def test_fields_that_change_nothing_are_accepted(copy: Path) -> None:
     assert len(read_peft_folder(copy).pairs) == 2
 
 
-def test_every_field_of_this_pefts_config_is_known_or_off_by_default(peft: Any) -> None:
+def test_every_config_field_of_the_installed_peft_is_known_or_off_by_default(peft: Any) -> None:
     plain = peft.LoraConfig(target_modules=["qkv"]).to_dict()
     plain = {key: list(v) if isinstance(v, set) else v for key, v in plain.items()}
     assert AdapterConfig.from_dict(plain | {"peft_type": "LORA"}).targets == ["qkv"]
@@ -163,8 +163,8 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_match_where_pefts_do(pattern: str, peft: Any) -> None:
-    # At the start, in the middle and at the end of a path, whole names and parts of names.
+def test_patterns_match_the_same_paths_as_in_peft(pattern: str, peft: Any) -> None:
+    # Full names and parts of names, at the start, in the middle and at the end of a path.
     other = importlib.import_module("peft.utils.other")
     tuners = importlib.import_module("peft.tuners.tuners_utils")
     for second in ("fc1", "blocks.0.attn.qkv"):

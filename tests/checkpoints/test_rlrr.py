@@ -1,4 +1,4 @@
-"""Files of the published RLRR code against the published forward, written out here again."""
+"""Files of the published RLRR code, against the published forward, which is repeated here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def published_test_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """timm's ViT at a size that tests can afford; a published file fixes it by its name alone."""
+    """timm's ViT at a small size. It needs a name, because a published file contains no size."""
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer,
         BACKBONE,
@@ -95,7 +95,7 @@ def jax_weights(seed: int) -> dict[str, Tensor]:
 
 
 def published_state(seed: int) -> OrderedDict[str, Tensor]:
-    """A trained file of the published code: its names, shapes and scales of values."""
+    """A state dict as the published code saves it: its names, shapes and magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     state: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -192,7 +192,7 @@ def options(pth: Path, npz: Path, *more: object) -> list[object]:
     return ["--merge", pth, "--backbone", BACKBONE, "--backbone-weights", npz, *more]
 
 
-def test_a_published_file_on_jax_weights_gives_the_published_forwards_logits(
+def test_a_published_file_on_jax_weights_gives_the_logits_of_the_published_forward(
     npz: Path, pth: Path
 ) -> None:
     # float32 against float64, on logits of about 1 to 10.
@@ -206,8 +206,8 @@ def test_a_published_file_on_jax_weights_gives_the_published_forwards_logits(
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_every_part_of_the_published_file_counts() -> None:
-    # The comparison above would not notice a part that the logits hardly depend on.
+def test_every_part_of_a_published_file_changes_the_logits() -> None:
+    # The comparison above might not notice a part that hardly changes the logits.
     x = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
     jax, state = jax_weights(seed=0), published_state(seed=1)
     logits = published_forward(x, jax, state)
@@ -218,7 +218,7 @@ def test_every_part_of_the_published_file_counts() -> None:
             assert difference > 1e-3, name
 
 
-def test_the_published_preprocessing_squashes_to_the_inputs_size() -> None:
+def test_the_published_preprocessing_resizes_to_the_input_size() -> None:
     preprocessing = published_preprocessing(64)
     assert (preprocessing.size, preprocessing.crop_pct) == (64, 1.0)
     assert preprocessing.mean == preprocessing.std == (0.5, 0.5, 0.5)
@@ -308,7 +308,7 @@ def test_a_pickle_of_something_else_is_refused(
     refused(main, *options(tmp_path / "x.pth", npz))
 
 
-def test_a_non_finite_number_in_a_published_file_is_refused(
+def test_a_published_file_with_a_non_finite_value_is_refused(
     npz: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     state = published_state(seed=1)
@@ -329,7 +329,7 @@ def test_a_truncated_published_file_is_refused(
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -342,10 +342,10 @@ BOMBS = ("archive", "bare", "legacy", "module", "module.safetensors", "bare.safe
 
 
 def bomb(folder: Path, marker: Path, kind: str) -> Path:
-    """A pickle that makes ``marker`` when read carelessly.
+    """A pickle that creates ``marker`` when it is unpickled without restrictions.
 
-    torch's archive, bare, in torch's old form; a dict or a whole module; under its own name or that
-    of a safetensors file.
+    The kind is a torch archive, a bare pickle, torch's legacy format or a module, optionally with
+    the suffix of a safetensors file.
     """
     form, _, suffix = kind.partition(".")
     path = folder / f"{form}.{suffix or 'pth'}"
@@ -361,17 +361,19 @@ def bomb(folder: Path, marker: Path, kind: str) -> Path:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A TorchScript archive, which is code by its nature."""
+    """A TorchScript archive, which consists of code."""
     path = tmp_path / "script.pt"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would rather not make such files any more
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         trace: Any = torch.jit.trace
         trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
     return path
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_the_bombs_of_these_tests_do_go_off(kind: str, tmp_path: Path) -> None:
+def test_the_malicious_pickles_of_these_tests_run_code_when_unpickled(
+    kind: str, tmp_path: Path
+) -> None:
     path = bomb(tmp_path, tmp_path / "ran", kind)
     with path.open("rb") as file:
         if kind.startswith("bare"):
@@ -382,7 +384,7 @@ def test_the_bombs_of_these_tests_do_go_off(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(
     kind: str, npz: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker = tmp_path / "ran"
@@ -401,7 +403,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_an_artefact_or_adapter_that_would_run_code_is_refused_and_does_not_run(
+def test_an_artefact_or_adapter_that_would_run_code_is_refused_without_running_it(
     kind: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker = tmp_path / "ran"
@@ -417,7 +419,7 @@ def test_an_artefact_or_adapter_that_would_run_code_is_refused_and_does_not_run(
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_backbone_weights_that_would_run_code_are_refused_and_do_not_run(
+def test_backbone_weights_that_would_run_code_are_refused_without_running_it(
     kind: str, pth: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker = tmp_path / "ran"
@@ -436,7 +438,7 @@ def test_torchscript_is_refused(
         assert "is a TorchScript program, which is not run" in refused(main, *argv)
 
 
-def test_an_npz_with_a_pickled_array_is_refused_and_does_not_run(
+def test_an_npz_with_a_pickled_array_is_refused_without_running_it(
     pth: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     marker, path = tmp_path / "ran", tmp_path / "evil.npz"
@@ -447,7 +449,7 @@ def test_an_npz_with_a_pickled_array_is_refused_and_does_not_run(
 
 
 @pytest.mark.parametrize("depth", [DEPTH - 1, DEPTH + 1])
-def test_an_npz_of_another_depth_is_refused(
+def test_an_npz_with_another_number_of_blocks_is_refused(
     depth: int, npz: Path, pth: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     with np.load(npz) as archive:
@@ -487,7 +489,7 @@ def test_an_npz_with_an_array_of_another_shape_is_refused(
 
 
 @pytest.mark.parametrize("name", ["cls", "Transformer/encoderblock_0/LayerNorm_0/scale"])
-def test_an_npz_with_a_number_that_is_not_finite_is_refused(
+def test_an_npz_with_a_non_finite_value_is_refused(
     name: str, npz: Path, pth: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     with np.load(npz) as archive:
@@ -498,14 +500,16 @@ def test_an_npz_with_a_number_that_is_not_finite_is_refused(
     assert "nan.npz holds values that are not finite" in line
 
 
-def test_an_npz_for_a_model_that_is_no_vit_is_refused(
+def test_an_npz_for_a_model_other_than_a_vit_is_refused(
     npz: Path, pth: Path, refused: Callable[..., str]
 ) -> None:
     arguments = ["--merge", pth, "--backbone", "resnet10t", "--backbone-weights", npz]
     assert "cannot be loaded from an .npz file" in refused(main, *arguments)
 
 
-def test_only_torchs_files_count_as_published(tmp_path: Path, pth: Path, checkpoint: Path) -> None:
+def test_is_published_accepts_only_files_of_torch_save(
+    tmp_path: Path, pth: Path, checkpoint: Path
+) -> None:
     assert is_published(pth)
     assert not is_published(checkpoint)
     assert not is_published(tmp_path)
@@ -514,7 +518,7 @@ def test_only_torchs_files_count_as_published(tmp_path: Path, pth: Path, checkpo
     assert not is_published(tmp_path / "empty")
 
 
-def test_a_zip_that_is_no_torch_archive_is_refused(
+def test_a_zip_archive_that_torch_did_not_write_is_refused(
     npz: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
@@ -543,7 +547,7 @@ NORM = "Transformer/encoderblock_0/LayerNorm_0"
         (lambda arrays: arrays.update({"head/more": np.ones(8)}), ""),
     ],
 )
-def test_an_npz_file_must_fill_the_model_just_so(
+def test_an_npz_file_must_fill_the_model_exactly(
     change: Callable[[dict[str, Any]], object],
     told: str,
     npz: Path,
@@ -559,7 +563,9 @@ def test_an_npz_file_must_fill_the_model_just_so(
         assert main([str(o) for o in options(pth, path)]) == 0
 
 
-def test_a_scale_that_is_no_vector_is_refused(npz: Path, tmp_path: Path, refused: Any) -> None:
+def test_a_published_scale_that_is_no_vector_is_refused(
+    npz: Path, tmp_path: Path, refused: Any
+) -> None:
     state = published_state(seed=1)
     name = next(name for name in state if name.endswith("scale_col"))
     state[name] = state[name].reshape(2, -1)

@@ -1,4 +1,4 @@
-"""Small timm models for PEFT adapters, registered with timm, since a PEFT folder holds a name only."""
+"""Small timm models for PEFT adapters, registered with timm: a PEFT folder holds only a name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPE: dict[str, Any] = {
 
 @register_model
 def peft_test_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """timm's ViT at a size that tests can afford; PEFT folders do not say any size."""
+    """timm's ViT at a small size. It needs a name, because a PEFT folder contains no size."""
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer, VIT, pretrained, **{**SHAPE, **kwargs}
     )
@@ -55,7 +55,7 @@ def peft_test_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def peft_test_eva(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """With q, k and v apart and a gated MLP, as eva02 has them."""
+    """EVA with separate q, k and v and a gated MLP, like eva02."""
     shape = {**SHAPE, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True}
     model: Eva = build_model_with_cfg(Eva, EVA, pretrained, **{**shape, **kwargs})
     return model
@@ -63,7 +63,7 @@ def peft_test_eva(pretrained: bool = False, **kwargs: Any) -> Eva:
 
 @register_model
 def peft_test_beit(pretrained: bool = False, **kwargs: Any) -> Beit:
-    """Whose attention reads its fused weight without calling the layer."""
+    """BEiT, whose attention reads its fused weight without calling the layer."""
     model: Beit = build_model_with_cfg(Beit, BEIT, pretrained, **{**SHAPE, **kwargs})
     return model
 
@@ -89,7 +89,7 @@ def options(folder: Path, weights: Path, *more: object, name: str = VIT) -> list
 
 
 def check(folder: Path, name: str, weights: Path, expected: Tensor) -> TunedModel:
-    """Unmerged and merged in PyTorch, our model gives PEFT's logits."""
+    """Assert that our model gives PEFT's logits, tuned and merged."""
     tuned = load(folder, backbone=name, weights=weights)
     with torch.inference_mode():
         torch.testing.assert_close(tuned(X), expected, atol=1e-5, rtol=0)

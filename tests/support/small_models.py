@@ -48,9 +48,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_base_patch16_siglip_224": NARROW,
     "vit_relpos_small_patch16_224": NARROW,
 }
-"""Plain, shifted windows with biases inside and outside the linear, convolutions with either norm,
-registers, distilled, LayerScale, separate q/k/v, gated MLP, pre-norm without patch bias, attention
-pooling, relative positions; each shallow, most of them narrow."""
+"""Shallow and mostly narrow models: plain, shifted windows with biases inside and outside the
+linear map, convolutions with both kinds of norm, registers, distilled, LayerScale, separate q/k/v, gated
+MLP, pre-norm without patch bias, attention pooling, relative positions."""
 
 
 PROMPTS = ("aoft-vpt", "aoft-vpt-star", "vpt")
@@ -64,12 +64,12 @@ REFUSED: dict[str, str] = {
     "eva02_base_patch14_224": "Eva needs a fixed number of tokens",
     "vit_relpos_small_patch16_224": "VisionTransformerRelPos needs a fixed number of tokens",
 }
-"""The architectures that cannot take prompts, and the reason they are told."""
+"""Architectures that cannot take prompts, and the messages."""
 
 
 @functools.cache
 def made(name: str) -> nn.Module:
-    """A shallow model with random weights in every parameter and buffer of statistics."""
+    """A shallow model with random values in every parameter and every buffer of statistics."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, num_classes=5, **ARCHITECTURES[name]).eval()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def model(name: str = "vit_tiny_patch16_224", dtype: torch.dtype = torch.float32
 
 
 def trained(tuned: TunedModel, seed: int = 1) -> TunedModel:
-    """The model with every trained number moved away from its start."""
+    """The model, after noise is added to every trained parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.trained().values():
@@ -101,7 +101,7 @@ def trained(tuned: TunedModel, seed: int = 1) -> TunedModel:
 
 
 def tune(base: nn.Module, method: str, **settings: Any) -> TunedModel:
-    """Attach a method and move every trained number away from its start."""
+    """Attach a method and add noise to every trained parameter."""
     dtype = next(base.parameters()).dtype
     return trained(attach(base, method, **settings).to(dtype))
 

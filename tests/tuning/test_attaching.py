@@ -30,14 +30,14 @@ from aoft_deploy.tuning.tuned_model import UpdatedModule
 from aoft_deploy.tuning.updates.scale_shift import ScaleShift, Shift
 
 
-def test_every_method_is_known_to_start_at_the_pretrained_function_or_elsewhere() -> None:
+def test_the_start_of_every_method_is_tested() -> None:
     methods = {method for method, _ in (AT_THE_PRETRAINED_FUNCTION | ELSEWHERE).values()}
     assert methods == set(method_names())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 @pytest.mark.parametrize("start", AT_THE_PRETRAINED_FUNCTION)
-def test_a_fresh_update_starts_at_the_pretrained_function(start: str, name: str) -> None:
+def test_training_starts_at_the_pretrained_function(start: str, name: str) -> None:
     method, settings = AT_THE_PRETRAINED_FUNCTION[start]
     base = model(name, torch.float64)
     plain, x = copy.deepcopy(base), image(base)
@@ -48,7 +48,7 @@ def test_a_fresh_update_starts_at_the_pretrained_function(start: str, name: str)
 
 
 @pytest.mark.parametrize("start", ELSEWHERE)
-def test_other_starts_are_away_from_the_pretrained_function(start: str) -> None:
+def test_other_initial_values_change_the_pretrained_function(start: str) -> None:
     method, settings = ELSEWHERE[start]
     base = model(dtype=torch.float64)
     plain, x = copy.deepcopy(base), image(base)
@@ -57,7 +57,7 @@ def test_other_starts_are_away_from_the_pretrained_function(start: str) -> None:
         assert (answer - plain(x)).abs().max() > 1e-5
 
 
-def test_seeds_reproduce_the_updates_start() -> None:
+def test_a_seed_reproduces_the_initial_values() -> None:
     starts = [
         attach(model("vit_tiny_patch16_224"), "aoft-lora", seed=s).trained() for s in (1, 1, 2)
     ]
@@ -66,7 +66,7 @@ def test_seeds_reproduce_the_updates_start() -> None:
     assert not torch.equal(starts[0][name], starts[2][name])
 
 
-def test_targets_choose_the_linear_maps() -> None:
+def test_targets_select_the_linear_maps() -> None:
     tuned = attach(model("vit_tiny_patch16_224"), "lora", targets=["fc2"], rank=2)
     sites = {n.rpartition(".")[0] for n in tuned.trained() if n.startswith("update.")}
     assert sites == {"update.blocks.0.mlp.fc2", "update.blocks.1.mlp.fc2"}
@@ -86,14 +86,14 @@ def test_a_model_without_sites_is_refused() -> None:
         attach(base, "rlrr")
 
 
-def test_an_unknown_layout_of_fused_qkv_is_refused_and_not_guessed() -> None:
+def test_an_unknown_layout_of_fused_qkv_is_refused() -> None:
     name = "vit_base_patch16_224"
     base = timm.create_model(name, num_classes=3, depth=1, img_size=32)
 
     attention = base.get_submodule("blocks.0.attn")
 
     class Attention(type(attention)):  # type: ignore[misc]
-        """Perhaps another order of rows."""
+        """A subclass, which may have another order of rows."""
 
     attention.__class__ = Attention
     with pytest.raises(AttachError, match="whose fused qkv layout is not known"):
@@ -114,13 +114,13 @@ def test_a_model_without_classifier_is_refused() -> None:
         attach(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), "lora")
 
 
-def test_targets_that_the_model_does_not_have_are_refused() -> None:
+def test_targets_without_a_site_in_the_model_are_refused() -> None:
     message = "lora found no gate or conv in VisionTransformer, which has .*fc1, fc2, k, norm"
     with pytest.raises(AttachError, match=message):
         attach(model("vit_tiny_patch16_224"), "lora", targets=["gate", "conv"])
 
 
-def test_automatic_targets_that_no_site_matches_name_the_preferred_ones() -> None:
+def test_automatic_targets_without_a_site_name_the_preferred_targets() -> None:
     base = model()
     for i in range(2):
         base.set_submodule(f"blocks.{i}.mlp.fc2", nn.Identity())
@@ -143,14 +143,14 @@ def test_automatic_targets_that_no_site_matches_name_the_preferred_ones() -> Non
         ({"blocks.0.attn.proj": 0}, SettingError, "rank is 0, but a 192 × 192 weight allows"),
     ],
 )
-def test_ranks_of_sites_that_cannot_have_them_are_refused(
+def test_ranks_for_unsuitable_sites_are_refused(
     ranks: dict[str, int], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         attach(model(), "lora", ranks=ranks)
 
 
-def test_ranks_choose_sites_and_their_ranks_whatever_the_targets() -> None:
+def test_ranks_select_sites_instead_of_the_targets() -> None:
     ranks = {"blocks.0.attn.qkv": 3, "blocks.1.attn.qkv.k": 2, "blocks.1.mlp.fc2": 5}
     base = model(dtype=torch.float64)
     tuned = tune(base, "lora", ranks=ranks)
@@ -159,7 +159,7 @@ def test_ranks_choose_sites_and_their_ranks_whatever_the_targets() -> None:
     assert (merge(tuned)(x) - tuned(x)).abs().max() < 1e-12
 
 
-def test_a_model_that_does_not_know_its_name_is_refused() -> None:
+def test_a_model_without_a_recorded_name_is_refused() -> None:
     base = model("vit_tiny_patch16_224")
     base.pretrained_cfg = None  # type: ignore[assignment]
     with pytest.raises(BackboneError, match="does not record its timm name: pass `backbone`"):
@@ -190,7 +190,7 @@ def test_wrong_settings_are_named_with_what_is_allowed(
     assert [p.requires_grad for p in base.parameters()] == flags
 
 
-def test_attaching_takes_every_site_once_and_wraps_each_layer_once() -> None:
+def test_every_site_has_one_update_and_every_layer_one_wrapper() -> None:
     tuned = attach(model(), "rlrr")
     wrapped = [m for m in tuned.backbone.modules() if isinstance(m, UpdatedModule)]
     inside = [u for m in wrapped for u in m.updates]

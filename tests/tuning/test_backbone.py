@@ -1,4 +1,4 @@
-"""A backbone is known by its architecture and its weights."""
+"""The identity of a backbone: its architecture and the hash of its weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that OpenAI's CLIP (QuickGELU) and OpenCLIP (GELU) could both have."""
+    """Weights that fit both OpenAI's CLIP (QuickGELU) and OpenCLIP (GELU)."""
     model = timm.create_model(QUICK, num_classes=0, **SHAPE)
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
     save_file(model.state_dict(), path)
@@ -57,7 +57,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A checkpoint on the backbone of a name, with CLIP's weights."""
+    """Write a checkpoint on a named backbone with the weights of ``clip``."""
 
     def make(name: str, method: str = "lora", **args: Any) -> Path:
         model, identity = create_backbone(name, num_classes=3, weights=clip, **{**SHAPE, **args})
@@ -90,7 +90,7 @@ def test_the_same_weights_in_another_architecture_are_refused(
     )
 
 
-def test_another_architecture_by_force_is_in_the_manifest(
+def test_force_accepts_another_architecture_and_is_recorded_in_the_manifest(
     trained: Callable[..., Path], clip: Path
 ) -> None:
     path = trained(QUICK)
@@ -108,8 +108,8 @@ def test_another_architecture_by_force_is_in_the_manifest(
 def test_the_same_architecture_under_another_name_is_accepted(
     trained: Callable[..., Path], clip: Path
 ) -> None:
-    # A tag says where weights come from; the names of OpenAI's and of timm's ViT-B/32 differ in
-    # nothing that is computed once the patch and the norms are equal.
+    # A tag names the origin of weights. OpenAI's and timm's ViT-B/32 have different names, but
+    # compute the same with equal patch and norm settings.
     path = trained(f"{NAME}.openai")
     for name in (NAME, f"{NAME}.laion2b", "vit_medium_patch32_clip_224"):
         tuned = load(path, backbone=name, weights=clip)
@@ -130,7 +130,9 @@ def test_the_same_architecture_under_another_name_is_accepted(
         ("vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", ""),
     ],
 )
-def test_names_are_compared_by_what_timm_makes_of_them(found: str, wanted: str, told: str) -> None:
+def test_names_are_compared_by_the_models_that_timm_creates(
+    found: str, wanted: str, told: str
+) -> None:
     why = difference(Backbone(found, "d"), Backbone(wanted, "d"))
     assert told in why
     assert bool(why) is bool(told)
@@ -147,14 +149,14 @@ def test_names_are_compared_by_what_timm_makes_of_them(found: str, wanted: str, 
         ({"img_size": 224}, ""),
     ],
 )
-def test_arguments_that_shape_a_model_count(args: dict[str, Any], told: str) -> None:
+def test_arguments_that_shape_a_model_are_compared(args: dict[str, Any], told: str) -> None:
     name = "vit_tiny_patch16_224"
     why = difference(Backbone(name, "d", args=args), Backbone(name, "d"))
     assert told in why
     assert bool(why) is bool(told)
 
 
-def test_an_argument_of_the_checkpoint_holds_for_another_name_too(
+def test_arguments_of_the_checkpoint_apply_to_another_name_too(
     trained: Callable[..., Path], clip: Path
 ) -> None:
     path = trained(NAME, act_layer="quick_gelu")
@@ -163,7 +165,7 @@ def test_an_argument_of_the_checkpoint_holds_for_another_name_too(
     assert "quick" in called(NAME, described(path)["backbone"]["args"])
 
 
-def test_a_deprecated_name_is_kept_as_its_current_one(tmp_path: Path) -> None:
+def test_a_deprecated_name_is_replaced_by_its_current_one(tmp_path: Path) -> None:
     state = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).state_dict()
     save_file(state, tmp_path / "a.safetensors")
     with warnings.catch_warnings():
@@ -178,7 +180,7 @@ def test_a_deprecated_name_is_kept_as_its_current_one(tmp_path: Path) -> None:
     assert identity.name == "vit_tiny_patch16_224.augreg_in21k"
 
 
-def test_a_model_made_by_timm_keeps_the_arguments_that_shape_it(tmp_path: Path) -> None:
+def test_identify_finds_the_arguments_that_shape_a_model(tmp_path: Path) -> None:
     model = timm.create_model(NAME, num_classes=3, drop_path_rate=0.2, act_layer="relu", **SHAPE)
     identity = identify(model)
     assert identity.args == {**SHAPE, "act_layer": "relu"}
@@ -208,7 +210,7 @@ def changed_pool(model: nn.Module) -> None:
         (changed_pool, "global_pool is avg, not token"),
     ],
 )
-def test_a_checkpoint_of_a_model_that_its_name_does_not_make_is_not_opened_on_another(
+def test_a_checkpoint_of_a_changed_model_is_not_opened_on_the_unchanged_one(
     change: Callable[[nn.Module], None],
     told: str,
     quick_fleet: Path,
@@ -231,20 +233,20 @@ def test_a_checkpoint_of_a_model_that_its_name_does_not_make_is_not_opened_on_an
         Fleet(quick_fleet).add(path, "a")
 
 
-def test_an_argument_that_is_no_text_or_number_is_told(tmp_path: Path) -> None:
+def test_an_argument_that_cannot_be_stored_marks_the_model_as_changed(tmp_path: Path) -> None:
     model = timm.create_model(NAME, num_classes=3, act_layer=nn.ReLU, **SHAPE)
     path = tmp_path / "a.ckpt"
     save(attach(model), path, classes=CLASSES, preprocessing=PREPROCESSING)
     assert described(path)["backbone"]["origin"] == ("changed: blocks.0.mlp.act is ReLU, not GELU")
 
 
-def test_a_plain_model_is_what_its_name_makes() -> None:
+def test_a_plain_model_does_not_differ_from_its_name() -> None:
     for name in ("test_vit", "vit_base_patch32_clip_quickgelu_224", "efficientnet_lite0"):
         model = timm.create_model(name, num_classes=5, drop_rate=0.1)
         assert difference_from_timm(identify(model)) == "", name
 
 
-def test_the_structure_of_a_model_is_in_no_file(trained: Callable[..., Path]) -> None:
+def test_the_structure_of_a_model_is_not_stored(trained: Callable[..., Path]) -> None:
     kept = described(trained(NAME))["backbone"]
     assert kept.keys() == {"name", "digest", "origin", "args"}
     with pytest.raises(BackboneError, match=r"has the keys .*structure"):
@@ -260,7 +262,7 @@ def quick_fleet(trained: Callable[..., Path], clip: Path) -> Path:
     return fleet
 
 
-def test_a_fleet_takes_no_task_of_another_architecture(
+def test_a_fleet_refuses_a_task_of_another_architecture(
     quick_fleet: Path, trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     fleet = Fleet(quick_fleet)
@@ -274,7 +276,7 @@ def test_a_fleet_takes_no_task_of_another_architecture(
         open_store(tmp_path, fleet.kind).read("other")
 
 
-def test_one_fleet_is_of_one_architecture(
+def test_a_fleet_of_two_architectures_is_refused(
     trained: Callable[..., Path], clip: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     first, second = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
@@ -298,7 +300,7 @@ def test_a_packed_file_of_another_architecture_is_refused(
         PackedTasks(tmp_path / "tasks", replace(kind, args={**kind.args, "act_layer": "relu"}))
 
 
-def test_what_was_packed_before_names_were_compared_stays_readable(
+def test_packed_files_without_a_backbone_name_can_be_read(
     quick_fleet: Path, trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     kind = Fleet(quick_fleet).kind
@@ -310,7 +312,7 @@ def test_what_was_packed_before_names_were_compared_stays_readable(
     assert (stored.read("a").row == expected.row).all()
 
 
-def test_comparing_names_needs_no_torch() -> None:
+def test_comparing_names_does_not_import_torch() -> None:
     code = (
         "import sys, aoft_deploy.tuning.backbones.architecture\n"
         "import aoft_deploy.fleet.task, aoft_deploy.file_signatures\n"
@@ -319,7 +321,7 @@ def test_comparing_names_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_same_architecture_is_a_comparison_of_names_and_arguments() -> None:
+def test_same_architecture_compares_names_and_arguments() -> None:
     same = same_architecture
     assert same("a.x", {}, "a.y", {"drop_path_rate": 0.1})
     assert same("a", {"img_size": 96}, "a", {})
@@ -379,7 +381,7 @@ def test_the_digest_depends_on_every_tensor_its_name_type_and_shape() -> None:
 
 
 @pytest.mark.parametrize(("size", "left_out"), [(160, set()), (96, {"pos_embed"})])
-def test_only_resampled_tensors_are_left_out_of_the_identity(size: int, left_out: set[str]) -> None:
+def test_the_digest_leaves_out_only_resampled_tensors(size: int, left_out: set[str]) -> None:
     model = timm.create_model("test_vit", num_classes=3, img_size=size)
     first = identify(model).digest
     unseen = {"head.weight", "head.bias"} | left_out

@@ -78,18 +78,18 @@ def test_the_file_loads_strictly_and_is_what_create_model_loads() -> None:
             assert torch.equal(stored.float(), loaded[name])
 
 
-def test_the_file_says_how_it_was_made_and_its_digest_is_right() -> None:
+def test_the_metadata_of_the_file_has_its_digest() -> None:
     digest = hashlib.sha256()
     with safe_open(bundled.WEIGHTS, "np") as file:
         notes = file.metadata()
         for name in sorted(file.keys()):
             digest.update(name.encode() + file.get_tensor(name).tobytes())
-    assert notes["script"] == "tools/pretrain_backbone.py"  # its path then
+    assert notes["script"] == "tools/pretrain_backbone.py"  # the path of the script at that time
     assert {"seed", "steps", "images", "script_sha256", "licence"} <= set(notes)
     assert notes["sha256_of_tensors"] == digest.hexdigest()
 
 
-def test_a_new_classifier_leaves_the_backbone_as_it_is() -> None:
+def test_a_new_classifier_does_not_change_the_backbone() -> None:
     plain, headed = model(num_classes=0).state_dict(), model(num_classes=7).state_dict()
     assert set(headed) - set(plain) == {"head.weight", "head.bias"}
     assert headed["head.weight"].shape == (7, 192)

@@ -1,6 +1,6 @@
-"""Which timm families attach: the layouts that this rests on, a small part of the table, the page.
+"""Coverage of timm: the row order of fused maps, some cells of the coverage table, and its page.
 
-The whole table is made by ``benchmarks/export/coverage.py``.
+``benchmarks/export/coverage.py`` computes the full table.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def attention_class(kind: tuple[str, str]) -> type[nn.Module]:
 def products(
     attention: nn.Module, name: str, roles: tuple[str, ...], shape: tuple[int, ...], *rest: Any
 ) -> list[tuple[Tensor, ...]]:
-    """Operands of an attention's products where a fused map's parts are 1 (q), -2 (k) and 3 (v)."""
+    """The operands of an attention's products if the fused map gives 1 (q), -2 (k) and 3 (v)."""
     attention.eval()
     fused = attention.get_submodule(name)
     weight = fused.get_parameter("weight")
@@ -102,7 +102,7 @@ def products(
 
 
 class Zero(nn.Module):
-    """Stands for a position encoding."""
+    """Replaces a position encoding."""
 
     def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         return torch.zeros_like(q)
@@ -194,13 +194,13 @@ its softmax over the tokens, whose values do not tell; it is the part that is le
 SIGN = {"q": 1, "k": -1, "v": 1}
 
 
-def test_every_class_with_known_rows_is_proved() -> None:
+def test_every_class_with_known_rows_is_tested() -> None:
     assert set(MADE) == ROWS_BY_PART
     assert not ROWS_BY_PART & (ROWS_BY_HEAD | SEPARATE)
 
 
 @pytest.mark.parametrize("kind", sorted(ROWS_BY_PART), ids=".".join)
-def test_each_part_of_a_fused_map_enters_the_attention_as_what_it_is_called(
+def test_each_part_of_a_fused_map_enters_the_attention_in_its_role(
     kind: tuple[str, str],
 ) -> None:
     options, shape, rest = MADE[kind]
@@ -243,7 +243,7 @@ def test_rows_ordered_by_head_mix_every_part_and_are_refused(
     size = {"resolution": (2, 2)} if "key_dim" in options else {}
     heads = {"num_heads": 3} if "key_dim" in options else {}
     attention = attention_class(kind)(dim=12, **{**options, **heads, **size})
-    assert "rows are ordered by head" in parts_refusal(attention, "attn")
+    assert "rows are ordered head by head" in parts_refusal(attention, "attn")
     shape = GRID if kind[1] == "AttentionCl" else TOKENS
     query = products(attention, "qkv", ("q", "k", "v"), shape)[0][0]
     assert not torch.allclose(query, query.flatten()[0].expand_as(query))
@@ -275,7 +275,7 @@ def test_a_family_with_an_attention_that_is_not_known_is_refused(script: ModuleT
     assert script.cell(base, entry, "linear")["difference"] <= 1e-12
 
 
-def test_attention_by_another_name_is_refused_as_no_known_block() -> None:
+def test_an_attention_of_another_name_is_not_a_known_block() -> None:
     with torch.device("meta"):
         model = small("shvit_s1")
     with pytest.raises(AttachError, match="SHViT has no transformer blocks of a known kind"):
@@ -287,16 +287,14 @@ def test_a_fused_map_with_rows_ordered_by_head_can_be_updated_as_a_whole(
 ) -> None:
     entry = script.FAMILIES["tiny_vit"]
     base = script.representative(entry)
-    with pytest.raises(
-        AttachError, match="ordered by head: update the whole map with the role qkv"
-    ):
+    with pytest.raises(AttachError, match="head by head: update the whole map with the role qkv"):
         script.tuned_model(base, "lora")
     result = script.cell(base, entry, "lora")
     assert result["settings"] == {"targets": ["qkv"]}
     assert result["difference"] <= 1e-12
 
 
-def test_the_script_sees_what_a_method_leaves_out(script: ModuleType) -> None:
+def test_the_script_finds_rows_without_an_update(script: ModuleType) -> None:
     base = script.representative(script.FAMILIES["deit"])
     missing = list(script.uncovered(script.tuned_model(base, "lora")))
     assert "blocks.0.attn.qkv.base rows [(0, 48), (96, 144)]" in missing
@@ -314,7 +312,7 @@ def vit(depth: int = 1) -> nn.Module:
     return small("vit_tiny_patch16_224", img_size=32, depth=depth, embed_dim=24, num_heads=2)
 
 
-def test_what_is_used_in_two_places_is_refused() -> None:
+def test_a_layer_that_is_used_twice_is_refused() -> None:
     def share_layer(model: nn.Module) -> None:
         first, second = (model.get_submodule(f"blocks.{i}.mlp") for i in (0, 1))
         second.fc1 = first.fc1
@@ -350,7 +348,7 @@ def test_coats_shared_mlp_is_updated_once_and_everywhere() -> None:
 
 def test_subclasses_of_linear_maps_are_refused() -> None:
     class Standardised(nn.Linear):
-        """Uses its weight divided by its norm."""
+        """Divides its weight by the norm of the weight before use."""
 
     model = vit()
     model.get_submodule("blocks.0.mlp.fc1").__class__ = Standardised
@@ -376,14 +374,14 @@ def test_an_unknown_linear_map_of_a_block_is_refused() -> None:
         attach(model, "ssf")
 
 
-def test_squeeze_and_excitation_is_left_alone() -> None:
+def test_squeeze_and_excitation_has_no_site() -> None:
     with torch.device("meta"):
         model = small("seresnet50")
     assert any(".se." in path for path, _ in model.named_modules())
     assert not any(".se." in site.module for site in find_sites(model))
 
 
-def test_talking_heads_and_position_biases_are_left_alone() -> None:
+def test_talking_heads_and_position_biases_have_no_sites() -> None:
     sites = find_sites(small("cait_xxs24_224", img_size=32, depth=1, embed_dim=24, num_heads=2))
     assert not any(".proj_l" in site.module or ".proj_w" in site.module for site in sites)
     assert {"q", "k", "v"} <= {s.role for s in sites if s.module.startswith("blocks_token_only")}
@@ -395,7 +393,7 @@ def test_volos_second_classifier_is_trained_too() -> None:
     assert names == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
 
 
-def test_classes_are_counted_behind_a_classifier_of_several_layers() -> None:
+def test_the_classes_of_a_classifier_with_several_layers_are_counted() -> None:
     model = small("caformer_s18", drop_path_rate=0.0)
     assert attach(model, "linear", backbone=Backbone("caformer_s18", "")).num_classes == 3
 
@@ -415,7 +413,7 @@ def test_the_classes_of_the_table_exist() -> None:
         assert class_of(cls.__new__(cls)) == kind
 
 
-def test_the_page_is_what_the_results_say(script: ModuleType) -> None:
+def test_the_page_shows_the_recorded_results(script: ModuleType) -> None:
     report = json.loads(RESULTS.read_text("utf-8"))
     assert PAGE.read_text("utf-8") == script.markdown(report)
     assert report["methods"] == list(method_names())

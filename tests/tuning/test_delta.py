@@ -1,4 +1,4 @@
-"""Deltas in the tensors that they change: linear maps, convolutions, biases, norms, tokens."""
+"""Deltas of linear maps, convolutions, biases, norms and tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def published_view(convolution: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-    """W + W ⊙ line ⊙ col as in the released models/RLRR_ResNet.py, kernels not square too."""
+    """W + W ⊙ line ⊙ col as in the released models/RLRR_ResNet.py, also for non-square kernels."""
     rows = convolution.shape[0] * convolution.shape[2]
     columns = convolution.shape[1] * convolution.shape[3]
     matrix = convolution.reshape(rows, columns)
@@ -56,7 +56,7 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_rescaling_a_convolution_is_the_published_plain_view(kind: str) -> None:
+def test_rescaling_a_convolution_equals_the_published_code(kind: str) -> None:
     torch.manual_seed(0)
     layer = CONVOLUTIONS[kind]().double().requires_grad_(False)
     rows, columns = matrix_shape(layer.weight)
@@ -79,7 +79,7 @@ def test_rescaling_a_convolution_is_the_published_plain_view(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_gradients_through_a_convolution_are_those_of_the_plain_view(kind: str) -> None:
+def test_gradients_through_a_convolution_are_those_of_its_matrix(kind: str) -> None:
     torch.manual_seed(0)
     layer = CONVOLUTIONS[kind]().double().requires_grad_(False)
     rows, columns = matrix_shape(layer.weight)
@@ -99,7 +99,7 @@ def test_gradients_through_a_convolution_are_those_of_the_plain_view(kind: str) 
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10), name
 
 
-def test_a_low_rank_change_of_a_convolution_is_one_of_its_plain_view() -> None:
+def test_a_low_rank_change_of_a_convolution_is_one_of_its_matrix() -> None:
     layer = nn.Conv2d(4, 6, (3, 2)).double().requires_grad_(False)
     update = LowRank(4 * 2, 6 * 3, 5, 0.5, torch.Generator().manual_seed(0)).double()
     update.get_parameter("b").data = random(6 * 3, 5)
@@ -114,7 +114,7 @@ def test_a_low_rank_change_of_a_convolution_is_one_of_its_plain_view() -> None:
     "shape", [(6,), (6, 4), (6, 4, 3, 2), (6, 1, 7, 7)], ids=["norm", "linear", "conv", "depthwise"]
 )
 @pytest.mark.parametrize("fields", ["scale", "shift", "mixing", "all"])
-def test_an_output_delta_folds_into_whatever_made_the_output(
+def test_an_output_delta_folds_into_the_layer_that_computes_the_output(
     shape: tuple[int, ...], fields: str
 ) -> None:
     everything = {
@@ -154,7 +154,7 @@ def test_an_adapter_after_a_convolution_acts_on_its_channels() -> None:
     assert torch.allclose(UpdatedModule(layer, [((0, 6), update)])(x), expected, atol=1e-12)
 
 
-def test_layers_in_another_memory_format_take_updates_too() -> None:
+def test_layers_in_another_memory_format_can_have_updates() -> None:
     layer = nn.Conv2d(4, 6, 3).double().requires_grad_(False)
     update = Rescale(12, 18, 1, 6, "published", torch.Generator().manual_seed(0)).double()
     x = random(2, 4, 5, 5)
@@ -167,7 +167,7 @@ def test_layers_in_another_memory_format_take_updates_too() -> None:
         assert torch.allclose(plain(x), expected, atol=1e-13)
 
 
-def test_a_delta_without_a_shift_leaves_the_bias_alone_and_shares_no_memory() -> None:
+def test_a_delta_without_a_shift_does_not_change_the_bias_or_share_its_memory() -> None:
     weight, bias = random(6, 4), random(6)
     delta = WeightDelta(left=random(2, 6, seed=1), right=random(2, 4, seed=2))
     before = weight.clone()
@@ -177,7 +177,7 @@ def test_a_delta_without_a_shift_leaves_the_bias_alone_and_shares_no_memory() ->
     assert torch.equal(weight, before) and not torch.equal(folded, before)
 
 
-def test_several_deltas_of_every_kind_share_one_map_and_leave_other_rows_alone() -> None:
+def test_deltas_of_every_kind_in_one_map_change_only_their_own_rows() -> None:
     weight, bias, x = random(14, 5), random(14), random(3, 5)
     deltas: list[tuple[Rows, WeightDelta]] = [
         ((1, 5), WeightDelta(diagonal=random(3, seed=1), shift=random(4, seed=2))),
@@ -207,7 +207,7 @@ def test_several_deltas_of_every_kind_share_one_map_and_leave_other_rows_alone()
 
 @pytest.mark.parametrize("at_once", [1, 7, 40, 10**6])
 @pytest.mark.parametrize("kind", ["aoft", "lora", "rlrr", "ssf", "adapter"])
-def test_folding_a_block_of_rows_at_a_time_gives_the_same_weight(
+def test_folding_in_blocks_of_rows_gives_the_same_weight(
     kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +234,7 @@ def test_folding_a_block_of_rows_at_a_time_gives_the_same_weight(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sums_are_formed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
+def test_sums_are_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
     weight, bias = random(6, 4).to(dtype), random(6, seed=1).to(dtype)
     left, right = random(2, 6, seed=2), random(2, 4, seed=3)
     delta = WeightDelta(left=left, right=right, shift=random(6, seed=4))
@@ -247,7 +247,7 @@ def test_sums_are_formed_in_float64_and_rounded_once(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_delta_of_zeros_changes_no_bit_not_even_a_negative_zeros(
+def test_a_delta_of_zeros_changes_no_bit_of_any_weight_including_negative_zeros(
     dtype: torch.dtype, in_place: bool
 ) -> None:
     weight, bias = random(6, 4).to(dtype), random(6, seed=1).to(dtype)
@@ -276,7 +276,7 @@ def test_folded_values_that_are_not_finite_are_refused(where: str) -> None:
         fold_exactly(weight, bias, [((0, 6), delta)])
 
 
-def test_prompts_come_after_the_prefix_and_each_sample_may_have_its_own() -> None:
+def test_prompts_follow_the_prefix_and_can_differ_per_sample() -> None:
     x, tokens = random(2, 5, 3), random(2, 4, 3, seed=1)
     mixed = PromptDelta(tokens).before(x, 2)
     assert mixed.shape == (2, 9, 3)
@@ -287,12 +287,12 @@ def test_prompts_come_after_the_prefix_and_each_sample_may_have_its_own() -> Non
     assert torch.equal(PromptDelta(tokens[0]).before(x, 0)[1, :4], tokens[0])
 
 
-def test_prompts_take_the_type_of_the_tokens_they_stand_beside() -> None:
+def test_prompts_get_the_dtype_of_the_other_tokens() -> None:
     x = torch.zeros(1, 2, 3, dtype=torch.bfloat16)
     assert PromptDelta(torch.ones(1, 3)).before(x, 1).dtype == torch.bfloat16
 
 
-def test_a_delta_is_cut_into_tasks_and_names_what_it_has() -> None:
+def test_a_delta_can_be_indexed_by_task_and_lists_its_fields() -> None:
     delta = WeightDelta(left=random(3, 2, 6), right=random(3, 2, 4), shift=random(3, 6))
     assert delta.names() == ("left", "right", "shift")
     one = delta[1]
@@ -301,8 +301,8 @@ def test_a_delta_is_cut_into_tasks_and_names_what_it_has() -> None:
     assert torch.equal(one.shift, random(3, 6)[1])  # type: ignore[arg-type]
 
 
-def test_gradients_under_bf16_autocast_are_summed_wide() -> None:
-    """Against float64 sums of the same bf16 factors: 4096 tokens of one sign lose 1e-1 in bf16."""
+def test_gradients_under_bf16_autocast_are_summed_in_float32() -> None:
+    """Compare with float64 sums of the same bf16 factors; bf16 sums would be wrong by 1e-1."""
     tokens, width, out, d = 4096, 8, 12, 5
     weight = random(out, width, seed=1).float()
     fields = {"diagonal": random(d, seed=2).float(), "shift": random(out, seed=3).float()}

@@ -36,7 +36,7 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 
 
 def check_plain(merged: nn.Module, keys: list[str], types: list[type], method: str) -> None:
-    """The merged model has the base's keys and module types, and prompts where they belong."""
+    """Assert that the merged model has the base's keys and module types, and the prompts."""
     if method not in PROMPTS:
         assert list(merged.state_dict()) == keys
         assert [type(m) for m in merged.modules()] == types
@@ -54,7 +54,9 @@ def check_plain(merged: nn.Module, keys: list[str], types: list[type], method: s
 
 @pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_merged_equals_unmerged_and_is_the_plain_architecture(name: str, method: str) -> None:
+def test_the_merged_model_equals_the_tuned_one_and_is_the_plain_architecture(
+    name: str, method: str
+) -> None:
     if method in PROMPTS and name in REFUSED:
         with pytest.raises(AttachError, match=REFUSED[name]):
             attach(model(name), method, backbone=identity(name))
@@ -95,7 +97,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merged_equals_unmerged_in_every_form_of_a_method(form: str) -> None:
+def test_the_merged_model_equals_the_tuned_one_with_other_settings(form: str) -> None:
     method, settings = FORMS[form]
     taken = 0
     for name in list(ARCHITECTURES)[:5]:
@@ -112,7 +114,7 @@ def test_merged_equals_unmerged_in_every_form_of_a_method(form: str) -> None:
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_merging_leaves_the_tuned_model_bit_for_bit_as_it_is_and_able_to_answer(
+def test_merging_does_not_change_the_tuned_model(
     method: str,
 ) -> None:
     name = "vit_tiny_patch16_224" if method in PROMPTS else "beit_base_patch16_224"
@@ -131,17 +133,17 @@ def test_merging_leaves_the_tuned_model_bit_for_bit_as_it_is_and_able_to_answer(
         assert torch.equal(merge(tuned)(x), merged(x))
 
 
-TAKEN = [
+IN_PLACE = [
     (name, method)
     for name in ("vit_tiny_patch16_224", "swinv2_tiny_window8_256", "resnet18")
     for method in method_names()
     if (name != "vit_tiny_patch16_224" if method not in PROMPTS else name not in REFUSED)
 ]
-"""Prompts where they can be, and all other methods where there is most to fold."""
+"""Prompts on architectures that support them, and other methods where most is folded."""
 
 
-@pytest.mark.parametrize(("name", "method"), TAKEN)
-def test_merging_in_place_gives_the_same_bits_and_spends_the_tuned_model(
+@pytest.mark.parametrize(("name", "method"), IN_PLACE)
+def test_merging_in_place_gives_the_same_bits_and_disables_the_tuned_model(
     name: str, method: str
 ) -> None:
     tuned = tune(model(name), method, backbone=identity(name))
@@ -168,14 +170,14 @@ def test_merging_in_place_gives_the_same_bits_and_spends_the_tuned_model(
             use()
 
 
-def test_merging_in_place_takes_the_weights_own_memory() -> None:
+def test_merging_in_place_reuses_the_memory_of_the_weights() -> None:
     tuned = tune(model(), "rlrr")
     base = tuned.backbone.get_submodule("blocks.0.mlp.fc1").base.weight  # type: ignore[union-attr]
     merged = merge(tuned, in_place=True)
     assert merged.get_parameter("blocks.0.mlp.fc1.weight").data_ptr() == base.data_ptr()  # type: ignore[operator]
 
 
-def test_a_merge_in_place_that_fails_leaves_no_model_with_half_folded_weights() -> None:
+def test_a_failed_merge_in_place_disables_the_tuned_model() -> None:
     tuned = tune(model(), "lora")
     for parameter in tuned.updates["blocks.1.attn.qkv.v"].parameters():
         parameter.data.fill_(1e30)
@@ -185,7 +187,7 @@ def test_a_merge_in_place_that_fails_leaves_no_model_with_half_folded_weights() 
         tuned(image(model()))
 
 
-def test_a_merged_model_can_be_copied_and_its_state_loaded_into_the_plain_architecture() -> None:
+def test_a_merged_model_can_be_copied_and_loads_into_the_plain_architecture() -> None:
     base = model()
     x = image(base)
     for method in ("rlrr", "aoft-vpt"):
@@ -197,7 +199,7 @@ def test_a_merged_model_can_be_copied_and_its_state_loaded_into_the_plain_archit
         assert torch.equal(base(x), merged(x)) is (method == "rlrr")
 
 
-def test_frozen_weights_that_no_update_touches_are_shared_with_the_merged_model() -> None:
+def test_weights_without_updates_are_shared_with_the_merged_model() -> None:
     tuned = tune(model("vit_tiny_patch16_224"), "aoft-lora")
     merged = merge(tuned)
     shared = merged.get_parameter("blocks.0.mlp.fc1.weight")
@@ -206,7 +208,7 @@ def test_frozen_weights_that_no_update_touches_are_shared_with_the_merged_model(
     assert head.data_ptr() != tuned.backbone.get_parameter("head.weight").data_ptr()
 
 
-def test_keys_stay_the_pretrained_ones_because_only_q_and_v_rows_change() -> None:
+def test_merging_aoft_lora_changes_only_the_rows_of_q_and_v() -> None:
     tuned = tune(model("vit_tiny_patch16_224"), "aoft-lora")
     width = 192
     base = tuned.backbone.get_submodule("blocks.0.attn.qkv").base.weight  # type: ignore[union-attr]
@@ -219,7 +221,7 @@ def test_keys_stay_the_pretrained_ones_because_only_q_and_v_rows_change() -> Non
     "start", [s for s in AT_THE_PRETRAINED_FUNCTION if "without residual" not in s]
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_merging_an_update_of_zero_changes_no_bit(start: str, in_place: bool) -> None:
+def test_merging_a_zero_update_changes_no_bit(start: str, in_place: bool) -> None:
     method, settings = AT_THE_PRETRAINED_FUNCTION[start]
     for name in ("swin_tiny_patch4_window7_224", "beit_base_patch16_224", "convnext_atto"):
         base = model(name)
@@ -232,7 +234,7 @@ def test_merging_an_update_of_zero_changes_no_bit(start: str, in_place: bool) ->
             assert same_bits(merged[key], tensor), key
 
 
-def test_a_merged_model_takes_other_images_than_it_was_compared_on() -> None:
+def test_a_merged_model_equals_the_tuned_one_for_other_batch_sizes() -> None:
     base = model("vit_tiny_patch16_224", torch.float64)
     tuned = tune(base, "rlrr")
     merged = merge(tuned)
@@ -241,7 +243,7 @@ def test_a_merged_model_takes_other_images_than_it_was_compared_on() -> None:
         assert torch.allclose(merged(x), tuned(x), atol=1e-12)
 
 
-def test_numbers_too_large_to_fold_are_refused() -> None:
+def test_parameters_too_large_to_fold_are_refused() -> None:
     tuned = tune(model("vit_tiny_patch16_224"), "lora")
     for parameter in tuned.trained().values():
         parameter.data.fill_(1e30)
@@ -249,7 +251,7 @@ def test_numbers_too_large_to_fold_are_refused() -> None:
         merge(tuned)
 
 
-def test_prompts_too_large_for_their_type_are_refused() -> None:
+def test_prompts_too_large_for_their_dtype_are_refused() -> None:
     tuned = attach(model(), "aoft-vpt-star")
     for update in tuned.updates.values():
         for parameter in update.parameters():
@@ -258,7 +260,7 @@ def test_prompts_too_large_for_their_type_are_refused() -> None:
         merge(tuned)
 
 
-def test_an_exported_graph_with_prompts_answers_as_the_tuned_model(
+def test_an_exported_graph_with_prompts_gives_the_logits_of_the_tuned_model(
     make_tuned: Callable[..., TunedModel],
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,

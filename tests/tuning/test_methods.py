@@ -1,4 +1,4 @@
-"""The methods' settings: what they are called, what they may be, what they stand for."""
+"""The methods: names, settings, and the sites that they update."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "linear": {},
     "full": {},
 }
-"""Names and defaults that checkpoints and commands rely on."""
+"""Names and defaults that checkpoints and commands depend on."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},
@@ -59,14 +59,14 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def shapes(name: str) -> nn.Module:
-    """The architecture without memory for its weights."""
+    """The architecture on the meta device."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, num_classes=1, **SMALL[name])
     return model
 
 
 def updates(name: str, method: str, **settings: Any) -> dict[str, Update]:
-    """The update of every site that a method takes, by the site's name."""
+    """The updates of a method, by the site's name."""
     chosen, sites = get_method(method), find_sites(shapes(name))
     assert chosen.build is not None
     values = chosen.resolved(chosen.settings(settings), sites)
@@ -75,7 +75,7 @@ def updates(name: str, method: str, **settings: Any) -> dict[str, Update]:
 
 
 def kinds(name: str, method: str, **settings: Any) -> dict[str, list[type[Update]]]:
-    """The kinds of update by the role of the sites that take them."""
+    """The kinds of update, by the role of their sites."""
     roles = {s.name: s.role for s in find_sites(shapes(name))}
     found: dict[str, list[type[Update]]] = {}
     for site, update in updates(name, method, **settings).items():
@@ -83,7 +83,7 @@ def kinds(name: str, method: str, **settings: Any) -> dict[str, list[type[Update
     return found
 
 
-def test_names_and_defaults_stay_as_they_are() -> None:
+def test_names_and_defaults_do_not_change() -> None:
     assert method_names() == tuple(sorted(DEFAULTS))
     for name, defaults in DEFAULTS.items():
         assert get_method(name).settings({}) == defaults
@@ -103,14 +103,14 @@ def test_every_method_is_described_in_one_line_with_its_paper() -> None:
             assert "arXiv" in method.summary, method.name
 
 
-def test_an_unknown_method_is_refused_with_close_ones() -> None:
+def test_an_unknown_method_is_refused_with_close_names() -> None:
     with pytest.raises(
         UnknownNameError, match=r"Unknown method 'aoft_vpt'\. Did you mean aoft-vpt"
     ):
         get_method("aoft_vpt")
 
 
-def test_settings_are_the_defaults_with_the_given_ones_put_in() -> None:
+def test_given_settings_replace_the_defaults() -> None:
     given = {"rank": 3, "init": "identity", "norms": []}
     settings = get_method("rlrr").settings(given)
     assert settings == {**DEFAULTS["rlrr"], **given}
@@ -131,7 +131,7 @@ def test_settings_are_the_defaults_with_the_given_ones_put_in() -> None:
         ("rlrr", {"norms": []}, []),
     ],
 )
-def test_values_take_one_form(name: str, given: dict[str, Any], expected: Any) -> None:
+def test_values_are_converted_to_one_type(name: str, given: dict[str, Any], expected: Any) -> None:
     value = get_method(name).settings(given)[next(iter(given))]
     assert value == expected and type(value) is type(expected)
 
@@ -223,7 +223,7 @@ def test_automatic_targets_of_lora_are_attention_then_mlp_then_convolutions(meth
 
 
 @pytest.mark.parametrize("method", ["adapter", "aoft-adapter", "aoft-adapter-star"])
-def test_automatic_targets_of_adapters_end_the_branches(method: str) -> None:
+def test_automatic_targets_of_adapters_are_the_last_maps_of_the_branches(method: str) -> None:
     expected = {
         "vit_tiny_patch16_224": {"proj", "fc2"},
         "convnext_atto": {"fc2"},
@@ -240,7 +240,7 @@ def test_given_targets_are_not_resolved() -> None:
     assert get_method("ssf").resolved({"init_std": 0.0}, sites) == {"init_std": 0.0}
 
 
-def test_rlrr_takes_every_linear_map_and_the_norms_that_it_is_told() -> None:
+def test_rlrr_updates_every_linear_map_and_the_given_norms() -> None:
     vit = "vit_tiny_patch16_224"
     maps = {role: [Rescale] * 2 for role in ("q", "k", "v", "proj", "fc1", "fc2")}
     outputs: dict[str, list[type[Update]]] = {"norm": [ScaleShift] * 5, "patch": [ScaleShift]}
@@ -253,7 +253,7 @@ def test_rlrr_takes_every_linear_map_and_the_norms_that_it_is_told() -> None:
     }
 
 
-def test_rlrr_updates_the_norms_of_other_families_only_when_told() -> None:
+def test_rlrr_updates_the_norms_of_other_families_only_if_given() -> None:
     assert set(kinds("resnet18", "rlrr")) == {"conv"}
     assert set(kinds("resnet18", "rlrr", norms=["batch_norm"])) == {"conv", "batch_norm"}
     swin = set(kinds("swin_tiny_patch4_window7_224", "rlrr"))
@@ -262,13 +262,13 @@ def test_rlrr_updates_the_norms_of_other_families_only_when_told() -> None:
     assert told["reduction_norm"] == [ScaleShift] * 3 and "norm" not in told
 
 
-def test_rlrrs_norms_start_around_one_only_where_its_scales_start_as_published() -> None:
+def test_norms_of_rlrr_start_around_one_only_with_published_initial_values() -> None:
     for init, spread in (("published", True), ("identity", False), ("normal", False)):
         scale = updates("vit_tiny_patch16_224", "rlrr", init=init)["norm"].get_parameter("scale")
         assert bool((scale != 1).any()) is spread
 
 
-def test_ssf_takes_every_output_once() -> None:
+def test_ssf_updates_every_output_once() -> None:
     vit = kinds("vit_tiny_patch16_224", "ssf")
     assert set(vit) == {"norm", "patch", "qkv", "proj", "fc1", "fc2"}
     assert {kind for found in vit.values() for kind in found} == {ScaleShift}
@@ -277,7 +277,7 @@ def test_ssf_takes_every_output_once() -> None:
     assert set(kinds("resnet50", "ssf")) == {"conv", "batch_norm"}
 
 
-def test_bitfit_takes_every_bias_and_nothing_else() -> None:
+def test_bitfit_updates_every_bias_and_nothing_else() -> None:
     for name in ("vit_tiny_patch16_224", "convnext_atto", "resnet18"):
         shifted = updates(name, "bitfit")
         assert {type(update) for update in shifted.values()} == {Shift}
@@ -287,7 +287,7 @@ def test_bitfit_takes_every_bias_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("method", ["vpt", "aoft-vpt", "aoft-vpt-star"])
-def test_prompts_stand_before_every_block_or_before_the_first(method: str) -> None:
+def test_prompts_are_in_every_block_or_in_the_first(method: str) -> None:
     assert list(updates("vit_tiny_patch16_224", method)) == ["blocks.0", "blocks.1"]
     assert list(updates("vit_tiny_patch16_224", method, deep=False)) == ["blocks.0"]
 
@@ -298,7 +298,7 @@ def test_ranks_of_single_sites_replace_the_targets() -> None:
     assert {name: len(u.get_parameter("a")) for name, u in built.items()} == ranks
 
 
-def test_ranks_name_sites_that_exist_and_no_row_twice() -> None:
+def test_ranks_must_name_existing_sites_and_no_row_twice() -> None:
     with pytest.raises(UnknownNameError, match=r"site in ranks of lora 'blocks\.0\.mlp\.fc3'"):
         updates("vit_tiny_patch16_224", "lora", ranks={"blocks.0.mlp.fc3": 2})
     with pytest.raises(UnknownNameError, match=r"Unknown site in ranks of lora 'blocks\.0\.norm1'"):

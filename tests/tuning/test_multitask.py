@@ -1,4 +1,4 @@
-"""A mixed batch: every sample's logits are its own task's, whatever the mix."""
+"""Multi-task models: every sample gets the logits of its own task."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFUSED = {
     *(("convnext_atto", m) for m in ("aoft-lora", "aoft-lora-star", "lora", "rlrr")),
     *((name, "full") for name in ARCHITECTURES),
 }
-"""Prompts without blocks, convolutions with weights of their own, shared nothing."""
+"""Architectures and methods that cannot be mixed."""
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def base(name: str) -> nn.Module:
 
 
 def tasks(name: str, method: str, **settings: Any) -> list[TunedModel]:
-    """Tasks of one backbone with as many classes as ``CLASSES`` says, no number at its start."""
+    """Tasks of one backbone with ``CLASSES`` classes and randomised parameters."""
     made = []
     for seed, classes in enumerate(CLASSES):
         model: Any = copy.deepcopy(base(name))
@@ -79,7 +79,9 @@ def images(name: str, batch: int) -> Tensor:
     [(n, m) for n in ARCHITECTURES for m in method_names() if (n, m) not in REFUSED],
 )
 @torch.no_grad()
-def test_every_sample_gets_its_own_tasks_merged_answer(name: str, method: str) -> None:
+def test_every_sample_of_a_mixed_batch_gets_the_logits_of_its_merged_task(
+    name: str, method: str
+) -> None:
     tuned = tasks(name, method)
     merged = [merge(t) for t in tuned]
     given = tables(tuned, Layout(tuned[0].updates))
@@ -105,9 +107,7 @@ def test_every_sample_gets_its_own_tasks_merged_answer(name: str, method: str) -
     ],
 )
 @torch.no_grad()
-def test_a_batch_of_one_task_is_answered_by_the_task_folded_on_the_fly(
-    name: str, method: str
-) -> None:
+def test_the_folded_model_gives_the_logits_of_the_merged_task(name: str, method: str) -> None:
     tuned = tasks(name, method)
     merged = [merge(t) for t in tuned]
     given = tables(tuned, Layout(tuned[0].updates))
@@ -121,7 +121,7 @@ def test_a_batch_of_one_task_is_answered_by_the_task_folded_on_the_fly(
 
 
 @torch.no_grad()
-def test_biases_outside_their_map_are_folded_on_the_fly() -> None:
+def test_the_folded_model_folds_biases_outside_their_map() -> None:
     base = timm.create_model("beit_base_patch16_224", num_classes=3, img_size=32, depth=1).eval()
     tuned = attach(base, "rlrr")
     with torch.no_grad():
@@ -143,9 +143,7 @@ def test_biases_outside_their_map_are_folded_on_the_fly() -> None:
 
 @pytest.mark.parametrize(("rank", "method"), [(32, "aoft-lora-star"), (32, "aoft-adapter")])
 @torch.no_grad()
-def test_a_long_diagonal_takes_a_pass_of_its_own_and_changes_no_answer(
-    rank: int, method: str
-) -> None:
+def test_a_diagonal_that_is_not_fused_gives_the_same_logits(rank: int, method: str) -> None:
     name = "vit_tiny_patch16_224"
     tuned = tasks(name, method, rank=rank)
     expected = [merge(t)(images(name, 1)) for t in tuned]
@@ -156,7 +154,7 @@ def test_a_long_diagonal_takes_a_pass_of_its_own_and_changes_no_answer(
 
 
 @torch.no_grad()
-def test_a_task_that_comes_later_changes_no_others_answer() -> None:
+def test_adding_a_task_does_not_change_the_logits_of_others() -> None:
     name = "vit_tiny_patch16_224"
     tuned = tasks(name, "aoft-lora-star")
     given = tables(tuned, Layout(tuned[0].updates))
@@ -176,7 +174,7 @@ def test_a_task_that_comes_later_changes_no_others_answer() -> None:
         ("deit_tiny_distilled_patch16_224", {"img_size": 32}, "lora", "no single linear class"),
     ],
 )
-def test_what_cannot_be_mixed_is_refused_with_the_reason(
+def test_models_that_cannot_be_mixed_are_refused_with_the_reason(
     name: str, args: dict[str, Any], method: str, message: str
 ) -> None:
     depth = {"depths": (1, 1, 1, 1)} if name == "convnext_atto" else {"depth": 1}
@@ -187,7 +185,7 @@ def test_what_cannot_be_mixed_is_refused_with_the_reason(
         mixed(
             torch.zeros(1, 3, side, side),
             torch.zeros(1, dtype=torch.int64),
-            torch.zeros(1, layout.numbers),
+            torch.zeros(1, layout.row_length),
             torch.zeros(3, mixed.width + 1),
             torch.tensor([0]),
             torch.tensor([3]),
@@ -195,13 +193,13 @@ def test_what_cannot_be_mixed_is_refused_with_the_reason(
         )
 
 
-def test_a_task_of_other_settings_is_refused() -> None:
+def test_a_task_with_other_settings_is_refused() -> None:
     first, other = (tasks("vit_tiny_patch16_224", "lora", rank=r)[0] for r in (2, 4))
     with pytest.raises(CheckpointError, match=r"must have shape \(2, 192\)"):
         Layout(first.updates).row(other.trained())
 
 
-def test_a_row_is_as_long_as_the_tasks_updates() -> None:
+def test_a_row_has_one_entry_per_parameter_of_the_updates() -> None:
     tuned = tasks("vit_tiny_patch16_224", "rlrr")[0]
-    numbers = sum(p.numel() for n, p in tuned.trained().items() if n.startswith("update."))
-    assert Layout(tuned.updates).numbers == numbers
+    length = sum(p.numel() for n, p in tuned.trained().items() if n.startswith("update."))
+    assert Layout(tuned.updates).row_length == length

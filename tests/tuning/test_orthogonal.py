@@ -43,7 +43,7 @@ def test_the_dense_form_is_the_papers_matrix_entry_by_entry(norm: float, d: int)
 
 
 @pytest.mark.parametrize("n", [2, 16, 768])
-def test_columns_are_orthonormal_exactly_when_the_vector_has_unit_norm(n: int) -> None:
+def test_columns_are_orthonormal_exactly_if_the_vector_has_unit_norm(n: int) -> None:
     matrix = approximately_orthogonal(vector(n, 1.0), n)
     assert torch.allclose(matrix.mT @ matrix, torch.eye(n, dtype=torch.float64), atol=1e-13)
     assert torch.linalg.det(matrix).item() == pytest.approx(1.0)

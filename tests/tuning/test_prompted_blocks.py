@@ -1,6 +1,6 @@
-"""Prompts in windows: what VPT's published layout gives, and all that holds for prompts elsewhere.
+"""Prompts in windows, compared with VPT's published layout, and as prompts in plain blocks.
 
-``Published`` is that layout written out: prompts before the tokens of every window, as queries too.
+``Published`` implements that layout: prompts before the tokens of every window, as queries too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SWIN, SWIN_V2, VIT = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", 
 METHODS = ("aoft-vpt", "aoft-vpt-star", "vpt")
 SMALL: dict[str, Any] = {"window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3)}
 SIDE = 32
-"""Pixels: 2 × 2 windows in the first stage, every second block's shifted, and one in the last."""
+"""Image side: 2 × 2 windows in the first stage, shifted in every second block, one in the last."""
 
 
 def made(name: str, side: int = SIDE, **args: Any) -> nn.Module:
-    """A model of random numbers."""
+    """A model with random weights."""
     args = {**(SMALL if name in (SWIN, SWIN_V2) else {}), "img_size": side, **args}
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, num_classes=5, **args).eval()
@@ -50,12 +50,12 @@ def made(name: str, side: int = SIDE, **args: Any) -> nn.Module:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         for path, parameter in model.named_parameters():
             if path.endswith("logit_scale"):
-                parameter[0] = 5.0  # above what SwinV2 allows
+                parameter[0] = 5.0  # above the limit of SwinV2
     return model
 
 
 def tune(model: nn.Module, method: str, seed: int = 1, **settings: Any) -> TunedModel:
-    """A copy of the model with a task on it, no number at its start."""
+    """A copy of the model with a method attached and randomised parameters."""
     tuned = attach(copy.deepcopy(model), method, backbone=identify(model), rank=3, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def images(batch: int, side: int = SIDE, dtype: torch.dtype = torch.float64) -> 
 
 
 class Published(nn.Module):
-    """Swin's attention, of either version, on windows with prompts before their tokens."""
+    """The attention of Swin or SwinV2 on windows with prompts before their tokens."""
 
     def __init__(self, attention: Any, prompts: Tensor) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Published(nn.Module):
 
 
 def published(tuned: TunedModel, plain: nn.Module) -> Any:
-    """The plain model with the task's prompts and classifier, in the published layout."""
+    """The plain model with a task's prompts and classifier, in the published layout."""
     model: Any = copy.deepcopy(plain)
     for name in tuned.classifier:
         model.get_parameter(name).data = tuned.backbone.get_parameter(name).data
@@ -128,7 +128,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Swin of other windows by stage": ("swin_s3_tiny_224", {**SMALL, "window_size": (4, 2)}),
     "SwinV2 of other windows before": ("swinv2_base_window12to24_192to384", SMALL),
 }
-"""The last was pre-trained with windows of another size, which its position bias knows."""
+"""The last model's position bias was pre-trained with windows of another size."""
 
 FORMS = [
     *((variant, "vpt", False) for variant in VARIANTS),
@@ -138,7 +138,7 @@ FORMS = [
 
 
 def fuse(model: nn.Module, fused: bool) -> nn.Module:
-    """A copy whose attention, where it can be, is the fused operator, or is not."""
+    """A copy that uses or does not use the fused attention operator, where it exists."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -147,7 +147,7 @@ def fuse(model: nn.Module, fused: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize(("variant", "method", "fused"), FORMS)
-def test_windows_see_prompts_as_in_the_published_layout(
+def test_prompts_in_windows_give_the_output_of_the_published_layout(
     variant: str, method: str, fused: bool
 ) -> None:
     name, args = VARIANTS[variant]
@@ -164,19 +164,19 @@ def test_windows_see_prompts_as_in_the_published_layout(
 
 
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
-def test_gradients_of_prompts_are_those_of_the_published_layout_and_of_differences(
+def test_gradients_of_prompts_equal_the_published_layout_and_finite_differences(
     name: str,
 ) -> None:
     plain = made(name).double()
     tuned, x = tune(plain, "vpt").double(), images(2)
-    numbers = [update.get_parameter("tokens") for update in tuned.updates.values()]
-    ours = torch.autograd.grad(tuned(x).square().sum(), numbers)
-    theirs = torch.autograd.grad(published(tuned, plain)(x).square().sum(), numbers)
+    parameters = [update.get_parameter("tokens") for update in tuned.updates.values()]
+    ours = torch.autograd.grad(tuned(x).square().sum(), parameters)
+    theirs = torch.autograd.grad(published(tuned, plain)(x).square().sum(), parameters)
     for one, other in zip(ours, theirs, strict=True):
         assert other.abs().max() > 1e-6
         assert (one - other).abs().max() < 1e-10
     step = 1e-6
-    for gradient, tokens in zip(ours, numbers, strict=True):
+    for gradient, tokens in zip(ours, parameters, strict=True):
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -192,7 +192,7 @@ def test_gradients_of_prompts_are_those_of_the_published_layout_and_of_differenc
     [(SWIN, "vpt", True), *((name, m, False) for name in (SWIN, SWIN_V2) for m in METHODS)],
 )
 @torch.no_grad()
-def test_every_sample_of_a_mixed_batch_sees_its_own_tasks_prompts(
+def test_every_sample_of_a_mixed_batch_uses_the_prompts_of_its_task(
     name: str, method: str, fused: bool
 ) -> None:
     plain = fuse(made(name), fused)
@@ -216,7 +216,7 @@ def test_every_sample_of_a_mixed_batch_sees_its_own_tasks_prompts(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
-def test_an_exported_graph_with_prompts_in_windows_answers_as_the_tuned_model(
+def test_an_exported_graph_with_prompts_in_windows_gives_the_logits_of_the_tuned_model(
     name: str, method: str, tmp_path: Path
 ) -> None:
     tuned, path = tune(made(name), method), tmp_path / "task.onnx"
@@ -232,24 +232,24 @@ def test_an_exported_graph_with_prompts_in_windows_answers_as_the_tuned_model(
 
 
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
-def test_activations_that_are_computed_again_give_the_same_gradients(name: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     tuned, x = tune(made(name), "vpt"), images(2, dtype=torch.float32)
-    numbers = [update.get_parameter("tokens") for update in tuned.updates.values()]
-    kept = torch.autograd.grad(tuned(x).square().sum(), numbers)
+    parameters = [update.get_parameter("tokens") for update in tuned.updates.values()]
+    kept = torch.autograd.grad(tuned(x).square().sum(), parameters)
     tuned.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-    again = torch.autograd.grad(tuned(x).square().sum(), numbers)
+    again = torch.autograd.grad(tuned(x).square().sum(), parameters)
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
-def test_a_task_has_a_number_for_every_prompt_and_channel_of_its_stage() -> None:
+def test_a_task_has_one_parameter_per_prompt_and_channel_of_its_stage() -> None:
     channels = 2 * 96 + 2 * 192 + 6 * 384 + 2 * 768
     for name in (SWIN, SWIN_V2):
-        for method, numbers in (("vpt", 8 * channels), ("aoft-vpt", channels)):
+        for method, count in (("vpt", 8 * channels), ("aoft-vpt", channels)):
             with torch.device("meta"):
                 model = timm.create_model(name, num_classes=2)
             tuned = attach(model, method, backbone=identify(made(name)), rank=8)
             found = sum(p.numel() for u in tuned.updates.values() for p in u.parameters())
-            assert found == numbers
+            assert found == count
 
 
 def test_prompts_of_every_stage_start_within_the_published_bound() -> None:
@@ -259,7 +259,7 @@ def test_prompts_of_every_stage_start_within_the_published_bound() -> None:
         assert 0.98 * bound < float(update.get_parameter("tokens").detach().abs().max()) <= bound
 
 
-def test_a_model_without_prompts_keeps_its_classes_and_every_bit_of_its_answer() -> None:
+def test_a_model_without_prompts_keeps_its_classes_and_every_bit_of_its_output() -> None:
     for name in (SWIN, SWIN_V2):
         plain, x = made(name), images(2, dtype=torch.float32)
         before, kinds = plain(x), [type(module) for module in plain.modules()]
@@ -284,14 +284,14 @@ def test_windows_of_another_class_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN])
-def test_prompts_in_a_model_that_has_some_are_refused(name: str) -> None:
+def test_prompts_in_a_model_that_already_has_some_are_refused(name: str) -> None:
     merged = merge(tune(made(name), "vpt"))
     with pytest.raises(AttachError, match=r"blocks\.0 has prompts already: attach the method to a"):
         tune(merged, "aoft-vpt")
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN, SWIN_V2])
-def test_models_with_prompts_are_copied_and_pickled_whole(name: str) -> None:
+def test_models_with_prompts_can_be_copied_and_pickled(name: str) -> None:
     tuned, x = tune(made(name), "aoft-vpt-star"), images(2, dtype=torch.float32)
     for model in (tuned, merge(tuned)):
         file = io.BytesIO()
@@ -308,7 +308,7 @@ def test_models_with_prompts_are_copied_and_pickled_whole(name: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
-def test_a_saved_task_of_windows_answers_alike_when_loaded(
+def test_a_loaded_task_with_prompts_in_windows_gives_the_same_logits(
     name: str, method: str, tmp_path: Path
 ) -> None:
     args: dict[str, Any] = {"img_size": SIDE, "window_size": 2, "embed_dim": 24}

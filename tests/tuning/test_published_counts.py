@@ -1,8 +1,8 @@
-"""Trained numbers of every method beside the figures that the papers print.
+"""Parameter counts of every method, compared with the figures in the papers.
 
-The papers of AOFT and RLRR count the classifier; the tables' figure for LoRA leaves it out. On a
-benchmark the classifier's part is the mean over its tasks: 940 classes in VTAB-1k's 19 tasks, 1173
-in FGVC's five. With its bias it has classes · (width + 1) numbers.
+The papers of AOFT and RLRR count the classifier; their figure for LoRA leaves it out. On a
+benchmark, the classifier counts with its mean over the tasks: 940 classes in the 19 tasks of
+VTAB-1k, 1173 in the five of FGVC. With its bias it has classes · (width + 1) parameters.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SWIN_FORM = {"fused_qkv": True, "norms": ["norm"]}
 
 @functools.cache
 def shapes(name: str) -> nn.Module:
-    """The architecture without memory for its weights."""
+    """The architecture on the meta device."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, num_classes=1)
     return model
 
 
-def own_numbers(name: str, method: str, **settings: Any) -> int:
-    """Trained numbers of a method's updates."""
+def update_parameters(name: str, method: str, **settings: Any) -> int:
+    """Number of trained parameters in a method's updates."""
     chosen, sites, generator = get_method(method), find_sites(shapes(name)), torch.Generator()
     assert chosen.build is not None
     values = chosen.resolved(chosen.settings(settings), sites)
@@ -75,7 +75,7 @@ def classifier(name: str, classes: float) -> float:
 def test_counts_round_to_the_printed_figures(
     name: str, method: str, settings: dict[str, Any], classes: float, printed: float
 ) -> None:
-    count = own_numbers(name, method, **settings) + classifier(name, classes)
+    count = update_parameters(name, method, **settings) + classifier(name, classes)
     assert round(count / 1e6, 2) == printed
 
 
@@ -86,12 +86,12 @@ def test_counts_round_to_the_printed_figures(
 def test_two_printed_figures_are_off_by_one_in_their_last_place(
     name: str, rank: int, classes: float, printed: float
 ) -> None:
-    """0.0748 was printed as 0.08 and 1.338 as 1.33: no choice of sites gives all figures at once.
+    """The papers print 0.0748 as 0.08 and 1.338 as 1.33. No choice of sites gives all figures.
 
-    Shifts on convolutions, SSF on batch norms or an updated classifier would give ResNet-18's 0.08
-    but not ResNet-50's 0.27 and 0.85 too.
+    Shifts on convolutions, SSF on batch norms or an updated classifier would give ResNet-18's 0.08,
+    but not ResNet-50's 0.27 and 0.85.
     """
-    count = (own_numbers(name, "rlrr", rank=rank) + classifier(name, classes)) / 1e6
+    count = (update_parameters(name, "rlrr", rank=rank) + classifier(name, classes)) / 1e6
     assert round(count, 2) != printed
     assert abs(count - printed) < 0.01
 
@@ -121,25 +121,25 @@ def test_two_printed_figures_are_off_by_one_in_their_last_place(
         (VIT_B, "bitfit", {}, 102_912),
     ],
 )
-def test_updates_have_exactly_these_numbers(
+def test_updates_have_exactly_these_parameter_counts(
     name: str, method: str, settings: dict[str, Any], expected: int
 ) -> None:
-    assert own_numbers(name, method, **settings) == expected
+    assert update_parameters(name, method, **settings) == expected
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
-def test_the_numbers_of_aoft_do_not_depend_on_the_rank(rank: int) -> None:
-    assert own_numbers(VIT_B, "aoft-lora", rank=rank) == 36_864
-    assert own_numbers(VIT_B, "aoft-adapter", rank=rank, shared=True) == 18_432
-    assert own_numbers(VIT_B, "aoft-vpt", rank=rank) == 9_216
+def test_the_parameter_count_of_aoft_does_not_depend_on_the_rank(rank: int) -> None:
+    assert update_parameters(VIT_B, "aoft-lora", rank=rank) == 36_864
+    assert update_parameters(VIT_B, "aoft-adapter", rank=rank, shared=True) == 18_432
+    assert update_parameters(VIT_B, "aoft-vpt", rank=rank) == 9_216
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_resnets_convolutions_are_all_that_rlrr_updates_unless_asked(name: str) -> None:
-    assert own_numbers(name, "rlrr") == own_numbers(name, "rlrr", norms=[])
-    assert own_numbers(name, "rlrr", norms=["batch_norm"]) > own_numbers(name, "rlrr")
+def test_rlrr_updates_only_convolutions_of_a_resnet_by_default(name: str) -> None:
+    assert update_parameters(name, "rlrr") == update_parameters(name, "rlrr", norms=[])
+    assert update_parameters(name, "rlrr", norms=["batch_norm"]) > update_parameters(name, "rlrr")
 
 
-def test_the_classifiers_part_includes_its_bias() -> None:
+def test_the_parameter_count_of_the_classifier_includes_its_bias() -> None:
     assert classifier(VIT_B, VTAB) / 1e6 == pytest.approx(0.0380, abs=5e-5)
     assert classifier(VIT_B, FGVC) / 1e6 == pytest.approx(0.1804, abs=5e-5)

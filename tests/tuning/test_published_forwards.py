@@ -1,4 +1,4 @@
-"""Whole models beside references written from the papers and the released code."""
+"""Full models, compared with references after the papers and the released code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def image(name: str) -> Tensor:
 
 
 def tune(name: str, method: str, **settings: Any) -> TunedModel:
-    """A task as if trained, in float64."""
+    """A tuned model with randomised parameters, in float64."""
     tuned = attach(copy.deepcopy(made(name)), method, **settings).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -68,13 +68,13 @@ def tune(name: str, method: str, **settings: Any) -> TunedModel:
 
 
 class RLRRLinear(nn.Module):
-    """The released layer: W * scale_col * scale_line + W, and shift_bias on the bias."""
+    """The released layer: W * scale_col * scale_line + W, and bias + shift_bias."""
 
-    def __init__(self, base: nn.Linear, numbers: Callable[[str], nn.Parameter]) -> None:
+    def __init__(self, base: nn.Linear, parameters: Callable[[str], nn.Parameter]) -> None:
         super().__init__()
         self.base = base
-        self.scale_col, self.scale_line = numbers("scale_in"), numbers("scale_out")
-        self.shift_bias = numbers("shift")
+        self.scale_col, self.scale_line = parameters("scale_in"), parameters("scale_out")
+        self.shift_bias = parameters("shift")
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.base.weight * self.scale_col * self.scale_line.reshape(-1, 1)
@@ -83,12 +83,12 @@ class RLRRLinear(nn.Module):
 
 
 class RLRRConv(nn.Module):
-    """The released convolution: the same on the plain view (O·k, I·k) of the weight."""
+    """The released convolution: the same on the (O·k, I·k) view of the weight."""
 
-    def __init__(self, base: nn.Conv2d, numbers: Callable[[str], nn.Parameter]) -> None:
+    def __init__(self, base: nn.Conv2d, parameters: Callable[[str], nn.Parameter]) -> None:
         super().__init__()
         self.base = base
-        self.scale_col, self.scale_line = numbers("scale_in"), numbers("scale_out")
+        self.scale_col, self.scale_line = parameters("scale_in"), parameters("scale_out")
 
     def forward(self, x: Tensor) -> Tensor:
         o, i, k, _ = self.base.weight.shape
@@ -102,9 +102,9 @@ class RLRRConv(nn.Module):
 class SSFNorm(nn.Module):
     """A norm with SSF on its output."""
 
-    def __init__(self, base: nn.Module, numbers: Callable[[str], nn.Parameter]) -> None:
+    def __init__(self, base: nn.Module, parameters: Callable[[str], nn.Parameter]) -> None:
         super().__init__()
-        self.base, self.scale, self.shift = base, numbers("scale"), numbers("shift")
+        self.base, self.scale, self.shift = base, parameters("scale"), parameters("shift")
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -114,14 +114,14 @@ class SSFNorm(nn.Module):
 def reference_of(
     name: str, tuned: TunedModel, wrap: Callable[[str, nn.Module], Any]
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The plain model with layers as the released code has them, and copies of the numbers."""
+    """The plain model with layers of the released code, and copies of the parameters."""
     model = copy.deepcopy(made(name))
     copies = {n: nn.Parameter(p.detach().clone()) for n, p in tuned.trained().items()}
     for path, module in list(model.named_modules()):
         kind = wrap(path, module)
         if kind is not None:
-            numbers = lambda part, path=path: copies.pop(f"update.{path}.{part}")  # noqa: E731
-            model.set_submodule(path, kind(module, numbers))
+            parameters = lambda part, path=path: copies.pop(f"update.{path}.{part}")  # noqa: E731
+            model.set_submodule(path, kind(module, parameters))
     heads = [n for n in copies if n.startswith("head.")]
     for key in heads:
         model.get_parameter(key.removeprefix("head.")).data = copies.pop(key).data
@@ -143,7 +143,7 @@ def convolution(path: str, module: nn.Module) -> Any:
 
 
 def same_gradients(tuned: TunedModel, reference: nn.Module, x: Tensor) -> None:
-    """Whether a loss has the same gradients by every trained number of both models."""
+    """Whether a loss has the same gradients for the trained parameters of both models."""
     torch.autograd.backward(tuned(x).square().sum())
     torch.autograd.backward(reference(x).square().sum())
     renamed = {"scale_in": "scale_col", "scale_out": "scale_line"}
@@ -174,7 +174,7 @@ def test_rlrr_on_swin_is_the_released_parameterisation() -> None:
     same_gradients(tuned, reference, x)
 
 
-def test_rlrr_on_swin_leaves_the_patch_embedding_and_the_norms_of_merging_alone() -> None:
+def test_rlrr_on_swin_does_not_update_the_patch_embedding_and_the_norms_of_merging() -> None:
     names = set(tune(SWIN, "rlrr", **SWIN_FORM).updates)
     assert not any("patch_embed" in n or "downsample.norm" in n for n in names)
     assert {n for n in names if "reduction" in n} == {
@@ -209,23 +209,23 @@ def singular_swin(kind: str) -> TunedModel:
 
 
 @pytest.mark.parametrize("kind", ["zero row", "equal rows"])
-def test_a_singular_weight_of_patch_merging_cannot_pass_its_shift_on(kind: str) -> None:
+def test_a_shift_of_a_singular_patch_merging_is_refused(kind: str) -> None:
     tuned = singular_swin(kind)
     tuned.updates["layers.1.downsample.reduction"].get_parameter("shift").data[1] = 1
-    with pytest.raises(CheckpointError, match="weight is singular or nearly so, so the norm"):
+    with pytest.raises(CheckpointError, match="singular or nearly singular, so the norm"):
         merge(tuned)
 
 
 @pytest.mark.parametrize("kind", ["zero row", "equal rows"])
-def test_a_singular_weight_of_patch_merging_without_shift_is_folded(kind: str) -> None:
+def test_a_singular_patch_merging_without_shift_is_folded(kind: str) -> None:
     tuned, x = singular_swin(kind), image(SWIN)
     assert torch.allclose(merge(tuned)(x), tuned(x), atol=1e-12)
 
 
 def ill_conditioned(condition: float, direction: int) -> tuple[nn.LayerNorm, nn.Linear, Tensor]:
-    """A norm, a map of singular values from 1 down to 1/condition, and a shift along one of them.
+    """A norm, a map with singular values from 1 to 1/condition, and a shift along one direction.
 
-    Direction 0 is that of the largest, -1 that of the smallest.
+    Direction 0 belongs to the largest singular value, -1 to the smallest.
     """
     source = np.random.default_rng(0)
     left = np.linalg.qr(source.normal(size=(16, 16)))[0]
@@ -238,14 +238,14 @@ def ill_conditioned(condition: float, direction: int) -> tuple[nn.LayerNorm, nn.
 
 
 @pytest.mark.parametrize(("condition", "direction"), [(1e2, -1), (1e6, 0), (1e9, 0), (3e3, -1)])
-def test_an_ill_conditioned_map_passes_on_a_shift_that_it_can(
+def test_the_norm_absorbs_the_shift_of_an_ill_conditioned_map(
     condition: float, direction: int
 ) -> None:
     norm, layer, shift = ill_conditioned(condition, direction)
     before, weight = norm.bias.detach().clone().numpy(), layer.weight.detach().numpy()
     _absorb(norm, layer, shift)
     change = norm.bias.detach().numpy().astype(np.float64) - before
-    # The oracle is NumPy's pseudo-inverse; the bias is kept in float32.
+    # The reference is NumPy's pseudo-inverse; the bias is float32.
     np.testing.assert_allclose(
         change, np.linalg.pinv(weight, rcond=1e-12) @ shift.numpy(), rtol=1e-5, atol=1e-6
     )
@@ -253,17 +253,17 @@ def test_an_ill_conditioned_map_passes_on_a_shift_that_it_can(
 
 
 @pytest.mark.parametrize("condition", [1e8, 1e10, 1e20])
-def test_an_ill_conditioned_map_whose_shift_float32_cannot_hold_is_refused(
+def test_an_ill_conditioned_map_with_too_large_a_shift_for_float32_is_refused(
     condition: float,
 ) -> None:
     norm, layer, shift = ill_conditioned(condition, -1)
     before = norm.bias.detach().clone()
-    with pytest.raises(CheckpointError, match="singular or nearly so"):
+    with pytest.raises(CheckpointError, match="singular or nearly singular"):
         _absorb(norm, layer, shift)
     assert torch.equal(norm.bias, before)
 
 
-def test_a_shift_that_the_norm_before_cannot_hold_is_refused() -> None:
+def test_a_shift_too_large_for_the_preceding_norm_is_refused() -> None:
     tuned = tune(SWIN, "rlrr", **SWIN_FORM).float()
     tuned.updates["layers.1.downsample.reduction"].get_parameter("shift").data.fill_(3e38)
     with pytest.raises(CheckpointError, match=r"not finite in torch\.float32"):
@@ -285,7 +285,7 @@ VITS = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch
 
 
 def prompted(model: Any, prompts: list[Tensor], x: Tensor) -> Tensor:
-    """VPT's forward: prompts after the prefix; each block's own replace the previous ones."""
+    """VPT's forward: prompts after the prefix; those of a block replace the previous ones."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     prefix, count = model.num_prefix_tokens, len(prompts[0])
     for i, block in enumerate(model.blocks):
@@ -301,7 +301,7 @@ def prompted(model: Any, prompts: list[Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("method", ["vpt", "aoft-vpt", "aoft-vpt-star"])
 @pytest.mark.parametrize("name", VITS)
-def test_prompts_stand_where_vpt_puts_them(name: str, method: str, deep: bool) -> None:
+def test_prompts_have_the_positions_of_vpt(name: str, method: str, deep: bool) -> None:
     tuned, x = tune(name, method, deep=deep, rank=4), image(name)
     assert len(tuned.updates) == (3 if deep else 1)
     tokens: list[Tensor] = [u.delta().tokens.detach() for u in tuned.updates.values()]  # type: ignore[union-attr]
@@ -318,7 +318,7 @@ def test_prompts_stand_where_vpt_puts_them(name: str, method: str, deep: bool) -
 
 @pytest.mark.parametrize("method", ["adapter", "aoft-adapter", "aoft-adapter-star"])
 @pytest.mark.parametrize("name", VITS)
-def test_adapters_act_on_the_outputs_of_attention_and_mlp(name: str, method: str) -> None:
+def test_adapters_change_the_outputs_of_attention_and_mlp(name: str, method: str) -> None:
     tuned, x = tune(name, method), image(name)
     plain = copy.deepcopy(made(name))
     for key, parameter in tuned.trained().items():
@@ -329,7 +329,7 @@ def test_adapters_act_on_the_outputs_of_attention_and_mlp(name: str, method: str
         branch = plain.get_submodule(site.rpartition(".")[0])
 
         def adapted(_: nn.Module, given: Any, y: Tensor, delta: Any = delta) -> Tensor:
-            """y' = y + y A, A written out densely."""
+            """y' = y + y A with a dense A."""
             dense = delta.left.mT @ delta.right
             if delta.scale is not None:
                 dense = dense + delta.scale.diag()

@@ -1,4 +1,4 @@
-"""The places for updates in each family: their roles, shapes and order, and what is refused."""
+"""Sites of each model family: roles, shapes and order, and what is refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ROLES: dict[str, dict[str, int]] = {
 
 @functools.cache
 def shapes(name: str) -> nn.Module:
-    """The architecture without memory for its weights."""
+    """The architecture on the meta device."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, num_classes=3, **SMALL[name])
     return model
@@ -74,7 +74,7 @@ def test_a_family_has_its_sites(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_sites_shape_is_that_of_its_rows(name: str) -> None:
+def test_the_shape_of_a_site_is_that_of_its_rows(name: str) -> None:
     model = shapes(name)
     for site in find_sites(model):
         if site.role == "block":
@@ -108,7 +108,7 @@ def test_q_k_and_v_are_the_thirds_of_the_fused_rows(name: str) -> None:
             assert part.in_features == fused.in_features
 
 
-def test_the_shift_of_swins_reduction_is_taken_by_the_norm_before_it() -> None:
+def test_the_shift_of_swins_reduction_is_absorbed_by_the_preceding_norm() -> None:
     for name, taken in (("swin_tiny_patch4_window7_224", True), ("swinv2_tiny_window8_256", False)):
         found = [site for site in find_sites(shapes(name)) if site.role == "reduction"]
         assert len(found) == 3
@@ -117,7 +117,7 @@ def test_the_shift_of_swins_reduction_is_taken_by_the_norm_before_it() -> None:
             assert site.absorber == (norm if taken else "") and site.bias is taken
 
 
-def test_a_convolution_is_the_map_of_the_published_plain_view() -> None:
+def test_a_convolution_is_the_map_of_the_published_matrix() -> None:
     found = sites("resnet18")
     stem, other = found["conv1"], found["layer2.0.conv1"]
     assert (stem.out_features, stem.in_features) == (64 * 7, 3 * 7)
@@ -126,7 +126,7 @@ def test_a_convolution_is_the_map_of_the_published_plain_view() -> None:
     assert (depthwise.out_features, depthwise.in_features, depthwise.channels) == (40 * 7, 7, 40)
 
 
-def test_blocks_are_numbered_and_know_the_width_of_their_tokens() -> None:
+def test_blocks_have_an_index_and_the_width_of_their_tokens() -> None:
     blocks = [s for s in find_sites(shapes("vit_small_patch14_reg4_dinov2")) if s.role == "block"]
     assert [(s.name, s.index, s.in_features, s.patch) for s in blocks] == [
         ("blocks.0", 0, 384, 14),
@@ -143,14 +143,14 @@ def test_blocks_are_numbered_and_know_the_width_of_their_tokens() -> None:
         "eva02_base_patch14_224",
     ],
 )
-def test_blocks_bound_to_their_number_of_tokens_say_so(name: str) -> None:
+def test_blocks_with_a_fixed_number_of_tokens_refuse_prompts(name: str) -> None:
     for site in find_sites(shapes(name)):
         if site.role == "block":
             assert "needs a fixed number of tokens" in site.refusal
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
-def test_blocks_of_windows_know_their_stages_width(name: str) -> None:
+def test_blocks_of_windows_have_the_width_of_their_stage(name: str) -> None:
     blocks = [site for site in find_sites(shapes(name)) if site.role == "block"]
     assert [site.name for site in blocks] == [f"layers.{stage}.blocks.0" for stage in range(4)]
     assert [(site.index, site.in_features) for site in blocks] == [
@@ -163,7 +163,7 @@ def test_blocks_of_windows_know_their_stages_width(name: str) -> None:
     assert {(site.patch, site.embed_dim) for site in blocks} == {(4, 96)}
 
 
-def test_the_maps_that_make_a_position_bias_are_no_sites() -> None:
+def test_maps_that_compute_a_position_bias_are_no_sites() -> None:
     model = shapes("swinv2_tiny_window8_256")
     assert any("cpb_mlp" in name for name, _ in model.named_modules())
     assert not any("cpb_mlp" in site.name for site in find_sites(model))
@@ -197,7 +197,7 @@ def test_a_model_without_blocks_or_known_convolutions_is_refused() -> None:
         find_sites(timm.create_model("mobilenetv3_small_050", num_classes=1))
 
 
-def test_a_model_that_is_not_timms_is_told_what_it_is() -> None:
+def test_models_other_than_timms_are_refused_with_advice() -> None:
     transformers: Any = importlib.import_module("transformers")
     torchvision: Any = importlib.import_module("torchvision")
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -22,7 +22,7 @@ from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 
-def test_trained_numbers_are_taken_over_only_when_they_fit() -> None:
+def test_load_trained_accepts_only_fitting_tensors() -> None:
     tuned = tune(model("vit_tiny_patch16_224"), "aoft-lora")
     good = {n: p.detach().clone() for n, p in tuned.trained().items()}
     name = "update.blocks.0.attn.qkv.q.q_up"
@@ -67,7 +67,7 @@ NAMES: dict[str, str] = {
     "bitfit": "norm1.shift norm2.shift attn.qkv.shift attn.proj.shift mlp.fc1.shift mlp.fc2.shift",
     "linear": "",
 }
-"""Names in a checkpoint of one block, without ``update.blocks.0.``; others depend on them."""
+"""Names in a checkpoint of one block, without ``update.blocks.0.``. Files depend on them."""
 
 
 OUTSIDE = {
@@ -78,7 +78,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_names_in_checkpoints_stay_as_they_are(
+def test_names_in_checkpoints_do_not_change(
     method: str, make_tuned: Callable[..., TunedModel]
 ) -> None:
     names = set(make_tuned(method).trained())
@@ -88,7 +88,7 @@ def test_names_in_checkpoints_stay_as_they_are(
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_a_saved_task_answers_alike_when_loaded(
+def test_a_loaded_task_gives_the_same_logits(
     method: str,
     make_tuned: Callable[..., TunedModel],
     make_checkpoint: Callable[..., Path],
@@ -107,7 +107,7 @@ def test_a_saved_task_answers_alike_when_loaded(
         assert (merge(loaded)(x) - tuned(x)).abs().max() < 1e-5
 
 
-def test_settings_of_every_type_survive_a_checkpoint(
+def test_a_checkpoint_stores_settings_of_every_type(
     make_tuned: Callable[..., TunedModel],
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
@@ -128,16 +128,14 @@ def test_settings_of_every_type_survive_a_checkpoint(
             assert torch.equal(loaded(x), tuned(x))
 
 
-def test_a_checkpoint_says_which_targets_automatic_ones_were(
+def test_a_checkpoint_stores_the_roles_of_automatic_targets(
     make_checkpoint: Callable[..., Path],
 ) -> None:
     assert read_checkpoint(make_checkpoint("lora")).settings["targets"] == ["q", "v"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
-def test_tasks_of_other_families_are_saved_and_loaded_by_their_names(
-    name: str, tmp_path: Path
-) -> None:
+def test_tasks_of_other_families_can_be_saved_and_loaded(name: str, tmp_path: Path) -> None:
     half = (0.5, 0.5, 0.5)
     tuned = tune(model(name), "lora", backbone=identity(name))
     path = tmp_path / "model.ckpt"
@@ -150,7 +148,7 @@ def test_tasks_of_other_families_are_saved_and_loaded_by_their_names(
     assert torch.equal(again.eval()(x), tuned.eval()(x))
 
 
-def test_gradients_reach_every_trained_number_and_nothing_else() -> None:
+def test_gradients_reach_exactly_the_trained_parameters() -> None:
     for name in ("swinv2_tiny_window8_256", "resnet18", "beit_base_patch16_224"):
         for method in ("rlrr", "ssf", "bitfit", "aoft-adapter-star", *PROMPTS):
             if method in PROMPTS and name in REFUSED:
@@ -163,7 +161,7 @@ def test_gradients_reach_every_trained_number_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("method", ["rlrr", "full"])
-def test_training_leaves_the_statistics_of_batch_norms_as_they_are(method: str) -> None:
+def test_training_does_not_change_batch_norm_statistics(method: str) -> None:
     tuned = attach(timm.create_model("resnet10t", num_classes=3), method).train()
     before = {name: buffer.clone() for name, buffer in tuned.named_buffers()}
     tuned(torch.randn(4, 3, 32, 32))

@@ -1,4 +1,4 @@
-"""Every update's formula against the dense formula of its paper, and its three faces against it."""
+"""Every update: apply, fold and mix, compared with the dense formula of its paper."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ao(q: Tensor, strict: bool) -> Tensor:
-    """AO(q) as the paper writes Q(q) row by row; no code of the package."""
+    """AO(q) by the rows of Q(q) in the paper; shares no code with the package."""
     if strict:
         q = q / q.square().sum().sqrt()
     first = torch.cat([q[:1], -q[1:]])
@@ -51,7 +51,7 @@ def ao(q: Tensor, strict: bool) -> Tensor:
 
 
 def aoft_product(p: Parameters, strict: bool, shared: bool = False) -> Tensor:
-    """scale · AO(q_down) diag(λ) AO(q_up)ᵀ, which X is multiplied with from the right."""
+    """scale · AO(q_down) diag(λ) AO(q_up)ᵀ, the matrix to the right of x."""
     down = ao(p["q_down"], strict)
     up = down if shared else ao(p["q_up"], strict)
     lam = p.get("rank_scale", torch.ones(RANK, dtype=down.dtype))
@@ -59,7 +59,7 @@ def aoft_product(p: Parameters, strict: bool, shared: bool = False) -> Tensor:
 
 
 def gain(p: Parameters) -> Tensor:
-    """Σ_k scale_out_k scale_in_kᵀ, the absent side being ones."""
+    """Σ_k scale_out_k scale_in_kᵀ, with ones for a missing side."""
     rank = len(next(iter(p.values())))
     outs = p.get("scale_out", torch.ones(rank, OUT, dtype=torch.float64))
     ins = p.get("scale_in", torch.ones(rank, IN, dtype=torch.float64))
@@ -70,13 +70,13 @@ def gain(p: Parameters) -> Tensor:
 
 
 def after(matrix: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The map and a matrix after it."""
+    """The map, followed by a matrix."""
     return matrix @ w, matrix @ b
 
 
 @dataclass(frozen=True)
 class Case:
-    """An update of an OUT × IN map, and what its paper makes of weight and bias."""
+    """An update of an OUT × IN map, and the weight and bias by its paper."""
 
     make: Callable[..., Update]
     dense: Callable[[Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -104,7 +104,7 @@ def rescaled_alone(p: Parameters, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 
 def aoft_cases() -> dict[str, Case]:
-    """Both hosts of AOFT that are maps, in every form."""
+    """AOFT as LoRA and as adapter, with all options."""
     cases = {}
     eye = torch.eye(OUT, dtype=torch.float64)
     for star in (False, True):
@@ -192,7 +192,7 @@ def map_and_input() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layer_with(update: Update, w: Tensor, b: Tensor) -> UpdatedModule:
-    """A frozen linear layer that the update is applied to."""
+    """A frozen linear layer with the update."""
     layer = nn.Linear(IN, OUT).double().requires_grad_(False)
     layer.weight.data, layer.bias.data = w.clone(), b.clone()
     return UpdatedModule(layer, [(ROWS, update)])
@@ -216,7 +216,7 @@ def test_the_cases_contain_every_kind_of_update() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_three_faces_equal_the_dense_formula(name: str) -> None:
+def test_apply_fold_and_mix_equal_the_dense_formula(name: str) -> None:
     case = CASES[name]
     update = case.update()
     w, b, x = map_and_input()
@@ -239,7 +239,7 @@ def test_all_three_faces_equal_the_dense_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mixed_batch_gives_every_sample_its_own_tasks_answer(name: str) -> None:
+def test_mix_gives_every_sample_the_output_of_its_task(name: str) -> None:
     case = CASES[name]
     tasks = [case.update(seed) for seed in range(5)]
     w, b, _ = map_and_input()
@@ -285,7 +285,7 @@ def test_gradients_equal_those_of_the_dense_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_their_stack_and_their_gradients_equal_the_dense_formula(name: str) -> None:
+def test_prompts_and_their_gradients_equal_the_dense_formula(name: str) -> None:
     case = PROMPTS[name]
     tasks = [case.update(seed) for seed in range(3)]
     _, b, x = map_and_input()
@@ -324,7 +324,7 @@ def test_prompts_their_stack_and_their_gradients_equal_the_dense_formula(name: s
         assert (ours - theirs).abs().max() < 1e-10, n
 
 
-def test_rows_beside_an_updates_own_are_left_alone_and_their_gradients_too() -> None:
+def test_an_update_changes_only_its_own_rows_and_their_gradients() -> None:
     w, b, x = random(3 * OUT, IN), random(3 * OUT, seed=1), random(5, IN, seed=2)
     first, last = (CASES["aoft-lora-star"].update(seed) for seed in (1, 2))
     deltas = [((0, OUT), first.delta()), ((2 * OUT, 3 * OUT), last.delta())]
@@ -368,7 +368,7 @@ def test_an_update_that_starts_at_zero_changes_no_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(AT_ZERO) - {"rlrr-zero"}))
-def test_an_update_that_starts_at_zero_can_leave_it(name: str) -> None:
+def test_an_update_that_starts_at_zero_has_gradients(name: str) -> None:
     update = AT_ZERO[name]().double()
     w, b, x = map_and_input()
     torch.autograd.backward(layer_with(update, w, b)(x).square().sum())
@@ -378,7 +378,7 @@ def test_an_update_that_starts_at_zero_can_leave_it(name: str) -> None:
     )
 
 
-def test_rescaling_that_starts_with_two_zeros_learns_its_shift_alone() -> None:
+def test_rescaling_with_both_scales_at_zero_learns_only_the_shift() -> None:
     update = AT_ZERO["rlrr-zero"]().double()
     w, b, x = map_and_input()
     torch.autograd.backward(layer_with(update, w, b)(x).square().sum())
@@ -386,14 +386,14 @@ def test_rescaling_that_starts_with_two_zeros_learns_its_shift_alone() -> None:
     assert moved == {"shift"}
 
 
-def test_plain_aoft_cannot_start_at_zero_and_its_size_is_about_the_root_of_its_rank() -> None:
+def test_the_norm_of_plain_aoft_is_about_the_root_of_its_rank() -> None:
     update = AoftLowRank(768, 768, Aoft(16), generator())
     change, _ = fold_rows(torch.zeros(768, 768), None, [((0, 768), update.delta())])  # type: ignore[list-item]
     assert change.norm().item() == pytest.approx(4.0, rel=0.1)
 
 
 @pytest.mark.parametrize("norm", [0.1, 1.0, 3.0])
-def test_strict_products_are_partial_isometries_whatever_the_vectors_norms(norm: float) -> None:
+def test_strict_products_are_partial_isometries_for_all_vector_norms(norm: float) -> None:
     update = CASES["aoft-lora-strict"].update()
     for parameter in update.parameters():
         parameter.data *= norm / parameter.norm()
@@ -412,7 +412,7 @@ def test_strict_prompts_are_exactly_orthonormal(norm: float) -> None:
     assert (gram - torch.eye(8, dtype=torch.float64)).abs().max() < 1e-13
 
 
-def test_trained_numbers_of_aoft_do_not_grow_with_its_rank() -> None:
+def test_the_parameters_of_aoft_do_not_grow_with_its_rank() -> None:
     def count(update: Update) -> int:
         return sum(p.numel() for p in update.parameters())
 
@@ -426,7 +426,7 @@ def test_trained_numbers_of_aoft_do_not_grow_with_its_rank() -> None:
         assert count(star) == 64 + rank
 
 
-def test_without_residual_the_adapters_output_has_its_rank() -> None:
+def test_without_residual_the_output_of_an_adapter_has_its_rank() -> None:
     update = CASES["aoft-adapter-alone"].update()
     w, b, _ = map_and_input()
     assert torch.linalg.matrix_rank(layer_with(update, w, b).weight).item() == RANK
@@ -438,7 +438,7 @@ def starts(init: Init, sides: Any = "both", residual: bool = True) -> Parameters
 
 
 def uniform_within(scale: Tensor, bound: float) -> bool:
-    """Whether the values fill ±bound evenly: the largest of 500 is within 2 % of it."""
+    """Whether the values are uniform in ±bound: the largest of 500 is within 2 % of the bound."""
     spread = scale.double().std().item()
     even: bool = spread == pytest.approx(bound / 3**0.5, rel=0.1)
     return even and 0.98 * bound < scale.abs().max().item() <= bound
@@ -456,7 +456,7 @@ def test_rlrr_starts_at_the_pretrained_function_with_one_scale_at_zero() -> None
     assert not right["scale_in"].any() and not left["scale_out"].any()
 
 
-def test_the_ablations_starts_are_small_and_equal_on_both_sides() -> None:
+def test_the_initial_values_of_the_ablation_are_small_on_both_sides() -> None:
     for scale in starts("normal").values():
         assert scale.std().item() == pytest.approx(0.02, rel=0.1) and scale.abs().max() > 0.04
     for scale in starts("uniform").values():
@@ -468,13 +468,13 @@ def test_the_ablations_starts_are_small_and_equal_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("sides", ["in", "out"])
-def test_one_side_alone_starts_within_the_bound_of_the_published_product(sides: str) -> None:
+def test_a_single_side_starts_within_the_bound_of_the_published_product(sides: str) -> None:
     (scale,) = starts("published", sides).values()
     assert uniform_within(scale, 6 / 600**0.5)
 
 
 @pytest.mark.parametrize("init", get_args(Init))
-def test_without_residual_the_first_pair_starts_at_one_plus_the_same(init: Init) -> None:
+def test_without_residual_the_first_pair_starts_around_one(init: Init) -> None:
     start = starts(init, residual=False)
     rests = {"constant": 1.02, "zero": 1.0, "identity": 1.0}
     for name, scale in start.items():
@@ -559,7 +559,7 @@ def test_parameters_keep_the_names_that_checkpoints_hold(name: str, expected: li
     assert [n for n, _ in (CASES | PROMPTS)[name].update().named_parameters()] == expected
 
 
-def test_alike_updates_share_one_call_of_their_formula_and_equal_one_by_one() -> None:
+def test_updates_of_equal_kind_share_one_call_of_their_formula() -> None:
     class Counted(LowRank):
         calls = 0
 
@@ -582,7 +582,7 @@ def test_alike_updates_share_one_call_of_their_formula_and_equal_one_by_one() ->
 
 
 @pytest.mark.parametrize("name", CASES | PROMPTS)
-def test_a_group_of_alike_updates_gives_each_its_own_delta(name: str) -> None:
+def test_updates_of_equal_kind_get_their_own_deltas(name: str) -> None:
     group = [(CASES | PROMPTS)[name].update(seed) for seed in range(3)]
     together = exact_deltas(group)
     for update in group:
@@ -592,7 +592,7 @@ def test_a_group_of_alike_updates_gives_each_its_own_delta(name: str) -> None:
             assert torch.allclose(ours, getattr(alone, field_name).detach(), atol=1e-13)
 
 
-def test_updates_that_only_differ_in_an_option_are_not_taken_for_alike() -> None:
+def test_updates_that_differ_in_an_option_have_different_kinds() -> None:
     loose, strict = (CASES[name].update() for name in ("aoft-lora", "aoft-lora-strict"))
     assert loose.kind() != strict.kind()
     assert CASES["rlrr"].update(1).kind() == CASES["rlrr"].update(2).kind()
@@ -601,7 +601,7 @@ def test_updates_that_only_differ_in_an_option_are_not_taken_for_alike() -> None
 
 
 @pytest.mark.parametrize("rank", [0, 11, -3])
-def test_a_rank_that_no_matrix_can_have_is_refused(rank: int) -> None:
+def test_a_rank_that_the_matrix_cannot_have_is_refused(rank: int) -> None:
     makers: list[tuple[int, Callable[[], Update]]] = [
         (IN, lambda: LowRank(IN, OUT, rank, 1.0, generator())),
         (IN, lambda: AoftLowRank(IN, OUT, Aoft(rank), generator())),
@@ -617,7 +617,7 @@ def test_a_rank_that_no_matrix_can_have_is_refused(rank: int) -> None:
 
 
 @pytest.mark.parametrize("sides", ["in", "out"])
-def test_one_side_alone_has_no_higher_rank(sides: Any) -> None:
+def test_a_single_side_has_no_higher_rank(sides: Any) -> None:
     with pytest.raises(
         SettingError, match="rank is 2, but the scales of a single side have rank 1"
     ):
@@ -625,7 +625,7 @@ def test_one_side_alone_has_no_higher_rank(sides: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["aoft-lora", "aoft-adapter", "rlrr", "adapter", "ssf"])
-def test_autocast_computes_about_what_a_plain_map_of_the_folded_weight_does(name: str) -> None:
+def test_autocast_gives_about_the_output_of_a_plain_map_with_the_folded_weight(name: str) -> None:
     update = CASES[name].update().float()
     w, b, x = (t.float() for t in map_and_input())
     layer = nn.Linear(IN, OUT).requires_grad_(False)
@@ -641,7 +641,7 @@ def test_autocast_computes_about_what_a_plain_map_of_the_folded_weight_does(name
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in update.parameters())
 
 
-def test_autocast_computes_the_same_answer_as_a_plain_map_of_the_folded_weight() -> None:
+def test_autocast_gives_the_same_output_as_a_plain_map_with_the_folded_weight() -> None:
     update = CASES["aoft-lora"].update().float()
     w, b, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(4, IN)
     delta = update.delta()

@@ -1,6 +1,6 @@
-"""Backbone weights as other codes save them load, and what the model has no place for is refused.
+"""Backbone weights in the layouts of other training codes load; unknown tensors are refused.
 
-The right answer is that of the model which the weights were taken from, made by timm.
+The reference is the timm model from which the weights come.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ State = dict[str, Tensor]
 
 
 def randomised(name: str, seed: int = 0, **args: Any) -> nn.Module:
-    """A timm model whose tensors all have values of their own."""
+    """A timm model with noise added to all parameters."""
     model = timm.create_model(name, **args).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -140,7 +140,7 @@ LAYOUTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_in_another_codes_layout_give_the_answers_of_their_model(
+def test_weights_in_the_layout_of_other_codes_give_the_features_of_their_model(
     layout: str, saved: Callable[[Any], Path]
 ) -> None:
     model = loaded(saved(LAYOUTS[layout]()))
@@ -149,7 +149,7 @@ def test_weights_in_another_codes_layout_give_the_answers_of_their_model(
 
 
 def test_the_official_layout_of_deit_iii_loads(saved: Callable[[Any], Path]) -> None:
-    # Its filter belongs to timm's entry point: the class is the plain ViT's.
+    # Its filter belongs to timm's entry point, because its class is that of the plain ViT.
     model = randomised("deit3_small_patch16_224", img_size=64, depth=2)
     state = model.state_dict()
     official = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): t for name, t in state.items()}
@@ -158,7 +158,7 @@ def test_the_official_layout_of_deit_iii_loads(saved: Callable[[Any], Path]) -> 
     torch.testing.assert_close(features(found, 64), features(model, 64), atol=0, rtol=0)
 
 
-def test_one_prefix_of_a_filter_with_other_names_is_found_too(
+def test_a_prefix_before_names_that_timm_renames_is_found(
     saved: Callable[[Any], Path],
 ) -> None:
     model = randomised("deit3_small_patch16_224", img_size=64, depth=2)
@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_weights_that_do_not_fill_the_model_just_so_are_refused(
+def test_weights_that_do_not_fill_the_model_exactly_are_refused(
     fault: str, saved: Callable[[Any], Path]
 ) -> None:
     make, message = REFUSED[fault]
@@ -289,7 +289,7 @@ def test_a_larger_convnext_does_not_load_into_a_smaller(saved: Callable[[Any], P
         create_backbone("convnext_tiny", num_classes=3, weights=path, **small)
 
 
-def test_positions_are_resampled_and_nothing_else(saved: Callable[[Any], Path]) -> None:
+def test_only_positions_are_resampled(saved: Callable[[Any], Path]) -> None:
     found = loaded(saved(weights()), img_size=96)
     expected: Any = timm.create_model(VIT, img_size=96)
     filtered = timm.models.vision_transformer.checkpoint_filter_fn(weights(), expected)
@@ -300,7 +300,7 @@ def test_positions_are_resampled_and_nothing_else(saved: Callable[[Any], Path]) 
         assert same or name == "pos_embed", name
 
 
-def test_patches_are_resampled_where_another_size_is_asked_for(
+def test_patches_are_resampled_for_a_given_patch_size(
     saved: Callable[[Any], Path],
 ) -> None:
     found = loaded(saved(weights()), patch_size=8)
@@ -308,7 +308,7 @@ def test_patches_are_resampled_where_another_size_is_asked_for(
 
 
 def test_timms_own_weights_must_fill_the_model_too() -> None:
-    # timm itself only logs what is missing or left over once the classifier is new.
+    # timm itself only logs missing and unexpected tensors if the classifier is new.
     more = r"timm's file for aoft_vit_nano lacks blocks\.6\.norm1\.weight, .* and 21 more"
     with pytest.raises(BackboneError, match=more):
         create_backbone("aoft_vit_nano", num_classes=3, depth=8)
@@ -318,10 +318,10 @@ def test_timms_own_weights_must_fill_the_model_too() -> None:
     assert create_backbone("aoft_vit_nano", num_classes=3)[1].origin == "timm"
 
 
-def test_an_entry_point_makes_the_model_that_its_weights_are_for(
+def test_an_entry_point_creates_the_model_of_its_pretrained_weights(
     saved: Callable[[Any], Path],
 ) -> None:
-    # fbnetc_100 has another epsilon where pre-trained weights are to be loaded.
+    # fbnetc_100 has another epsilon if it is created as pre-trained.
     state = timm.create_model("fbnetc_100").state_dict()
     model = loaded(saved(dict(state)), "fbnetc_100")
     assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
@@ -334,14 +334,14 @@ def test_the_classifier_in_a_file_is_found_below_its_prefix(saved: Callable[[Any
     assert file_classifier(VIT, saved(without("head.weight", "head.bias"))) == {}
 
 
-def test_a_checkpoint_given_as_the_backbones_weights_is_told(
+def test_a_checkpoint_given_as_backbone_weights_is_refused(
     checkpoint: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, "--merge", checkpoint, "--backbone-weights", checkpoint)
     assert "is a checkpoint of aoft-train, which holds no weights of its backbone" in line
 
 
-def test_timms_loader_is_back_in_its_place(saved: Callable[[Any], Path]) -> None:
+def test_timms_loader_is_restored_after_an_error(saved: Callable[[Any], Path]) -> None:
     before = timm.models._builder.load_pretrained
     with pytest.raises(BackboneError):
         loaded(saved({}))
@@ -349,8 +349,8 @@ def test_timms_loader_is_back_in_its_place(saved: Callable[[Any], Path]) -> None
 
 
 @pytest.mark.parametrize("rule", LEFT_OUT)
-def test_no_exception_takes_a_tensor_of_a_blocks_trunk(rule: str) -> None:
-    # Every parameter that timm's families have before their classifier.
+def test_no_left_out_pattern_matches_a_tensor_of_the_trunk(rule: str) -> None:
+    # Parameters of several families, all before the classifier.
     names = [
         *weights(),
         *timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)).state_dict(),

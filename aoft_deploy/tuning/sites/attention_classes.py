@@ -134,7 +134,7 @@ def parts_refusal(attention: nn.Module, path: str) -> str:
     if found in ROWS_BY_PART and not getattr(attention, "head_first", False):
         return ""
     known = found in ROWS_BY_PART | ROWS_BY_HEAD
-    layout = "rows are ordered by head" if known else "layout is not known"
+    layout = "rows are ordered head by head" if known else "layout is not known"
     return (
         f"{path} is a {'.'.join(found)}, whose fused qkv {layout}: update the whole map with the "
         "role qkv, because q, k and v cannot be updated separately."

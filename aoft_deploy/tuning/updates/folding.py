@@ -25,13 +25,10 @@ def fold_rows(
     Returns:
         New weight and bias; the arguments are not changed.
     """
-    weight = weight.clone(
-        memory_format=torch.contiguous_format
-    )  # a channels_last weight has no matrix view
+    # A channels_last weight has no view as a matrix.
+    weight = weight.clone(memory_format=torch.contiguous_format)
     bias = None if bias is None else bias.clone()
-    if (
-        torch.compiler.is_exporting() and len(deltas) > 1
-    ):  # a graph would copy the whole weight for every write
+    if torch.compiler.is_exporting() and len(deltas) > 1:  # a graph copies W for every write
         return _folded_pieces(weight, bias, deltas)
     for (start, stop), delta in deltas:
         delta.fold_(weight[start:stop], None if bias is None else bias[start:stop])
