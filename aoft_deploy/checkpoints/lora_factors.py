@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 from aoft_deploy.tuning.updates.aoft import AoftLowRank
 from aoft_deploy.tuning.updates.low_rank import LowRank
 from aoft_deploy.tuning.updates.orthogonal import approximately_orthogonal

@@ -18,7 +18,8 @@ from aoft_deploy.tuning.prompted_blocks import place_prompts
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.sites.discovery import find_sites
 from aoft_deploy.tuning.sites.site import Site
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule, UpdatedVector
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule, UpdatedVector
 from aoft_deploy.tuning.updates.update import Update
 
 __all__ = ["attach"]

@@ -13,9 +13,13 @@ from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning.copying import copy_structure
 from aoft_deploy.tuning.exact_folding import exact_deltas, fold_exactly, round_into
 from aoft_deploy.tuning.prompted_blocks import FixedPrompts, Prompted
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 
 __all__ = ["merge"]
+
+ABSORPTION_ERROR = 1e-3
+"""Allowed error of an absorbed shift, relative to it and to the effect of the norm's bias."""
 
 
 def merge(tuned: TunedModel, *, in_place: bool = False) -> nn.Module:
@@ -81,22 +85,6 @@ def _with_modules(backbone: nn.Module, folded: Mapping[str, nn.Module]) -> nn.Mo
     return backbone
 
 
-class _MergedInPlace(nn.Module):
-    """Replaces the backbone of a tuned model that was merged in place."""
-
-    MESSAGE = "This tuned model was merged in place and cannot be used: load its checkpoint again."
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise CheckpointError(self.MESSAGE)
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        raise CheckpointError(self.MESSAGE)
-
-
-ABSORPTION_ERROR = 1e-3
-"""Allowed error of an absorbed shift, relative to it and to the effect of the norm's bias."""
-
-
 @torch.no_grad()
 def _absorb(norm: nn.Module, layer: nn.Module, shift: Tensor) -> None:
     """Add a linear layer's shift s to the bias of the preceding norm. The layer has no bias.
@@ -148,3 +136,15 @@ def _fold_vectors(module: nn.Module) -> None:
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+class _MergedInPlace(nn.Module):
+    """Replaces the backbone of a tuned model that was merged in place."""
+
+    MESSAGE = "This tuned model was merged in place and cannot be used: load its checkpoint again."
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise CheckpointError(self.MESSAGE)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        raise CheckpointError(self.MESSAGE)

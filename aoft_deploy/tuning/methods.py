@@ -156,7 +156,10 @@ def _bitfit(site: Site, settings: Settings, generator: Generator) -> Update | No
 
 
 ATTENTION_FIRST = (("q", "v"), ("fc1", "fc2"), ("conv",))
+"""Automatic targets of LoRA: attention, otherwise MLPs, otherwise convolutions."""
+
 BRANCH_OUTPUTS = (("proj", "fc2"), ("conv",))
+"""Automatic targets of adapters: the last maps of the branches, otherwise convolutions."""
 
 for star, suffix, extra in (
     (False, "", ""),

@@ -8,82 +8,21 @@ shared weight (``mix``). The classifiers of all tasks form a second bank with on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from aoft_deploy.errors import AttachError
+from aoft_deploy.tuning.mixed_layers import BatchDeltas, BatchUpdate, mix_layer
 from aoft_deploy.tuning.prompted_blocks import Prompted
 from aoft_deploy.tuning.task_layout import Layout
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
-from aoft_deploy.tuning.updates.delta import Rows
-from aoft_deploy.tuning.updates.mixing import mix_linear
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 
 __all__ = ["FleetModel", "FoldedModel", "MixedModel"]
-
-
-class Batch:
-    """The deltas of the current batch, and the sites that used them."""
-
-    def __init__(self) -> None:
-        self.deltas: dict[str, Any] = {}
-        self.used: set[str] = set()
-
-    def take(self, site: str) -> Any:
-        """The delta of a site, which is recorded as used."""
-        self.used.add(site)
-        return self.deltas[site]
-
-
-class Mixed(nn.Module):
-    """Mixin for a layer's class: changes the output of every sample by its own delta."""
-
-    batch: Batch
-    places: list[tuple[Rows, str]]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for x, (batch, …)."""
-        deltas = [(rows, self.batch.take(site)) for rows, site in self.places]
-        samples = deltas[0][1].samples()
-        if isinstance(self, nn.Linear):
-            tokens = x.reshape(samples, -1, x.shape[-1])
-            changed = mix_linear(tokens, self.weight, self.bias, deltas)
-            return changed.reshape(*x.shape[:-1], changed.shape[-1])
-        y: Tensor = super().forward(x)
-        channels_first = isinstance(self, (nn.Conv2d, nn.BatchNorm2d, LayerNorm2d))
-        if channels_first:
-            y = y.movedim(1, -1)
-        flat = y.reshape(samples, -1, y.shape[-1])
-        mixed: Tensor = deltas[0][1].mix(flat, flat, flat)
-        mixed = mixed.reshape(y.shape)
-        return mixed.movedim(-1, 1) if channels_first else mixed
-
-
-class MixedPrompts(nn.Module):
-    """Prompts from each sample's own task.
-
-    Args:
-        batch: Contains the deltas.
-        site: Name of the block's site.
-    """
-
-    def __init__(self, batch: Batch, site: str) -> None:
-        super().__init__()
-        self.batch, self.site = batch, site
-
-    def delta(self) -> Any:
-        """The prompts, (batch, prompts, width)."""
-        return self.batch.take(self.site)
-
-
-@functools.cache
-def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Mixed{cls.__name__}", (Mixed, cls), {"__module__": __name__})
 
 
 class FleetModel(nn.Module):
@@ -104,7 +43,11 @@ class FleetModel(nn.Module):
     def __init__(self, tuned: TunedModel) -> None:
         super().__init__()
         _check(tuned)
-        self.backbone, self.layout, self._batch = tuned.backbone, Layout(tuned.updates), Batch()
+        self.backbone, self.layout, self._batch = (
+            tuned.backbone,
+            Layout(tuned.updates),
+            BatchDeltas(),
+        )
         names: dict[Any, str] = {update: site for site, update in tuned.updates.items()}
         for path, module in list(self.backbone.named_modules()):
             self.place(path, module, names)
@@ -191,17 +134,15 @@ class MixedModel(FleetModel):
         super().__init__(tuned)
 
     def place(self, path: str, module: nn.Module, names: Mapping[Any, str]) -> None:
-        """Add ``Mixed`` to a layer's class, or replace prompts with those of every sample."""
+        """Make a layer mix its deltas, or replace prompts with those of every sample."""
         if isinstance(module, UpdatedModule):
             pairs = zip(module.rows, module.updates, strict=True)
-            layer = module.base
-            layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
             places = [(rows, names[update]) for rows, update in pairs]
-            layer.__dict__.update(batch=self._batch, places=places)
-            self.backbone.set_submodule(path, layer)
+            mix_layer(module.base, self._batch, places)
+            self.backbone.set_submodule(path, module.base)
         elif isinstance(module, Prompted) and "prompts" in module._modules:
             site = names[module.get_submodule("prompts")]
-            module.add_module("prompts", MixedPrompts(self._batch, site))
+            module.add_module("prompts", BatchUpdate(self._batch, site, single_task=False))
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
         """Each sample's own row."""
@@ -219,28 +160,11 @@ class FoldedModel(FleetModel):
         """Replace the module's updates with the batch's deltas."""
         for name, child in list(module.named_children()):
             if child in names:
-                module.add_module(name, _BatchUpdate(self._batch, names[child]))
+                module.add_module(name, BatchUpdate(self._batch, names[child], single_task=True))
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
         """The first sample's row, (1, row_length)."""
         return bank[task[:1]]
-
-
-class _BatchUpdate(nn.Module):
-    """An update with the parameters of the batch's task.
-
-    Args:
-        batch: Contains the deltas.
-        site: Name of the update's site.
-    """
-
-    def __init__(self, batch: Batch, site: str) -> None:
-        super().__init__()
-        self.batch, self.site = batch, site
-
-    def delta(self) -> Any:
-        """The delta of the task."""
-        return self.batch.take(self.site)[0]
 
 
 def _check(tuned: TunedModel) -> None:

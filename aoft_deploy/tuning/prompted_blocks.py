@@ -99,6 +99,37 @@ class PromptedWindows(Prompted):
         return attended
 
 
+def place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> None:
+    """Put prompts into their blocks. Prompts are dropped before the next block with prompts.
+
+    Args:
+        model: A timm model; its blocks are changed in place.
+        prompted: Sites of role ``block`` and their prompts.
+    """
+    for site, update in prompted:
+        if site.windows:
+            block = model.get_submodule(site.module)
+            _mix_in(PromptedWindows, block)
+            block.add_module("prompts", update)
+    places = {site.index: update for site, update in prompted if not site.windows}
+    blocks = list(model.get_submodule("blocks").children()) if places else []
+    count = 0
+    for index, block in enumerate(blocks):
+        own = places.get(index)
+        if own is not None:
+            delta = own.delta()
+            assert isinstance(delta, PromptDelta)
+            count = len(delta.tokens)
+        last = index + 1 == len(blocks) or index + 1 in places
+        if own is not None or last:
+            _mix_in(PromptedTokens, block)
+            assert isinstance(block, PromptedTokens)
+            block.prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+            block.dropped = count if last else 0
+            if own is not None:
+                block.add_module("prompts", own)
+
+
 class _WithAttention:
     """A block with another attention, for timm's own shifting and partitioning of windows."""
 
@@ -185,34 +216,3 @@ def _mix_in(mixin: Any, block: Any) -> None:
     """Add a mixin to a block's class."""
     block_class: Any = type(block)
     block.__class__ = _prompted_class(mixin, block_class)
-
-
-def place_prompts(model: nn.Module, prompted: list[tuple[Site, Update]]) -> None:
-    """Put prompts into their blocks. Prompts are dropped before the next block with prompts.
-
-    Args:
-        model: A timm model; its blocks are changed in place.
-        prompted: Sites of role ``block`` and their prompts.
-    """
-    for site, update in prompted:
-        if site.windows:
-            block = model.get_submodule(site.module)
-            _mix_in(PromptedWindows, block)
-            block.add_module("prompts", update)
-    places = {site.index: update for site, update in prompted if not site.windows}
-    blocks = list(model.get_submodule("blocks").children()) if places else []
-    count = 0
-    for index, block in enumerate(blocks):
-        own = places.get(index)
-        if own is not None:
-            delta = own.delta()
-            assert isinstance(delta, PromptDelta)
-            count = len(delta.tokens)
-        last = index + 1 == len(blocks) or index + 1 in places
-        if own is not None or last:
-            _mix_in(PromptedTokens, block)
-            assert isinstance(block, PromptedTokens)
-            block.prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-            block.dropped = count if last else 0
-            if own is not None:
-                block.add_module("prompts", own)

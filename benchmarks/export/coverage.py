@@ -52,7 +52,8 @@ from aoft_deploy.tuning.backbones.identity import Backbone
 from aoft_deploy.tuning.methods import get_method, method_names
 from aoft_deploy.tuning.sites.attention_classes import LEFT_ALONE, is_attention
 from aoft_deploy.tuning.sites.classifier import classifier_names
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 
 CLASSES = 5
 TOLERANCE = 1e-12

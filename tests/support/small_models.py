@@ -49,8 +49,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_relpos_small_patch16_224": NARROW,
 }
 """Shallow and mostly narrow models: plain, shifted windows with biases inside and outside the
-linear map, convolutions with both kinds of norm, registers, distilled, LayerScale, separate q/k/v, gated
-MLP, pre-norm without patch bias, attention pooling, relative positions."""
+linear map, convolutions with both kinds of norm, registers, distilled, LayerScale, separate
+q/k/v, gated MLP, pre-norm without patch bias, attention pooling, relative positions."""
 
 
 PROMPTS = ("aoft-vpt", "aoft-vpt-star", "vpt")

@@ -26,7 +26,7 @@ from aoft_deploy.errors import (
     UnknownNameError,
 )
 from aoft_deploy.tuning.methods import method_names
-from aoft_deploy.tuning.tuned_model import UpdatedModule
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 from aoft_deploy.tuning.updates.scale_shift import ScaleShift, Shift
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning import exact_folding
 from aoft_deploy.tuning.exact_folding import fold_exactly
-from aoft_deploy.tuning.tuned_model import UpdatedModule
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 from aoft_deploy.tuning.updates.aoft import Aoft, AoftLowRank
 from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import (

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from aoft_deploy.errors import SettingError
 from aoft_deploy.tuning import updates
 from aoft_deploy.tuning.exact_folding import exact_deltas, fold_exactly
-from aoft_deploy.tuning.tuned_model import UpdatedModule
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 from aoft_deploy.tuning.updates.aoft import Aoft, AoftAdapter, AoftLowRank, AoftPrompts
 from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import PromptDelta, WeightDelta

@@ -38,7 +38,8 @@ from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.sites.discovery import find_sites
 from aoft_deploy.tuning.sites.site import LINEAR_ROLES, Site
-from aoft_deploy.tuning.tuned_model import TunedModel, UpdatedModule
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_deploy.tuning.updated_layers import UpdatedModule
 from aoft_deploy.tuning.updates.delta import OutputDelta, PromptDelta, WeightDelta, matrix_shape
 from aoft_deploy.tuning.updates.update import Update
 
