@@ -164,7 +164,7 @@ def test_our_folder_on_other_backbone_weights_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"base_model_name_or_path": "timm/vit_tiny_patch16_224.augreg_in21k"}, "was trained on v"),
         ({"base_model_name_or_path": EVA}, f"was trained on {EVA}, but {VIT} computes something"),
@@ -178,7 +178,7 @@ def test_our_folder_on_other_backbone_weights_is_refused(
 )
 def test_a_backbone_that_the_folder_does_not_name_is_refused(
     fields: dict[str, Any],
-    told: str,
+    message: str,
     adapted: Callable[..., Tensor],
     weights: Callable[[str], Path],
     tmp_path: Path,
@@ -187,8 +187,8 @@ def test_a_backbone_that_the_folder_does_not_name_is_refused(
     expected = adapted(tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    if told:
-        assert told in refused(main, *options(tmp_path / "a", weights(VIT)))
+    if message:
+        assert message in refused(main, *options(tmp_path / "a", weights(VIT)))
         tuned = load(tmp_path / "a", backbone=VIT, weights=weights(VIT), force=True)
         with torch.inference_mode():
             torch.testing.assert_close(tuned(X), expected, atol=1e-5, rtol=0)

@@ -210,13 +210,13 @@ def test_a_missing_or_damaged_file_is_refused(
         inspect_file(copy)
 
 
-@pytest.mark.parametrize("kept", [3, 9, 200, 0.5, 0.999])
+@pytest.mark.parametrize("length", [3, 9, 200, 0.5, 0.999])
 def test_a_truncated_file_is_refused(
-    kept: float, copy: Path, weights: Callable[[str], Path], refused: Callable[..., str]
+    length: float, copy: Path, weights: Callable[[str], Path], refused: Callable[..., str]
 ) -> None:
     path = copy / "adapter_model.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    path.write_bytes(data[: length if isinstance(length, int) else int(length * len(data))])
     assert "is no safetensors file" in refused(main, *options(copy, weights(VIT)))
 
 

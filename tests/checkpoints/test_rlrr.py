@@ -318,12 +318,12 @@ def test_a_published_file_with_a_non_finite_value_is_refused(
     assert "update.blocks.1.mlp.fc1.scale_out holds values that are not finite" in line
 
 
-@pytest.mark.parametrize("kept", [2, 10, 1000, 0.5, 0.99])
+@pytest.mark.parametrize("length", [2, 10, 1000, 0.5, 0.99])
 def test_a_truncated_published_file_is_refused(
-    kept: float, npz: Path, pth: Path, refused: Callable[..., str]
+    length: float, npz: Path, pth: Path, refused: Callable[..., str]
 ) -> None:
     data = pth.read_bytes()
-    pth.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    pth.write_bytes(data[: length if isinstance(length, int) else int(length * len(data))])
     line = refused(main, *options(pth, npz))
     assert re.search("is damaged or would run code|is a zip archive without its end", line), line
 
@@ -397,8 +397,8 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(
         read_checkpoint(path)
     with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
         read_checkpoint_numbers(path, TaskKind("", "rlrr", {}, {}, (), WIDTH))
-    said = "is no safetensors file" if path.suffix == ".safetensors" else "would run code"
-    assert said in refused(inspect_main, path)
+    message = "is no safetensors file" if path.suffix == ".safetensors" else "would run code"
+    assert message in refused(inspect_main, path)
     assert not marker.exists()
 
 
@@ -538,7 +538,7 @@ NORM = "Transformer/encoderblock_0/LayerNorm_0"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda arrays: arrays.update({f"{NORM}/gain": np.ones(3)}), "more"),
         (lambda arrays: arrays.update({"registers": np.ones((1, 4, 8))}), "more"),
@@ -549,14 +549,14 @@ NORM = "Transformer/encoderblock_0/LayerNorm_0"
 )
 def test_an_npz_file_must_fill_the_model_exactly(
     change: Callable[[dict[str, Any]], object],
-    told: str,
+    message: str,
     npz: Path,
     pth: Path,
     tmp_path: Path,
     refused: Callable[..., str],
 ) -> None:
     path = faulty_npz(npz, tmp_path / "w.npz", change)
-    if told:
+    if message:
         line = refused(main, *options(pth, path))
         assert re.search(r"holds \d+ weights of a backbone, but VisionTransformer has \d+", line)
     else:

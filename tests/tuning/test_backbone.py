@@ -118,7 +118,7 @@ def test_the_same_architecture_under_another_name_is_accepted(
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "told"),
+    ("found", "wanted", "message"),
     [
         (QUICK, NAME, "blocks.0.mlp.act is QuickGELU, not GELU"),
         ("efficientnet_lite0", "tf_efficientnet_lite0", "conv_stem is Conv2d, not Conv2dSame"),
@@ -131,15 +131,15 @@ def test_the_same_architecture_under_another_name_is_accepted(
     ],
 )
 def test_names_are_compared_by_the_models_that_timm_creates(
-    found: str, wanted: str, told: str
+    found: str, wanted: str, message: str
 ) -> None:
-    why = difference(Backbone(found, "d"), Backbone(wanted, "d"))
-    assert told in why
-    assert bool(why) is bool(told)
+    reason = difference(Backbone(found, "d"), Backbone(wanted, "d"))
+    assert message in reason
+    assert bool(reason) is bool(message)
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({"act_layer": "relu"}, "blocks.0.mlp.act is ReLU, not GELU"),
         ({"norm_layer": "layernorm2d"}, "norm"),
@@ -149,11 +149,11 @@ def test_names_are_compared_by_the_models_that_timm_creates(
         ({"img_size": 224}, ""),
     ],
 )
-def test_arguments_that_shape_a_model_are_compared(args: dict[str, Any], told: str) -> None:
+def test_arguments_that_shape_a_model_are_compared(args: dict[str, Any], message: str) -> None:
     name = "vit_tiny_patch16_224"
-    why = difference(Backbone(name, "d", args=args), Backbone(name, "d"))
-    assert told in why
-    assert bool(why) is bool(told)
+    reason = difference(Backbone(name, "d", args=args), Backbone(name, "d"))
+    assert message in reason
+    assert bool(reason) is bool(message)
 
 
 def test_arguments_of_the_checkpoint_apply_to_another_name_too(
@@ -203,7 +203,7 @@ def changed_pool(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (changed_activation, r"blocks\.0\.mlp\.act is ReLU, not GELU"),
         (changed_epsilon, r"norm\.eps is 0\.001, not 1e-05"),
@@ -212,7 +212,7 @@ def changed_pool(model: nn.Module) -> None:
 )
 def test_a_checkpoint_of_a_changed_model_is_not_opened_on_the_unchanged_one(
     change: Callable[[nn.Module], None],
-    told: str,
+    message: str,
     quick_fleet: Path,
     clip: Path,
     tmp_path: Path,
@@ -223,13 +223,13 @@ def test_a_checkpoint_of_a_changed_model_is_not_opened_on_the_unchanged_one(
     path = tmp_path / "a.ckpt"
     save(attach(model, "lora"), path, classes=CLASSES, preprocessing=PREPROCESSING)
     with pytest.raises(
-        CheckpointError, match=rf"timm does not create as {NAME}.*\({told}\): attach"
+        CheckpointError, match=rf"timm does not create as {NAME}.*\({message}\): attach"
     ):
         load(path, weights=clip)
     forced = load(path, weights=clip, force=True)
-    kept = read_checkpoint(path).backbone
-    assert re.search(told, difference(forced.identity, kept))
-    with pytest.raises(CheckpointError, match=f"{told}.*a fleet has no such backbone"):
+    stored = read_checkpoint(path).backbone
+    assert re.search(message, difference(forced.identity, stored))
+    with pytest.raises(CheckpointError, match=f"{message}.*a fleet has no such backbone"):
         Fleet(quick_fleet).add(path, "a")
 
 
@@ -247,10 +247,10 @@ def test_a_plain_model_does_not_differ_from_its_name() -> None:
 
 
 def test_the_structure_of_a_model_is_not_stored(trained: Callable[..., Path]) -> None:
-    kept = described(trained(NAME))["backbone"]
-    assert kept.keys() == {"name", "digest", "origin", "args"}
+    stored = described(trained(NAME))["backbone"]
+    assert stored.keys() == {"name", "digest", "origin", "args"}
     with pytest.raises(BackboneError, match=r"has the keys .*structure"):
-        Backbone.from_dict({**kept, "structure": []})
+        Backbone.from_dict({**stored, "structure": []})
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +336,10 @@ def test_the_digest_depends_on_every_tensor_its_name_type_and_shape() -> None:
     model = timm.create_model("test_vit", num_classes=3).eval()
     first, classifier = weights_digest(model), {"head.weight", "head.bias"}
     for name, tensor in model.state_dict().items():
-        flat, kept = tensor.view(-1), tensor.view(-1)[-1].clone()
-        flat[-1] = torch.nextafter(kept, torch.tensor(torch.inf))
+        flat, original = tensor.view(-1), tensor.view(-1)[-1].clone()
+        flat[-1] = torch.nextafter(original, torch.tensor(torch.inf))
         assert (weights_digest(model) == first) is (name in classifier), name
-        flat[-1] = kept
+        flat[-1] = original
     assert weights_digest(model) == first
 
     def altered(change: Callable[[dict[str, Tensor]], object]) -> str:
@@ -384,12 +384,12 @@ def test_the_digest_depends_on_every_tensor_its_name_type_and_shape() -> None:
 def test_the_digest_leaves_out_only_resampled_tensors(size: int, left_out: set[str]) -> None:
     model = timm.create_model("test_vit", num_classes=3, img_size=size)
     first = identify(model).digest
-    unseen = {"head.weight", "head.bias"} | left_out
+    excluded = {"head.weight", "head.bias"} | left_out
     for name, tensor in model.state_dict().items():
-        kept = tensor.clone()
+        original = tensor.clone()
         tensor.view(-1)[0] += 1
-        assert (identify(model).digest == first) is (name in unseen), name
-        tensor.copy_(kept)
+        assert (identify(model).digest == first) is (name in excluded), name
+        tensor.copy_(original)
 
 
 @pytest.mark.parametrize(

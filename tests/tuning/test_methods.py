@@ -258,8 +258,8 @@ def test_rlrr_updates_the_norms_of_other_families_only_if_given() -> None:
     assert set(kinds("resnet18", "rlrr", norms=["batch_norm"])) == {"conv", "batch_norm"}
     swin = set(kinds("swin_tiny_patch4_window7_224", "rlrr"))
     assert "reduction" in swin and "reduction_norm" not in swin
-    told = kinds("swin_tiny_patch4_window7_224", "rlrr", norms=["reduction_norm"])
-    assert told["reduction_norm"] == [ScaleShift] * 3 and "norm" not in told
+    updated = kinds("swin_tiny_patch4_window7_224", "rlrr", norms=["reduction_norm"])
+    assert updated["reduction_norm"] == [ScaleShift] * 3 and "norm" not in updated
 
 
 def test_norms_of_rlrr_start_around_one_only_with_published_initial_values() -> None:

@@ -109,12 +109,15 @@ def test_q_k_and_v_are_the_thirds_of_the_fused_rows(name: str) -> None:
 
 
 def test_the_shift_of_swins_reduction_is_absorbed_by_the_preceding_norm() -> None:
-    for name, taken in (("swin_tiny_patch4_window7_224", True), ("swinv2_tiny_window8_256", False)):
+    for name, absorbed in (
+        ("swin_tiny_patch4_window7_224", True),
+        ("swinv2_tiny_window8_256", False),
+    ):
         found = [site for site in find_sites(shapes(name)) if site.role == "reduction"]
         assert len(found) == 3
         for site in found:
             norm = f"{site.module.removesuffix('reduction')}norm"
-            assert site.absorber == (norm if taken else "") and site.bias is taken
+            assert site.absorber == (norm if absorbed else "") and site.bias is absorbed
 
 
 def test_a_convolution_is_the_map_of_the_published_matrix() -> None:
@@ -207,8 +210,8 @@ def test_models_other_than_timms_are_refused_with_advice() -> None:
         "ResNet of torchvision": torchvision.models.resnet18(num_classes=3),
         "Sequential of torch": nn.Sequential(nn.Linear(3, 2)),
     }
-    for told, model in others.items():
-        with pytest.raises(AttachError, match=f"^{told} is no timm model.*timm.create_model"):
+    for name, model in others.items():
+        with pytest.raises(AttachError, match=f"^{name} is no timm model.*timm.create_model"):
             classifier_names(model)
     wrapped = nn.Module()
     wrapped.module = timm.create_model("test_vit", num_classes=3)

@@ -359,5 +359,5 @@ def test_no_left_out_pattern_matches_a_tensor_of_the_trunk(rule: str) -> None:
         *timm.create_model("deit_tiny_distilled_patch16_224", depth=1).state_dict(),
     ]
     classifier = re.compile(r"(head|head\.fc|head_dist)\.(weight|bias)")
-    taken = [n for n in names if re.fullmatch(rule, n) and not classifier.fullmatch(n)]
-    assert taken == []
+    matched = [n for n in names if re.fullmatch(rule, n) and not classifier.fullmatch(n)]
+    assert matched == []

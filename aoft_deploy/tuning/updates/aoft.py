@@ -39,8 +39,8 @@ class AoftLowRank(Update):
     One vector generates each projection, so its size does not depend on the rank d. With
     ``per_rank_scale`` this is AOFT*: λ ∈ R^d is trained and starts at zero, so training starts at
     the pre-trained function. Otherwise λ = 1, and ΔW cannot start at zero: ‖ΔW‖_F ≈ scale · √d for
-    every q. The paper does not give the initial values of q. Here q ~ N(0, 1/N), with
-    a norm of about one, where AO(q) is closest to orthogonal.
+    every q. The paper does not give the initial values of q. Here q ~ N(0, 1/N), with a norm of
+    about one, where AO(q) is closest to orthogonal.
 
     Args:
         in_features: Length of q_down.
