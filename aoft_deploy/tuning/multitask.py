@@ -21,6 +21,7 @@ from aoft_deploy.tuning.prompted_blocks import Prompted
 from aoft_deploy.tuning.task_layout import Layout
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_deploy.tuning.updated_layers import UpdatedModule
+from aoft_deploy.tuning.updates.delta import WeightDelta
 
 __all__ = ["FleetModel", "FoldedModel", "MixedModel"]
 
@@ -43,11 +44,9 @@ class FleetModel(nn.Module):
     def __init__(self, tuned: TunedModel) -> None:
         super().__init__()
         _check(tuned)
-        self.backbone, self.layout, self._batch = (
-            tuned.backbone,
-            Layout(tuned.updates),
-            BatchDeltas(),
-        )
+        self.backbone = tuned.backbone
+        self.layout = Layout(tuned.updates)
+        self._batch = BatchDeltas()
         names: dict[Any, str] = {update: site for site, update in tuned.updates.items()}
         for path, module in list(self.backbone.named_modules()):
             self.place(path, module, names)
@@ -185,7 +184,7 @@ def _check_mixing(tuned: TunedModel) -> None:
                 f"{path} has biases outside its linear map, which cannot differ within a batch."
             )
         if isinstance(module, UpdatedModule) and isinstance(module.base, nn.Conv2d):
-            if any(type(delta).__name__ == "WeightDelta" for _, delta in module.deltas()):
+            if any(isinstance(delta, WeightDelta) for _, delta in module.deltas()):
                 raise AttachError(
                     f"{path} is a convolution, whose weight cannot differ within a batch."
                 )
