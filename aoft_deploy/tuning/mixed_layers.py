@@ -78,7 +78,7 @@ def mix_layer(layer: nn.Module, batch: BatchDeltas, places: list[tuple[Rows, str
         batch: Contains the deltas.
         places: Row ranges of the layer, and the name of the site of each.
     """
-    layer.__class__ = _mixed_class(type(layer))
+    layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
     layer.__dict__.update(batch=batch, places=places)
 
 
