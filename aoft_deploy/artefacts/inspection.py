@@ -48,9 +48,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors" and (metadata := _timm(path)):
         return {"kind": "timm artefact", **_common(path), **metadata, **_manifest(path)}
     from aoft_deploy.checkpoints.checkpoint import read_checkpoint
-    from aoft_deploy.checkpoints.rlrr import is_published, read_published
+    from aoft_deploy.checkpoints.rlrr import is_torch_file, read_published
 
-    if is_published(path):
+    if is_torch_file(path):
         tensors = read_published(path)
         return {"kind": "published RLRR checkpoint", **_common(path), **_tensors(tensors)}
     checkpoint = read_checkpoint(path)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aoft_deploy.checkpoints.file_format import FORMAT, parse_description, read_tensors
-from aoft_deploy.checkpoints.rlrr import is_published
+from aoft_deploy.checkpoints.rlrr import is_torch_file
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
 from aoft_deploy.file_signatures import foreign
@@ -147,7 +147,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 def _unreadable(path: Path, error: Exception) -> str:
     if reason := foreign(path, "safetensors", "torch", "pickle"):
         return f"{path} is no checkpoint: it {reason}."
-    if is_published(path):
+    if is_torch_file(path):
         return (
             f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
             "published RLRR .pth files if `backbone` and `weights` give their backbone."

@@ -11,7 +11,7 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint, parse_checkpoint, read_checkpoint
 from aoft_deploy.checkpoints.lora_factors import bypassed_layers
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
-from aoft_deploy.checkpoints.rlrr import is_published, published_preprocessing, read_published
+from aoft_deploy.checkpoints.rlrr import is_torch_file, published_preprocessing, read_published
 from aoft_deploy.checkpoints.trained_backbone import peft_backbone, trained_backbone
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError
@@ -64,7 +64,7 @@ def open_checkpoint(
     path = Path(path)
     if path.is_dir():
         return _open_peft(path, source)
-    if source.name is not None and is_published(path):
+    if source.name is not None and is_torch_file(path):
         return _open_published(path, source.name, source.weights)
     checkpoint = read_checkpoint(path)
     model, identity = trained_backbone(path, checkpoint, source)

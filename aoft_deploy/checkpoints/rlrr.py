@@ -18,7 +18,7 @@ from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.tuning.backbones.state_dict import load_torch
 
-__all__ = ["is_published", "published_preprocessing", "read_published"]
+__all__ = ["is_torch_file", "published_preprocessing", "read_published"]
 
 WORDS = {
     "attn.query": "attn.qkv.q",
@@ -48,7 +48,7 @@ RULES = {
 """Pattern of a published name → our name, its groups translated by ``WORDS``."""
 
 
-def is_published(path: Path) -> bool:
+def is_torch_file(path: Path) -> bool:
     """Whether a file starts like those of ``torch.save``: a zip archive or a bare pickle."""
     if not path.is_file():
         return False

@@ -12,7 +12,7 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint
 from aoft_deploy.checkpoints.peft_adapter import PeftFolder
 from aoft_deploy.errors import CheckpointError, UnknownNameError
-from aoft_deploy.tuning.backbones.architecture import CHANGED, called
+from aoft_deploy.tuning.backbones.architecture import CHANGED, architecture_label
 from aoft_deploy.tuning.backbones.backbone import create_backbone, file_classifier
 from aoft_deploy.tuning.backbones.identity import Backbone, difference, image_size
 
@@ -66,10 +66,11 @@ def _check_same(path: Path, found: Backbone, trained_on: Backbone) -> None:
             "accept the difference with `force=True`."
         )
     if trained_on.origin.startswith(CHANGED):
+        label = architecture_label(trained_on.name, trained_on.args)
         raise CheckpointError(
-            f"{path} was trained on a model that timm does not create as "
-            f"{called(trained_on.name, trained_on.args)} ({difference(found, trained_on)}): attach "
-            "its method to that model in Python, or accept the difference with `force=True`."
+            f"{path} was trained on a model that timm does not create as {label} "
+            f"({difference(found, trained_on)}): attach its method to that model in Python, or "
+            "accept the difference with `force=True`."
         )
     if reason := difference(found, trained_on):
         raise CheckpointError(

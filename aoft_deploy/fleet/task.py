@@ -20,7 +20,11 @@ from aoft_deploy.artefacts.prediction import check_classes
 from aoft_deploy.checkpoints.file_format import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign
-from aoft_deploy.tuning.backbones.architecture import CHANGED, called, same_architecture
+from aoft_deploy.tuning.backbones.architecture import (
+    CHANGED,
+    architecture_label,
+    same_architecture,
+)
 
 __all__ = ["TaskKind", "TaskNumbers", "name_of", "read_checkpoint_numbers"]
 
@@ -124,10 +128,12 @@ class TaskKind:
             )
         name, args = str(found.get("backbone", "")), found.get("args", {})
         if name and self.backbone and not same_architecture(name, args, self.backbone, self.args):
+            trained_on = architecture_label(name, args)
+            backbone = architecture_label(self.backbone, self.args)
             raise CheckpointError(
-                f"{path} was trained on {called(name, args)}, but the fleet's backbone is "
-                f"{called(self.backbone, self.args)}, which may compute something else with the "
-                "same weights: train the task on the fleet's backbone."
+                f"{path} was trained on {trained_on}, but the fleet's backbone is {backbone}, "
+                "which may compute something else with the same weights: train the task on the "
+                "fleet's backbone."
             )
         full = {**found, "settings": {**self.defaults, **found["settings"]}}
         for key in ("method", "settings", "preprocessing"):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
-from aoft_deploy.checkpoints.rlrr import is_published, published_preprocessing, read_published
+from aoft_deploy.checkpoints.rlrr import is_torch_file, published_preprocessing, read_published
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import main as inspect_main
 from aoft_deploy.cli.predict import main as predict_main
@@ -507,15 +507,15 @@ def test_an_npz_for_a_model_other_than_a_vit_is_refused(
     assert "cannot be loaded from an .npz file" in refused(main, *arguments)
 
 
-def test_is_published_accepts_only_files_of_torch_save(
+def test_is_torch_file_accepts_only_files_of_torch_save(
     tmp_path: Path, pth: Path, checkpoint: Path
 ) -> None:
-    assert is_published(pth)
-    assert not is_published(checkpoint)
-    assert not is_published(tmp_path)
-    assert not is_published(tmp_path / "nothing")
+    assert is_torch_file(pth)
+    assert not is_torch_file(checkpoint)
+    assert not is_torch_file(tmp_path)
+    assert not is_torch_file(tmp_path / "nothing")
     (tmp_path / "empty").touch()
-    assert not is_published(tmp_path / "empty")
+    assert not is_torch_file(tmp_path / "empty")
 
 
 def test_a_zip_archive_that_torch_did_not_write_is_refused(

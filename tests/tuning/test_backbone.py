@@ -28,7 +28,11 @@ from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
 from aoft_deploy.fleet.task import TaskKind, read_checkpoint_numbers
-from aoft_deploy.tuning.backbones.architecture import called, first_difference, same_architecture
+from aoft_deploy.tuning.backbones.architecture import (
+    architecture_label,
+    first_difference,
+    same_architecture,
+)
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.backbones.identity import (
     Backbone,
@@ -162,7 +166,7 @@ def test_arguments_of_the_checkpoint_apply_to_another_name_too(
     path = trained(NAME, act_layer="quick_gelu")
     assert load(path, weights=clip).identity.args["act_layer"] == "quick_gelu"
     assert load(path, weights=clip, backbone=QUICK).identity.name == QUICK
-    assert "quick" in called(NAME, described(path)["backbone"]["args"])
+    assert "quick" in architecture_label(NAME, described(path)["backbone"]["args"])
 
 
 def test_a_deprecated_name_is_replaced_by_its_current_one(tmp_path: Path) -> None:

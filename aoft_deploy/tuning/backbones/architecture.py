@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = [
     "CHANGED",
-    "called",
+    "architecture_label",
     "evaluation_args",
     "first_difference",
     "same_architecture",
@@ -52,7 +52,7 @@ def same_architecture(
     return name.partition(".")[0] == other.partition(".")[0] and ours == theirs
 
 
-def called(name: str, args: Mapping[str, Any]) -> str:
+def architecture_label(name: str, args: Mapping[str, Any]) -> str:
     """A backbone's name in messages: ``vit_tiny_patch16_224(img_size=64)``."""
     shown = ", ".join(f"{key}={value}" for key, value in args.items())
     return f"{name}({shown})" if shown else name

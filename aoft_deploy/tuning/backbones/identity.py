@@ -17,7 +17,7 @@ from aoft_deploy.errors import BackboneError
 from aoft_deploy.processors import processors
 from aoft_deploy.tuning.backbones.architecture import (
     CHANGED,
-    called,
+    architecture_label,
     evaluation_args,
     first_difference,
     same_architecture,
@@ -180,7 +180,10 @@ def difference(found: Backbone, wanted: Backbone) -> str:
     try:
         return first_difference(_structure(found.skeleton), _structure(wanted.skeleton))
     except Exception:  # timm raises many types for unknown names and arguments
-        names = called(found.name, found.args), called(wanted.name, wanted.args)
+        names = (
+            architecture_label(found.name, found.args),
+            architecture_label(wanted.name, wanted.args),
+        )
         return "{} is another architecture than {}".format(*names)
 
 
