@@ -201,7 +201,7 @@ def export(options: argparse.Namespace) -> None:
 
 def _note_passed_over(sources: Sequence[Path]) -> None:
     """Say which files of folders were taken for no images."""
-    from aoft_deploy.data.images import image_files, told_suffixes
+    from aoft_deploy.data.listing import image_files, told_suffixes
 
     others = Counter[str]()
     image_files(list(dict.fromkeys(sources)), others)

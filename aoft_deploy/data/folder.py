@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from aoft_deploy.data.folder_structure import ClassFolders, quoted, read_image_folder
-from aoft_deploy.data.splits import ImageList, Splits, check_train
+from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.errors import DataError, OutputError, SettingError
 
-__all__ = ["cut_parts", "image_paths", "load_folder", "write_folder"]
+__all__ = ["check_train", "cut_parts", "image_paths", "load_folder", "write_folder"]
 
 
 def load_folder(
@@ -152,3 +153,24 @@ def write_folder(splits: Splits, root: Path) -> None:
         raise OutputError(
             f"Folder {str(root)!r} cannot be written: {error.strerror or error}."
         ) from error
+
+
+def check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> None:
+    """Refuse a data folder without a class that has images."""
+    if not train:
+        raise DataError(
+            f"Data folder {str(root)!r} has no class folders: "
+            "put each class's images into a folder named after the class."
+        )
+    if len(train) == 1:
+        (name,) = train
+        raise DataError(
+            f"Data folder {str(root)!r} has one class, {name!r}: use at least 2, "
+            "or give the folder that holds the class folders."
+        )
+    empty = [name for name, images in train.items() if not images]
+    if empty:
+        told = f" ({'; '.join(passed_over)})" if passed_over else ""
+        raise DataError(
+            f"No images for training in class folder {quoted(empty)}: add some or remove it{told}."
+        )

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.data.folder_structure import ClassFolders, quoted
 from aoft_deploy.data.images import read_image, read_size
 from aoft_deploy.errors import DataError, ImageError
 from aoft_deploy.processors import processors
 
-__all__ = ["ImageList", "Splits", "check_train", "find_faults", "refuse_faults"]
+__all__ = ["ImageList", "Splits", "find_faults", "refuse_faults"]
 
 
 _NAMED = 10  # classes that a summary names
@@ -120,24 +119,3 @@ def refuse_faults(faults: Sequence[str], total: int) -> None:
         first = "; ".join(fault.rstrip(".") for fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise DataError(f"{len(faults)} of {total} images cannot be used: {first}{more}.")
-
-
-def check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> None:
-    """Refuse a data folder without a class that has images."""
-    if not train:
-        raise DataError(
-            f"Data folder {str(root)!r} has no class folders: "
-            "put each class's images into a folder named after the class."
-        )
-    if len(train) == 1:
-        (name,) = train
-        raise DataError(
-            f"Data folder {str(root)!r} has one class, {name!r}: use at least 2, "
-            "or give the folder that holds the class folders."
-        )
-    empty = [name for name, images in train.items() if not images]
-    if empty:
-        told = f" ({'; '.join(passed_over)})" if passed_over else ""
-        raise DataError(
-            f"No images for training in class folder {quoted(empty)}: add some or remove it{told}."
-        )

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.protocols import CalibratedExporter, Exporter
-from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import SettingError
 

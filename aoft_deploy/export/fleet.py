@@ -25,7 +25,8 @@ from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Rep
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from aoft_deploy.checkpoints.opening import open_checkpoint
-from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.listing import image_files
 from aoft_deploy.errors import (
     AttachError,
     CheckpointError,

@@ -42,7 +42,8 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import FILES
-from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels

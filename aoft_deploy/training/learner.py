@@ -5,80 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data.config import resolve_model_data_config
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import DivergedError, SettingError
+from aoft_deploy.errors import DivergedError
 from aoft_deploy.training.augmentation import generator, mix, reseed
 from aoft_deploy.training.batches import Loader, Part
+from aoft_deploy.training.model import only_depth_is_random
 from aoft_deploy.training.optimisation import make_optimiser, set_rate
 from aoft_deploy.training.settings import TrainingSettings
-from aoft_deploy.tuning.attaching import attach
-from aoft_deploy.tuning.backbones.backbone import create_backbone
-from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = [
-    "Learner",
-    "create_model",
-    "diverged",
-    "fast_bf16",
-    "model_preprocessing",
-    "normalised",
-    "only_depth_is_random",
-]
+__all__ = ["Learner", "diverged", "fast_bf16", "normalised"]
 
 DEPTH, MIX = 3, 4  # purposes of random numbers; batches.py has 1 and 2
 CHECK_EVERY = 20  # steps between looks at the gradient, which a GPU has to be waited for
-
-
-def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
-    """The backbone with the method's updates and a fresh classifier.
-
-    Args:
-        settings: Says the backbone, the method, the input's size and the seed.
-        num_classes: Width of the classifier.
-
-    Raises:
-        UnknownNameError: Unknown backbone, method or method setting.
-        SettingError: A learning rate for updates that the method does not have.
-        BackboneError: The backbone's weights are missing or do not fit.
-        AttachError: The method finds no place in the backbone.
-    """
-    method = get_method(settings.method)
-    values = method.settings(settings.method_settings)
-    if method.build is None and not method.everything and settings.lr is not None:
-        raise SettingError(
-            f"{method.name} has no updates, so lr means nothing to it: set the classifier's with "
-            "--head-lr."
-        )
-    args = {} if settings.img_size is None else {"img_size": settings.img_size}
-    depth = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
-    model, identity = create_backbone(
-        settings.backbone,
-        num_classes=num_classes,
-        weights=settings.backbone_weights,
-        **args,
-        **depth,
-    )
-    identity = replace(identity, args=args)  # stochastic depth ends with training
-    tuned = attach(model, settings.method, seed=settings.seed, backbone=identity, **values)
-    source = torch.Generator().manual_seed(settings.seed)
-    for name, parameter in tuned.trained().items():
-        if name.startswith("head."):
-            if parameter.dim() >= 2:
-                nn.init.trunc_normal_(parameter, std=0.02, generator=source)
-            else:
-                nn.init.zeros_(parameter)
-    return tuned
 
 
 class Learner:
@@ -246,32 +192,3 @@ def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: (3, 1, 1).
     """
     return (pixels.to(mean.dtype) / 255 - mean) / std
-
-
-def only_depth_is_random(model: nn.Module) -> None:
-    """Put stochastic depth into training mode and all else into evaluation mode.
-
-    Frozen parts must answer as they will after training: BatchNorm's statistics stay, dropout of
-    the backbone stays off.
-    """
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, DropPath):
-            module.train()
-
-
-def model_preprocessing(tuned: TunedModel, settings: TrainingSettings) -> Preprocessing:
-    """What the backbone's authors prepared images with, changed as the settings say.
-
-    Raises:
-        SettingError: The backbone's input is not a square RGB image, or a change is outside its
-            range.
-    """
-    config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]
-    changes = {
-        "size": settings.img_size,
-        "crop_mode": settings.crop_mode,
-        "crop_pct": settings.crop_pct,
-    }
-    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
-    return replace(Preprocessing.from_timm(config), **given)

@@ -23,7 +23,8 @@ from aoft_deploy.training.batches import (
     fingerprint,
     training_parts,
 )
-from aoft_deploy.training.learner import Learner, create_model, diverged, model_preprocessing
+from aoft_deploy.training.learner import Learner, diverged
+from aoft_deploy.training.model import create_model, model_preprocessing
 from aoft_deploy.training.optimisation import moments, restore_moments
 from aoft_deploy.training.run_folder import Progress, RunFolder
 from aoft_deploy.training.settings import TrainingSettings

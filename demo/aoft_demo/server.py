@@ -104,7 +104,7 @@ def running(
         from aoft_demo.tasks.visitors import Visitors
         from aoft_demo.views.page import build
         from aoft_demo.views.style import CSS, theme
-        from aoft_deploy.data.images import image_files
+        from aoft_deploy.data.listing import image_files
 
         names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else ["*"]
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)

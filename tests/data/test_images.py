@@ -18,13 +18,8 @@ import PIL
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from aoft_deploy.data.images import (
-    IMAGE_SUFFIXES,
-    image_files,
-    read_image,
-    read_size,
-    told_suffixes,
-)
+from aoft_deploy.data.images import read_image, read_size
+from aoft_deploy.data.listing import IMAGE_SUFFIXES, image_files, told_suffixes
 from aoft_deploy.errors import ImageError
 
 LOSSLESS = ["PNG", "BMP", "GIF", "TIFF", "PPM"]

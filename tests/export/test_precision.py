@@ -16,7 +16,8 @@ import torch
 from aoft_deploy.artefacts.verification import Bar, verify
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
-from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ImageError, VerificationError
 from aoft_deploy.export.merged import export_merged

@@ -23,7 +23,8 @@ import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_n
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.data.splits import ImageList
 from aoft_deploy.training.batches import Loader, PixelBatches, training_parts
-from aoft_deploy.training.learner import Learner, only_depth_is_random
+from aoft_deploy.training.learner import Learner
+from aoft_deploy.training.model import only_depth_is_random
 from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.attaching import attach
 

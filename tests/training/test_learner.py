@@ -9,13 +9,8 @@ from torch import nn
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import SettingError
-from aoft_deploy.training.learner import (
-    create_model,
-    fast_bf16,
-    model_preprocessing,
-    normalised,
-    only_depth_is_random,
-)
+from aoft_deploy.training.learner import fast_bf16, normalised
+from aoft_deploy.training.model import create_model, model_preprocessing, only_depth_is_random
 from aoft_deploy.training.settings import TrainingSettings
 
 SMALL = TrainingSettings(img_size=16)

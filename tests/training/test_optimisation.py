@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from aoft_deploy.training.learner import create_model
+from aoft_deploy.training.model import create_model
 from aoft_deploy.training.optimisation import (
     make_optimiser,
     moments,

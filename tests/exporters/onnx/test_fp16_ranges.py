@@ -20,7 +20,8 @@ from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
-from aoft_deploy.data.images import image_files, read_image
+from aoft_deploy.data.images import read_image
+from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.export.fleet import export_fleet

@@ -9,7 +9,7 @@ import timm
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.training.augmentation import image_transform
-from aoft_deploy.training.learner import create_model, model_preprocessing
+from aoft_deploy.training.model import create_model, model_preprocessing
 from aoft_deploy.training.paper_benchmarks.recipes import BACKBONE, RATES, get_recipe
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS, FGVC, VTAB
 from aoft_deploy.training.settings import TrainingSettings
