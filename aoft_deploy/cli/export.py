@@ -201,12 +201,12 @@ def export(options: argparse.Namespace) -> None:
 
 def _note_passed_over(sources: Sequence[Path]) -> None:
     """Say which files of folders were taken for no images."""
-    from aoft_deploy.data.listing import image_files, told_suffixes
+    from aoft_deploy.data.listing import describe_skipped, image_files
 
     others = Counter[str]()
     image_files(list(dict.fromkeys(sources)), others)
     if others:
-        print(f"note: {told_suffixes(others)}.", file=sys.stderr)
+        print(f"note: {describe_skipped(others)}.", file=sys.stderr)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

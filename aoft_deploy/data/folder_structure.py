@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from aoft_deploy.data.listing import IMAGE_SUFFIXES, is_system_folder, told_suffixes, walk_images
+from aoft_deploy.data.listing import IMAGE_SUFFIXES, describe_skipped, is_system_folder, walk_images
 from aoft_deploy.errors import DataError
 
 __all__ = ["ClassFolders", "ImageFolder", "part_of", "quoted", "read_image_folder"]
@@ -108,7 +108,7 @@ def read_image_folder(root: Path) -> ImageFolder:
 
 
 def _told(others: Counter[str]) -> list[str]:
-    told = told_suffixes(others)
+    told = describe_skipped(others)
     return [told] if told else []
 
 

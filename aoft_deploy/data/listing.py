@@ -22,7 +22,7 @@ from PIL import (  # noqa: F401
 
 from aoft_deploy.errors import ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "image_files", "is_system_folder", "told_suffixes", "walk_images"]
+__all__ = ["IMAGE_SUFFIXES", "image_files", "is_system_folder", "describe_skipped", "walk_images"]
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -94,7 +94,7 @@ def _is_signed(path: Path) -> bool:
     return prefix.startswith(_SIGNATURES) or prefix[:4] + prefix[8:12] == b"RIFFWEBP"
 
 
-def told_suffixes(others: Counter[str]) -> str:
+def describe_skipped(others: Counter[str]) -> str:
     """A phrase that counts what ``walk_images`` passed over; empty where it was nothing."""
     if not others:
         return ""
@@ -124,7 +124,7 @@ def image_files(sources: Sequence[Path], others: Counter[str] | None = None) -> 
             reason = error.strerror or error
             raise ImageError(f"Folder {str(source)!r} cannot be listed: {reason}.") from error
         if not found:
-            told = told_suffixes(other)
+            told = describe_skipped(other)
             raise ImageError(
                 f"There are no images in the folder {source}{f': {told}' if told else ''}."
             )

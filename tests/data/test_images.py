@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from aoft_deploy.data.images import read_image, read_size
-from aoft_deploy.data.listing import IMAGE_SUFFIXES, image_files, told_suffixes
+from aoft_deploy.data.listing import IMAGE_SUFFIXES, describe_skipped, image_files
 from aoft_deploy.errors import ImageError
 
 LOSSLESS = ["PNG", "BMP", "GIF", "TIFF", "PPM"]
@@ -437,8 +437,8 @@ def test_files_of_a_folder_are_found_and_others_are_counted(tmp_path: Path) -> N
     others = Counter[str]()
     found = [str(path.relative_to(tmp_path)) for path in image_files([tmp_path], others)]
     assert found == ["a.jpe", "b.png", "sub/c.JPG"]
-    assert told_suffixes(others) == "3 files of other suffixes passed over (.heic 2, .txt 1)"
-    assert told_suffixes(Counter()) == ""
+    assert describe_skipped(others) == "3 files of other suffixes passed over (.heic 2, .txt 1)"
+    assert describe_skipped(Counter()) == ""
 
 
 def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path: Path) -> None:
