@@ -70,7 +70,7 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
 
     splits = load_data(options.data, seed=settings.seed)
     if PartialState().is_main_process:
-        for sentence in splits.passed_over:
+        for sentence in splits.skipped:
             print(f"note: {sentence}.", file=sys.stderr)
     return train(splits, options.out, settings, resume=options.resume, **_loop(options))
 

@@ -1,4 +1,4 @@
-"""Images and labelled splits, from files or drawn by formulas, to arrays. Needs no torch."""
+"""Images and labelled splits, read from files or drawn, as arrays. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled images: folders of them, and the splits that training works on."""
+"""Labelled images in folders: loading them as splits, and writing splits as folders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from aoft_deploy.data.folder_structure import ClassFolders, quoted, read_image_folder
-from aoft_deploy.data.splits import ImageList, Splits
+from aoft_deploy.data.splits import ImageList, Splits, check_seed
 from aoft_deploy.errors import DataError, OutputError, SettingError
 
-__all__ = ["check_train", "cut_parts", "image_paths", "load_folder", "write_folder"]
+__all__ = ["cut_parts", "load_folder", "write_folder"]
 
 
 def load_folder(
@@ -22,32 +22,32 @@ def load_folder(
 ) -> Splits:
     """Load ``root/train/<class>/…`` with ``root/val`` and ``root/test``, or ``root/<class>/…``.
 
-    Parts are known by their usual names in any case, such as ``Training``, ``valid``, ``dev`` and
-    ``Test_set``. ``val`` is cut from ``train`` where it is absent; ``test`` may be absent. Without
-    ``train``, each class is split by its share, at least one image to a part. Which image goes
-    where depends on the seed, the class name and the file names of that class only. Class folders
-    are searched to the bottom, links followed once. What is passed over stands in the result.
-    Images are read later: :func:`aoft_deploy.training.run.check_splits`.
+    Parts are recognised by their usual names in any case, such as ``Training``, ``valid``, ``dev``
+    and ``Test_set``. A missing ``val`` is split off from ``train``; ``test`` is optional. Without
+    ``train``, each class is split by the given fractions, with at least one image in each part. The
+    split of a class depends only on the seed, the class name and the file names of the class.
+    Class folders are searched recursively, and links are followed once. Files and folders that are
+    not used are listed in ``Splits.skipped``. Images are not read yet; see
+    :func:`aoft_deploy.training.run.check_splits`.
 
     Args:
         root: The folder.
-        seed: Seed of the split, where one has to be made, from 0.
-        val_fraction: Share of each class that is cut off as ``val``, in (0, 1).
-        test_fraction: Share of each class that is cut off as ``test``, in [0, 1); 0 for none.
+        seed: Seed of a split that has to be made, from 0.
+        val_fraction: Fraction of each class that becomes ``val``, in (0, 1).
+        test_fraction: Fraction of each class that becomes ``test``, in [0, 1); 0 for none.
 
     Raises:
-        DataError: No such folder, no classes or only one, a class without images or with too
-            few to split, a class that is missing in ``train``, or folders of which it cannot be
-            told whether they are parts or classes.
-        SettingError: A share or the seed outside its range.
+        DataError: The folder does not exist, or has no classes or only one; a class has no images,
+            too few to split, or is missing in ``train``; or it is unclear whether the sub-folders
+            are parts or classes.
+        SettingError: A fraction or the seed is outside its range.
     """
     if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1 - val_fraction:
         raise SettingError(
-            f"Shares are val {val_fraction} and test {test_fraction}: "
-            "use val above 0, test from 0, and less than 1 together."
+            f"`val_fraction` is {val_fraction} and `test_fraction` is {test_fraction}, but the "
+            "first must be above 0, the second from 0, and their sum below 1."
         )
-    if seed < 0:
-        raise SettingError(f"Seed is {seed}: use a whole number from 0.")
+    check_seed(seed)
     if not root.is_dir():
         raise DataError(f"Data folder {str(root)!r} is not a folder: give one that exists.")
     try:
@@ -57,85 +57,68 @@ def load_folder(
             f"Data folder {str(root)!r} cannot be listed: {error.strerror or error} "
             f"({error.filename!r})."
         ) from error
-    train, passed_over = found.parts["train"], list(found.passed_over)
-    check_train(train, root, passed_over)
+    train, skipped = found.parts["train"], list(found.skipped)
+    _check_train(train, root, skipped)
     classes = tuple(sorted(train))
-    origins = {part: f"in {folder}" for part, folder in found.folders.items() if folder != "."}
+    origins = {part: f"from {folder}" for part, folder in found.folders.items() if folder != "."}
     parts = dict(found.parts)
     if "val" not in parts:
-        shares = {"val": val_fraction, "test": 0 if "test" in parts else test_fraction}
-        cut = cut_parts(train, {k: v for k, v in shares.items() if v}, seed)
-        source = origins.get("train", "in each class")
-        origins |= {part: f"cut with seed {seed}" for part in cut}
-        origins["train"] = f"left {source}"
-        parts |= cut
+        fractions = {"val": val_fraction, "test": 0 if "test" in parts else test_fraction}
+        split = cut_parts(train, {k: v for k, v in fractions.items() if v}, seed)
+        source = found.folders["train"]
+        origins |= {part: f"split off with seed {seed}" for part in split}
+        origins["train"] = f"the rest of {'each class' if source == '.' else source}"
+        parts |= split
     lists = {part: _listed(folder, classes, part) for part, folder in parts.items()}
     for part in ("val", "test"):
         missing = [name for name in classes if part in parts and not parts[part].get(name)]
         if missing:
-            passed_over.append(f"{part} has no images of class {quoted(missing)}")
-    return Splits(
-        lists["train"], lists["val"], lists.get("test"), classes, origins, tuple(passed_over)
-    )
-
-
-def image_paths(split: ImageList) -> list[Path]:
-    """The images of a split that are files, each once."""
-    return list(dict.fromkeys(image for image in split.images if isinstance(image, Path)))
+            skipped.append(f"{part} has no images of class {quoted(missing)}")
+    return Splits(lists["train"], lists["val"], lists.get("test"), classes, origins, tuple(skipped))
 
 
 def cut_parts(
-    train: dict[str, list[Path]], shares: dict[str, float], seed: int
-) -> dict[str, dict[str, list[Path]]]:
-    """Take ``shares`` of each class away; what is left stands as ``train`` in the result.
+    train: ClassFolders, fractions: dict[str, float], seed: int
+) -> dict[str, ClassFolders]:
+    """Split each class into parts; the rest becomes ``train``.
 
     Args:
         train: Images of each class.
-        shares: Part and its share, above 0; each part gets at least one image of each class.
+        fractions: Name and fraction, above 0, of each other part; each part gets at least one
+            image of each class.
         seed: Seed of the split, from 0.
 
     Raises:
         DataError: A class has too few images.
     """
-    parts: dict[str, ClassFolders] = {part: {} for part in ("train", *shares)}
+    parts: dict[str, ClassFolders] = {part: {} for part in ("train", *fractions)}
     for name, images in train.items():
-        if len(images) <= len(shares):
+        if len(images) <= len(fractions):
             raise DataError(
                 f"Class {name!r} has too few images ({len(images)}) to split into "
-                f"{' and '.join(parts)}: add images, or make the folders train and val yourself."
+                f"{' and '.join(parts)}: add images, or create the folders train and val yourself."
             )
-        # A generator for each class: other classes do not influence its split.
+        # Each class has its own generator, so that other classes do not influence its split.
         order = np.random.default_rng([seed, *os.fsencode(name)]).permutation(len(images))
         rest = [images[i] for i in order]
-        for waiting, (part, share) in zip(range(len(shares), 0, -1), shares.items(), strict=True):
-            # At least one image here, one for each part that still waits, one for train.
-            count = min(max(int(share * len(images)), 1), len(rest) - waiting)
+        for done, (part, fraction) in enumerate(fractions.items()):
+            # At least one image for this part, for each part after it, and for train.
+            needed = len(fractions) - done
+            count = min(max(int(fraction * len(images)), 1), len(rest) - needed)
             parts[part][name], rest = sorted(rest[:count]), rest[count:]
         parts["train"][name] = sorted(rest)
     return parts
-
-
-def _listed(folder: ClassFolders, classes: tuple[str, ...], part: str) -> ImageList:
-    foreign = sorted(name for name in folder if name not in classes)
-    if foreign:
-        close = difflib.get_close_matches(foreign[0], classes, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ": add it there or remove it here."
-        raise DataError(f"Class {quoted(foreign)} of {part} is not in train{hint}")
-    pairs = [(path, label) for label, name in enumerate(classes) for path in folder.get(name, ())]
-    if not pairs:
-        raise DataError(f"Data folder's part {part} has no images: add some or remove it.")
-    return ImageList([path for path, _ in pairs], [label for _, label in pairs])
 
 
 def write_folder(splits: Splits, root: Path) -> None:
     """Write splits as PNG files ``root/<train|val|test>/<class>/<number>.png``.
 
     Raises:
-        OutputError: The folder is there already, or cannot be written.
+        OutputError: The folder exists already, or cannot be written.
         ImageError: An image of the splits cannot be read.
     """
     if root.exists():
-        raise OutputError(f"Folder {str(root)!r} is there already: remove it or name another.")
+        raise OutputError(f"Folder {str(root)!r} exists already: remove it or name another.")
     parts = {"train": splits.train, "val": splits.val}
     if splits.test is not None:
         parts["test"] = splits.test
@@ -155,8 +138,8 @@ def write_folder(splits: Splits, root: Path) -> None:
         ) from error
 
 
-def check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> None:
-    """Refuse a data folder without a class that has images."""
+def _check_train(train: ClassFolders, root: Path, skipped: Sequence[str]) -> None:
+    """Refuse fewer than two classes, and classes without images."""
     if not train:
         raise DataError(
             f"Data folder {str(root)!r} has no class folders: "
@@ -170,7 +153,19 @@ def check_train(train: ClassFolders, root: Path, passed_over: Sequence[str]) -> 
         )
     empty = [name for name, images in train.items() if not images]
     if empty:
-        told = f" ({'; '.join(passed_over)})" if passed_over else ""
+        note = f" ({'; '.join(skipped)})" if skipped else ""
         raise DataError(
-            f"No images for training in class folder {quoted(empty)}: add some or remove it{told}."
+            f"No images for training in class folder {quoted(empty)}: add some or remove it{note}."
         )
+
+
+def _listed(folder: ClassFolders, classes: tuple[str, ...], part: str) -> ImageList:
+    foreign = sorted(name for name in folder if name not in classes)
+    if foreign:
+        close = difflib.get_close_matches(foreign[0], classes, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ": add it there or remove it here."
+        raise DataError(f"Class {quoted(foreign)} of {part} is not in train{hint}")
+    pairs = [(path, label) for label, name in enumerate(classes) for path in folder.get(name, ())]
+    if not pairs:
+        raise DataError(f"Data folder's part {part} has no images: add some or remove it.")
+    return ImageList([path for path, _ in pairs], [label for _, label in pairs])

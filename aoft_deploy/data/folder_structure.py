@@ -1,4 +1,4 @@
-"""How labelled images lie on the disk: which folders are parts, and which are classes."""
+"""The structure of a data folder: which sub-folders are parts, and which are classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _WORDS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
     "test": ("test", "testing", "tst"),
-    "eval": ("eval", "evaluation"),  # of the two others the one that has no folder
+    "eval": ("eval", "evaluation"),  # val or test, whichever has no folder
 }
 _PARTS = {word: part for part, words in _WORDS.items() for word in words}
 _FILLERS = ("set", "data", "dataset", "images", "image", "imgs", "img", "split", "folder", "part")
@@ -30,30 +30,30 @@ _FILLERS = ("set", "data", "dataset", "images", "image", "imgs", "img", "split",
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds.
+    """Contents of a data folder.
 
     Attributes:
-        parts: Classes of ``train``, and of ``val`` and ``test`` where these stand ready.
-        folders: The folder of each part, relative to the root; ``.`` where classes have no part.
-        passed_over: What lies there and is not used, a sentence each without its full stop.
+        parts: Classes of ``train``, and of ``val`` and ``test`` if they exist.
+        folders: Folder name of each part; ``.`` if the root holds the classes.
+        skipped: A sentence, without its full stop, on each thing in the folder that is not used.
     """
 
     parts: Mapping[str, ClassFolders]
     folders: Mapping[str, str]
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def part_of(name: str) -> str | None:
-    """The part that a folder's name stands for: ``train``, ``val``, ``test`` or ``eval``.
+    """The part that a folder name means: ``train``, ``val``, ``test`` or ``eval``; None for others.
 
-    Case, digits, separators and words such as ``images`` and ``set`` do not matter.
+    Case, digits, separators and words such as ``images`` and ``set`` are ignored.
     """
     words = _words(name)
     return _PARTS.get(words[0]) if len(words) == 1 else None
 
 
-def _hint_of(name: str) -> str | None:
-    """The part that a name speaks of beside other words, such as ``seg_train``."""
+def _part_in(name: str) -> str | None:
+    """The part that a name contains as one of several words, such as ``seg_train``."""
     return next((_PARTS[word] for word in _words(name) if word in _PARTS), None)
 
 
@@ -71,24 +71,24 @@ def read_image_folder(root: Path) -> ImageFolder:
     """Find ``root/train/<class>/…`` with ``val`` and ``test``, or ``root/<class>/…``.
 
     Raises:
-        DataError: Two folders stand for one part, folders of parts have no classes below them, or
-            it cannot be told which folders are parts and which are classes.
+        DataError: Two folders stand for the same part, a part has no class folders, or it is
+            unclear which folders are parts and which are classes.
         OSError: A folder cannot be listed.
     """
     folders = _subfolders(root)
-    others = Counter[str]()
+    skipped_files = Counter[str]()
     if not any(part_of(name) == "train" and _subfolders(path) for name, path in folders.items()):
         _check_no_part(root, folders)
         _check_class_folders(root, folders)
-        told = _loose_images(root)
-        parts = {"train": _read_classes(root, folders, others)}
-        return ImageFolder(parts, {"train": "."}, (*told, *_told(others)))
+        notes = _loose_images(root)
+        parts = {"train": _read_classes(root, folders, skipped_files)}
+        return ImageFolder(parts, {"train": "."}, _with_files(notes, skipped_files))
     named = _named_parts(root, folders)
-    beside = [name for name in folders if name not in named.values()]
-    _check_siblings(root, folders, named, beside)
-    told = _loose_images(root)
-    if beside:
-        told.append(f"{'Folder' if len(beside) == 1 else 'Folders'} {quoted(beside)} passed over")
+    unused = [name for name in folders if name not in named.values()]
+    _check_siblings(root, folders, named, unused)
+    notes = _loose_images(root)
+    if unused:
+        notes.append(f"{'Folder' if len(unused) == 1 else 'Folders'} {quoted(unused)} skipped")
     parts = {}
     for part, name in list(named.items()):
         classes = _subfolders(folders[name])
@@ -99,17 +99,18 @@ def read_image_folder(root: Path) -> ImageFolder:
                     f"Data folder {str(root)!r} has images in {name!r} but no class folders there: "
                     "put each class's images into a folder named after the class."
                 )
-            del named[part]  # pictures without labels are often called test
+            del named[part]  # a test folder often holds unlabelled images
         else:
             _check_class_folders(folders[name], classes)
-            parts[part] = _read_classes(folders[name], classes, others)
-        told += loose
-    return ImageFolder(parts, named, (*told, *_told(others)))
+            parts[part] = _read_classes(folders[name], classes, skipped_files)
+        notes += loose
+    return ImageFolder(parts, named, _with_files(notes, skipped_files))
 
 
-def _told(others: Counter[str]) -> list[str]:
-    told = describe_skipped(others)
-    return [told] if told else []
+def _with_files(notes: Sequence[str], skipped_files: Counter[str]) -> tuple[str, ...]:
+    """The notes, and one on the skipped files if there are any."""
+    note = describe_skipped(skipped_files)
+    return (*notes, note) if note else tuple(notes)
 
 
 def _subfolders(folder: Path) -> dict[str, Path]:
@@ -119,16 +120,16 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _loose_images(folder: Path) -> list[str]:
-    """A sentence about images that lie beside class folders, where there are any."""
+    """A list of one sentence if there are images beside the class folders; empty otherwise."""
     with os.scandir(folder) as entries:
         suffixes = [Path(e.name).suffix.lower() for e in entries if not e.name.startswith(".")]
     count = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
     images = "1 image" if count == 1 else f"{count:,} images"
-    return [f"{images} in no class folder passed over (in {str(folder)!r})"] if count else []
+    return [f"{images} outside of class folders skipped (in {str(folder)!r})"] if count else []
 
 
 def _check_no_part(root: Path, folders: Mapping[str, Path]) -> None:
-    """Refuse folders of parts where there is no ``train`` with classes."""
+    """Refuse a folder whose sub-folders are all parts, but that has no ``train`` with classes."""
     if folders and all(map(part_of, folders)):
         raise DataError(
             f"Data folder {str(root)!r} has {', '.join(folders)} but no train/<class>: add it."
@@ -136,7 +137,7 @@ def _check_no_part(root: Path, folders: Mapping[str, Path]) -> None:
 
 
 def _named_parts(root: Path, folders: Mapping[str, Path]) -> dict[str, str]:
-    """The folder's name of each part."""
+    """Folder name of each part."""
     found: dict[str, list[str]] = {}
     for name in folders:
         found.setdefault(part_of(name) or "", []).append(name)
@@ -158,7 +159,7 @@ def _named_parts(root: Path, folders: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _check_targets(root: Path, folders: Mapping[str, Path]) -> None:
-    """Refuse two names of one folder: its images would have two labels, or stand in two parts."""
+    """Refuse two links to one folder: its images would have two labels, or be in two parts."""
     names: dict[Path, str] = {}
     for name, path in folders.items():
         other = names.setdefault(path.resolve(), name)
@@ -169,63 +170,65 @@ def _check_targets(root: Path, folders: Mapping[str, Path]) -> None:
 
 
 def _check_siblings(
-    root: Path, folders: Mapping[str, Path], named: Mapping[str, str], beside: list[str]
+    root: Path, folders: Mapping[str, Path], named: Mapping[str, str], unused: list[str]
 ) -> None:
-    """Refuse a class called ``train`` among others whose images would be passed over."""
+    """Refuse a class called ``train`` beside other classes, whose images would be skipped."""
     classes = _subfolders(folders[named["train"]]).keys()
     rivals = [
         name
-        for name in beside
+        for name in unused
         if not classes & _subfolders(folders[name]).keys()
         and next(walk_images(folders[name], set()), None)
     ]
     if len(rivals) > 1 and len(named) == 1:
         raise DataError(
             f"Data folder {str(root)!r} has {named['train']!r} with sub-folders, and beside it "
-            f"{quoted(rivals)} with images: move these away if {named['train']!r} is the part to "
-            "train on, or move its images out of the sub-folders if it is a class."
+            f"{quoted(rivals)} with images: move these away if {named['train']!r} is the training "
+            "part, or move its images out of the sub-folders if it is a class."
         )
 
 
-def _check_class_folders(above: Path, folders: Mapping[str, Path]) -> None:
-    """Refuse what are no class folders: parts under other names, and one level too many."""
-    hints = {name: hint for name in folders if (hint := _hint_of(name))}
+def _check_class_folders(parent: Path, folders: Mapping[str, Path]) -> None:
+    """Refuse sub-folders that look like parts, or that hold parts or classes themselves."""
+    hints = {name: hint for name in folders if (hint := _part_in(name))}
     clear = {part for name in folders if (part := part_of(name))}
     if len(clear) > 1 or ("train" in hints.values() and len(set(hints.values())) > 1):
         raise DataError(
-            f"Folders {quoted(hints)} in {str(above)!r} look like parts of a data set, not like "
+            f"Folders {quoted(hints)} in {str(parent)!r} look like parts of a data set, not like "
             "classes: name them train, val and test, each with one folder per class."
         )
     below = {name: _subfolders(path).keys() for name, path in folders.items()}
     if len(below) > 1:
-        _check_common(above, [{name.casefold() for name in names} for names in below.values()])
+        _check_common(parent, [{name.casefold() for name in names} for names in below.values()])
     for name, names in below.items():
         parts = {part for each in names if (part := part_of(each))}
         if "train" in parts and len(parts) > 1:
             raise DataError(
-                f"Folder {name!r} in {str(above)!r} has the parts {quoted(names)}: "
+                f"Folder {name!r} in {str(parent)!r} has the parts {quoted(names)}: "
                 f"give {str(folders[name])!r} as the data folder."
             )
 
 
-def _check_common(above: Path, below: list[set[str]]) -> None:
-    """Refuse sub-folders that every class folder has."""
+def _check_common(parent: Path, below: list[set[str]]) -> None:
+    """Refuse sub-folders that all class folders share."""
     common = sorted(set.intersection(*below))
     if any(map(part_of, common)):
         raise DataError(
-            f"Every class folder in {str(above)!r} has the same sub-folders {quoted(common)}: "
+            f"Every class folder in {str(parent)!r} has the same sub-folders {quoted(common)}: "
             "put the parts above the classes, as in train/<class> and test/<class>."
         )
-    if common and len(set.union(*below)) > 1:  # one alone is a place for images
+    if common and len(set.union(*below)) > 1:  # a single common sub-folder just holds the images
         raise DataError(
-            f"Every class folder in {str(above)!r} has the same sub-folders {quoted(common)}: if "
+            f"Every class folder in {str(parent)!r} has the same sub-folders {quoted(common)}: if "
             "these are the classes, name the folders above them train, val and test; if not, move "
             "their images up into the class folders."
         )
 
 
-def _read_classes(folder: Path, folders: Mapping[str, Path], others: Counter[str]) -> ClassFolders:
-    """Images of each class. Names are in Unicode's composed form, whatever the disk's is."""
+def _read_classes(
+    folder: Path, folders: Mapping[str, Path], skipped_files: Counter[str]
+) -> ClassFolders:
+    """Images of each class. Class names are normalised to Unicode's composed form (NFC)."""
     _check_targets(folder, folders)
     above = {folder.resolve(), *folder.resolve().parents}
     classes: ClassFolders = {}
@@ -242,11 +245,11 @@ def _read_classes(folder: Path, folders: Mapping[str, Path], others: Counter[str
                 f"Two class folders in {str(folder)!r} are called {composed!r}, in different "
                 "Unicode forms: rename one."
             )
-        classes[composed] = list(walk_images(path, set(above), others))
+        classes[composed] = list(walk_images(path, set(above), skipped_files))
     return classes
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Up to five names for a message, and a mark where there are more."""
+    """Up to five quoted names for a message; an ellipsis stands for the rest."""
     listed = list(names)
     return ", ".join(map(repr, listed[:5])) + (", …" if len(listed) > 5 else "")

@@ -1,8 +1,7 @@
-"""Reading one image file that a stranger sent: upright 8-bit RGB, or one sentence why not.
+"""Reading an untrusted image file as upright 8-bit RGB, or refusing it with one sentence.
 
-Only formats of the list below are decoded, only after their header has been checked against a
-limit of pixels, and only whole files. Colour profiles are ignored, as the training of timm's
-backbones ignored them.
+Only the formats below are decoded, only complete files, and only after the header was checked
+against a limit of pixels. Colour profiles are ignored, as in the training of timm's backbones.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-# Importing a plugin enters its format in Image.OPEN.
+# Importing a plugin registers its format in Image.OPEN.
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -38,14 +37,14 @@ __all__ = ["read_image", "read_size"]
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-_STRANGERS = (
+_WRONG_FILES = (
     (b"<!doctype html", "it is an HTML page: download the image again"),
     (b"<html", "it is an HTML page: download the image again"),
     (b"version https://git-lfs", "it is a git-lfs pointer: run git lfs pull"),
 )
-"""First bytes, in lower case, of what is often saved in place of an image."""
+"""First bytes, in lower case, of files that are often saved in place of an image; with advice."""
 
-_ZEROS = 16  # at a JPEG's end, from which on it is looked at whether its own end is there
+_ZEROS = 16  # zero bytes at the end of a JPEG that make us look for its end marker
 
 _HEIF_BRANDS = {
     b"avif": "AVIF",
@@ -76,23 +75,24 @@ def read_image(
 ) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
-    Transparent parts turn white, 16-bit channels keep their high byte, the EXIF orientation is
-    applied, and of several frames or pages the first is taken. Colour profiles are ignored.
-    Memory stays at about 20 bytes per pixel or less, beside the file itself.
+    Transparent parts become white, 16-bit channels keep their high byte, the EXIF orientation is
+    applied, and only the first of several frames or pages is read. Colour profiles are ignored.
+    Memory use is at most about 20 bytes per pixel, plus the file itself.
 
     Args:
-        source: A path, a file's content, or a seekable binary stream, read from its start.
-        max_pixels: Largest width x height that is decoded; larger is refused from the header.
-        least: Decode a JPEG at a half, a quarter or an eighth of its size while both sides keep
-            that many pixels; several times faster, and ``max_pixels`` is of what is decoded.
-            None: always whole.
+        source: A path, the content of a file, or a seekable binary stream, read from its start.
+        max_pixels: Largest width x height; a larger image is refused before it is decoded.
+        least: Decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides
+            have at least this many pixels; several times faster. ``max_pixels`` then limits the
+            decoded size. None decodes at full size.
 
     Returns:
         A loaded image of mode ``RGB`` that holds no open file.
 
     Raises:
-        ImageError: The file cannot be opened, is of no allowed format, has too many pixels, is
-            truncated or damaged, or holds 32-bit integers or floats, whose white is undefined.
+        ImageError: The file cannot be opened, has a format that is not allowed, has too many
+            pixels, is truncated or damaged, or holds 32-bit integers or floats, which have no
+            defined white.
     """
     with _opened(source, max_pixels if least is None else 64 * max_pixels) as (image, stream):
         if least is not None:
@@ -116,7 +116,7 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) 
         Width and height in pixels, as stored: the EXIF orientation is not applied.
 
     Raises:
-        ImageError: As for :func:`read_image`, as far as the header tells.
+        ImageError: As for :func:`read_image`, except for faults of the pixel data.
     """
     with _opened(source, max_pixels) as (image, _):
         return image.size
@@ -126,13 +126,13 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) 
 def _opened(
     source: Path | bytes | BinaryIO, max_pixels: int
 ) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
-    """Open and check the header; every failure, in the ``with`` block too, is an ImageError."""
+    """Open the file and check its header; every error, also in the block, becomes an ImageError."""
     try:
         with _stream(source) as stream:
             image = _identified(stream)
             _check_pixels(image, max_pixels)
             yield image, stream
-    # Decoders meet hostile bytes and raise whatever their parsing happens to trip over.
+    # On hostile bytes, decoders raise exceptions of any type.
     except Exception as error:
         raise ImageError(f"Cannot read image {_name(source)}: {_reason(error)}.") from error
 
@@ -151,7 +151,7 @@ def _stream(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
 def _identified(stream: BinaryIO) -> ImageFile.ImageFile:
     """Parse the header as ``Image.open`` does, but without its check of the pixel count.
 
-    That check depends on a global limit, and silencing its warning is not thread-safe.
+    That check uses a global limit, and its warning cannot be silenced in a thread-safe way.
     """
     stream.seek(0)
     prefix = stream.read(16)
@@ -159,18 +159,20 @@ def _identified(stream: BinaryIO) -> ImageFile.ImageFile:
         raise ValueError("it is empty")
     for name in _FORMATS:
         parse, accepts = Image.OPEN[name]
-        # A plugin whose library is missing answers with a sentence instead of True.
+        # A plugin whose library is missing returns a message instead of True.
         if accepts is not None and accepts(prefix) is True:
             stream.seek(0)
             return parse(stream, "")
-    raise ValueError(_stranger(prefix) or f"it is of no allowed format ({', '.join(_FORMATS)})")
+    raise ValueError(
+        _known_wrong_file(prefix) or f"it is of no allowed format ({', '.join(_FORMATS)})"
+    )
 
 
-def _stranger(prefix: bytes) -> str | None:
-    """What a file is that is often taken for an image, and what to do."""
-    for signature, sentence in _STRANGERS:
+def _known_wrong_file(prefix: bytes) -> str | None:
+    """What a file is that was saved in place of an image, and what to do about it."""
+    for signature, advice in _WRONG_FILES:
         if prefix.lower().startswith(signature[: len(prefix)]) and len(prefix) > 4:
-            return sentence
+            return advice
     if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
         name = _HEIF_BRANDS[prefix[8:12]]
         return f"it is of the format {name}: convert it to one of {', '.join(_FORMATS)}"
@@ -178,18 +180,18 @@ def _stranger(prefix: bytes) -> str | None:
 
 
 def _check_end(stream: BinaryIO) -> None:
-    """Refuse a JPEG whose rest is zeros, as interrupted copies leave it; the decoder does not."""
+    """Refuse a JPEG that ends in zeros after an interrupted copy; the decoder accepts it."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(size - _ZEROS, 0))
     if any(stream.read(_ZEROS)):
         return
     stream.seek(0)
     data = stream.read()
-    at = 2  # from the first segment to the pixels: a thumbnail within a segment has its own end
+    at = 2  # skip the segments before the pixels: a thumbnail in a segment has an end marker too
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     if data.find(b"\xff\xd9", at) < 0:
-        raise ValueError("its end is missing: zeros stand in its place")
+        raise ValueError("its end is missing: the file ends in zeros")
 
 
 def _check_pixels(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -210,23 +212,23 @@ def _check_pixels(image: ImageFile.ImageFile, max_pixels: int) -> None:
 
 
 def _low_bytes(image: ImageFile.ImageFile, stream: BinaryIO) -> NDArray[np.uint8] | None:
-    """The low bytes of a 16-bit RGB PNG that has a transparent colour; None of any other image.
+    """Low bytes of a 16-bit RGB PNG with a transparent colour; None for any other image.
 
-    Pillow keeps the high bytes alone, which do not tell whether a pixel is of that colour. Read as
-    of the other byte order, the file gives the low ones.
+    Pillow keeps only the high bytes, which are not enough to compare a pixel with that colour.
+    Decoding the file again with the other byte order gives the low bytes.
     """
     if _layout(image) != "RGB;16B" or "transparency" not in image.info:
         return None
-    place = stream.tell()
+    position = stream.tell()
     stream.seek(0)
     again = _identified(io.BytesIO(stream.read()))
-    stream.seek(place)
+    stream.seek(position)
     again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
     return np.asarray(again)
 
 
 def _layout(image: ImageFile.ImageFile) -> str | None:
-    """How a PNG that is not loaded yet stores its channels, in Pillow's words."""
+    """Pillow's name for the channel layout of a PNG that is not loaded yet; None for others."""
     layout = image.tile[0].args if image.format == "PNG" and image.tile else None
     return layout if isinstance(layout, str) else None
 
@@ -234,13 +236,13 @@ def _layout(image: ImageFile.ImageFile) -> str | None:
 def _transparent(
     image: ImageFile.ImageFile, layout: str | None, low: NDArray[np.uint8] | None
 ) -> NDArray[np.bool_] | None:
-    """Where a PNG has the one colour that counts as transparent, in the cases that Pillow misses.
+    """Mask of a PNG's transparent colour, in the cases that Pillow gets wrong.
 
-    Pillow compares that colour with pixels that it has scaled (2 and 4 bits) or cut to their high
-    byte (16-bit RGB), and knows no transparency in 16-bit grey.
+    Pillow compares the colour with pixels that it has already scaled (2 and 4 bits) or reduced to
+    their high byte (16-bit RGB), and ignores transparency in 16-bit grey.
 
     Returns:
-        (height, width), or None where there is no such colour, or Pillow finds it.
+        (height, width), or None if there is no such colour or Pillow handles it correctly.
     """
     colour = image.info.get("transparency")
     if colour is None:
@@ -253,13 +255,13 @@ def _transparent(
 
 
 def _to_rgb(image: ImageFile.ImageFile, transparent: NDArray[np.bool_] | None) -> Image.Image:
-    # Pillow holds 16-bit PGM files in mode I, scaled to 0..65535.
+    # Pillow reads 16-bit PGM files in mode I, scaled to 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         rgb = Image.fromarray(grey).convert("RGB")
     elif image.mode in ("I", "F"):
         raise ValueError(
-            "it holds signed or 32-bit numbers, whose white is undefined: "
+            "it holds signed or 32-bit values, which have no defined white: "
             "save it with 8 or 16 bits per channel"
         )
     elif transparent is None and image.has_transparency_data:
@@ -276,7 +278,7 @@ def _to_rgb(image: ImageFile.ImageFile, transparent: NDArray[np.bool_] | None) -
 def _upright(rgb: Image.Image, image: ImageFile.ImageFile) -> Image.Image:
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Damaged metadata are no reason to refuse sound pixels.
+    except Exception:  # damaged metadata do not matter if the pixels are sound
         return rgb
     method = _TO_UPRIGHT.get(orientation)
     return rgb if method is None else rgb.transpose(method)

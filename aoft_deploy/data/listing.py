@@ -7,59 +7,67 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Importing a plugin enters its format in Image.OPEN.
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
-
 from aoft_deploy.errors import ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "image_files", "is_system_folder", "describe_skipped", "walk_images"]
-
+__all__ = ["IMAGE_SUFFIXES", "describe_skipped", "image_files", "is_system_folder", "walk_images"]
 
 IMAGE_SUFFIXES = frozenset(
     ".apng .bmp .gif .jfif .jif .jpe .jpeg .jpg .mpo .pbm .pgm .pjp .pjpeg .png .pnm .ppm .tif "
     ".tiff .webp".split()
 )
-"""Suffixes, in lower case, of the files that an image folder is searched for."""
-
+"""Suffixes of image files, in lower case."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-"""First bytes that no other kind of file has; WebP's are not in one piece."""
-
+"""First bytes that only image files have; those of WebP are not contiguous."""
 
 _SYSTEM_FOLDERS = frozenset(
     ("$recycle.bin", "@eadir", "__macosx", "__pycache__", "lost+found", "system volume information")
 )
-"""Folders, in lower case, that operating systems and archivers leave beside the data."""
+"""Folders, in lower case, that operating systems and archivers create."""
 
 
-def is_system_folder(name: str) -> bool:
-    """Whether a folder is hidden, or made by an operating system or an archiver."""
-    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+def image_files(sources: Sequence[Path], skipped: Counter[str] | None = None) -> list[Path]:
+    """Files as given, and each folder replaced by the images below it.
+
+    Args:
+        sources: Files and folders.
+        skipped: Receives the number of skipped files in the folders, by lower-case suffix.
+
+    Raises:
+        ImageError: A folder holds no images, or cannot be listed.
+    """
+    files = []
+    for source in sources:
+        skipped_here = Counter[str]()
+        try:
+            found = list(walk_images(source, set(), skipped_here)) if source.is_dir() else [source]
+        except OSError as error:
+            reason = error.strerror or error
+            raise ImageError(f"Folder {str(source)!r} cannot be listed: {reason}.") from error
+        if not found:
+            note = describe_skipped(skipped_here)
+            raise ImageError(
+                f"There are no images in the folder {source}{f': {note}' if note else ''}."
+            )
+        files += found
+        if skipped is not None:
+            skipped.update(skipped_here)
+    return files
 
 
 def walk_images(
-    folder: Path, seen: set[Path], others: Counter[str] | None = None
+    folder: Path, seen: set[Path], skipped: Counter[str] | None = None
 ) -> Iterator[Path]:
-    """Images below a folder, in an order that the file system does not influence.
+    """Images below a folder, sorted by name in each folder.
 
-    A file is an image by its suffix, or, where it has none, by its first bytes. A link that leads
-    nowhere counts by its suffix too, so that reading it says what is wrong. Hidden files, system
-    folders and what is no regular file are passed over.
+    A file with a suffix is an image if the suffix is known; a file without one is an image if its
+    first bytes are. A broken link counts by its suffix, so that reading it reports the fault.
+    Hidden files, system folders and everything that is no regular file are ignored.
 
     Args:
         folder: Where to look.
-        seen: Folders already entered, so that circular links come to an end; it is added to.
-        others: Counts the files that are passed over, by suffix in lower case.
+        seen: Folders that were entered before, so that circular links end; each new one is added.
+        skipped: Receives the number of files that are no images, by lower-case suffix.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -75,60 +83,36 @@ def walk_images(
         path = folder / name
         if is_folder:
             if not is_system_folder(name):
-                yield from walk_images(path, seen, others)
+                yield from walk_images(path, seen, skipped)
         elif is_file or (path.is_symlink() and not path.exists()):
             suffix = path.suffix.lower()
-            if suffix in IMAGE_SUFFIXES or (not suffix and _is_signed(path)):
+            if suffix in IMAGE_SUFFIXES or (not suffix and _has_image_signature(path)):
                 yield path
-            elif others is not None:
-                others[suffix] += 1
+            elif skipped is not None:
+                skipped[suffix] += 1
 
 
-def _is_signed(path: Path) -> bool:
-    """Whether a file's first bytes are those of an image, and of nothing else."""
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Phrase for a message that counts skipped files by suffix; empty if there are none."""
+    if not skipped:
+        return ""
+    counts = ", ".join(
+        f"{suffix or 'no suffix'} {count:,}" for suffix, count in skipped.most_common()
+    )
+    total = skipped.total()
+    files = "1 file with another suffix" if total == 1 else f"{total:,} files with other suffixes"
+    return f"{files} skipped ({counts})"
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether a folder is hidden, or created by an operating system or an archiver."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def _has_image_signature(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
             prefix = stream.read(16)
     except OSError:
         return False
     return prefix.startswith(_SIGNATURES) or prefix[:4] + prefix[8:12] == b"RIFFWEBP"
-
-
-def describe_skipped(others: Counter[str]) -> str:
-    """A phrase that counts what ``walk_images`` passed over; empty where it was nothing."""
-    if not others:
-        return ""
-    kinds = ", ".join(
-        f"{suffix or 'no suffix'} {count:,}" for suffix, count in others.most_common()
-    )
-    files = "1 file" if others.total() == 1 else f"{others.total():,} files"
-    return f"{files} of other suffixes passed over ({kinds})"
-
-
-def image_files(sources: Sequence[Path], others: Counter[str] | None = None) -> list[Path]:
-    """Files, and in place of each folder the images below it.
-
-    Args:
-        sources: Files and folders.
-        others: Counts the files of folders that are passed over, by suffix in lower case.
-
-    Raises:
-        ImageError: A folder holds no images, or cannot be listed.
-    """
-    files = []
-    for source in sources:
-        other = Counter[str]()
-        try:
-            found = list(walk_images(source, set(), other)) if source.is_dir() else [source]
-        except OSError as error:
-            reason = error.strerror or error
-            raise ImageError(f"Folder {str(source)!r} cannot be listed: {reason}.") from error
-        if not found:
-            told = describe_skipped(other)
-            raise ImageError(
-                f"There are no images in the folder {source}{f': {told}' if told else ''}."
-            )
-        files += found
-        if others is not None:
-            others.update(other)
-    return files

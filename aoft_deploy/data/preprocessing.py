@@ -1,6 +1,6 @@
 """From an RGB image to a backbone's input, exactly as timm's evaluation transform does it.
 
-Without torch, so that commands start fast and a server needs neither torch nor timm.
+This module needs no torch, so that commands start fast and a server needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ __all__ = ["Preprocessing"]
 _CROP_MODES = ("border", "center", "squash")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
 _MAX_RESIZED = 64_000_000  # pixels
-_LONGEST = 64  # times as long as wide, up to which an image is resized whole
-_ALWAYS_WHOLE = 4_000_000  # pixels, up to which any image is
+_MAX_ASPECT_RATIO = 64  # of an image that is resized as a whole
+_ALWAYS_RESIZED = 4_000_000  # pixels, up to which any image is resized as a whole
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize, centre crop and normalisation of one backbone.
 
-    Agrees bit by bit with ``timm.data.create_transform(is_training=False)`` in pixels.
+    The pixels are bit-identical to those of ``timm.data.create_transform(is_training=False)``.
 
     Attributes:
         size: Side of the square input, in pixels, 1 to 4096.
-        crop_pct: Share of the resized image that is kept; its side is ``floor(size / crop_pct)``.
-            Above 1, the image is smaller than the input and stands in a frame.
+        crop_pct: Side of the crop as a fraction of the resized side, ``floor(size / crop_pct)``.
+            Above 1, the image is smaller than the input and is padded to it.
         mean: Mean of each of the three channels, on the scale 0..1.
         std: Standard deviation of each channel, on the scale 0..1.
         interpolation: ``bicubic``, ``bilinear`` or ``lanczos``, always with anti-aliasing.
-        crop_mode: What is resized to that side: the shorter edge (``center``), both edges
-            (``squash``), or the longer edge (``border``, the rest filled with the mean).
+        crop_mode: Which edges are resized to that side: the shorter (``center``), both
+            (``squash``), or the longer (``border``, padded with the mean).
 
     Raises:
-        SettingError: A value outside its range.
+        SettingError: A value is outside its range.
     """
 
     size: int
@@ -54,22 +54,28 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= 4096:
-            raise SettingError(f"Input size is {self.size!r}: use a whole number from 1 to 4096.")
+            raise SettingError(
+                f"`size` is {self.size!r}, but must be a whole number from 1 to 4096."
+            )
         if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 2:
-            raise SettingError(f"crop_pct is {self.crop_pct!r}: use a number from 0.1 to 2.")
+            raise SettingError(
+                f"`crop_pct` is {self.crop_pct!r}, but must be a number from 0.1 to 2."
+            )
         if not _is_triple(self.mean):
-            raise SettingError(f"mean is {self.mean!r}: use three numbers, one per channel.")
+            raise SettingError(
+                f"`mean` is {self.mean!r}, but must be three numbers, one per channel."
+            )
         if not _is_triple(self.std) or min(self.std) <= 0:
-            raise SettingError(f"std is {self.std!r}: use three numbers above zero.")
+            raise SettingError(f"`std` is {self.std!r}, but must be three numbers above 0.")
         for name, allowed in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
             if getattr(self, name) not in allowed:
                 raise SettingError(
-                    f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}."
+                    f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}."
                 )
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> Self:
-        """Take over what ``timm.data.resolve_model_data_config(model)`` returns.
+        """Create it from the result of ``timm.data.resolve_model_data_config(model)``.
 
         Raises:
             SettingError: The input is not a square RGB image, or a value is outside its range.
@@ -77,7 +83,7 @@ class Preprocessing:
         channels, height, width = config["input_size"]
         if channels != 3 or height != width:
             raise SettingError(
-                f"Backbone input is {channels} x {height} x {width}: use a square RGB one."
+                f"The backbone's input is {channels} x {height} x {width}, but must be square and RGB."
             )
         return cls(
             size=height,
@@ -108,11 +114,11 @@ class Preprocessing:
             raise CheckpointError(f"Preprocessing cannot be used: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists that JSON keeps exactly."""
+        """Numbers, strings and lists that JSON stores exactly."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """Turn an RGB image of any size into a normalised input.
+        """Convert an RGB image of any size into a normalised input.
 
         Returns:
             Shape ``(3, size, size)``: ``(pixels / 255 - mean) / std`` in float32.
@@ -125,7 +131,7 @@ class Preprocessing:
         return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Turn an RGB image of any size into pixels, for graphs that normalise themselves.
+        """Convert an RGB image of any size into pixels, for graphs with built-in normalisation.
 
         Returns:
             Shape ``(size, size, 3)``, values 0..255.
@@ -136,8 +142,8 @@ class Preprocessing:
         if image.mode != "RGB":
             raise ImageError(f"Image has mode {image.mode!r}, expected 'RGB': use read_image.")
         resized = self._resized(image)
-        # Cut where the image is larger than the input, framed where it is smaller.
-        canvas = Image.new("RGB", (self.size, self.size), self._frame_colour())
+        # A larger image is cropped, a smaller one is padded.
+        canvas = Image.new("RGB", (self.size, self.size), self._padding_colour())
         canvas.paste(
             resized, (-_start(resized.width, self.size), -_start(resized.height, self.size))
         )
@@ -146,11 +152,11 @@ class Preprocessing:
     def _resized(self, image: Image.Image) -> Image.Image:
         width, height = self._resized_size(image.width, image.height)
         resample = Image.Resampling[self.interpolation.upper()]
-        whole = max(_ALWAYS_WHOLE, _LONGEST * min(width, height) ** 2)
-        if width * height <= min(whole, _MAX_RESIZED):
+        largest = max(_ALWAYS_RESIZED, _MAX_ASPECT_RATIO * min(width, height) ** 2)
+        if width * height <= min(largest, _MAX_RESIZED):
             return image.resize((width, height), resample)
-        # A thread-like image would fill the memory: compute only the part that the crop keeps.
-        # Equal up to one level of 255, since the box is rounded.
+        # Resizing a very long image would need too much memory: compute only what the crop keeps.
+        # Pixels differ by at most one level of 255, because the box is rounded.
         kept = (min(width, self.size), min(height, self.size))
         left, top = max(_start(width, self.size), 0), max(_start(height, self.size), 0)
         x, y = image.width / width, image.height / height
@@ -168,7 +174,7 @@ class Preprocessing:
             return side, int(side * height / width)
         return int(side * width / height), side
 
-    def _frame_colour(self) -> tuple[int, int, int]:
+    def _padding_colour(self) -> tuple[int, int, int]:
         if self.crop_mode != "border":
             return 0, 0, 0
         red, green, blue = (round(255 * value) for value in self.mean)
@@ -176,9 +182,9 @@ class Preprocessing:
 
 
 def _start(length: int, size: int) -> int:
-    """Where a centred window of ``size`` begins on an edge of ``length``; negative if it is wider.
+    """Start of a centred window of ``size`` on an edge of ``length``; negative if it is wider.
 
-    The two roundings are torchvision's.
+    Both roundings follow torchvision.
     """
     return -((size - length) // 2) if size > length else round((length - size) / 2)
 

@@ -1,4 +1,4 @@
-"""A labelled data set in its parts, and the check that its images can be read."""
+"""A labelled data set split into parts, and the check that its images can be read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.data.images import read_image, read_size
-from aoft_deploy.errors import DataError, ImageError
+from aoft_deploy.errors import DataError, ImageError, SettingError
 from aoft_deploy.processors import processors
 
-__all__ = ["ImageList", "Splits", "find_faults", "refuse_faults"]
+__all__ = ["ImageList", "Splits", "check_seed", "find_faults", "refuse_faults"]
 
-
-_NAMED = 10  # classes that a summary names
-
-
-_AT_ONCE = 1024  # files that wait for a thread
+_LISTED_CLASSES = 10  # class names in a summary
+_QUEUED_FILES = 1024  # files that are queued for the threads at a time
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class ImageList:
     """Images with their labels, usable as a torch data set.
 
     Attributes:
-        images: Paths, read when asked for, or uint8 arrays of shape ``(height, width, 3)``.
-        labels: The index of each image's class.
+        images: Paths, read on access, or uint8 arrays of shape ``(height, width, 3)``.
+        labels: Class index of each image.
     """
 
     images: Sequence[Path | NDArray[np.uint8]]
@@ -40,23 +37,27 @@ class ImageList:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Image of mode ``RGB`` and label; an unreadable file is an ``ImageError``."""
+        """Image of mode ``RGB`` and its label; an unreadable file raises ``ImageError``."""
         image = self.images[index]
         rgb = read_image(image) if isinstance(image, Path) else Image.fromarray(image)
         return rgb, self.labels[index]
 
+    def files(self) -> list[Path]:
+        """The images that are files, each once."""
+        return list(dict.fromkeys(image for image in self.images if isinstance(image, Path)))
+
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set for training: what to fit, what to choose by, and what to report.
+    """A data set for training, split into its parts.
 
     Attributes:
         train: Images to fit.
         val: Images to choose settings and epochs by.
-        test: Images to report on once, or None.
-        classes: Class names in the order of the labels; those of folders are sorted.
-        origins: Where each part comes from, a phrase; empty where that is plain.
-        passed_over: What lies beside the images and is not used, a sentence each.
+        test: Images for one final test, or None.
+        classes: Class names in the order of the labels; sorted if they are folder names.
+        origins: A phrase on where each part comes from; parts without need of one are absent.
+        skipped: Sentences on files and folders beside the images that are not used.
     """
 
     train: ImageList
@@ -64,11 +65,11 @@ class Splits:
     test: ImageList | None
     classes: tuple[str, ...]
     origins: Mapping[str, str] = field(default_factory=dict)
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
-        """Lines that say which classes there are, and how many images each part has from where."""
-        more = ", …" if len(self.classes) > _NAMED else ""
+        """Two lines: the classes, and the number and origin of the images of each part."""
+        more = ", …" if len(self.classes) > _LISTED_CLASSES else ""
         phrases = []
         for part in ("train", "val", "test"):
             images: ImageList | None = getattr(self, part)
@@ -76,19 +77,29 @@ class Splits:
             origin = f" ({self.origins[part]})" if part in self.origins else ""
             phrases.append(f"{part} {count}{origin}")
         return [
-            f"{len(self.classes):,} classes: {', '.join(self.classes[:_NAMED])}{more}",
+            f"{len(self.classes):,} classes: {', '.join(self.classes[:_LISTED_CLASSES])}{more}",
             f"images: {', '.join(phrases)}",
         ]
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a negative seed.
+
+    Raises:
+        SettingError: The seed is negative.
+    """
+    if seed < 0:
+        raise SettingError(f"`seed` is {seed}, but must be a whole number from 0.")
 
 
 def find_faults(
     paths: Sequence[Path], *, whole: bool, tick: Callable[[], object] = lambda: None
 ) -> list[str]:
-    """Sentences about the files that cannot be used, in the order of the files.
+    """Read files in threads; return a sentence for each that cannot be used, in order.
 
     Args:
-        paths: The files, which are read in threads.
-        whole: Decode the pixels too; else the headers alone are read.
+        paths: The files.
+        whole: Decode the pixels; otherwise read only the headers.
         tick: Called after each file.
     """
 
@@ -101,8 +112,8 @@ def find_faults(
 
     faults = []
     with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
-        for start in range(0, len(paths), _AT_ONCE):
-            for found in pool.map(fault, paths[start : start + _AT_ONCE]):
+        for start in range(0, len(paths), _QUEUED_FILES):
+            for found in pool.map(fault, paths[start : start + _QUEUED_FILES]):
                 tick()
                 if found:
                     faults.append(found)
@@ -110,10 +121,14 @@ def find_faults(
 
 
 def refuse_faults(faults: Sequence[str], total: int) -> None:
-    """Refuse images that cannot be used.
+    """Refuse a data set with images that cannot be used.
+
+    Args:
+        faults: From :func:`find_faults`.
+        total: Number of images that were checked.
 
     Raises:
-        DataError: There are some; the first five are named.
+        DataError: There are faults; the first five are quoted.
     """
     if faults:
         first = "; ".join(fault.rstrip(".") for fault in faults[:5])

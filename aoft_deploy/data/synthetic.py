@@ -1,8 +1,7 @@
-"""Small offline tasks, drawn when asked for: real digits, and scenes in the manner of VTAB.
+"""Small offline tasks: real scanned digits, and drawn scenes similar to tasks of VTAB.
 
-A scene task is one function that draws an image of a given class, and one entry in ``_TASKS``.
-Scenes are drawn in colour on an uneven, noisy background, three times too large, and reduced.
-Angles are in degrees, lengths in pixels of the finished image.
+A scene task is one function in ``scenes`` that draws an image of a given class, and one entry in
+``_TASKS``.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from PIL import Image
 from aoft_deploy.data.scenes import (
     ANGLES,
     HUES,
+    IMAGE_SIDE,
     SHAPE_NAMES,
-    SIZE,
     Canvas,
     Scene,
     colour_scene,
@@ -28,7 +27,7 @@ from aoft_deploy.data.scenes import (
     position_scene,
     shape_scene,
 )
-from aoft_deploy.data.splits import ImageList, Splits
+from aoft_deploy.data.splits import ImageList, Splits, check_seed
 from aoft_deploy.errors import SettingError, UnknownNameError
 
 __all__ = ["load_task", "task_names"]
@@ -46,34 +45,33 @@ def task_names() -> tuple[str, ...]:
 def load_task(
     name: str, *, seed: int = 0, train: int = 1000, val: int = 200, test: int | None = None
 ) -> Splits:
-    """Make an offline task; the same arguments give the same pixels.
+    """Create an offline task; the same arguments give the same pixels.
 
     Args:
         name: One of :func:`task_names`.
-        seed: Seed of the scenes, or of the digits' shuffling, from 0.
+        seed: Seed of the scenes, or of the order of the digits, from 0.
         train: Number of training images, from 1.
         val: Number of validation images, from 1.
-        test: Number of test images; 0 for none, None for 1000 scenes or all remaining digits.
+        test: Number of test images; 0 for none. None for 1,000 scenes or all remaining digits.
 
     Returns:
-        Splits of uint8 images of shape ``(64, 64, 3)``; the classes of scenes take turns.
+        Splits of uint8 images of shape ``(64, 64, 3)``; scenes cycle through the classes.
 
     Raises:
         UnknownNameError: No such task.
-        SettingError: A number outside its range, or more digits than the 1,797 that exist.
+        SettingError: A number is outside its range, or exceeds the 1,797 digits that exist.
     """
     if name not in _TASKS:
         raise UnknownNameError("task", name, _TASKS)
     for what, number, least in (("train", train, 1), ("val", val, 1), ("test", test, 0)):
         if number is not None and number < least:
-            raise SettingError(f"Task size {what} is {number}: use a whole number from {least}.")
-    if seed < 0:
-        raise SettingError(f"Seed is {seed}: use a whole number from 0.")
+            raise SettingError(f"`{what}` is {number}, but must be a whole number from {least}.")
+    check_seed(seed)
     return _TASKS[name](seed=seed, train=train, val=val, test=test)
 
 
 def _digits(*, seed: int, train: int, val: int, test: int | None) -> Splits:
-    """Scanned digits of 8 x 8 pixels (UCI optdigits, as scikit-learn ships them), enlarged."""
+    """Scanned digits of 8 x 8 pixels (UCI optdigits, from scikit-learn), enlarged."""
     from sklearn.datasets import load_digits  # takes a second to import
 
     data = load_digits()
@@ -81,8 +79,8 @@ def _digits(*, seed: int, train: int, val: int, test: int | None) -> Splits:
     test = max(total - train - val, 0) if test is None else test
     if train + val + test > total:
         raise SettingError(
-            f"Task digits has {total:,} images, asked for {train:,} + {val:,} + {test:,}: "
-            "use smaller train, val or test."
+            f"Task digits has {total:,} images, but {train:,} + {val:,} + {test:,} were requested: "
+            "reduce `train`, `val` or `test`."
         )
     order = np.random.default_rng(seed).permutation(total)
     lists = []
@@ -95,7 +93,7 @@ def _digits(*, seed: int, train: int, val: int, test: int | None) -> Splits:
 def _enlarged(digit: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Ink 0..16 of shape (8, 8) to grey of shape (64, 64, 3)."""
     grey = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
-    return np.array(grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))
+    return np.array(grey.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB"))
 
 
 def _scenes(
@@ -110,7 +108,7 @@ def _scenes(
 ) -> Splits:
     lists = []
     for part, count in enumerate((train, val, 1000 if test is None else test)):
-        # A generator for each part: a longer training set leaves the test set as it is.
+        # Each part has its own generator, so that the length of one does not change another.
         rng = np.random.default_rng([seed, part, *name.encode()])
         labels = [i % len(classes) for i in range(count)]
         lists.append(ImageList([_scene(draw, rng, label) for label in labels], labels))

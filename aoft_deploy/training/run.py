@@ -17,7 +17,6 @@ from accelerate.state import PartialState
 from accelerate.utils.operations import gather_object
 from tqdm import tqdm
 
-from aoft_deploy.data.folder import image_paths
 from aoft_deploy.data.splits import Splits, find_faults, refuse_faults
 from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import processors
@@ -143,7 +142,7 @@ def check_splits(splits: Splits, *, trust_images: bool = False, progress: bool =
     lists = [(splits.train, not trust_images), (splits.val, True)]
     if splits.test is not None:
         lists.append((splits.test, True))
-    files = [(image_paths(images), whole) for images, whole in lists]
+    files = [(images.files(), whole) for images, whole in lists]
     shares = [(paths[processes.process_index :: processes.num_processes], w) for paths, w in files]
     hidden = None if tells else True
     total = sum(len(paths) for paths, _ in shares)

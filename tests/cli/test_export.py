@@ -101,7 +101,7 @@ def test_files_of_a_folder_that_are_no_images_are_told(
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "timm"]
     options += ["-o", tmp_path / "task.safetensors", "--images", folder, folder]
     assert main([str(option) for option in options]) == 0
-    told = "note: 1 file of other suffixes passed over (.heic 1)."
+    told = "note: 1 file with another suffix skipped (.heic 1)."
     assert told in capsys.readouterr().err.splitlines()
 
 

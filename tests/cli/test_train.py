@@ -92,8 +92,8 @@ def test_the_start_says_what_the_folder_holds_and_what_is_passed_over(
     options = ["--data", str(data), *SMALL, "--method", "linear"]
     assert main([*options, "--out", str(tmp_path / "run")]) == 0
     notes = [
-        "note: Folder 'unlabelled' passed over.",
-        "note: 1 file of other suffixes passed over (.heic 1).",
+        "note: Folder 'unlabelled' skipped.",
+        "note: 1 file with another suffix skipped (.heic 1).",
     ]
     start = [
         *notes,

@@ -64,9 +64,7 @@ def test_agrees_with_timm_for_images_of_any_size(
 
 @settings(max_examples=50, deadline=None)
 @given(width=st.integers(40, 160), height=st.integers(40, 160), size=st.integers(8, 64))
-def test_agrees_with_timm_where_the_rest_is_filled_with_the_mean(
-    width: int, height: int, size: int
-) -> None:
+def test_agrees_with_timm_when_padding_with_the_mean(width: int, height: int, size: int) -> None:
     for crop_pct in (0.9, 1.0):
         changed = config(size, crop_pct=crop_pct, crop_mode="border")
         assert_like_timm(changed, noise(width, height))
@@ -94,34 +92,34 @@ def test_agrees_with_timm_for_the_configuration_of_a_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("width, height", [(1, 63_000), (63_000, 1)])
-def test_an_image_like_a_thread_differs_by_one_level_at_most(width: int, height: int) -> None:
-    thread = noise(width, height)
-    expected = timm_pixels(config(32, crop_pct=1.0), thread).astype(int)
-    pixels = Preprocessing.from_timm(config(32, crop_pct=1.0)).pixels(thread)
+def test_a_very_long_image_differs_by_at_most_one_level(width: int, height: int) -> None:
+    image = noise(width, height)
+    expected = timm_pixels(config(32, crop_pct=1.0), image).astype(int)
+    pixels = Preprocessing.from_timm(config(32, crop_pct=1.0)).pixels(image)
     assert np.abs(pixels - expected).max() <= 1
 
 
-def test_an_image_like_a_thread_does_not_fill_the_memory() -> None:
-    thread = Image.new("RGB", (1, 2_000_000), (10, 20, 30))
+def test_a_very_long_image_needs_little_memory() -> None:
+    image = Image.new("RGB", (1, 2_000_000), (10, 20, 30))
     for mode in ("center", "border", "squash"):
         preprocessing = Preprocessing(224, 0.9, MEAN, STD, crop_mode=mode)
-        assert preprocessing.pixels(thread)[112, 111].tolist() == [10, 20, 30]
+        assert preprocessing.pixels(image)[112, 111].tolist() == [10, 20, 30]
 
 
-def test_shapes_types_and_memory_order_are_as_stated() -> None:
+def test_shapes_types_and_memory_order_are_as_documented() -> None:
     values, pixels = USUAL(noise(50, 40)), USUAL.pixels(noise(50, 40))
     assert values.shape == (3, 224, 224) and values.dtype == np.float32
     assert pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
     assert values.flags.c_contiguous and pixels.flags.c_contiguous and pixels.flags.writeable
 
 
-def test_normalisation_is_the_stated_formula() -> None:
+def test_normalisation_follows_the_documented_formula() -> None:
     pixels = USUAL.pixels(noise(300, 300)).astype(np.float64)
     expected = ((pixels / 255 - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(USUAL(noise(300, 300)), expected, atol=1e-6)
 
 
-def test_the_image_is_left_as_it_was() -> None:
+def test_the_image_is_not_changed() -> None:
     image = noise(60, 60)
     USUAL(image)
     assert image.tobytes() == noise(60, 60).tobytes()
@@ -153,21 +151,25 @@ def test_a_missing_or_unknown_key_is_refused() -> None:
 
 
 WRONG_VALUES = [
-    ("size", 0, "Input size is 0: use a whole number from 1 to 4096"),
-    ("size", 224.0, "Input size is 224.0"),
-    ("size", True, "Input size is True"),
-    ("size", 10**9, "Input size is 1000000000"),
-    ("crop_pct", 0.0, "crop_pct is 0.0: use a number from 0.1 to 2"),
-    ("crop_pct", float("nan"), "crop_pct is nan"),
-    ("crop_pct", "0.9", "crop_pct is '0.9'"),
-    ("mean", (0.5,), "use three numbers, one per channel"),
-    ("mean", (0.5, 0.5, float("inf")), "use three numbers, one per channel"),
-    ("mean", 0.5, "mean is 0.5: use three numbers"),
-    ("std", (0.5, 0, 0.5), "use three numbers above zero"),
-    ("std", ("a", "b", "c"), "use three numbers above zero"),
-    ("interpolation", "random", "interpolation is 'random': use one of bicubic, bilinear, lanczos"),
-    ("crop_mode", "none", "crop_mode is 'none': use one of border, center, squash"),
-    ("crop_mode", ["center"], "crop_mode is"),
+    ("size", 0, "`size` is 0, but must be a whole number from 1 to 4096"),
+    ("size", 224.0, "`size` is 224.0"),
+    ("size", True, "`size` is True"),
+    ("size", 10**9, "`size` is 1000000000"),
+    ("crop_pct", 0.0, "`crop_pct` is 0.0, but must be a number from 0.1 to 2"),
+    ("crop_pct", float("nan"), "`crop_pct` is nan"),
+    ("crop_pct", "0.9", "`crop_pct` is '0.9'"),
+    ("mean", (0.5,), "must be three numbers, one per channel"),
+    ("mean", (0.5, 0.5, float("inf")), "must be three numbers, one per channel"),
+    ("mean", 0.5, "`mean` is 0.5, but must be three numbers"),
+    ("std", (0.5, 0, 0.5), "must be three numbers above 0"),
+    ("std", ("a", "b", "c"), "must be three numbers above 0"),
+    (
+        "interpolation",
+        "random",
+        "`interpolation` is 'random', but must be one of bicubic, bilinear, lanczos",
+    ),
+    ("crop_mode", "none", "`crop_mode` is 'none', but must be one of border, center, squash"),
+    ("crop_mode", ["center"], "`crop_mode` is"),
 ]
 
 
@@ -182,7 +184,9 @@ def test_a_value_outside_its_range_is_refused(name: str, value: Any, message: st
 
 @pytest.mark.parametrize("shape", [(3, 224, 240), (1, 224, 224)])
 def test_inputs_that_are_not_square_rgb_are_refused(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(SettingError, match=f"{shape[0]} x 224 x {shape[2]}: use a square RGB one"):
+    with pytest.raises(
+        SettingError, match=f"{shape[0]} x 224 x {shape[2]}, but must be square and RGB"
+    ):
         Preprocessing.from_timm(config() | {"input_size": shape})
 
 

@@ -3,25 +3,19 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import pixels
 from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy.data import scenes
-from aoft_deploy.data.folder import load_folder, write_folder
-from aoft_deploy.data.splits import ImageList, Splits
+from aoft_deploy.data.splits import Splits
 from aoft_deploy.data.synthetic import load_task, task_names
-from aoft_deploy.errors import ImageError, OutputError, SettingError, UnknownNameError
+from aoft_deploy.errors import SettingError, UnknownNameError
 
 SCENES = [name for name in task_names() if name != "digits"]
-
-
-def pixels(images: ImageList | None) -> list[NDArray[np.uint8]]:
-    assert images is not None
-    return [np.asarray(images[i][0]) for i in range(len(images))]
 
 
 def digest(splits: Splits) -> str:
@@ -36,12 +30,12 @@ def small(name: str, seed: int = 0) -> Splits:
     return load_task(name, seed=seed, train=40, val=20, test=20)
 
 
-def test_the_tasks_are_these() -> None:
+def test_the_names_of_the_tasks() -> None:
     assert task_names() == ("colour", "count", "digits", "orientation", "position", "shape")
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_one_seed_gives_one_set_of_pixels(name: str) -> None:
+def test_equal_seeds_give_equal_pixels(name: str) -> None:
     assert digest(small(name)) == digest(small(name))
     assert digest(small(name)) != digest(small(name, seed=1))
 
@@ -83,7 +77,7 @@ def test_scene_classes_are_equally_frequent(name: str) -> None:
         assert set(np.bincount(part.labels)) == {len(part) // len(splits.classes)}
 
 
-def test_sizes_by_default_are_1000_200_and_the_rest() -> None:
+def test_the_default_sizes_are_1000_200_and_the_rest() -> None:
     for name, rest in (("digits", 597), ("shape", 1000)):
         splits = load_task(name)
         assert splits.test is not None
@@ -107,13 +101,13 @@ def test_digits_use_every_scan_once() -> None:
     assert sorted(labels) == sorted(load_digits().target.tolist())
 
 
-def test_a_longer_training_set_begins_like_a_shorter_one_and_leaves_the_rest() -> None:
+def test_a_longer_training_set_extends_a_shorter_one_and_keeps_the_test_set() -> None:
     short, long = (load_task("shape", train=n, val=10, test=10) for n in (20, 30))
     np.testing.assert_array_equal(pixels(short.train), pixels(long.train)[:20])
     np.testing.assert_array_equal(pixels(short.test), pixels(long.test))
 
 
-def test_the_hue_of_the_colour_task_is_that_of_the_class() -> None:
+def test_the_colour_task_uses_the_hue_of_the_class() -> None:
     splits = load_task("colour", train=40, val=1, test=0)
     for image, label in zip(pixels(splits.train), splits.train.labels, strict=True):
         target = scenes.HUES[splits.classes[label]]
@@ -123,7 +117,7 @@ def test_the_hue_of_the_colour_task_is_that_of_the_class() -> None:
 
 
 class _Recorder(scenes.Canvas):
-    """A canvas that remembers what was put on it."""
+    """A canvas that records the calls of ``put``."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(np.random.default_rng(seed))
@@ -135,7 +129,7 @@ class _Recorder(scenes.Canvas):
 
 
 @pytest.mark.parametrize("label", range(8))
-def test_the_count_task_draws_that_many_shapes_that_do_not_touch(label: int) -> None:
+def test_the_count_task_draws_as_many_separate_shapes(label: int) -> None:
     canvas = _Recorder(label)
     scenes.count_scene(canvas, label)
     centres = [centre for centre, _ in canvas.put_calls]
@@ -157,7 +151,7 @@ def test_the_position_task_draws_the_star_in_its_cell(label: int) -> None:
 
 
 @pytest.mark.parametrize("label", range(12))
-def test_the_orientation_task_turns_the_object_counter_clockwise(label: int) -> None:
+def test_the_orientation_task_rotates_the_object_counter_clockwise(label: int) -> None:
     canvas = _Recorder(label)
     scenes.orientation_scene(canvas, label)
     assert abs(canvas.put_calls[-1][1] - 15 * label) <= 4
@@ -179,10 +173,10 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"train": 0}, "Task size train is 0: use a whole number from 1"),
-        ({"val": 0}, "Task size val is 0: use a whole number from 1"),
-        ({"test": -1}, "Task size test is -1: use a whole number from 0"),
-        ({"seed": -1}, "Seed is -1: use a whole number from 0"),
+        ({"train": 0}, "`train` is 0, but must be a whole number from 1"),
+        ({"val": 0}, "`val` is 0, but must be a whole number from 1"),
+        ({"test": -1}, "`test` is -1, but must be a whole number from 0"),
+        ({"seed": -1}, "`seed` is -1, but must be a whole number from 0"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(sizes: dict[str, int], message: str) -> None:
@@ -191,45 +185,6 @@ def test_numbers_outside_their_range_are_refused(sizes: dict[str, int], message:
 
 
 @pytest.mark.parametrize("sizes", [{"train": 1598}, {"test": 598}])
-def test_more_digits_than_there_are_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(SettingError, match=r"Task digits has 1,797 images, asked for 1,\d+ \+ 200"):
+def test_more_digits_than_exist_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(SettingError, match=r"Task digits has 1,797 images, but 1,\d+ \+ 200"):
         load_task("digits", **sizes)
-
-
-def test_a_written_task_reads_back_the_same(tmp_path: Path) -> None:
-    splits = small("shape")
-    write_folder(splits, tmp_path / "new" / "shapes")
-    back = load_folder(tmp_path / "new" / "shapes")
-    assert back.classes == splits.classes
-    for ours, theirs in (
-        (splits.train, back.train),
-        (splits.val, back.val),
-        (splits.test, back.test),
-    ):
-        assert ours is not None
-        order = np.argsort(ours.labels, kind="stable")
-        np.testing.assert_array_equal(np.array(pixels(theirs)), np.array(pixels(ours))[order])
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["shapes"]
-
-
-def test_a_task_without_test_part_is_written_without(tmp_path: Path) -> None:
-    write_folder(load_task("shape", train=6, val=6, test=0), tmp_path / "shapes")
-    assert sorted(path.name for path in (tmp_path / "shapes").iterdir()) == ["train", "val"]
-
-
-def test_a_folder_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is there already: remove it or name another"):
-        write_folder(small("shape"), tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"Folder '.*file/shapes' cannot be written: "):
-        write_folder(small("shape"), tmp_path / "file" / "shapes")
-
-
-def test_a_write_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
-    images = ImageList([np.zeros((4, 4, 3), np.uint8), tmp_path / "missing.png"], [0, 1])
-    with pytest.raises(ImageError, match=r"missing\.png"):
-        write_folder(Splits(images, images, None, ("a", "b")), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

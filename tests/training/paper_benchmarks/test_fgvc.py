@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.data.folder import image_paths
 from aoft_deploy.data.splits import ImageList, find_faults
 from aoft_deploy.errors import DataError, SettingError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks import fgvc
@@ -41,7 +40,7 @@ def test_ids_are_numbered_over_all_files_together(tmp_path: Path, write_fgvc: Wr
     for images in (splits.train, splits.val, splits.test):
         assert images is not None
         assert [splits.classes[label] for label in images.labels] == parents(images)
-        assert not find_faults(image_paths(images), whole=True)
+        assert not find_faults(images.files(), whole=True)
     assert list(splits.val.labels) == [2, 1]  # numbered by that file alone they were 1 and 0
 
 

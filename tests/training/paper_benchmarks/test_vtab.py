@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from aoft_deploy.data.folder import image_paths
 from aoft_deploy.data.splits import ImageList, find_faults
 from aoft_deploy.errors import DataError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks.tasks import FGVC, VTAB, deviations, find_task
@@ -77,7 +76,7 @@ def test_lists_become_splits_in_their_order(kitti: Path) -> None:
     assert splits.train.images[2] == kitti / "images/train800/000002.jpg"
     assert splits.test is not None
     assert (len(splits.val), len(splits.test)) == (6, 6)
-    assert not find_faults(image_paths(splits.val), whole=True)
+    assert not find_faults(splits.val.files(), whole=True)
     image, label = splits.val[5]
     assert (image.mode, label) == ("RGB", 1)
 
