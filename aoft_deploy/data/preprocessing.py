@@ -83,7 +83,7 @@ class Preprocessing:
         channels, height, width = config["input_size"]
         if channels != 3 or height != width:
             raise SettingError(
-                f"The backbone's input is {channels} x {height} x {width}, but must be square and RGB."
+                f"Backbone input is {channels} x {height} x {width}, but must be square and RGB."
             )
         return cls(
             size=height,

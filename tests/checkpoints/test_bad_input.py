@@ -149,8 +149,11 @@ METADATA: dict[str, tuple[Change, str]] = {
     "preprocessing as list": (replaced("preprocessing", []), "lacks preprocessing as dict"),
     "empty preprocessing": (replaced("preprocessing", {}), "Preprocessing has the keys none"),
     "size as text": (inside("preprocessing", "size", "16"), "`size` is '16'"),
-    "std of zero": (inside("preprocessing", "std", [0, 1, 1]), "use three numbers above zero"),
-    "mean of two": (inside("preprocessing", "mean", [0, 1]), "use three numbers, one per channel"),
+    "std of zero": (inside("preprocessing", "std", [0, 1, 1]), "must be three numbers above 0"),
+    "mean of two": (
+        inside("preprocessing", "mean", [0, 1]),
+        "must be three numbers, one per channel",
+    ),
     "crop of nan": (inside("preprocessing", "crop_pct", float("nan")), "crop_pct is nan"),
     "other size": (inside("preprocessing", "size", 32), "prepares images of 32 pixels"),
     "unknown backbone": (

@@ -98,7 +98,7 @@ def test_the_start_says_what_the_folder_holds_and_what_is_passed_over(
     start = [
         *notes,
         "6 classes: circle, cross, ring, square, star, triangle",
-        "images: train 30 (in Training), val 12 (in Valid), test 12 (in test)",
+        "images: train 30 (from Training), val 12 (from Valid), test 12 (from test)",
     ]
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
     assert lines[:4] == start
