@@ -148,7 +148,7 @@ METADATA: dict[str, tuple[Change, str]] = {
     "other method": (replaced("method", "lora"), "init"),
     "preprocessing as list": (replaced("preprocessing", []), "lacks preprocessing as dict"),
     "empty preprocessing": (replaced("preprocessing", {}), "Preprocessing has the keys none"),
-    "size as text": (inside("preprocessing", "size", "16"), "`size` is '16'"),
+    "size as text": (inside("preprocessing", "size", "16"), "size is '16'"),
     "std of zero": (inside("preprocessing", "std", [0, 1, 1]), "must be three numbers above 0"),
     "mean of two": (
         inside("preprocessing", "mean", [0, 1]),
