@@ -1,22 +1,33 @@
-"""What all plots share: resolution, and the check that matplotlib is installed."""
+"""What all plots share: resolution, colours, empty figures, and saving them as PNG files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoft_deploy.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.figure import Figure
 
-__all__ = ["DPI", "check_matplotlib"]
-
+__all__ = ["DPI", "PALETTE", "check_matplotlib", "new_figure", "save_figure"]
 
 DPI = 150
 
+PALETTE = {
+    "blue": "#0072b2",
+    "vermilion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "orange": "#e69f00",
+    "sky blue": "#56b4e9",
+    "grey": "#4d4d4d",
+}
+"""The palette of Okabe and Ito for colour-blind readers, with a dark grey."""
+
 
 def check_matplotlib() -> None:
-    """Refuse to begin without the library that draws.
+    """Check that matplotlib is installed, before work begins that a plot needs.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -25,3 +36,18 @@ def check_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots") from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sized in inches, that is not registered with pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file on a white background."""
+    figure.savefig(path, dpi=DPI, facecolor="white", format="png")

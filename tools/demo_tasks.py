@@ -20,7 +20,7 @@ from aoft_deploy.data.synthetic import load_task, task_names
 from aoft_deploy.files import write_json
 from aoft_deploy.training.analysis.quantities import analyse_file
 from aoft_deploy.training.run import train
-from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
 SETTINGS = {"rank": 64, "targets": ["q", "v"]}
 """As checkpoints of about 35 KB; a wider choice would triple them for little accuracy."""
@@ -47,7 +47,7 @@ def train_task(splits: Splits, method: str, epochs: int, target: Path, **values:
     """Fine-tune the bundled backbone on a task; its accuracy on the test images."""
     settings = TrainingSettings(method=method, method_settings=values, epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(splits, Path(folder), settings, progress=True)
+        result = train(splits, Path(folder), settings, RunOptions(progress=True))
         target.write_bytes(result.checkpoint.read_bytes())
     assert result.test_accuracy is not None
     return result.test_accuracy

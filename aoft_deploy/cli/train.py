@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.cli.command import run
 from aoft_deploy.cli.train_options import check_usage, given_settings, parser
-from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
 if TYPE_CHECKING:
     from aoft_deploy.training.paper_benchmarks.report import Summary
@@ -50,14 +50,14 @@ def _body(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             print(f"{name:<{width}}{value}")
 
 
-def _loop(options: argparse.Namespace) -> dict[str, Any]:
-    """Options that change no number."""
-    return {
-        "workers": options.workers,
-        "progress": not options.quiet,
-        "tensorboard": options.tensorboard,
-        "trust_images": options.trust_images,
-    }
+def _run_options(options: argparse.Namespace) -> RunOptions:
+    return RunOptions(
+        resume=options.resume,
+        workers=options.workers,
+        progress=not options.quiet,
+        tensorboard=options.tensorboard,
+        trust_images=options.trust_images,
+    )
 
 
 def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
@@ -72,7 +72,7 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> Result:
     if PartialState().is_main_process:
         for sentence in splits.skipped:
             print(f"note: {sentence}.", file=sys.stderr)
-    return train(splits, options.out, settings, resume=options.resume, **_loop(options))
+    return train(splits, options.out, settings, _run_options(options))
 
 
 def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> Outcome:
@@ -80,8 +80,8 @@ def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> Outcom
     from aoft_deploy.training.paper_benchmarks.task_run import load_splits, run_recipe
 
     recipe = get_recipe(options.recipe, given)
-    splits = load_splits(recipe, Path(options.data), strict=not options.any_size)
-    return run_recipe(recipe, splits, options.out, resume=options.resume, **_loop(options))
+    splits = load_splits(recipe, Path(options.data), any_size=options.any_size)
+    return run_recipe(recipe, splits, options.out, _run_options(options))
 
 
 def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> Summary:
@@ -94,8 +94,8 @@ def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> Summary
         seeds=options.seeds or 3,
         tasks=options.tasks,
         given=given,
-        strict=not options.any_size,
-        **_loop(options),
+        any_size=options.any_size,
+        options=_run_options(options),
     )
 
 

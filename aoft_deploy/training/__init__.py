@@ -1,4 +1,4 @@
-"""Training runs, the papers' benchmarks, and the analysis of what training did to the weights."""
+"""Training runs, the benchmarks of the papers, and the analysis of trained weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from aoft_deploy._lazy import lazy_names
 if TYPE_CHECKING:
     from aoft_deploy.training.analysis.quantities import analyse_file
     from aoft_deploy.training.run import Result, train
-    from aoft_deploy.training.settings import TrainingSettings
+    from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
 __all__ = [
     "Result",
+    "RunOptions",
     "TrainingSettings",
     "analyse_file",
     "train",
@@ -20,6 +21,7 @@ __all__ = [
 
 _HOMES = {
     "Result": "run",
+    "RunOptions": "settings",
     "TrainingSettings": "settings",
     "analyse_file": "analysis.quantities",
     "train": "run",

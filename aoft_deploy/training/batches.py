@@ -1,4 +1,4 @@
-"""Which images come together in which step, and how they become tensors of pixels."""
+"""The images of each step, and loading them as tensors of pixels."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.data.splits import ImageList
 from aoft_deploy.errors import ImageError
 from aoft_deploy.processors import processors
-from aoft_deploy.training.augmentation import generator, image_transform, mirrored, reseed
+from aoft_deploy.training.augmentation import (
+    AUGMENTATION,
+    ORDER,
+    generator,
+    image_transform,
+    mirrored,
+    reseed,
+)
 
 __all__ = ["Loader", "Part", "PixelBatches", "evaluation_parts", "fingerprint", "training_parts"]
 
 MEMORY = 1 << 30
-"""Bytes of pixels that a split may keep in memory."""
-
-ORDER, CHANGE = 1, 2  # purposes of random numbers
+"""Largest number of bytes of pixels that a data set caches in memory."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images of one optimiser step that one process computes at once.
+    """The images of an optimiser step that one process computes in one batch.
 
     Attributes:
         epoch: The epoch, from 0.
         step: The step within the epoch, from 0.
-        number: The part within the step, over all processes.
-        images: Their places in the list, at least one.
-        weight: What each counts in the step's mean loss; 0 for a process with nothing to do.
+        number: Index of the part within the step, over all processes.
+        images: Indices of the images, at least one.
+        weight: Weight of each image in the mean loss of the step; 0 if this part has no images of
+            its own.
     """
 
     epoch: int
@@ -52,18 +58,18 @@ class Part:
 def training_parts(
     count: int, batch_size: int, parts: int, mine: range, seed: int, epoch: int
 ) -> Iterator[Part]:
-    """Cut a shuffled epoch into equal steps, and each step into parts.
+    """Divide a shuffled epoch into equal steps, and each step into parts.
 
     Args:
         count: Number of images.
-        batch_size: Most images of a step.
-        parts: Parts of a step, over all processes.
-        mine: Those of this process.
+        batch_size: Largest number of images of a step.
+        parts: Number of parts of a step, over all processes.
+        mine: Indices of the parts of this process.
         seed: Seed of the order.
         epoch: The epoch, from 0.
 
     Yields:
-        This process's parts of every step, ``len(mine)`` each.
+        The parts of this process, ``len(mine)`` for each step.
     """
     order = generator(seed, ORDER, epoch).permutation(count)
     for step, images in enumerate(np.array_split(order, math.ceil(count / batch_size))):
@@ -75,16 +81,17 @@ def training_parts(
 
 
 def evaluation_parts(count: int, size: int, process: int, processes: int) -> Iterator[Part]:
-    """Cut a list in its order into parts of ``size``, every image for exactly one process."""
+    """Divide a list in its order into parts of ``size``; each image goes to exactly one process."""
     own = range(process, count, processes)
     for number in range(0, len(own), size):
         yield Part(0, 0, number, tuple(own[number : number + size]), 1.0)
 
 
 class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Parts as pixels: (batch, 3, size, size) in uint8, and labels.
+    """Data set of parts: pixels (batch, 3, size, size) in uint8, and labels.
 
-    What is the same in every epoch is done once and kept, where it fits into ``MEMORY``.
+    Pixels that are the same in every epoch are computed once and cached if they fit into
+    ``MEMORY``.
 
     Args:
         images: The images.
@@ -103,9 +110,9 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         if augment not in ("none", "flip"):
             self.transform = image_transform(augment, preprocessing)
         needed = 3 * preprocessing.size**2 * len(images)
-        self.kept: NDArray[np.uint8] | None = None
+        self.cached: NDArray[np.uint8] | None = None
         if self.transform is None and needed <= MEMORY:
-            self.kept = self._all_pixels()
+            self.cached = self._all_pixels()
 
     def _all_pixels(self) -> NDArray[np.uint8]:
         size = self.preprocessing.size
@@ -122,11 +129,11 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         return self.preprocessing.pixels(self.images[index][0]).transpose(2, 0, 1)
 
     def _image(self, epoch: int, index: int) -> NDArray[np.uint8]:
-        key = (self.seed, CHANGE, epoch, index)
+        key = (self.seed, AUGMENTATION, epoch, index)
         if self.transform is not None:
             reseed(*key)
             return self.transform(self.images[index][0])
-        pixels = self._pixels(index) if self.kept is None else self.kept[index]
+        pixels = self._pixels(index) if self.cached is None else self.cached[index]
         return mirrored(pixels, *key) if self.augment == "flip" else pixels
 
     def __len__(self) -> int:
@@ -134,22 +141,22 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
         """Pixels and labels of a part."""
-        if self.kept is not None and self.augment == "none":
-            pixels = self.kept[list(part.images)]
+        if self.cached is not None and self.augment == "none":
+            pixels = self.cached[list(part.images)]
         else:
             pixels = np.stack([self._image(part.epoch, index) for index in part.images])
         return torch.from_numpy(pixels), self.labels[list(part.images)]
 
 
 class Loader:
-    """Runs through a data set's parts in workers that stay alive between epochs.
+    """Loads the parts of a data set in worker processes that live as long as the loader.
 
     Args:
         batches: The data set.
-        parts: The parts of an epoch.
-        workers: Processes that prepare images; 0 prepares them in this one. Images that are
-            ready in memory need none.
-        pin: Put batches into page-locked memory, for a GPU.
+        parts: Gives the parts of an epoch.
+        workers: Processes that prepare images; 0 prepares them in this process. Cached images
+            need no workers.
+        pin: Use page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -162,11 +169,11 @@ class Loader:
     ) -> None:
         self.parts = parts
         self.current: Sequence[Part] = ()
-        workers = workers if batches.kept is None else 0
+        workers = workers if batches.cached is None else 0
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             batches,
-            batch_size=None,  # a part is a batch already
-            sampler=_Current(self),
+            batch_size=None,  # a part is already a batch
+            sampler=_CurrentParts(self),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin,
@@ -183,12 +190,12 @@ class Loader:
         try:
             for part, (pixels, labels) in zip(self.current, self.loader, strict=True):
                 yield part, pixels, labels
-        except ImageError as error:  # a worker's arrives with its traceback in the message
+        except ImageError as error:  # the message of a worker's error contains its traceback
             raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
 
 
-class _Current:
-    """The parts that a loader is running through, as a sampler."""
+class _CurrentParts:
+    """Sampler of the parts of a loader's current epoch."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -201,12 +208,12 @@ class _Current:
 
 
 def fingerprint(images: ImageList) -> str:
-    """Hash that tells lists of images apart: labels, and pixels or file names and sizes."""
+    """Hash of a list of images: its labels, and its pixels or its file names and sizes."""
     digest = hashlib.sha256(np.asarray(images.labels, dtype=np.int64).tobytes())
     for image in images.images:
         if isinstance(image, Path):
             size = image.stat().st_size if image.exists() else -1
-            name = os.fsencode(f"{image.parent.name}/{image.name}")  # need not be UTF-8
+            name = os.fsencode(f"{image.parent.name}/{image.name}")  # may not be UTF-8
             digest.update(name + f" {size}\n".encode())
         else:
             digest.update(f"{image.shape}\n".encode() + np.ascontiguousarray(image).tobytes())

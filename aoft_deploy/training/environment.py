@@ -1,4 +1,4 @@
-"""The surroundings of a run: deterministic kernels, and the TensorBoard writer."""
+"""Context managers of a run: deterministic kernels, and the TensorBoard writer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["deterministic", "tensorboard_writer"]
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Let a GPU use only algorithms that give the same bits every time, where there are any."""
+    """Make a GPU use deterministic algorithms where they exist."""
     if device.type != "cuda":
         yield
         return
@@ -33,10 +33,16 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def tensorboard_writer(
-    out: Path, done: int, wanted: bool
+    out: Path, done: int, enabled: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that takes an epoch's metrics; those of epochs after ``done`` are dropped."""
-    if not wanted:
+    """Give a function that logs the metrics of an epoch.
+
+    Args:
+        out: Folder of the log.
+        done: Finished epochs; what the log holds of later ones is discarded.
+        enabled: If false, the function does nothing.
+    """
+    if not enabled:
         yield lambda line: None
         return
     try:

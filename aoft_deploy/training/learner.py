@@ -1,4 +1,4 @@
-"""A model that learns: gradients, optimiser steps and evaluation, on one device or several."""
+"""Gradients, optimiser steps and evaluation, on one device or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import DivergedError
-from aoft_deploy.training.augmentation import generator, mix, reseed
+from aoft_deploy.training.augmentation import DEPTH, MIX, generator, mix, reseed
 from aoft_deploy.training.batches import Loader, Part
 from aoft_deploy.training.model import only_depth_is_random
 from aoft_deploy.training.optimisation import make_optimiser, set_rate
@@ -23,22 +23,21 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["Learner", "diverged", "fast_bf16", "normalised"]
 
-DEPTH, MIX = 3, 4  # purposes of random numbers; batches.py has 1 and 2
-CHECK_EVERY = 20  # steps between looks at the gradient, which a GPU has to be waited for
+CHECK_EVERY = 20  # steps between checks of the gradient, each of which waits for the GPU
 
 
 class Learner:
-    """A tuned model, its optimiser, and the device or devices that they work on.
+    """A tuned model with its optimiser and devices.
 
     Attributes:
         tuned: The model.
-        optimiser: AdamW over its trained numbers.
+        optimiser: AdamW over its trained parameters.
         precision: ``fp32`` or ``bf16``.
 
     Args:
-        accelerator: Knows the devices and moves gradients between them.
+        accelerator: Manages the devices and exchanges gradients between them.
         tuned: The model.
-        preprocessing: Says how pixels are normalised.
+        preprocessing: Gives the normalisation of pixels.
         settings: The hyper-parameters.
         steps: Optimiser steps of an epoch.
     """
@@ -56,9 +55,9 @@ class Learner:
         self.device: torch.device = accelerator.device
         self.model: nn.Module = accelerator.prepare_model(tuned)
         self.optimiser = make_optimiser(tuned, settings)
-        kind = next(tuned.parameters()).dtype
+        dtype = next(tuned.parameters()).dtype
         self.pixel_mean, self.pixel_std = (
-            torch.tensor(triple, dtype=kind, device=self.device).view(3, 1, 1)
+            torch.tensor(triple, dtype=dtype, device=self.device).view(3, 1, 1)
             for triple in (preprocessing.mean, preprocessing.std)
         )
         self.precision = settings.precision
@@ -68,10 +67,10 @@ class Learner:
     def fit(
         self, loader: Loader, epoch: int, tick: Callable[[], object]
     ) -> tuple[float, float, float]:
-        """Train on every image once.
+        """Train one epoch.
 
         Args:
-            loader: Gives this process's parts of each step.
+            loader: Gives the parts of this process.
             epoch: The epoch, from 0.
             tick: Called after each step.
 
@@ -94,7 +93,7 @@ class Learner:
         return rate, *self._means(sums)
 
     def _backward(self, part: Part, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Add a part's gradients; return its sums for ``_means``."""
+        """Add the gradients of a part; return its sums for ``_means``."""
         place = part.epoch, part.step, part.number
         settings = self.settings
         images, labels = self._prepared(pixels), labels.to(self.device)
@@ -108,17 +107,17 @@ class Learner:
         loss = share * losses(logits, labels)
         if share < 1:
             loss = loss + (1 - share) * losses(logits, labels.flip(0))
-        # Processes average their gradients, but the step's loss is a mean over all their images.
+        # Processes average their gradients, but the loss is a mean over the images of all.
         (loss.sum() * part.weight * self.accelerator.num_processes).backward()
         return _sums(loss.detach(), logits, labels) * (part.weight > 0)
 
     def _step(self, epoch: int, step: int) -> float:
-        """Change the trained numbers; return the learning rate."""
+        """Update the trained parameters; return the learning rate."""
         settings, done = self.settings, epoch * self.steps + step
         trained = list(self.tuned.trained().values())
         norm = nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
-        is_looked_at = step % CHECK_EVERY == 0 or step + 1 == self.steps
-        if is_looked_at and not norm.isfinite():
+        is_checked = step % CHECK_EVERY == 0 or step + 1 == self.steps
+        if is_checked and not norm.isfinite():
             raise diverged(epoch, settings)
         rate = set_rate(
             self.optimiser,
@@ -133,7 +132,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, loader: Loader) -> tuple[float, float]:
-        """Mean loss and accuracy over all images of a loader, each counted once."""
+        """Mean loss and accuracy over all images of a loader."""
         self.tuned.eval()
         sums = torch.zeros(3, device=self.device)
         for _, pixels, labels in loader.epoch(0):
@@ -143,7 +142,7 @@ class Learner:
         return self._means(sums)
 
     def _means(self, sums: Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy from every process's sums."""
+        """Mean loss and accuracy from the sums of all processes."""
         loss, right, count = self.accelerator.reduce(sums, "sum").tolist()
         return loss / count, right / count
 
@@ -158,7 +157,7 @@ class Learner:
 
 
 def _sums(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of right answers, number of answers. (3,)."""
+    """Sum of losses, number of correct answers, number of answers: shape (3,)."""
     right = (logits.argmax(-1) == labels).sum()
     return torch.stack([losses.sum(), right, losses.new_tensor(len(labels))])
 
@@ -168,27 +167,27 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        ask: Any = getattr(torch.cpu, "get_capabilities", dict)  # an older torch cannot tell
-        able = ask()
-        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in older torch
+        found = get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return False
 
 
 def diverged(epoch: int, settings: TrainingSettings) -> DivergedError:
-    """The error for an epoch, from 0, with numbers that are not finite."""
+    """The error for an epoch, from 0, with a loss or gradient that is not finite."""
     rates = " and ".join(f"{rate:g}" for rate in settings.peak_rates())
     return DivergedError(
-        f"Training diverged in epoch {epoch + 1}, its numbers are not finite: use lower learning "
-        f"rates than {rates} (--lr, --head-lr)."
+        f"Training diverged in epoch {epoch + 1}: its loss or gradient is not finite; use lower "
+        f"learning rates than {rates} (`lr`, `head_lr`)."
     )
 
 
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The input that ``Preprocessing`` makes of pixels, in float32 bit for bit.
+    """Normalise pixels; in float32 bit-identical to ``Preprocessing``.
 
     Args:
         pixels: (…, 3, height, width), uint8.
-        mean: (3, 1, 1), of the type to compute in.
+        mean: (3, 1, 1); its dtype is used for the computation.
         std: (3, 1, 1).
     """
     return (pixels.to(mean.dtype) / 255 - mean) / std

@@ -24,16 +24,25 @@ from aoft_deploy.training.batches import (
     training_parts,
 )
 from aoft_deploy.training.learner import Learner, diverged
-from aoft_deploy.training.model import create_model, model_preprocessing
+from aoft_deploy.training.model import create_model, is_head, model_preprocessing
 from aoft_deploy.training.optimisation import moments, restore_moments
 from aoft_deploy.training.run_folder import Progress, RunFolder
 from aoft_deploy.training.settings import TrainingSettings
 
-__all__ = ["TrainingLoop"]
+__all__ = ["TrainingLoop", "merit"]
 
 
 class TrainingLoop:
-    """The parts of a run: model, optimiser, loaders and folder."""
+    """Model, optimiser, loaders and folder of a run, and the steps of the run.
+
+    Args:
+        accelerator: Manages devices and processes.
+        splits: The images.
+        out: Folder of the run.
+        settings: The hyper-parameters.
+        workers: Processes that prepare images.
+        progress: Show progress on stderr.
+    """
 
     def __init__(
         self,
@@ -46,7 +55,7 @@ class TrainingLoop:
     ) -> None:
         self.accelerator, self.settings, self.splits = accelerator, settings, splits
         self.writes = bool(accelerator.is_main_process)
-        self.tells, self.workers = progress and self.writes, workers
+        self.shows_progress, self.workers = progress and self.writes, workers
         self.fitted = splits.train
         if settings.train_on == "train+val":
             labels = [*splits.train.labels, *splits.val.labels]
@@ -58,7 +67,7 @@ class TrainingLoop:
         self.folder = RunFolder(out, self._record())
 
     def _record(self) -> dict[str, Any]:
-        """Everything that decides the run's numbers."""
+        """Everything that determines the results of the run, as JSON values."""
         record = {
             **self.settings.to_dict(),
             "method_settings": self.tuned.settings,
@@ -73,7 +82,7 @@ class TrainingLoop:
 
     @cached_property
     def train_loader(self) -> Loader:
-        """Training images in this process's parts."""
+        """Training images, in the parts of this process."""
         settings, processes = self.settings, self.accelerator.num_processes
         first = settings.accumulate * self.accelerator.process_index
         plan = partial(
@@ -89,7 +98,7 @@ class TrainingLoop:
 
     @cached_property
     def val_loader(self) -> Loader:
-        """Validation images that this process judges."""
+        """Validation images that this process evaluates."""
         return self._evaluation_loader(self.splits.val)
 
     def _evaluation_loader(self, images: ImageList) -> Loader:
@@ -104,7 +113,7 @@ class TrainingLoop:
         return Loader(PixelBatches(images, self.preprocessing), plan, workers=self.workers)
 
     def restore(self, state: Progress) -> None:
-        """Put model, optimiser and metrics file where the progress left them."""
+        """Restore the model, the optimiser and the metrics file from the progress."""
         if state.lines and self.writes:
             self.folder.rewrite_metrics(state)
         if state.tensors:
@@ -113,10 +122,10 @@ class TrainingLoop:
             restore_moments(self.tuned, self.learner.optimiser, state.tensors, done)
 
     def do_epoch(self, state: Progress, epoch: int) -> dict[str, Any]:
-        """Train and validate an epoch, write it down, and return its metrics."""
+        """Train and validate an epoch, save it, and return its metrics."""
         start = time.perf_counter()
         name = f"epoch {epoch + 1}/{self.settings.epochs_done}"
-        hidden = None if self.tells else True  # None: hidden where stderr is no terminal
+        hidden = None if self.shows_progress else True  # None: hidden where stderr is no terminal
         with tqdm(total=self.steps, desc=name, disable=hidden, leave=False) as bar:
             rate, loss, accuracy = self.learner.fit(self.train_loader, epoch, bar.update)
         fitted = time.perf_counter()
@@ -137,22 +146,22 @@ class TrainingLoop:
             **orthogonality(self.tuned),
         }
         self._keep(state, line)
-        if self.tells:
-            print(_told(line, self.settings.epochs_done), file=sys.stderr)
+        if self.shows_progress:
+            print(_progress_line(line, self.settings.epochs_done), file=sys.stderr)
         return line
 
     def _keep(self, state: Progress, line: dict[str, Any]) -> None:
-        """Enter an epoch into the progress and into the folder."""
+        """Add an epoch to the progress, and save it to the folder."""
         trained = {n: p.detach().cpu().clone() for n, p in self.tuned.trained().items()}
-        chosen = state.group("best")
-        improves = not state.best or _merit(line) > _merit(state.best)
+        best = state.group("best")
+        improves = not state.best or merit(line) > merit(state.best)
         if improves:
             state.best = {k: line[k] for k in ("epoch", "val_loss", "val_accuracy")}
-            chosen = {n: t.clone() for n, t in trained.items()}
+            best = {n: t.clone() for n, t in trained.items()}
         state.lines.append(line)
         state.tensors = {
             **{f"now.{n}": t for n, t in trained.items()},
-            **{f"best.{n}": t for n, t in chosen.items()},
+            **{f"best.{n}": t for n, t in best.items()},
             **moments(self.tuned, self.learner.optimiser),
         }
         if self.writes:
@@ -162,19 +171,19 @@ class TrainingLoop:
                 self._save_checkpoint(state.best)
 
     def _save_checkpoint(self, figures: Mapping[str, Any]) -> None:
-        chosen = {**self.settings.to_dict(), "precision": self.learner.precision}
+        settings = {**self.settings.to_dict(), "precision": self.learner.precision}
         for key in ("backbone", "img_size", "crop_mode", "crop_pct", "method", "method_settings"):
-            del chosen[key]  # they stand elsewhere in the checkpoint
+            del settings[key]  # the checkpoint has them in other fields
         save(
             self.tuned,
             self.folder.checkpoint,
             classes=self.splits.classes,
             preprocessing=self.preprocessing,
-            training={**figures, "images": len(self.fitted), "settings": chosen},
+            training={**figures, "images": len(self.fitted), "settings": settings},
         )
 
     def finish(self, state: Progress) -> None:
-        """Test the chosen epoch and write what the run ends with."""
+        """Test the best epoch and save the result of the run."""
         start = time.perf_counter()
         self.tuned.load_trained(state.group("best"))
         loss, accuracy = None, None
@@ -188,7 +197,7 @@ class TrainingLoop:
         state.lines.append(line)
         state.tensors = {}
         sizes = {n: p.numel() for n, p in self.tuned.trained().items()}
-        head = sum(size for name, size in sizes.items() if name.startswith("head."))
+        head = sum(size for name, size in sizes.items() if is_head(name))
         state.result = {
             "method": self.tuned.method,
             "update_parameters": sum(sizes.values()) - head,
@@ -206,14 +215,17 @@ class TrainingLoop:
             self.folder.append_metrics(line)
 
 
-def _merit(figures: Mapping[str, Any]) -> tuple[float, float, int]:
-    """Grows with validation accuracy, then with a falling loss; without these, with the epoch."""
-    if figures["val_accuracy"] is None:
-        return 0.0, 0.0, figures["epoch"]
-    return figures["val_accuracy"], -figures["val_loss"], 0
+def merit(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
+    """Sort key of epochs and runs: higher validation accuracy, then lower validation loss.
+
+    Without validation images, the later epoch is better.
+    """
+    if metrics["val_accuracy"] is None:
+        return 0.0, 0.0, metrics["epoch"]
+    return metrics["val_accuracy"], -metrics["val_loss"], 0
 
 
-def _told(line: Mapping[str, Any], epochs: int) -> str:
+def _progress_line(line: Mapping[str, Any], epochs: int) -> str:
     text = (
         f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f}  "
         f"accuracy {line['train_accuracy']:.1%}"

@@ -18,28 +18,28 @@ from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["create_model", "model_preprocessing", "only_depth_is_random"]
+__all__ = ["create_model", "is_head", "model_preprocessing", "only_depth_is_random"]
 
 
 def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
     """The backbone with the method's updates and a fresh classifier.
 
     Args:
-        settings: Says the backbone, the method, the input's size and the seed.
+        settings: Gives the backbone, the method, the input size and the seed.
         num_classes: Width of the classifier.
 
     Raises:
         UnknownNameError: Unknown backbone, method or method setting.
         SettingError: A learning rate for updates that the method does not have.
         BackboneError: The backbone's weights are missing or do not fit.
-        AttachError: The method finds no place in the backbone.
+        AttachError: The backbone has no site for the method.
     """
     method = get_method(settings.method)
     values = method.settings(settings.method_settings)
     if method.build is None and not method.everything and settings.lr is not None:
         raise SettingError(
-            f"{method.name} has no updates, so lr means nothing to it: set the classifier's with "
-            "--head-lr."
+            f"{method.name} has no updates, so `lr` has no effect: set the classifier's with "
+            "`head_lr`."
         )
     args = {} if settings.img_size is None else {"img_size": settings.img_size}
     depth = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
@@ -50,11 +50,11 @@ def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
         **args,
         **depth,
     )
-    identity = replace(identity, args=args)  # stochastic depth ends with training
+    identity = replace(identity, args=args)  # stochastic depth is used in training only
     tuned = attach(model, settings.method, seed=settings.seed, backbone=identity, **values)
     source = torch.Generator().manual_seed(settings.seed)
     for name, parameter in tuned.trained().items():
-        if name.startswith("head."):
+        if is_head(name):
             if parameter.dim() >= 2:
                 nn.init.trunc_normal_(parameter, std=0.02, generator=source)
             else:
@@ -62,11 +62,16 @@ def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
     return tuned
 
 
-def only_depth_is_random(model: nn.Module) -> None:
-    """Put stochastic depth into training mode and all else into evaluation mode.
+def is_head(name: str) -> bool:
+    """Whether a trained parameter of this name belongs to the classifier."""
+    return name.startswith("head.")
 
-    Frozen parts must answer as they will after training: BatchNorm's statistics stay, dropout of
-    the backbone stays off.
+
+def only_depth_is_random(model: nn.Module) -> None:
+    """Put stochastic depth into training mode and everything else into evaluation mode.
+
+    Frozen layers must compute the same as after training: BatchNorm keeps its statistics, and
+    dropout of the backbone is off.
     """
     model.eval()
     for module in model.modules():
@@ -75,10 +80,10 @@ def only_depth_is_random(model: nn.Module) -> None:
 
 
 def model_preprocessing(tuned: TunedModel, settings: TrainingSettings) -> Preprocessing:
-    """What the backbone's authors prepared images with, changed as the settings say.
+    """The backbone's default preprocessing, with the changes of the settings.
 
     Raises:
-        SettingError: The backbone's input is not a square RGB image, or a change is outside its
+        SettingError: The backbone's input is not a square RGB image, or a setting is outside its
             range.
     """
     config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]

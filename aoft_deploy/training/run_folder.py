@@ -1,4 +1,4 @@
-"""The folder of a training run: its checkpoint, its metrics, and where to go on after a stop."""
+"""The folder of a training run: its checkpoint, its metrics, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.files import replacing
 
-__all__ = ["Progress", "RunFolder", "check_same"]
+__all__ = ["Progress", "RunFolder", "check_same", "existing_run", "unreadable"]
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """State of a run after its last finished epoch.
 
     Attributes:
-        lines: The metrics of each finished epoch, and at last those of the test.
-        best: Figures of the chosen epoch; empty before the first.
-        tensors: The trained numbers ``now.NAME``, the chosen ones ``best.NAME``, and the
-            optimiser's averages ``first.NAME`` and ``second.NAME``.
-        result: What a finished run returned; None before.
+        lines: The metrics of each finished epoch, followed by those of the test.
+        best: Metrics of the best epoch; empty before the first.
+        tensors: The trained parameters ``now.NAME``, those of the best epoch ``best.NAME``, and
+            the optimiser's moments ``first.NAME`` and ``second.NAME``.
+        result: The result of a finished run; None before.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -36,17 +36,18 @@ class Progress:
     result: dict[str, Any] | None = None
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose name starts with ``prefix`` and a dot, without these."""
+        """The tensors named ``prefix.NAME``, by NAME."""
         start = f"{prefix}."
         return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
 
 
 class RunFolder:
-    """OUT of one run.
+    """The output folder of one run.
 
     Args:
-        path: The folder; made where it is missing.
-        run: What decides the run's numbers, JSON values; a run is continued only with the same.
+        path: The folder; created if it is missing.
+        run: Everything that determines the results, as JSON values; a run can be resumed only if
+            it is unchanged.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
@@ -57,27 +58,25 @@ class RunFolder:
         self.state = path / "resume.safetensors"
 
     def open(self, resume: bool) -> Progress:
-        """The run's progress so far.
+        """The progress of the run so far.
 
         Args:
-            resume: Go on with what the folder holds; where it holds nothing, start.
+            resume: Continue the run in the folder; start a new one if there is none.
 
         Raises:
             OutputError: The folder holds a run and ``resume`` is false.
-            SettingError: The folder's run had other settings or data.
-            CheckpointError: Its state cannot be read, or a finished run's checkpoint is gone.
+            SettingError: The run in the folder has other settings or data.
+            CheckpointError: The state cannot be read, or the checkpoint of a finished run is
+                missing.
         """
         found = [f for f in (self.checkpoint, self.metrics, self.state) if f.exists()]
         if not resume and found:
-            raise OutputError(
-                f"{self.path} holds a run already ({found[0].name}): continue it with --resume, "
-                "or name another folder."
-            )
+            raise existing_run(self.path, found[0])
         if not self.state.exists():
             if found:
                 raise OutputError(
                     f"{self.path} holds {found[0].name} but no {self.state.name}, so it cannot be "
-                    "continued: name another folder."
+                    "resumed: use another folder."
                 )
             return Progress()
         return self._read()
@@ -89,19 +88,17 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             progress = Progress(state["lines"], state["best"], tensors, state["result"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.state} cannot be read ({error}): start again in another folder."
-            ) from error
+            raise unreadable(self.state, error) from error
         check_same(self.path, state["run"], self.run)
         if progress.result is not None and not self.checkpoint.exists():
             raise CheckpointError(
-                f"The run in {self.path} is complete, but its {self.checkpoint.name} is gone: "
+                f"The run in {self.path} is complete, but its {self.checkpoint.name} is missing: "
                 "train again in another folder."
             )
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Write the progress, whole or not at all.
+        """Write the progress, completely or not at all.
 
         Raises:
             OutputError: It cannot be written.
@@ -138,13 +135,26 @@ class RunFolder:
             raise OutputError(f"Cannot write {self.metrics}: {error.strerror}.") from error
 
 
+def existing_run(folder: Path, file: Path) -> OutputError:
+    """The error for a folder that holds a run, of which ``file`` is the evidence."""
+    return OutputError(
+        f"{folder} already holds a run ({file.name}): continue it with `resume=True`, or use "
+        "another folder."
+    )
+
+
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """The error for a file of a run that cannot be read."""
+    return CheckpointError(f"{file} cannot be read ({error}): start again in another folder.")
+
+
 def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other settings or data than a folder's run was begun with.
+    """Refuse to resume a run with other settings or data than it started with.
 
     Args:
-        path: The folder.
-        before: What decided its numbers, JSON values.
-        now: What would decide them now.
+        path: The folder of the run.
+        before: What determined the results when the run started, as JSON values.
+        now: What would determine them now.
 
     Raises:
         SettingError: A value differs.
@@ -153,8 +163,8 @@ def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         old, new = before.get(key), now.get(key)
         if old != new:
             raise SettingError(
-                f"{path} was begun with {_phrase(key, old)}, but now it is "
-                f"{_short(new)}: continue with the same, or name another folder."
+                f"{path} was started with {_phrase(key, old)}, but now it is "
+                f"{_short(new)}: continue with the same, or use another folder."
             )
 
 

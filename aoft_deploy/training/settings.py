@@ -1,4 +1,4 @@
-"""The hyper-parameters of a training run: defaults, meanings and ranges. Light to import."""
+"""Hyper-parameters and options of a run: defaults, meanings and ranges. Light to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["AUGMENTATIONS", "LEARNING_RATES", "PRECISIONS", "TRAIN_ON", "TrainingSettings"]
+__all__ = [
+    "AUGMENTATIONS",
+    "LEARNING_RATES",
+    "PRECISIONS",
+    "TRAIN_ON",
+    "RunOptions",
+    "TrainingSettings",
+]
 
 AUGMENTATIONS = ("none", "flip", "affine", "window", "crop", "rand")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -31,52 +38,52 @@ LEARNING_RATES = {
     "ssf": 5e-3,
     "vpt": 1e-2,
 }
-"""Peak learning rate of each method's updates where none is given; other methods take 1e-3."""
+"""Default peak learning rate of each method's updates; 1e-3 for other methods."""
 
 HEAD_LEARNING_RATES = {"linear": 3e-2}
-"""Peak learning rate of the classifier where none is given; with updates beside it 1e-2."""
+"""Default peak learning rate of the classifier; 1e-2 for methods with updates."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that decides a run's numbers besides the data.
+    """The hyper-parameters: everything besides the data that determines the results of a run.
 
     Attributes:
         backbone: timm name.
-        backbone_weights: File with its weights; None takes timm's own.
-        img_size: Side of the input in pixels; None takes the backbone's own.
+        backbone_weights: File with its weights; None for those of timm.
+        img_size: Side of the input in pixels; None for the backbone's default.
         crop_mode: How images are resized, ``center``, ``squash`` or ``border``, see
-            ``Preprocessing``; None takes the backbone's own.
-        crop_pct: Share of the resized image that is kept; None takes the backbone's own.
+            ``Preprocessing``; None for the backbone's default.
+        crop_pct: Fraction of the resized side that is kept; None for the backbone's default.
         method: Name of the fine-tuning method.
         method_settings: Its settings, such as ``{"rank": 16}``.
         epochs: Passes over the training images.
-        stop_after: Epochs to do of these, with the learning rates of all; None does all.
+        stop_after: Stop after this epoch, but keep the learning-rate schedule of ``epochs``; None
+            for all epochs.
         batch_size: Images of one optimiser step, over all processes and accumulated parts. An
-            epoch is cut into equal steps of at most this size.
-        accumulate: Parts that each step is computed in, one after the other, to save memory.
-        lr: Peak learning rate of the updates; None takes the method's from ``LEARNING_RATES``.
-        head_lr: Peak learning rate of the classifier; None takes the method's too.
+            epoch is divided into equal steps of at most this size.
+        accumulate: Number of parts that each step is computed in, one by one, to save memory.
+        lr: Peak learning rate of the updates; None for the method's from ``LEARNING_RATES``.
+        head_lr: Peak learning rate of the classifier; None for the method's default.
         min_lr: Learning rate of the last step.
         warmup_epochs: Epochs of linear warm-up, fractions allowed.
-        weight_decay: AdamW's decay of trained matrices; vectors are never decayed.
+        weight_decay: Weight decay of trained matrices; vectors are never decayed.
         clip_norm: Largest norm of the gradient; 0 for no limit.
-        augment: ``none`` for the evaluation's preprocessing, ``flip`` to mirror half the images,
-            ``affine`` to turn, shift and scale a little without mirroring, as suits digits,
-            ``window`` to move the window that evaluation cuts from the resized image, and mirror,
-            ``crop`` for random resized crops that are mirrored too, ``rand`` for RandAugment on
-            top of these.
+        augment: ``none`` for the preprocessing of evaluation; ``flip`` also mirrors half of the
+            images; ``affine`` rotates, shifts and scales slightly, without mirroring, for classes
+            such as digits; ``window`` crops the resized image at a random position and mirrors;
+            ``crop`` takes a random resized crop and mirrors; ``rand`` adds RandAugment to ``crop``.
         mixup: Alpha of mixup; 0 for none.
-        cutmix: Alpha of CutMix; 0 for none. With both, each batch takes one of them at random.
-        label_smoothing: Share of the target that is spread over all classes.
-        drop_path: Rate of stochastic depth at the last block, growing linearly from the first.
-        precision: ``fp32``, ``bf16`` for autocast, or ``auto`` for bf16 where hardware has it.
-        train_on: ``train``, with the epoch chosen on the validation images, or ``train+val`` to
-            train on both and keep the last epoch.
-        seed: Seed of everything random.
+        cutmix: Alpha of CutMix; 0 for none. With both, each batch uses one of them at random.
+        label_smoothing: Fraction of the target that is spread over all classes.
+        drop_path: Rate of stochastic depth at the last block; it grows linearly from the first.
+        precision: ``fp32``, ``bf16`` for autocast, or ``auto`` for bf16 if the hardware has it.
+        train_on: ``train`` chooses the epoch on the validation images; ``train+val`` trains on
+            both and keeps the last epoch.
+        seed: Seed of all random numbers.
 
     Raises:
-        SettingError: A value outside its range.
+        SettingError: A value is outside its range.
     """
 
     backbone: str = "aoft_vit_nano"
@@ -117,18 +124,17 @@ class TrainingSettings:
             self._check(name, least=0, below=1)
         if self.warmup_epochs > self.epochs:
             raise SettingError(
-                f"warmup_epochs is {self.warmup_epochs}, but there are {self.epochs} epochs: "
-                "use at most as many."
+                f"`warmup_epochs` is {self.warmup_epochs}, but must be at most `epochs`, "
+                f"{self.epochs}."
             )
         if self.epochs_done > self.epochs:
             raise SettingError(
-                f"stop_after is {self.stop_after}, but there are {self.epochs} epochs: "
-                "use at most as many."
+                f"`stop_after` is {self.stop_after}, but must be at most `epochs`, {self.epochs}."
             )
         if self.accumulate > self.batch_size:
             raise SettingError(
-                f"accumulate is {self.accumulate}, but a batch has {self.batch_size} images: "
-                "use at most as many."
+                f"`accumulate` is {self.accumulate}, but must be at most `batch_size`, "
+                f"{self.batch_size}."
             )
         for name, allowed in (
             ("augment", AUGMENTATIONS),
@@ -137,7 +143,7 @@ class TrainingSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise SettingError(
-                    f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}."
+                    f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}."
                 )
 
     def _check(
@@ -158,11 +164,11 @@ class TrainingSettings:
             for word, bound in (("from", least), ("above", above), ("below", below)):
                 if math.isfinite(bound):
                     rule += f" {word} {bound}"
-            raise SettingError(f"{name} is {value!r}: use {rule}.")
+            raise SettingError(f"`{name}` is {value!r}, but must be {rule}.")
 
     @property
     def epochs_done(self) -> int:
-        """Epochs that a whole run does."""
+        """Epochs that a complete run trains."""
         return self.epochs if self.stop_after is None else self.stop_after
 
     def peak_rates(self) -> tuple[float, float]:
@@ -172,8 +178,36 @@ class TrainingSettings:
         return rate, head
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form without the weights' path, which says nothing about their numbers."""
+        """JSON form without the path of the weights, which does not identify their content."""
         values = asdict(self)
         del values["backbone_weights"]
         values["lr"], values["head_lr"] = self.peak_rates()
         return values
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is executed; its results do not depend on these options.
+
+    Attributes:
+        resume: Continue the run in the output folder if there is one; the result is the same as
+            that of an uninterrupted run.
+        workers: Processes that prepare images; None for none on a CPU and up to 8 for a GPU.
+        progress: Show progress on stderr.
+        tensorboard: Also write the metrics for TensorBoard into the output folder.
+        trust_images: Check only the headers of the training images before the first epoch, without
+            decoding them.
+
+    Raises:
+        SettingError: A value is outside its range.
+    """
+
+    resume: bool = False
+    workers: int | None = None
+    progress: bool = False
+    tensorboard: bool = False
+    trust_images: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise SettingError(f"`workers` is {self.workers}, but must be a whole number from 0.")

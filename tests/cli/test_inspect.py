@@ -292,7 +292,7 @@ def test_what_cannot_be_drawn_is_refused(
     folder = tmp_path / "plots"
     given = ["--plots", folder, "--backbone-weights", backbone_weights]
     line = refused(main, make_checkpoint("linear"), *given)
-    assert "linear, which changes the classifier alone: there is nothing to analyse" in line
+    assert "linear, which changes only the classifier: there is nothing to analyse" in line
     assert "give them with --backbone-weights" in refused(main, run, "--plots", folder)
     assert "no checkpoint" in refused(main, artefact, *given)
     assert "There is no file" in refused(main, tmp_path / "missing", *given)

@@ -144,8 +144,8 @@ def test_quiet_shows_the_table_alone(
         (["--set", "rank=many"], "rank of aoft-lora-star is 'many', but must be of type int"),
         (["--data", "digitz"], "Unknown folder or task 'digitz'. Did you mean digits?"),
         (["--backbone", "aoft_vit_nono"], "Unknown backbone 'aoft_vit_nono'. Did you mean"),
-        (["--lr", "-1"], "lr is -1.0: use a number above 0"),
-        (["--workers", "-1"], "workers is -1: use a whole number from 0"),
+        (["--lr", "-1"], "--lr is -1.0, but must be a number above 0"),
+        (["--workers", "-1"], "--workers is -1, but must be a whole number from 0"),
     ],
 )
 def test_a_mistake_is_one_line(

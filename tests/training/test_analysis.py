@@ -99,7 +99,7 @@ def test_full_fine_tuning_is_compared_with_the_backbone_before_it(
         assert layer["spectral_norms"]["change"] == pytest.approx(change)
     assert analysis["notes"] == [
         "full has neither down and up matrices nor prompts.",
-        "full has no AO matrices, so there is no deviation from orthogonality to show.",
+        "full has no AO matrices, so there is no deviation from orthogonality.",
     ]
 
 
@@ -308,13 +308,13 @@ def test_every_epoch_of_training_writes_its_deviations(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "note"),
     [
-        (lambda text: None, "There is no .*metrics.jsonl, so the course"),
+        (lambda text: None, "There is no .*metrics.jsonl, so the deviations of the epochs"),
         (lambda text: text.replace("deviation_", "other_"), "holds no deviations"),
         (lambda text: "no JSON\n", "holds no deviations"),
         (lambda text: "[1]\n", "holds no deviations"),
         (lambda text: "\n", "holds no deviations"),
         (lambda text: text.splitlines()[-1], "holds no deviations"),
-        (lambda text: text.replace('_max": ', '_max": 1'), "is of another run"),
+        (lambda text: text.replace('_max": ', '_max": 1'), "belongs to another run"),
     ],
     ids=["none", "older", "no json", "no object", "empty line", "no epoch", "other run"],
 )
@@ -361,5 +361,5 @@ def test_notes_say_what_a_method_does_not_have(
 def test_linear_probing_has_nothing_to_analyse(
     make_checkpoint: Callable[..., Path], backbone_weights: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="changes the classifier alone: there is nothing"):
+    with pytest.raises(CheckpointError, match="changes only the classifier: there is nothing"):
         analyse_file(make_checkpoint("linear"), weights=backbone_weights)

@@ -47,7 +47,7 @@ def test_a_fresh_classifier_depends_on_the_seed_alone() -> None:
 
 
 def test_a_learning_rate_for_updates_that_do_not_exist_is_refused() -> None:
-    with pytest.raises(SettingError, match="linear has no updates, so lr means nothing"):
+    with pytest.raises(SettingError, match="linear has no updates, so `lr` has no effect"):
         create_model(replace(SMALL, method="linear", lr=0.1), 3)
 
 
@@ -72,8 +72,12 @@ def test_how_images_are_resized_can_be_changed() -> None:
     preprocessing = model_preprocessing(create_model(settings, 3), settings)
     assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("squash", 0.875)
     wrong = replace(SMALL, crop_mode="stretch")
-    with pytest.raises(SettingError, match="crop_mode is 'stretch': use one of border, center, sq"):
+    with pytest.raises(
+        SettingError, match="`crop_mode` is 'stretch', but must be one of border, center"
+    ):
         model_preprocessing(create_model(wrong, 3), wrong)
     wrong = replace(SMALL, crop_pct=0.0)
-    with pytest.raises(SettingError, match=r"crop_pct is 0\.0: use a number from 0\.1 to 2"):
+    with pytest.raises(
+        SettingError, match=r"`crop_pct` is 0\.0, but must be a number from 0\.1 to 2"
+    ):
         model_preprocessing(create_model(wrong, 3), wrong)

@@ -31,7 +31,7 @@ from aoft_deploy.errors import (
 )
 from aoft_deploy.training import run
 from aoft_deploy.training.run import train
-from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.training.settings import RunOptions, TrainingSettings
 from aoft_deploy.tuning.methods import method_names
 
 SMALL = TrainingSettings(img_size=16, epochs=2, batch_size=16, precision="fp32")
@@ -141,7 +141,7 @@ def test_of_equal_accuracies_the_lower_loss_is_chosen(tmp_path: Path) -> None:
 def test_workers_change_no_number(tmp_path: Path) -> None:
     settings = replace(SMALL, augment="rand", mixup=0.5, drop_path=0.2)
     for workers in (0, 2):
-        train(DIGITS, tmp_path / str(workers), settings, workers=workers)
+        train(DIGITS, tmp_path / str(workers), settings, RunOptions(workers=workers))
     assert outcome(tmp_path / "0") == outcome(tmp_path / "2")
 
 
@@ -185,11 +185,11 @@ def test_a_run_stopped_in_any_epoch_and_resumed_ends_as_if_never_stopped(tmp_pat
                 replace(DIGITS, train=ImageList(images, DIGITS.train.labels)),
                 tmp_path / "stopped",
                 settings,
-                resume=True,
+                RunOptions(resume=True),
             )
         finished_epochs = metrics(tmp_path / "stopped") if done else []
         assert len(finished_epochs) == done
-    train(DIGITS, tmp_path / "stopped", settings, resume=True)
+    train(DIGITS, tmp_path / "stopped", settings, RunOptions(resume=True))
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
@@ -222,20 +222,20 @@ def test_a_complete_run_is_not_run_again(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    result = train(DIGITS, finished, SMALL, resume=True, progress=True)
-    assert "is complete already" in capsys.readouterr().err
+    result = train(DIGITS, finished, SMALL, RunOptions(resume=True, progress=True))
+    assert "is already complete" in capsys.readouterr().err
     assert result.test_accuracy == metrics(finished)[-1]["test_accuracy"]
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished: Path) -> None:
-    with pytest.raises(OutputError, match=r"holds a run already .*--resume"):
+    with pytest.raises(OutputError, match=r"already holds a run .*`resume=True`"):
         train(DIGITS, finished, SMALL)
-    with pytest.raises(SettingError, match="begun with batch size 16, but now it is 8"):
-        train(DIGITS, finished, replace(SMALL, batch_size=8), resume=True)
+    with pytest.raises(SettingError, match="started with batch size 16, but now it is 8"):
+        train(DIGITS, finished, replace(SMALL, batch_size=8), RunOptions(resume=True))
     fewer = ImageList(DIGITS.train.images[1:], DIGITS.train.labels[1:])
-    with pytest.raises(SettingError, match="begun with train images"):
-        train(replace(DIGITS, train=fewer), finished, SMALL, resume=True)
+    with pytest.raises(SettingError, match="started with train images"):
+        train(replace(DIGITS, train=fewer), finished, SMALL, RunOptions(resume=True))
 
 
 def test_training_on_all_images_keeps_the_last_epoch(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_images_are_resized_as_asked_and_the_checkpoint_says_so(tmp_path: Path) 
     assert checkpoint.preprocessing.crop_mode == "squash"
     assert checkpoint.preprocessing.crop_pct == 0.8
     assert not {"crop_mode", "crop_pct"} & checkpoint.training["settings"].keys()
-    with pytest.raises(SettingError, match="crop_mode is 'stretch': use one of"):
+    with pytest.raises(SettingError, match="`crop_mode` is 'stretch', but must be one of"):
         train(DIGITS, tmp_path / "other", replace(SMALL, crop_mode="stretch"))
     assert not (tmp_path / "other").exists()
 
@@ -321,11 +321,11 @@ def test_damaged_images_of_all_parts_are_found_at_once(
     splits = load_folder(tmp_path / "shapes")
     message = r"^3 of 54 images cannot be used: .*train.*; .*val.*it is empty; .*test.*HTML"
     with pytest.raises(DataError, match=message):
-        train(splits, tmp_path / "run", SMALL, progress=True)
+        train(splits, tmp_path / "run", SMALL, RunOptions(progress=True))
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("Cannot read image")]) == 3
     with pytest.raises(DataError, match=r"^2 of 54 images cannot be used: .*val.*; .*test"):
-        train(splits, tmp_path / "run", SMALL, trust_images=True)
+        train(splits, tmp_path / "run", SMALL, RunOptions(trust_images=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -339,7 +339,7 @@ def test_truncated_images_of_val_and_test_are_found_always_and_of_train_unless_t
         path.write_bytes(path.read_bytes()[:-40])
     splits, named = load_folder(tmp_path / "shapes"), parts.split()
     with pytest.raises(DataError, match=f"^{len(named)} of 54 images cannot") as caught:
-        train(splits, tmp_path / "run", SMALL, trust_images=trusted)
+        train(splits, tmp_path / "run", SMALL, RunOptions(trust_images=trusted))
     assert [part for part in ("train", "val", "test") if f"/{part}/" in str(caught.value)] == named
 
 
@@ -350,7 +350,7 @@ def test_checked_images_are_not_looked_at_again_nor_are_those_of_a_complete_run(
     monkeypatch.setattr(run, "check_splits", lambda *_, **__: looked.append(1))
     settings = replace(SMALL, epochs=1)
     train(DIGITS, tmp_path / "run", settings, checked=True)
-    train(DIGITS, tmp_path / "run", settings, resume=True)
+    train(DIGITS, tmp_path / "run", settings, RunOptions(resume=True))
     assert not looked
     train(DIGITS, tmp_path / "other", settings)
     assert looked
@@ -385,7 +385,7 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    train(DIGITS, tmp_path / "run", replace(SMALL, epochs=1), tensorboard=True)
+    train(DIGITS, tmp_path / "run", replace(SMALL, epochs=1), RunOptions(tensorboard=True))
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
@@ -394,7 +394,7 @@ def test_without_tensorboard_its_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'aoft-deploy\[tensorboard\]'"):
-        train(DIGITS, tmp_path / "run", SMALL, tensorboard=True)
+        train(DIGITS, tmp_path / "run", SMALL, RunOptions(tensorboard=True))
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.ckpt", "metrics.jsonl", "resume.safetensors"])
 def test_a_run_is_not_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(OutputError, match=f"holds a run already .{name}.: continue .* --resume"):
+    with pytest.raises(
+        OutputError, match=f"already holds a run .{name}.: continue .* `resume=True`"
+    ):
         RunFolder(tmp_path, RUN).open(resume=False)
     assert (tmp_path / name).exists()
 
@@ -52,7 +54,7 @@ def test_results_without_a_state_cannot_be_continued(tmp_path: Path) -> None:
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.raises(SettingError, match=r"begun with lr 0.1, but now it is 0.2"):
+    with pytest.raises(SettingError, match=r"started with lr 0.1, but now it is 0.2"):
         RunFolder(tmp_path, RUN | {"lr": 0.2}).open(resume=True)
 
 
@@ -72,7 +74,7 @@ def test_a_damaged_state_is_one_sentence(tmp_path: Path, content: bytes) -> None
 
 def test_a_complete_run_without_its_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, result={"method": "lora"})
-    with pytest.raises(CheckpointError, match=r"complete, but its model.ckpt is gone"):
+    with pytest.raises(CheckpointError, match=r"complete, but its model.ckpt is missing"):
         folder.open(resume=True)
     folder.checkpoint.touch()
     assert folder.open(resume=True).result == {"method": "lora"}

@@ -12,24 +12,33 @@ from aoft_deploy.tuning.methods import get_method, method_names
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epochs": 0}, "epochs is 0: use a whole number from 1"),
-        ({"epochs": 1.5}, "epochs is 1.5: use a whole number from 1"),
-        ({"batch_size": True}, "batch_size is True: use a whole number from 1"),
-        ({"seed": -1}, "seed is -1: use a whole number from 0"),
-        ({"lr": 0.0}, "lr is 0.0: use a number above 0"),
-        ({"head_lr": float("nan")}, "head_lr is nan: use a number above 0"),
-        ({"mixup": float("inf")}, "mixup is inf: use a number from 0"),
-        ({"drop_path": 1.0}, "drop_path is 1.0: use a number from 0 below 1"),
-        ({"warmup_epochs": 3, "epochs": 2}, "warmup_epochs is 3, but there are 2 epochs"),
-        ({"stop_after": 0}, "stop_after is 0: use a whole number from 1"),
-        ({"stop_after": 3, "epochs": 2, "warmup_epochs": 1}, "stop_after is 3, but there are 2 ep"),
-        ({"accumulate": 5, "batch_size": 4}, "accumulate is 5, but a batch has 4 images"),
+        ({"epochs": 0}, "`epochs` is 0, but must be a whole number from 1"),
+        ({"epochs": 1.5}, "`epochs` is 1.5, but must be a whole number from 1"),
+        ({"batch_size": True}, "`batch_size` is True, but must be a whole number from 1"),
+        ({"seed": -1}, "`seed` is -1, but must be a whole number from 0"),
+        ({"lr": 0.0}, "`lr` is 0.0, but must be a number above 0"),
+        ({"head_lr": float("nan")}, "`head_lr` is nan, but must be a number above 0"),
+        ({"mixup": float("inf")}, "`mixup` is inf, but must be a number from 0"),
+        ({"drop_path": 1.0}, "`drop_path` is 1.0, but must be a number from 0 below 1"),
+        (
+            {"warmup_epochs": 3, "epochs": 2},
+            "`warmup_epochs` is 3, but must be at most `epochs`, 2",
+        ),
+        ({"stop_after": 0}, "`stop_after` is 0, but must be a whole number from 1"),
+        (
+            {"stop_after": 3, "epochs": 2, "warmup_epochs": 1},
+            "`stop_after` is 3, but must be at most `epochs`, 2",
+        ),
+        (
+            {"accumulate": 5, "batch_size": 4},
+            "`accumulate` is 5, but must be at most `batch_size`, 4",
+        ),
         (
             {"augment": "blur"},
-            "augment is 'blur': use one of none, flip, affine, window, crop, rand",
+            "`augment` is 'blur', but must be one of none, flip, affine, window, crop, rand",
         ),
-        ({"precision": "fp16"}, "precision is 'fp16': use one of auto, fp32, bf16"),
-        ({"train_on": "test"}, "train_on is 'test': use one of train, train"),
+        ({"precision": "fp16"}, "`precision` is 'fp16', but must be one of auto, fp32, bf16"),
+        ({"train_on": "test"}, "`train_on` is 'test', but must be one of train, train"),
     ],
 )
 def test_a_value_outside_its_range_is_refused(given: dict[str, Any], message: str) -> None:

@@ -1,6 +1,6 @@
-"""Angles between vectors, spectral norms, and how far AO(q) is from strictly orthogonal.
+"""Angles between vectors, spectral norms, and the deviation of AO(q) from orthogonality.
 
-Matrices hold their vectors as rows where ``angles`` takes them. Everything is computed in float64.
+Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ __all__ = [
 ]
 
 BINS = 361
-"""Bins of a histogram over 0 to 180 degrees; odd, so that a right angle is the middle of one."""
+"""Bins of a histogram over 0 to 180 degrees; odd, so that a right angle is the centre of a bin."""
 
 MOST_PAIRS = 1_000_000
-"""Pairs of a matrix's vectors that are looked at; of more vectors a random part is taken."""
+"""Largest number of pairs of vectors of a matrix; of more vectors, a random subset is used."""
 
 
 def angles(vectors: Tensor, generator: Generator, most: int = MOST_PAIRS) -> Tensor:
-    """The angle of every pair of vectors. A vector of zeros has none and is left out.
+    """The angle between every pair of vectors. Zero vectors are left out.
 
     Args:
-        vectors: (count, length).
-        generator: Chooses the vectors that are looked at where there are too many.
-        most: Pairs to look at.
+        vectors: (count, length), one vector in each row.
+        generator: Chooses the subset of vectors if there are too many pairs.
+        most: Largest number of pairs.
 
     Returns:
         Degrees from 0 to 180, (pairs,), in float64.
@@ -58,7 +58,7 @@ def angles(vectors: Tensor, generator: Generator, most: int = MOST_PAIRS) -> Ten
 def random_density(length: int, degrees: Tensor) -> Tensor:
     """Density, per degree, of the angle between independent random directions in R^length.
 
-    It is ∝ sin^(length − 2): vectors that nobody made orthogonal are nearly so where they are long.
+    It is ∝ sin^(length − 2), so long random vectors are nearly orthogonal.
     """
     log_norm = math.lgamma(length / 2) - math.lgamma((length - 1) / 2) - math.log(math.pi) / 2
     sines = torch.sin(torch.deg2rad(degrees))
@@ -67,16 +67,16 @@ def random_density(length: int, degrees: Tensor) -> Tensor:
 
 @dataclass
 class Angles:
-    """Angles between the vectors of one matrix, or of several put together.
+    """Statistics of the angles between the vectors of one or several matrices.
 
     Attributes:
         matrices: Number of matrices.
         pairs: Number of angles.
-        mean: Their mean in degrees.
-        sd: Their standard deviation around it.
+        mean: Mean angle in degrees.
+        sd: Standard deviation in degrees.
         farthest: Largest deviation from 90 degrees.
-        counts: How many fall into each of ``BINS`` equal bins over 0 to 180 degrees.
-        random: The same for independent random vectors of the same lengths, as expected.
+        counts: Histogram with ``BINS`` equal bins over 0 to 180 degrees.
+        random: Expected histogram of independent random vectors of the same lengths.
     """
 
     matrices: int = 0
@@ -89,19 +89,19 @@ class Angles:
 
     @classmethod
     def of(cls, vectors: Tensor, generator: Generator) -> Self:
-        """Those between vectors (count, length); empty if fewer than two are not zero."""
+        """Angles between vectors (count, length); empty with fewer than two nonzero vectors."""
         length = vectors.shape[-1]
         found = angles(vectors, generator)
         if not len(found) or length < 2:
             return cls()
         spread = (found - 90).abs().max().item()
         counts = torch.histc(found, BINS, 0, 180).long()
-        random = len(found) * random_density(length, _middles()) * (180 / BINS)
+        random = len(found) * random_density(length, _bin_centres()) * (180 / BINS)
         mean, sd = found.mean().item(), found.std(correction=0).item()
         return cls(1, len(found), mean, sd, spread, counts, random)
 
     def __add__(self, other: Angles) -> Angles:
-        """All angles of both."""
+        """The angles of both."""
         pairs = self.pairs + other.pairs
         if not pairs:
             return self
@@ -119,18 +119,18 @@ class Angles:
 
     @property
     def random_sd(self) -> float:
-        """Standard deviation that independent random vectors of these lengths would have."""
+        """Expected standard deviation for independent random vectors of these lengths."""
         share = self.random / self.random.sum()
-        return math.sqrt((share * (_middles() - 90) ** 2).sum().item())
+        return math.sqrt((share * (_bin_centres() - 90) ** 2).sum().item())
 
     def summary(self) -> dict[str, float]:
-        """The figures as JSON values, without the histograms."""
+        """The statistics as JSON values, without the histograms."""
         figures = {"pairs": self.pairs, "mean": self.mean, "sd": self.sd}
         return {**figures, "farthest_from_90": self.farthest, "random_sd": self.random_sd}
 
 
-def _middles() -> Tensor:
-    """Middle of each bin in degrees."""
+def _bin_centres() -> Tensor:
+    """Centre of each bin in degrees."""
     return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (180 / BINS)
 
 
@@ -148,8 +148,8 @@ def spectral_norm(matrix: Tensor) -> float:
 def change_norm(delta: WeightDelta | OutputDelta, weight: Tensor) -> float:
     """‖ΔW‖₂ of the change that a delta makes to W.
 
-    A ΔW of low rank is never formed: the triangular factors of its two thin factors have the same
-    product norm. Any other is the difference of the folded weight and W.
+    A ΔW of low rank is not formed: with the triangular factors of its two thin factors the product
+    has the same norm. Otherwise ΔW is the difference of the folded weight and W.
 
     Args:
         delta: In float64, without task axes.
@@ -165,32 +165,32 @@ def change_norm(delta: WeightDelta | OutputDelta, weight: Tensor) -> float:
 
 
 def _thin_factors(delta: WeightDelta | OutputDelta, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """L (out, k) and R (in, k) with ΔW = L Rᵀ, where k is well below W's own size."""
-    is_after = isinstance(delta, OutputDelta)
+    """L (out, k) and R (in, k) with ΔW = L Rᵀ; None unless k is well below the size of W."""
+    is_output = isinstance(delta, OutputDelta)
     diagonal = delta.scale if isinstance(delta, OutputDelta) else delta.diagonal
     if isinstance(delta, WeightDelta) and delta.gain_out is not None:
         return None
     rows, columns = weight.shape
-    inner = rows if is_after else columns
+    inner = rows if is_output else columns
     left, right = weight.new_zeros(rows, 0), weight.new_zeros(inner, 0)
     if delta.left is not None and delta.right is not None:
         left, right = delta.left.mT, delta.right.mT
     if diagonal is not None:
-        picked = diagonal.nonzero()[:, 0]
-        if 2 * len(picked) >= min(rows, columns):
+        nonzero = diagonal.nonzero()[:, 0]
+        if 2 * len(nonzero) >= min(rows, columns):
             return None
-        units = torch.eye(len(picked), dtype=weight.dtype)
-        left = torch.cat([weight.new_zeros(rows, len(picked)), left], dim=1)
-        right = torch.cat([weight.new_zeros(inner, len(picked)), right], dim=1)
-        left[picked, : len(picked)] = units * diagonal[picked]
-        right[picked, : len(picked)] = units
+        units = torch.eye(len(nonzero), dtype=weight.dtype)
+        left = torch.cat([weight.new_zeros(rows, len(nonzero)), left], dim=1)
+        right = torch.cat([weight.new_zeros(inner, len(nonzero)), right], dim=1)
+        left[nonzero, : len(nonzero)] = units * diagonal[nonzero]
+        right[nonzero, : len(nonzero)] = units
     if 2 * left.shape[1] >= min(rows, columns):
         return None
-    return (left, weight.mT @ right) if is_after else (left, right)
+    return (left, weight.mT @ right) if is_output else (left, right)
 
 
 def ao_columns(q: Tensor, d: int, *, strict: bool = False) -> Tensor:
-    """AO(q) written out as D[:, :d] − w v[:d]ᵀ. q: (N,), returns (N, d)."""
+    """The dense matrix AO(q) = D[:, :d] − w v[:d]ᵀ. q: (N,), returns (N, d)."""
     w, v = factors(q, strict=strict)
     slice_ = flip_first(torch.eye(d, len(q), dtype=q.dtype)).mT
     return slice_ - w[:, None] * v[:d]
@@ -204,7 +204,7 @@ def deviation(q: Tensor, d: int, *, strict: bool = False) -> float:
     Args:
         q: The generating vector, (N,).
         d: Number of columns.
-        strict: As for ``factors``; nothing but rounding is left then.
+        strict: As for ``factors``; the deviation is then only rounding.
     """
     w, v = factors(q.double(), strict=strict)
     v = v[:d]

@@ -1,4 +1,4 @@
-"""How orthogonal the projections of a trained AOFT model are."""
+"""The projections of updates, and the deviation of AOFT's from orthogonality."""
 
 from __future__ import annotations
 
@@ -20,21 +20,11 @@ from aoft_deploy.tuning.updates.update import Update
 __all__ = ["deviations", "orthogonality", "projections"]
 
 
-def ao_vectors(update: Update) -> dict[str, Tensor]:
-    """The vectors that generate an update's AO matrices, by the kind of matrix."""
-    if isinstance(update, AoftLowRank):
-        up = update.q_down if update.options.shared else update.q_up
-        return {"down": update.q_down.detach().cpu(), "up": up.detach().cpu()}
-    if isinstance(update, AoftPrompts):
-        return {"prompts": update.q.detach().cpu()}
-    return {}
-
-
 def projections(update: Update) -> dict[str, Tensor]:
-    """An update's matrices (N, d) by kind: down and up, prompts, or none."""
+    """Matrices (N, d) of an update by kind: down and up, or prompts; empty without them."""
     if isinstance(update, AoftLowRank | AoftPrompts):
         d, strict = update.options.rank, update.options.strict
-        vectors = ao_vectors(update).items()
+        vectors = _ao_vectors(update).items()
         return {kind: ao_columns(q.double(), d, strict=strict) for kind, q in vectors}
     if isinstance(update, LowRank):
         return {"down": update.a.detach().cpu().double().mT, "up": update.b.detach().cpu().double()}
@@ -44,19 +34,19 @@ def projections(update: Update) -> dict[str, Tensor]:
 
 
 def deviations(update: Update) -> dict[str, float]:
-    """Deviation from orthogonality of each projection of an update; empty without AO vectors."""
+    """Deviation from orthogonality of each AO matrix of an update; empty without them."""
     if not isinstance(update, AoftLowRank | AoftPrompts):
         return {}
     d, strict = update.options.rank, update.options.strict
-    return {kind: deviation(q, d, strict=strict) for kind, q in ao_vectors(update).items()}
+    return {kind: deviation(q, d, strict=strict) for kind, q in _ao_vectors(update).items()}
 
 
 def orthogonality(tuned: TunedModel) -> dict[str, float]:
-    """How far a model's AO matrices are from strictly orthogonal, for the metrics of an epoch.
+    """Mean and largest deviation of a model's AO matrices, for the metrics of an epoch.
 
     Returns:
-        ``deviation_KIND_mean`` and ``deviation_KIND_max`` over all sites, KIND being ``down`` and
-        ``up`` or ``prompts``; empty for a method without AO matrices.
+        ``deviation_KIND_mean`` and ``deviation_KIND_max`` over all sites, where KIND is ``down``
+        and ``up``, or ``prompts``; empty for a method without AO matrices.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for update in tuned.updates.values():
@@ -67,3 +57,13 @@ def orthogonality(tuned: TunedModel) -> dict[str, float]:
         figures[f"deviation_{kind}_mean"] = math.fsum(values) / len(values)
         figures[f"deviation_{kind}_max"] = max(values)
     return figures
+
+
+def _ao_vectors(update: Update) -> dict[str, Tensor]:
+    """Generating vectors of an update's AO matrices, by the kind of matrix; empty without them."""
+    if isinstance(update, AoftLowRank):
+        up = update.q_down if update.options.shared else update.q_up
+        return {"down": update.q_down.detach().cpu(), "up": up.detach().cpu()}
+    if isinstance(update, AoftPrompts):
+        return {"prompts": update.q.detach().cpu()}
+    return {}

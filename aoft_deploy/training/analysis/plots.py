@@ -1,4 +1,4 @@
-"""The pictures of an analysis: angles, spectral norms, deviation from orthogonality."""
+"""The plots of an analysis: angles, spectral norms, deviation from orthogonality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aoft_deploy.drawing import DPI, check_matplotlib
+from aoft_deploy.drawing import PALETTE, check_matplotlib, new_figure, save_figure
 from aoft_deploy.errors import OutputError
 from aoft_deploy.files import json_text, settle, writable_folder
 
@@ -18,26 +18,25 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "write_analysis"]
 
-
 COLOURS = {
-    "weight": "#4d4d4d",
-    "change": "#d55e00",
-    "down": "#0072b2",
-    "up": "#009e73",
-    "prompts": "#cc79a7",
+    "weight": PALETTE["grey"],
+    "change": PALETTE["vermilion"],
+    "down": PALETTE["blue"],
+    "up": PALETTE["green"],
+    "prompts": PALETTE["purple"],
 }
-"""One for each kind of matrix, from the palette of Okabe and Ito for colour-blind readers."""
+"""Colour of each kind of matrix."""
 
 MARKERS = {"weight": "o", "change": "D", "down": "v", "up": "^", "prompts": "s"}
 
-KINDS = {
+FAMILIES = {
     "rows": ("weight", "rows of $W$"),
     "columns": ("weight", "columns of $W$"),
     "down": ("down", "columns of down"),
     "up": ("up", "columns of up"),
     "prompts": ("prompts", "prompts"),
 }
-"""Families of vectors: the kind of their matrix, and what they are called."""
+"""Families of vectors: the kind of their matrix, and their name in a plot."""
 
 NORMS = {
     "weight": "backbone $W$",
@@ -47,19 +46,19 @@ NORMS = {
     "prompts": "prompts",
 }
 
-PICTURES = ("angles.png", "spectral_norms.png", "orthogonality.png")
+FILES = ("angles.png", "spectral_norms.png", "orthogonality.png")
 
 
 def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write analysis.json and the pictures of it; all are finished before the first gets its name.
+    """Write analysis.json and its plots; all files are complete before the first is renamed.
 
     Args:
         analysis: From ``analyse_file``.
-        folder: Where to; made where it is missing. Files of an earlier analysis are replaced, and a
-            picture that this one has not is removed.
+        folder: Output folder; created if it is missing. Files of an earlier analysis are replaced,
+            and its plots that this analysis does not have are removed.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -68,20 +67,20 @@ def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
     check_matplotlib()
     figures = draw(analysis)
     names = [*figures, "analysis.json"]
-    for name in (*names, *PICTURES):
+    for name in (*names, *FILES):
         if (folder / name).exists() and not (folder / name).is_file():
             raise OutputError(f"Cannot write {folder / name}: it exists and is no file.")
     with writable_folder(folder) as temporary:
         try:
             for name, figure in figures.items():
-                figure.savefig(temporary / name, dpi=DPI, facecolor="white")
+                save_figure(figure, temporary / name)
             text = json_text(analysis, indent=1) + "\n"
             (temporary / "analysis.json").write_text(text, "utf-8")
             for name in names:
                 settle(temporary / name)
             for name in names:
                 (temporary / name).replace(folder / name)
-            for name in set(PICTURES).difference(names):
+            for name in set(FILES).difference(names):
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"Cannot write into {folder}: {error.strerror or error}.") from error
@@ -89,7 +88,7 @@ def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw(analysis: Mapping[str, Any]) -> dict[str, Figure]:
-    """The pictures by the name of their file; one that has nothing to show is left out.
+    """The figures by file name; a plot without data is left out.
 
     Args:
         analysis: From ``analyse_file``.
@@ -109,17 +108,14 @@ def draw(analysis: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of its own, in inches, that pyplot does not know of."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    """An empty figure with a title, sized in inches."""
+    figure = new_figure(width, height)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
 
-def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
+def _style(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Set the labels, the grid and the spines that all panels share."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8, length=3)
@@ -129,21 +125,21 @@ def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, side: Literal["right upper", "upper right"]) -> None:
-    """A legend outside the panels: beside them, or above."""
+    """Add a legend outside the panels: beside or above them."""
     handles, labels = axes.get_legend_handles_labels()
     place: Any = f"outside {side}"
     figure.legend(handles, labels, loc=place, fontsize=8, frameon=False)
 
 
 def _draw_angles(angles: Mapping[str, Any], title: str) -> Figure:
-    """A histogram for each family of vectors, with what random vectors would give."""
+    """A histogram for each family of vectors, with the density expected of random vectors."""
     from matplotlib.ticker import MultipleLocator
 
     figure = _figure(8, 1 + 1.45 * len(angles), f"Angles between vectors: {title}")
     panels = figure.subplots(len(angles), 1, sharex=True, squeeze=False)[:, 0].tolist()
     half = _half_width([values["counts"] for values in angles.values()])
     for axes, (family, values) in zip(panels, angles.items(), strict=True):
-        matrix, name = KINDS[family]
+        matrix, name = FAMILIES[family]
         counts, random = values["counts"], values["random_counts"]
         width = 180 / len(counts)
         edges = [i * width for i in range(len(counts) + 1)]
@@ -154,7 +150,7 @@ def _draw_angles(angles: Mapping[str, Any], title: str) -> Figure:
         axes.plot(
             middles, expected, ":", color="black", linewidth=1.2, label="independent random vectors"
         )
-        _tidy(axes, "", "% per degree")
+        _style(axes, "", "% per degree")
         _from_zero(axes, [*expected, *(c * percent for c in counts)])
         text = (
             f"{name}\n{values['matrices']} matrices, {_count(values['pairs'])} pairs\n"
@@ -191,7 +187,7 @@ def _count(number: int) -> str:
 
 
 def _draw_norms(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Every layer's norms, and below them how large its change is beside its weight."""
+    """The norms of every layer, and below them the ratio of its change to its weight."""
     ratios = [layer["change_ratio"] for layer in layers]
     has_ratios = any(ratio is not None for ratio in ratios)
     width = max(7.0, 2.6 + 0.2 * len(layers))
@@ -203,7 +199,7 @@ def _draw_norms(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
     norms = [layer["spectral_norms"] for layer in layers]
     for kind, name in NORMS.items():
         _dots(panels[0], [n.get(kind) or None for n in norms], kind, name)  # no log of zero
-    _tidy(panels[0], "", "spectral norm")
+    _style(panels[0], "", "spectral norm")
     every = [value for n in norms for value in n.values() if value]
     if max(every, default=0) > 10 * min(every, default=0):
         _logarithmic(panels[0])
@@ -212,7 +208,7 @@ def _draw_norms(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
     if has_ratios:
         percents = [None if ratio is None else 100 * ratio for ratio in ratios]
         _dots(panels[1], percents, "change", "")
-        _tidy(panels[1], "", r"$\|ΔW\|_2\,/\,\|W\|_2$  (%)")
+        _style(panels[1], "", r"$\|ΔW\|_2\,/\,\|W\|_2$  (%)")
         _from_zero(panels[1], [p for p in percents if p is not None])
     _name_layers(panels, layers)
     _legend(figure, panels[0], "right upper")
@@ -220,7 +216,7 @@ def _draw_norms(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _dots(axes: Axes, values: Sequence[float | None], kind: str, name: str) -> None:
-    """A marker above each layer that has a value."""
+    """Draw a marker for each layer that has a value."""
     points = [(i, value) for i, value in enumerate(values) if value is not None]
     if points:
         x, y = zip(*points, strict=True)
@@ -229,12 +225,12 @@ def _dots(axes: Axes, values: Sequence[float | None], kind: str, name: str) -> N
 
 
 def _from_zero(axes: Axes, values: Sequence[float]) -> None:
-    """A y axis from zero to a little above the largest value."""
+    """Let the y axis run from zero to slightly above the largest value."""
     axes.set_ylim(0, 1.08 * max(values, default=0) or 1)
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of each decade."""
+    """Use a logarithmic y axis, with decimal labels at 1, 2, 3 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -245,16 +241,16 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _name_layers(panels: Sequence[Axes], layers: Sequence[Mapping[str, Any]]) -> None:
-    """Roles below the lowest panel, the blocks' numbers below these, lines between blocks."""
+    """Label the layers with roles and block numbers, and draw lines between blocks."""
     last = panels[-1]
     last.set_xticks(range(len(layers)), [layer["role"] for layer in layers])
     last.tick_params(axis="x", labelrotation=90)
     last.set_xlim(-0.7, len(layers) - 0.3)
     starts, middles, names = [], [], []
     for block, members in itertools.groupby(range(len(layers)), lambda i: layers[i]["block"]):
-        places = list(members)
-        starts.append(places[0] - 0.5)
-        middles.append((places[0] + places[-1]) / 2)
+        positions = list(members)
+        starts.append(positions[0] - 0.5)
+        middles.append((positions[0] + positions[-1]) / 2)
         names.append(block)
     for axes in panels:
         axes.grid(False, axis="x")
@@ -271,7 +267,7 @@ def _name_layers(panels: Sequence[Axes], layers: Sequence[Mapping[str, Any]]) ->
 def _draw_deviations(
     layers: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, float]], title: str
 ) -> Figure:
-    """The course over training, where it is known, and every layer of the checkpoint."""
+    """The deviations over the epochs, if they are known, and those of every layer."""
     heading = f"Deviation from strict orthogonality: {title}"
     figure = _figure(max(7.0, 2.6 + 0.2 * len(layers)), 5.8 if history else 3.6, heading)
     panels = figure.subplots(2 if history else 1, 1, squeeze=False)[:, 0].tolist()
@@ -280,7 +276,7 @@ def _draw_deviations(
     every = [value for layer in layers for value in layer["deviations"].values()]
     for kind in kinds:
         _dots(panels[-1], [layer["deviations"][kind] for layer in layers], kind, NORMS[kind])
-    _tidy(panels[-1], "", quantity)
+    _style(panels[-1], "", quantity)
     _from_zero(panels[-1], every)
     _name_layers(panels[-1:], layers)
     if history:
@@ -293,7 +289,7 @@ def _draw_deviations(
             axes.plot(epochs, most, "--", color=colour, linewidth=1, label=f"{name}, largest")
             style = {"color": colour, "marker": MARKERS[kind], "markersize": 4.5}
             axes.plot(epochs, mean, label=f"{name}, mean", **style)
-        _tidy(panels[0], "epoch", quantity)
+        _style(panels[0], "epoch", quantity)
         _from_zero(
             panels[0], [value for line in history for k, value in line.items() if k != "epoch"]
         )

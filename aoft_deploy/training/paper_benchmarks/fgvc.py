@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from aoft_deploy.data.folder import cut_parts
-from aoft_deploy.data.splits import ImageList, Splits
-from aoft_deploy.errors import DataError, SettingError
+from aoft_deploy.data.splits import ImageList, Splits, check_seed
+from aoft_deploy.errors import DataError
 from aoft_deploy.training.paper_benchmarks.image_lists import (
     Entry,
     check_once,
@@ -25,42 +25,41 @@ FOLDERS = {
     "NABirds": ("images",),
     "StanfordDogs": ("", "Images"),
 }
-"""Where images may stand, below the data set's folder; the others have them in that itself.
-Of StanfordDogs, the RLRR code looks for them there, and the VPT code in ``Images``."""
+"""Folders of the images within a data set's folder; other data sets have them in the folder itself.
+For StanfordDogs, the RLRR code expects them there too, and the VPT code in ``Images``."""
 
 VAL_SHARE = 0.1
 
 _Ids = dict[str, int | str]  # image to class id
 
 
-def load_fgvc(root: Path, name: str, *, seed: int = 0, strict: bool = True) -> Splits:
+def load_fgvc(root: Path, name: str, *, seed: int = 0, any_size: bool = False) -> Splits:
     """Load a data set from ``root/name/{train,val,test}.json``, or ``{trainval,test}.json``.
 
-    Each file is an object of image paths and class ids. The ids of all files together are sorted
-    and become the labels from 0. (The published code numbers them anew in each file, which mixes
-    classes up as soon as one file lacks a class.) ``trainval`` is read where there is no ``train``;
-    a tenth of each class, at least one image, becomes ``val``, which differs from VPT's split.
+    Each file is a JSON object from image paths to class ids. The sorted ids of all files become
+    the labels, from 0. (The published code numbers the ids of each file separately, which mixes up
+    classes if a file lacks one.) Without ``train``, ``trainval`` is read; a tenth of each class, at
+    least one image, becomes ``val``, which differs from VPT's split.
 
     Args:
         root: Folder of the benchmark.
         name: A task of ``FGVC``.
         seed: Seed of the split of ``trainval``, from 0.
-        strict: Refuse files of other lengths than the benchmark's, and other numbers of classes.
+        any_size: Accept other numbers of images and classes than in the benchmark.
 
     Returns:
         Splits in the order of the files; classes are the ids as text.
 
     Raises:
         UnknownNameError: The benchmark has no such data set.
-        DataError: A file cannot be read, is no such object, or is not as ``strict`` asks; a path
-            leads out of the folder or to no file; an image is named twice; or a class of
-            ``trainval`` has one image only.
+        DataError: A file cannot be read, is no such object, or has another size; a path leads out
+            of the folder or is not a file; an image is listed twice; or a class of ``trainval`` has
+            only one image.
         SettingError: The seed is negative.
     """
     task = FGVC.task(name)
     folder = root / name
-    if seed < 0:
-        raise SettingError(f"Seed is {seed}: use a whole number from 0.")
+    check_seed(seed)
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder} with FGVC's {name}: put it there.")
     parts = ["train", "val", "test"]
@@ -68,29 +67,29 @@ def load_fgvc(root: Path, name: str, *, seed: int = 0, strict: bool = True) -> S
         parts = ["trainval", "test"]
     files = {part: _read_ids(folder / f"{part}.json") for part in parts}
     ids = _sorted_ids(folder, files)
-    if strict:
-        _check_whole(folder, files, len(ids), task)
+    if not any_size:
+        _check_sizes(folder, files, len(ids), task)
     lists = _located(folder, files, ids, task)
     if "trainval" in lists:
-        lists |= _cut(lists.pop("trainval"), ids, seed)
+        lists |= _split_trainval(lists.pop("trainval"), ids, seed)
     return Splits(lists["train"], lists["val"], lists["test"], tuple(map(str, ids)))
 
 
 def _read_ids(path: Path) -> _Ids:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise DataError(f"{path} names {key!r} twice: name each image once.")
+                raise DataError(f"{path} names {key!r} twice: list each image once.")
             found[key] = value
         return found
 
     try:
-        ids = json.loads(read_text(path), object_pairs_hook=once)
+        ids = json.loads(read_text(path), object_pairs_hook=without_duplicates)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): get it anew.") from error
+        raise DataError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(ids, dict) or not ids:
-        raise DataError(f"{path} is not an object of images and class ids: get it anew.")
+        raise DataError(f"{path} is not an object of images and class ids: download it again.")
     for image, value in ids.items():
         if type(value) not in (int, str):
             raise DataError(f"{path} gives {image!r} the class id {value!r}: use a number or text.")
@@ -106,7 +105,7 @@ def _sorted_ids(folder: Path, files: dict[str, _Ids]) -> list[int | str]:
     return [*sorted(numbers), *sorted(texts)]
 
 
-def _check_whole(folder: Path, files: dict[str, _Ids], classes: int, task: BenchmarkTask) -> None:
+def _check_sizes(folder: Path, files: dict[str, _Ids], classes: int, task: BenchmarkTask) -> None:
     sizes = {"train": task.train, "val": task.val, "test": task.test}
     sizes["trainval"] = task.train + task.val
     for part, file in files.items():
@@ -114,7 +113,7 @@ def _check_whole(folder: Path, files: dict[str, _Ids], classes: int, task: Bench
     if classes != task.classes:
         raise DataError(
             f"The lists in {folder} have {classes:,} classes instead of the benchmark's "
-            f"{task.classes:,}: complete them, or allow any size (--any-size, strict=False)."
+            f"{task.classes:,}: complete them, or accept other sizes with `any_size=True`."
         )
 
 
@@ -137,13 +136,13 @@ def _located(
 
 
 def _image_folder(folder: Path, image: str, task: BenchmarkTask) -> Path:
-    """The first folder that has an image, or else the first that may."""
+    """The first possible folder that holds the image, or else the first possible one."""
     candidates = [folder / name for name in FOLDERS.get(task.name, ("",))]
     return next((each for each in candidates if (each / image).is_file()), candidates[0])
 
 
-def _cut(images: ImageList, ids: list[int | str], seed: int) -> dict[str, ImageList]:
-    """Train and val, by a tenth of each class."""
+def _split_trainval(images: ImageList, ids: list[int | str], seed: int) -> dict[str, ImageList]:
+    """Split off a tenth of each class as val; return train and val."""
     labels = {str(value): label for label, value in enumerate(ids)}
     folders: dict[str, list[Path]] = {}
     for image, label in zip(images.images, images.labels, strict=True):

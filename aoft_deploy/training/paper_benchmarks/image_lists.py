@@ -1,4 +1,4 @@
-"""Images that a benchmark's list files name: where they are, and that none is named twice."""
+"""Images in the list files of a benchmark: their paths, and checks of the lists."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from aoft_deploy.errors import DataError
 __all__ = ["Entry", "check_once", "check_size", "image_path", "read_text"]
 
 Entry = tuple[str, Path, int]
-"""Where an image is named (for messages), its file, its label."""
+"""Place in a list (for messages), file, and label of an image."""
 
 
 def read_text(path: Path) -> str:
-    """A list file's text.
+    """Text of a list file.
 
     Raises:
         DataError: It is missing, cannot be read or is not UTF-8.
@@ -35,7 +35,7 @@ def image_path(folder: Path, name: str, where: str) -> Path:
         where: The place in the list, for messages.
 
     Raises:
-        DataError: The path leads out of the folder, or to no file.
+        DataError: The path leads out of the folder, or is not a file.
     """
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
@@ -43,7 +43,7 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     path = folder / relative
     try:
         is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that no file system allows
         is_file = False
     if not is_file:
         raise DataError(f"{where} names {name!r}, but {folder} has no such file: add it.")
@@ -51,23 +51,23 @@ def image_path(folder: Path, name: str, where: str) -> Path:
 
 
 def check_once(entries: Iterable[Entry]) -> None:
-    """Refuse an image that is named twice, in one list or in two.
+    """Refuse an image that is listed twice, in one list or in two.
 
     Raises:
-        DataError: The first such image and both places.
+        DataError: An image is listed twice; the message names both places.
     """
     places: dict[Path, str] = {}
     for where, path, _ in entries:
         if path in places:
             raise DataError(
-                f"{where} names {path.name!r}, which stands in {places[path]} already: "
-                "name each image once."
+                f"{where} names {path.name!r}, which {places[path]} already lists: "
+                "list each image once."
             )
         places[path] = where
 
 
 def check_size(path: Path | str, count: int, expected: int) -> None:
-    """Refuse a list of another length than the benchmark's.
+    """Refuse a list with another length than in the benchmark.
 
     Raises:
         DataError: The lengths differ.
@@ -75,5 +75,5 @@ def check_size(path: Path | str, count: int, expected: int) -> None:
     if count != expected:
         raise DataError(
             f"{path} lists {count:,} images instead of the benchmark's {expected:,}: complete it, "
-            "or allow any size (--any-size, strict=False)."
+            "or accept other sizes with `any_size=True`."
         )

@@ -1,11 +1,11 @@
-"""Results that papers print for VTAB-1k and FGVC, to stand next to measured ones. Light to import.
+"""Published results on VTAB-1k and FGVC, to compare with measured ones. Light to import.
 
-Two averages circulate for VTAB-1k: the mean of 19 tasks, and the mean of the 3 groups' means, which
-is 2 to 2.5 points higher. A row has those that its source prints; the other is computed only where
-the source gives all 19 columns, and is left open elsewhere. Parameter counts are in millions as
-printed, by whether the source counts the classifier; where it does not say, they stand apart.
+Papers report two averages for VTAB-1k: the mean of 19 tasks, and the mean of 3 group means, which
+is 2 to 2.5 points higher. A row has the averages that its source prints; a missing one is computed
+only if the source has all 19 columns. Parameter counts are in millions as printed; they are kept
+apart by whether the source includes the classifier, excludes it, or does not say.
 
-Selection differs: the released RLRR code reports the best test accuracy of all epochs.
+Model selection differs: the released RLRR code reports the best test accuracy of all epochs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["PUBLISHED", "PublishedRow", "mean_of_groups"]
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A row of a paper's table; accuracies in percent.
+    """A row of a table in a paper; accuracies in percent.
 
     Attributes:
-        method: Its name there; a star marks AugReg weights for RLRR, ARC and HTA, and scales per
+        method: Name in the paper; a star marks AugReg weights for RLRR, ARC and HTA, and scales per
             rank component for AOFT.
-        source: The paper, and how well its number is known.
+        source: The paper, and how reliable the number is.
         mean_tasks: Mean over all tasks, as printed.
-        mean_groups: Mean of the groups' means, as printed.
-        tasks: The columns in the order of ``Benchmark.tasks``; empty where not known.
-        with_head: Trained parameters in millions, the classifier included.
-        without_head: The same without it.
-        unstated: The same where the source does not say which.
+        mean_groups: Mean of the group means, as printed.
+        tasks: The columns in the order of ``Benchmark.tasks``; empty if unknown.
+        with_head: Trained parameters in millions, including the classifier.
+        without_head: Trained parameters in millions, without the classifier.
+        unstated: Trained parameters in millions, if the source does not say which.
         backbone: Architecture and weights.
     """
 
@@ -46,7 +46,7 @@ class PublishedRow:
 
 
 def mean_of_groups(benchmark: Benchmark, columns: tuple[float, ...]) -> float | None:
-    """Mean of the groups' means, from all columns; None without them, or for a single group."""
+    """Mean of the group means, from all columns; None without columns or with a single group."""
     if not columns or len(benchmark.groups) == 1:
         return None
     groups: dict[str, list[float]] = {}

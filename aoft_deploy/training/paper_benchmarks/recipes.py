@@ -1,23 +1,23 @@
 """Hyper-parameters for each task of VTAB-1k and FGVC. Light to import.
 
-Where they come from:
+Their sources:
 
-* **Published code** (``VTABConfig.py``, ``FGVCConfig.py`` of github.com/zstarN70/RLRR): each
-  task's learning rate, weight decay and depth rate for RLRR, whether images are mirrored, batches
-  of 32, one rate for updates and classifier, a last rate of 1e-8, no clipping, and how images are
-  resized. For which backbone they were tuned is not stated; the paper's main one is taken.
+* **Published code** (``VTABConfig.py``, ``FGVCConfig.py`` of github.com/zstarN70/RLRR): for each
+  task the learning rate, weight decay, rate of stochastic depth and mirroring for RLRR; batches of
+  32, the same learning rate for updates and classifier, a final rate of 1e-8, no clipping, and the
+  resizing. It does not state for which backbone they were tuned; we use the paper's main one.
 * **Paper** (arXiv 2403.19067, supplement, Table 3): 100 epochs with 10 of warm-up, also for FGVC,
-  where the released script does 50; and ``RATES``, the grid of learning rates.
-* **Our choice**: for every other method, AOFT included, whose paper's settings are not known to
-  us, RLRR's values for the task but its learning rate, which is chosen from ``RATES`` by the
-  validation images. Normalisation stays the backbone's own, which for the main backbone is the
+  for which the released script uses 50; and ``RATES``, the grid of learning rates.
+* **Our choice**: all other methods use RLRR's values for the task, except for the learning rate,
+  which is chosen from ``RATES`` on the validation images. This includes AOFT, because we do not
+  know the settings of its paper. Normalisation is the backbone's; for the main backbone it is the
   published 0.5 and 0.5.
 
-Known differences from the published code: its ``drop_path`` zeroes single numbers of a branch, ours
-whole branches; it decays the scales of the patch embedding, we do not; its rate rises by whole
-epochs and rests for 10 more at the end, ours moves by steps; on CUB and Dogs it restarts the
-cosine every 5 epochs; and it reports the best test accuracy of all epochs, where we choose the
-epoch on validation images and test once.
+Known differences from the published code: its ``drop_path`` zeroes single values of a branch, ours
+whole branches; it decays the scales of the patch embedding, we do not; its learning rate changes
+once per epoch and stays constant for 10 more epochs at the end, ours changes every step; on CUB and
+Dogs it restarts the cosine every 5 epochs; and it reports the best test accuracy of all epochs,
+while we choose the epoch on validation images and test once.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ BACKBONE = "vit_base_patch16_224.orig_in21k"
 """ViT-B/16 of the papers' main tables: the original ImageNet-21k weights, input 224 x 224."""
 
 RATES = (0.2, 0.1, 0.05, 0.01, 0.005, 0.001, 0.0001)
-"""Learning rates to choose from on validation images: the grid of RLRR's and HTA's papers."""
+"""Learning rates to choose from on validation images: the grid of the RLRR and HTA papers."""
 
 HEAD_ONLY = "linear"
-"""The method that has a rate for the classifier alone."""
+"""The method that trains only the classifier, and so has only ``head_lr``."""
 
 COMMON = {
     "backbone": BACKBONE,
@@ -57,12 +57,12 @@ COMMON = {
 WARMUP_SHARE = 0.1
 
 PARTS: dict[str, dict[str, Any]] = {
-    VTAB.name: {"crop_pct": 1.0},  # Resize((224, 224)), the aspect ratio not kept
+    VTAB.name: {"crop_pct": 1.0},  # Resize((224, 224)), without keeping the aspect ratio
     # Resize((256, 256)); RandomCrop(224) and a flip in training, CenterCrop(224) in evaluation
     FGVC.name: {"crop_pct": 0.875, "augment": "window", "weight_decay": 5e-2},
 }
 
-# learning rate, weight decay, depth rate, mirrored
+# learning rate, weight decay, rate of stochastic depth, mirroring
 VTAB_VALUES = {
     "caltech101": (1e-3, 5e-5, 0.1, False),
     "cifar": (3e-3, 5e-5, 0.1, False),
@@ -85,7 +85,7 @@ VTAB_VALUES = {
     "smallnorb_ele": (1e-3, 5e-5, 0.3, True),
 }
 
-# learning rate, depth rate
+# learning rate, rate of stochastic depth
 FGVC_VALUES = {
     "CUB_200_2011": (3e-3, 0.1),
     "NABirds": (5e-4, 0.3),
@@ -97,12 +97,12 @@ FGVC_VALUES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task of a benchmark is trained.
+    """Hyper-parameters for a task of a benchmark.
 
     Attributes:
-        benchmark: The task's benchmark.
+        benchmark: The benchmark.
         task: The task.
-        settings: The hyper-parameters; the rates that ``rates`` decides stand as None.
+        settings: The hyper-parameters; learning rates that are chosen from ``rates`` are None.
         rates: Peak learning rates to choose from on validation images, at least one.
     """
 
@@ -112,7 +112,7 @@ class Recipe:
     rates: tuple[float, ...]
 
     def at(self, rate: float) -> TrainingSettings:
-        """The hyper-parameters with a rate for updates and classifier, where these are open."""
+        """The hyper-parameters with a learning rate for updates and classifier, if it is open."""
         settings = self.settings
         if settings.head_lr is None:
             settings = replace(settings, head_lr=rate)
@@ -124,13 +124,12 @@ def get_recipe(name: str, given: Mapping[str, Any] | None = None) -> Recipe:
 
     Args:
         name: Benchmark and task, such as ``vtab/cifar``.
-        given: Values of ``TrainingSettings``, such as the method, that win over the recipe's.
-            With a learning rate among them (``lr``; for linear probing ``head_lr``), there is none
-            to choose.
+        given: Values of ``TrainingSettings``, such as the method, that override the recipe. If
+            they include the learning rate (``lr``; for linear probing ``head_lr``), none is chosen.
 
     Raises:
         UnknownNameError: No such task.
-        SettingError: A value outside its range.
+        SettingError: A value is outside its range.
     """
     given = dict(given or {})
     benchmark, task = find_task(name)
@@ -138,16 +137,16 @@ def get_recipe(name: str, given: Mapping[str, Any] | None = None) -> Recipe:
     values = {**COMMON, **PARTS[benchmark.name], **values, **given}
     values.setdefault("warmup_epochs", WARMUP_SHARE * values["epochs"])
     settings = TrainingSettings(**values)
-    decisive = settings.head_lr if settings.method == HEAD_ONLY else settings.lr
-    if decisive is not None:
-        rates: tuple[float, ...] = (decisive,)
+    given_rate = settings.head_lr if settings.method == HEAD_ONLY else settings.lr
+    if given_rate is not None:
+        rates: tuple[float, ...] = (given_rate,)
     else:
         rates = (published_rate,) if settings.method == "rlrr" else RATES
     return Recipe(benchmark, task, settings, rates)
 
 
 def _published(benchmark: Benchmark, task: BenchmarkTask) -> tuple[float, dict[str, Any]]:
-    """A task's learning rate and other values in the published configuration."""
+    """Learning rate and other values of a task in the published configuration."""
     if benchmark is FGVC:
         rate, drop_path = FGVC_VALUES[task.name]
         return rate, {"drop_path": drop_path}

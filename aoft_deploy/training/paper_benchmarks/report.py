@@ -1,4 +1,4 @@
-"""Outcomes of a benchmark's runs as averages, and as a table next to published rows."""
+"""Outcomes of a benchmark: averages, and tables that compare them with published results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Summary", "markdown"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Averages over tasks and seeds; accuracies of the test in percent.
+    """Averages over tasks and seeds; test accuracies in percent.
 
     Attributes:
         benchmark: The benchmark.
-        outcomes: The finished runs, all of one method and backbone.
-        wanted: Number of runs that were asked for.
+        outcomes: The finished runs, all with the same method and backbone.
+        wanted: Number of requested runs.
     """
 
     benchmark: Benchmark
@@ -31,48 +31,48 @@ class Summary:
     wanted: int
 
     def of_task(self, task: BenchmarkTask) -> list[float]:
-        """Accuracy of each finished run of a task."""
+        """Test accuracy of each finished run of a task."""
         name = f"{self.benchmark.name}/{task.name}"
         return [100 * outcome.test_accuracy for outcome in self.outcomes if outcome.task == name]
 
     @property
     def columns(self) -> dict[str, float]:
-        """Mean over the seeds of each task that has a finished run."""
+        """Mean over the seeds, for each task with a finished run."""
         found = {task.name: self.of_task(task) for task in self.benchmark.tasks}
         return {name: fmean(values) for name, values in found.items() if values}
 
     @property
     def mean_tasks(self) -> float | None:
-        """Mean over the tasks that have a finished run; None without any."""
+        """Mean over the tasks with a finished run; None if there are none."""
         return fmean(self.columns.values()) if self.columns else None
 
     @property
     def mean_groups(self) -> float | None:
-        """Mean of the groups' means; None unless every task has a finished run."""
+        """Mean of the group means; None unless every task has a finished run."""
         columns = tuple(self.columns.values())
-        is_whole = len(columns) == len(self.benchmark.tasks)
-        return mean_of_groups(self.benchmark, columns) if is_whole else None
+        is_complete = len(columns) == len(self.benchmark.tasks)
+        return mean_of_groups(self.benchmark, columns) if is_complete else None
 
     @property
     def tasks_name(self) -> str:
-        """What ``mean_tasks`` is the mean of."""
-        count, whole = len(self.columns), len(self.benchmark.tasks)
-        return f"mean of {whole} tasks" if count == whole else f"mean of {count} of {whole} tasks"
+        """Label of ``mean_tasks``."""
+        count, total = len(self.columns), len(self.benchmark.tasks)
+        return f"mean of {total} tasks" if count == total else f"mean of {count} of {total} tasks"
 
     @property
     def groups_name(self) -> str:
-        """What ``mean_groups`` is the mean of."""
+        """Label of ``mean_groups``."""
         return f"mean of {len(self.benchmark.groups)} group means"
 
     def millions(self, *, with_head: bool) -> float | None:
-        """Trained parameters in millions, the mean over the tasks that have a finished run."""
+        """Trained parameters in millions, averaged over the tasks with a finished run."""
         counts = {
             o.task: o.update_parameters + with_head * o.head_parameters for o in self.outcomes
         }
         return fmean(counts.values()) / 1e6 if counts else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, with the averages named."""
+        """JSON form; the averages have their labels as keys."""
         tasks = {}
         for task in self.benchmark.tasks:
             if values := self.of_task(task):
@@ -94,7 +94,7 @@ class Summary:
 
 
 def markdown(summary: Summary) -> str:
-    """Two tables: each task, then the averages; and how the images differ from the benchmark's."""
+    """Markdown with a table of tasks, a table of averages, and deviations from the benchmark."""
     parts = [
         f"# {summary.benchmark.title}",
         f"{len(summary.outcomes)} of {summary.wanted} runs are finished. Test accuracy in percent, "
@@ -104,7 +104,7 @@ def markdown(summary: Summary) -> str:
         "## Tasks",
         _table(_task_rows(summary)),
         "## Averages",
-        "As printed by the sources; with a ~ where computed from their columns; M are millions of "
+        "As printed by the sources; ~ marks averages computed from their columns. M is millions of "
         "trained parameters.",
         _table(_average_rows(summary)),
     ]
@@ -119,20 +119,20 @@ def _task_rows(summary: Summary) -> list[list[str]]:
         row for row in PUBLISHED[summary.benchmark.name] if row.tasks and "B/16" in row.backbone
     ]
     rows = [["task", "group", "runs", _ours(summary), *(row.method for row in published)]]
-    for place, task in enumerate(summary.benchmark.tasks):
+    for index, task in enumerate(summary.benchmark.tasks):
         values = summary.of_task(task)
-        theirs = [f"{row.tasks[place]:.1f}" for row in published]
+        theirs = [f"{row.tasks[index]:.1f}" for row in published]
         rows.append([task.name, task.group, str(len(values)), _with_sd(values), *theirs])
     return rows
 
 
 def _average_rows(summary: Summary) -> list[list[str]]:
     benchmark, has_groups = summary.benchmark, len(summary.benchmark.groups) > 1
-    whole = f"mean of {len(benchmark.tasks)} tasks"
+    all_tasks = f"mean of {len(benchmark.tasks)} tasks"
     heads = ["M without head", "M with head", "M, head not stated"]
-    averages = [whole, summary.groups_name] if has_groups else [whole]
-    over = "" if summary.tasks_name == whole else f" ({len(summary.columns)} tasks only)"
-    ours = [_number(summary.mean_tasks) + over, _number(summary.mean_groups)][: len(averages)]
+    averages = [all_tasks, summary.groups_name] if has_groups else [all_tasks]
+    note = "" if summary.tasks_name == all_tasks else f" ({len(summary.columns)} tasks only)"
+    ours = [_number(summary.mean_tasks) + note, _number(summary.mean_groups)][: len(averages)]
     sizes = [summary.millions(with_head=with_head) for with_head in (False, True)]
     backbone = summary.outcomes[0].backbone if summary.outcomes else ""
     rows = [
@@ -147,12 +147,12 @@ def _average_rows(summary: Summary) -> list[list[str]]:
 
 
 def _published_means(benchmark: Benchmark, row: PublishedRow) -> list[str]:
-    """Both averages as printed, or else with a ~ from the columns, where these are known."""
+    """Both averages as printed, or else computed from the columns and marked with a ~."""
     computed = fmean(row.tasks) if row.tasks else None, mean_of_groups(benchmark, row.tasks)
     cells = []
-    for printed, own in zip((row.mean_tasks, row.mean_groups), computed, strict=True):
-        is_open = printed is None and own is not None
-        cells.append(f"~{_number(own)}" if is_open else _number(printed))
+    for printed, value in zip((row.mean_tasks, row.mean_groups), computed, strict=True):
+        use_computed = printed is None and value is not None
+        cells.append(f"~{_number(value)}" if use_computed else _number(printed))
     return cells
 
 

@@ -1,4 +1,4 @@
-"""A whole benchmark: every task with every seed, each in its own folder, and the table of them."""
+"""A whole benchmark: every task with every seed, each in its own folder, and the results table."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from aoft_deploy.training.paper_benchmarks.recipes import Recipe, get_recipe
 from aoft_deploy.training.paper_benchmarks.report import Summary, markdown
 from aoft_deploy.training.paper_benchmarks.task_run import RECORD, Outcome, load_splits, run_recipe
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
+from aoft_deploy.training.settings import RunOptions
 
 __all__ = ["RESULTS", "TABLE", "run_suite"]
 
@@ -30,35 +31,36 @@ def run_suite(
     seeds: int = 3,
     tasks: Sequence[str] | None = None,
     given: Mapping[str, Any] | None = None,
-    strict: bool = True,
-    **options: Any,
+    any_size: bool = False,
+    options: RunOptions | None = None,
 ) -> Summary:
-    """Run tasks of a benchmark by their recipes, seed after seed.
+    """Run tasks of a benchmark by their recipes, one seed after the other.
 
-    A run stands in ``out/TASK/seed-N``. A finished one is not repeated, an interrupted one goes
-    on. After each, ``table.md`` and ``results.json`` in ``out`` have all finished ones.
+    Each run has the folder ``out/TASK/seed-N``. Finished runs are not repeated, and interrupted
+    ones are resumed. After each run, ``table.md`` and ``results.json`` in ``out`` are updated.
 
     Args:
         name: ``vtab`` or ``fgvc``.
         root: Folder of the benchmark.
         out: Folder for the results.
-        seeds: Number of seeds, which count from 0.
-        tasks: Names of the tasks; None takes all.
-        given: Values of ``TrainingSettings`` but the seed, such as the method, that win over the
-            recipes'.
-        strict: Refuse other sizes than the benchmark's.
-        **options: ``workers``, ``progress``, ``tensorboard`` and ``trust_images`` of ``train``.
+        seeds: Number of seeds, counted from 0.
+        tasks: Names of the tasks; None for all.
+        given: Values of ``TrainingSettings`` except the seed, such as the method, that override
+            the recipes.
+        any_size: Accept other numbers of images than in the benchmark.
+        options: How to execute the runs; they are always resumed. None for the defaults.
 
     Raises:
         UnknownNameError: No such benchmark or task.
-        DataError: A task's images cannot be used; all are looked at before the first run.
-        SettingError: A setting outside its range, or a run in ``out`` had others.
+        DataError: The images of a task cannot be used; all lists are read before the first run.
+        SettingError: A setting is outside its range, or a run in ``out`` has other settings.
         AoftError: As for ``run_recipe``.
     """
     if name not in BENCHMARKS:
         raise UnknownNameError("benchmark", name, BENCHMARKS)
     if seeds < 1:
-        raise SettingError(f"seeds is {seeds}: use a whole number from 1.")
+        raise SettingError(f"`seeds` is {seeds}, but must be a whole number from 1.")
+    options = replace(options or RunOptions(), resume=True)
     benchmark = BENCHMARKS[name]
     plan = {
         out / task.name / f"seed-{seed}": get_recipe(
@@ -67,28 +69,28 @@ def run_suite(
         for seed in range(seeds)
         for task in benchmark.chosen(tasks)
     }
-    outcomes = _finished(plan, root, strict)
+    outcomes = _finished(plan, root, any_size)
     summary = Summary(benchmark, tuple(outcomes.values()), len(plan))
     if outcomes:
         _write(summary, out)
     for folder in [folder for folder in plan if folder not in outcomes]:
-        splits = load_splits(plan[folder], root, strict=strict)
-        outcomes[folder] = run_recipe(plan[folder], splits, folder, resume=True, **options)
+        splits = load_splits(plan[folder], root, any_size=any_size)
+        outcomes[folder] = run_recipe(plan[folder], splits, folder, options)
         in_order = tuple(outcomes[each] for each in plan if each in outcomes)
         summary = replace(summary, outcomes=in_order)
         _write(summary, out)
-        if options.get("progress"):
-            _tell(summary, outcomes[folder])
+        if options.progress:
+            _print_progress(summary, outcomes[folder])
     return summary
 
 
-def _finished(plan: Mapping[Path, Recipe], root: Path, strict: bool) -> dict[Path, Outcome]:
-    """The runs that need not be repeated; looks at the images of all, so that none fails late."""
+def _finished(plan: Mapping[Path, Recipe], root: Path, any_size: bool) -> dict[Path, Outcome]:
+    """Outcomes of the finished runs; reads the lists of all runs, so that none fails late."""
     outcomes = {}
     for folder, recipe in plan.items():
-        splits = load_splits(recipe, root, strict=strict)
+        splits = load_splits(recipe, root, any_size=any_size)
         if (folder / RECORD).exists():
-            outcomes[folder] = run_recipe(recipe, splits, folder, resume=True)
+            outcomes[folder] = run_recipe(recipe, splits, folder, RunOptions(resume=True))
     return outcomes
 
 
@@ -99,7 +101,7 @@ def _write(summary: Summary, out: Path) -> None:
             temporary.write_text(markdown(summary), "utf-8")
 
 
-def _tell(summary: Summary, last: Outcome) -> None:
+def _print_progress(summary: Summary, last: Outcome) -> None:
     if PartialState().is_main_process:
         done = f"{len(summary.outcomes)} of {summary.wanted} runs"
         print(f"{last.task}, seed {last.seed}: {last.test_accuracy:.2%} ({done})", file=sys.stderr)

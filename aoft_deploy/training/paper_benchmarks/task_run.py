@@ -1,4 +1,4 @@
-"""One task of a benchmark by its recipe: choose on validation images, train on all, test once."""
+"""One task of a benchmark: choose on the validation images, train on all images, test once."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from typing import Any, cast
 from accelerate.state import PartialState
 
 from aoft_deploy.data.splits import Splits
-from aoft_deploy.errors import CheckpointError, DivergedError, OutputError
+from aoft_deploy.errors import DivergedError
 from aoft_deploy.files import file_digest, write_json
 from aoft_deploy.training.batches import fingerprint
+from aoft_deploy.training.loop import merit
 from aoft_deploy.training.paper_benchmarks.fgvc import load_fgvc
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe
 from aoft_deploy.training.paper_benchmarks.tasks import VTAB, deviations
 from aoft_deploy.training.paper_benchmarks.vtab import load_vtab
 from aoft_deploy.training.run import Result, check_splits, train
-from aoft_deploy.training.run_folder import check_same
+from aoft_deploy.training.run_folder import check_same, existing_run, unreadable
+from aoft_deploy.training.settings import RunOptions
 
 __all__ = ["RECORD", "Outcome", "load_splits", "run_recipe"]
 
 RECORD = "result.json"
-"""File of a finished run: what decided its numbers, and its outcome."""
+"""File of a finished run: everything that determined its results, and the outcome."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task's run gave.
+    """Result of a run of a task.
 
     Attributes:
         task: Benchmark and task, such as ``vtab/cifar``.
@@ -39,12 +41,12 @@ class Outcome:
         seed: Seed of the run.
         lr: The chosen peak learning rate.
         epoch: The chosen epoch, from 1.
-        val_accuracy: Share of right answers on the validation images when these were chosen.
-        test_accuracy: The same on the test images, after training on all others.
-        update_parameters: Trained numbers of the updates.
-        head_parameters: Trained numbers of the classifier.
-        deviations: How the images differ from the benchmark's, a phrase each.
-        seconds: Time of all training and the test.
+        val_accuracy: Accuracy on the validation images, when rate and epoch were chosen.
+        test_accuracy: Accuracy on the test images, after training on all others.
+        update_parameters: Number of trained parameters of the updates.
+        head_parameters: Number of trained parameters of the classifier.
+        deviations: Phrases on how the images differ from the benchmark's.
+        seconds: Time of all training runs and the test.
     """
 
     task: str
@@ -61,63 +63,55 @@ class Outcome:
     seconds: float
 
 
-def load_splits(recipe: Recipe, root: Path, *, strict: bool = True) -> Splits:
+def load_splits(recipe: Recipe, root: Path, *, any_size: bool = False) -> Splits:
     """The images of a recipe's task.
 
     Args:
-        recipe: Says the task, and the seed where a split has to be made.
+        recipe: Gives the task, and the seed of a split that has to be made.
         root: Folder of the benchmark.
-        strict: Refuse other sizes than the benchmark's.
+        any_size: Accept other numbers of images than in the benchmark.
 
     Raises:
         DataError: As for ``load_vtab`` and ``load_fgvc``.
     """
     if recipe.benchmark is VTAB:
-        return load_vtab(root, recipe.task.name, strict=strict)
-    return load_fgvc(root, recipe.task.name, seed=recipe.settings.seed, strict=strict)
+        return load_vtab(root, recipe.task.name, any_size=any_size)
+    return load_fgvc(root, recipe.task.name, seed=recipe.settings.seed, any_size=any_size)
 
 
 def run_recipe(
-    recipe: Recipe, splits: Splits, out: Path, *, resume: bool = False, **options: Any
+    recipe: Recipe, splits: Splits, out: Path, options: RunOptions | None = None
 ) -> Outcome:
     """Choose learning rate and epoch on the validation images, then train on all, and test once.
 
-    The final run does the chosen number of epochs with the learning rates that these had when they
-    were chosen. Of equal accuracies the lower loss is chosen; a rate that diverges is passed over.
+    The final run trains the chosen number of epochs with the same learning-rate schedule. Of equal
+    accuracies, that with the lower loss is chosen; a rate that diverges is skipped.
 
     Args:
         recipe: The task and its hyper-parameters.
-        splits: Its images.
-        out: Folder for the final run's ``model.ckpt`` and ``metrics.jsonl``, for ``result.json``,
-            and in ``search`` for the runs to choose from.
-        resume: Go on with the runs in ``out``, if there are any; a finished one is not repeated.
-        **options: ``workers``, ``progress``, ``tensorboard`` and ``trust_images`` of ``train``.
+        splits: The images of the task.
+        out: Folder for ``model.ckpt`` and ``metrics.jsonl`` of the final run, for ``result.json``,
+            and, in ``search``, for the runs that rate and epoch are chosen from.
+        options: How to execute the runs; a finished run is not repeated. None for the defaults.
 
     Raises:
-        OutputError: ``out`` cannot be written, or holds a run and ``resume`` is false.
-        SettingError: The run in ``out`` had other settings or data.
-        CheckpointError: A file of that run cannot be read.
+        OutputError: ``out`` cannot be written, or holds a run and ``options.resume`` is false.
+        SettingError: The run in ``out`` has other settings or data.
+        CheckpointError: A file of the run in ``out`` cannot be read.
         DivergedError: Training diverges with every rate.
         AoftError: As for ``train``.
     """
-    decisive = _decisive(recipe, splits)
+    options = options or RunOptions()
+    inputs = _inputs(recipe, splits)
     record = out / RECORD
     if record.exists():
-        if not resume:
-            raise OutputError(
-                f"{out} holds a run already ({RECORD}): continue it with --resume, "
-                "or name another folder."
-            )
-        return _read(record, decisive)
-    check_splits(
-        splits,
-        trust_images=options.pop("trust_images", False),
-        progress=options.get("progress", False),
-    )
-    options["checked"] = True
-    rate, searched, seconds = _search(recipe, splits, out / "search", resume=resume, **options)
+        if not options.resume:
+            raise existing_run(out, record)
+        return _read(record, inputs)
+    check_splits(splits, trust_images=options.trust_images, progress=options.progress)
+    rate, searched, seconds = _search(recipe, splits, out / "search", options)
     settings = replace(recipe.at(rate), train_on="train+val", stop_after=searched.best_epoch)
-    final = train(splits, out, settings, resume=resume, **options)
+    final = train(splits, out, settings, options, checked=True)
     outcome = Outcome(
         task=f"{recipe.benchmark.name}/{recipe.task.name}",
         method=final.method,
@@ -134,15 +128,15 @@ def run_recipe(
     )
     processes: Any = PartialState()
     if processes.is_main_process:
-        write_json(record, {"run": decisive, "outcome": asdict(outcome)})
+        write_json(record, {"run": inputs, "outcome": asdict(outcome)})
     processes.wait_for_everyone()
     return outcome
 
 
-def _decisive(recipe: Recipe, splits: Splits) -> dict[str, Any]:
-    """Everything that decides a run's numbers."""
+def _inputs(recipe: Recipe, splits: Splits) -> dict[str, Any]:
+    """Everything that determines the results of a run, as JSON values."""
     weights = recipe.settings.backbone_weights
-    decisive = {
+    inputs = {
         **recipe.settings.to_dict(),
         "task": f"{recipe.benchmark.name}/{recipe.task.name}",
         "lr": list(recipe.rates),
@@ -150,37 +144,36 @@ def _decisive(recipe: Recipe, splits: Splits) -> dict[str, Any]:
         "backbone_weights": file_digest(weights)[:16] if weights and weights.is_file() else None,
     }
     for part in ("train", "val", "test"):
-        decisive[f"{part}_images"] = fingerprint(getattr(splits, part))[:16]
-    return decisive
+        inputs[f"{part}_images"] = fingerprint(getattr(splits, part))[:16]
+    return inputs
 
 
-def _read(record: Path, decisive: Mapping[str, Any]) -> Outcome:
-    """A finished run's outcome."""
+def _read(record: Path, inputs: Mapping[str, Any]) -> Outcome:
+    """The outcome of a finished run with the same inputs."""
     try:
         found = json.loads(record.read_text("utf-8"))
         before, values = found["run"], found["outcome"]
         outcome = Outcome(**{**values, "deviations": tuple(values["deviations"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{record} cannot be read ({error}): start again in another folder."
-        ) from error
-    check_same(record.parent, before, json.loads(json.dumps(decisive)))
+        raise unreadable(record, error) from error
+    check_same(record.parent, before, json.loads(json.dumps(inputs)))
     return outcome
 
 
 def _search(
-    recipe: Recipe, splits: Splits, out: Path, **options: Any
+    recipe: Recipe, splits: Splits, out: Path, options: RunOptions
 ) -> tuple[float, Result, float]:
-    """The best rate, its run, and the seconds of all runs; the test images are not touched."""
+    """The best rate, its result, and the seconds of all runs; the test images are not used."""
+    without_test = replace(splits, test=None)
     found: list[tuple[float, Result]] = []
     seconds = 0.0
     failures: list[DivergedError] = []
     for rate in recipe.rates:
-        if options.get("progress") and PartialState().is_main_process:
+        if options.progress and PartialState().is_main_process:
             print(f"{recipe.task.name}, learning rate {rate:g}", file=sys.stderr)
         settings = replace(recipe.at(rate), train_on="train")
         try:
-            result = train(replace(splits, test=None), out / f"lr-{rate:g}", settings, **options)
+            result = train(without_test, out / f"lr-{rate:g}", settings, options, checked=True)
         except DivergedError as error:
             failures.append(error)
             continue
@@ -188,10 +181,5 @@ def _search(
         seconds += result.seconds
     if not found:
         raise failures[-1]
-    best = max(found, key=lambda pair: _merit(pair[1]))
+    best = max(found, key=lambda pair: merit(vars(pair[1])))
     return *best, seconds
-
-
-def _merit(result: Result) -> tuple[float, float]:
-    """Grows with validation accuracy, then with a falling loss."""
-    return cast(float, result.val_accuracy), -cast(float, result.val_loss)

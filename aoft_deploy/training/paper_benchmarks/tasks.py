@@ -19,12 +19,12 @@ class BenchmarkTask:
     """One data set of a benchmark.
 
     Attributes:
-        name: Its folder's name.
-        group: The group that it is averaged in.
+        name: Name of its folder.
+        group: Group in which it is averaged.
         classes: Number of classes.
-        train: Number of images to fit while settings are chosen.
-        val: Number of images to choose settings by.
-        test: Number of images to report on.
+        train: Number of training images while settings are chosen.
+        val: Number of validation images, which settings are chosen by.
+        test: Number of test images.
     """
 
     name: str
@@ -37,12 +37,12 @@ class BenchmarkTask:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A set of tasks that results are averaged over.
+    """A set of tasks over which results are averaged.
 
     Attributes:
-        name: What users call it.
-        title: What papers call it.
-        tasks: In the order of the papers' columns.
+        name: Name in commands, such as ``vtab``.
+        title: Name in papers, such as ``VTAB-1k``.
+        tasks: The tasks, in the order of the columns in papers.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Benchmark:
         return tasks[name]
 
     def chosen(self, names: Iterable[str] | None) -> tuple[BenchmarkTask, ...]:
-        """The tasks of these names, in the benchmark's order; None takes all.
+        """The tasks with these names, in the order of the benchmark; None for all.
 
         Raises:
             UnknownNameError: The benchmark has no such task.
@@ -106,7 +106,7 @@ VTAB = Benchmark(
         _vtab("smallnorb_ele", "structured", 9, 12150),
     ),
 )
-"""arXiv 1910.04867, in the list files of the NOAH code (github.com/ZhangYuanhan-AI/NOAH)."""
+"""arXiv 1910.04867, with the list files of the NOAH code (github.com/ZhangYuanhan-AI/NOAH)."""
 
 FGVC = Benchmark(
     "fgvc",
@@ -138,7 +138,7 @@ def find_task(full_name: str) -> tuple[Benchmark, BenchmarkTask]:
 
 
 def deviations(task: BenchmarkTask, splits: Splits) -> tuple[str, ...]:
-    """How the images at hand differ from the benchmark's, a phrase each; empty if they do not."""
+    """Phrases on how given images differ from the benchmark's; empty if they do not."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     found = []
     for part, images in parts.items():

@@ -1,4 +1,4 @@
-"""VTAB-1k in the layout of the NOAH and SSF code: four list files and a folder of images a task."""
+"""VTAB-1k in the layout of the NOAH and SSF code: each task has four list files and its images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FILES = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 ALL = "train800val200.txt"
 
 
-def load_vtab(root: Path, name: str, *, strict: bool = True) -> Splits:
+def load_vtab(root: Path, name: str, *, any_size: bool = False) -> Splits:
     """Load a task from ``root/name/{train800,val200,train800val200,test}.txt``.
 
-    A line is a path relative to ``root/name`` and a label from 0, with white space between. The
-    1,000 images of a final run are those of ``train800`` and ``val200``: the published lists name
-    copies of the same images in ``train800val200``, which is compared by its labels.
+    A line is a path relative to ``root/name`` and a label from 0, separated by white space. The
+    1,000 images of a final run are those of ``train800`` and ``val200``; ``train800val200`` lists
+    copies of the same images in the published data, so only its labels are compared.
 
     Args:
         root: Folder of the benchmark.
         name: A task of ``VTAB``.
-        strict: Refuse lists of other lengths than the benchmark's, classes without an image, and
+        any_size: Accept lists of other lengths than in the benchmark, classes without images, and
             a ``train800val200`` that is missing or has other labels than the two lists together.
 
     Returns:
@@ -40,9 +40,9 @@ def load_vtab(root: Path, name: str, *, strict: bool = True) -> Splits:
 
     Raises:
         UnknownNameError: The benchmark has no such task.
-        DataError: A list cannot be read or is not as ``strict`` asks; a line is not of that form,
-            has a label that is no class, leads out of the folder or to no file; or an image is
-            named twice.
+        DataError: A list cannot be read or has another size; a line has another form, a label
+            that is no class, or a path that leads out of the folder or is not a file; or an image
+            is listed twice.
     """
     task = VTAB.task(name)
     folder = root / name
@@ -50,8 +50,8 @@ def load_vtab(root: Path, name: str, *, strict: bool = True) -> Splits:
         raise DataError(f"There is no folder {folder} with VTAB-1k's {name}: put it there.")
     lists = {part: _read_list(folder, file, task) for part, file in FILES.items()}
     check_once(entry for entries in lists.values() for entry in entries)
-    if strict:
-        _check_whole(folder, lists, task)
+    if not any_size:
+        _check_sizes(folder, lists, task)
     train, val, test = (
         ImageList([path for _, path, _ in entries], [label for _, _, label in entries])
         for entries in lists.values()
@@ -80,18 +80,18 @@ def _label(text: str, task: BenchmarkTask, where: str) -> int:
     return int(text)
 
 
-def _check_whole(folder: Path, lists: dict[str, list[Entry]], task: BenchmarkTask) -> None:
+def _check_sizes(folder: Path, lists: dict[str, list[Entry]], task: BenchmarkTask) -> None:
     for part, file in FILES.items():
         check_size(folder / file, len(lists[part]), getattr(task, part))
     missing = set(range(task.classes)) - {label for each in lists.values() for _, _, label in each}
     if missing:
         raise DataError(
             f"{folder} has no image of class {min(missing)}, but {task.name} has {task.classes} "
-            "classes: complete it, or allow any size (--any-size, strict=False)."
+            "classes: complete it, or accept other sizes with `any_size=True`."
         )
     together = Counter(label for part in ("train", "val") for _, _, label in lists[part])
     if Counter(label for _, _, label in _read_list(folder, ALL, task)) != together:
         raise DataError(
             f"{folder / ALL} has other labels than {FILES['train']} and {FILES['val']} together: "
-            "the lists come from different copies, so get them anew."
+            "the lists come from different copies, so download them again."
         )

@@ -35,7 +35,7 @@ def test_there_are_five_data_sets_with_the_published_sizes() -> None:
 
 def test_ids_are_numbered_over_all_files_together(tmp_path: Path, write_fgvc: Write) -> None:
     write_fgvc(tmp_path, "StanfordCars", train=[7, 3, 11], val=[11, 7], test=[11, 3, 20])
-    splits = load_fgvc(tmp_path, "StanfordCars", strict=False)
+    splits = load_fgvc(tmp_path, "StanfordCars", any_size=True)
     assert splits.classes == ("3", "7", "11", "20")
     for images in (splits.train, splits.val, splits.test):
         assert images is not None
@@ -46,7 +46,7 @@ def test_ids_are_numbered_over_all_files_together(tmp_path: Path, write_fgvc: Wr
 
 def test_ids_may_be_texts(tmp_path: Path, write_fgvc: Write) -> None:
     write_fgvc(tmp_path, "NABirds", "images", train=["b", "a"], val=["a"], test=["c", "b"])
-    splits = load_fgvc(tmp_path, "NABirds", strict=False)
+    splits = load_fgvc(tmp_path, "NABirds", any_size=True)
     assert splits.classes == ("a", "b", "c")
     assert list(splits.train.labels) == [1, 0]
 
@@ -66,27 +66,27 @@ def test_images_stand_where_the_published_code_looks(
     tmp_path: Path, write_fgvc: Write, name: str, images: str
 ) -> None:
     folder = write_fgvc(tmp_path, name, images, train=[0, 1], val=[1], test=[0])
-    splits = load_fgvc(tmp_path, name, strict=False)
+    splits = load_fgvc(tmp_path, name, any_size=True)
     assert splits.train.images[0] == folder / images / "0/train0.jpg"
 
 
 def test_a_tenth_of_trainval_becomes_val(tmp_path: Path, write_fgvc: Write) -> None:
     ids = [5, 9, 2] * 20
     write_fgvc(tmp_path, "OxfordFlowers", trainval=ids, test=[2, 5, 9])
-    splits = load_fgvc(tmp_path, "OxfordFlowers", seed=1, strict=False)
+    splits = load_fgvc(tmp_path, "OxfordFlowers", seed=1, any_size=True)
     assert (len(splits.train), len(splits.val)) == (54, 6)
     assert sorted([*parents(splits.train), *parents(splits.val)]) == sorted(map(str, ids))
     assert not set(map(str, splits.train.images)) & set(map(str, splits.val.images))
     for images in (splits.train, splits.val):
         assert [splits.classes[label] for label in images.labels] == parents(images)
-    assert load_fgvc(tmp_path, "OxfordFlowers", seed=1, strict=False) == splits
-    assert load_fgvc(tmp_path, "OxfordFlowers", seed=2, strict=False) != splits
+    assert load_fgvc(tmp_path, "OxfordFlowers", seed=1, any_size=True) == splits
+    assert load_fgvc(tmp_path, "OxfordFlowers", seed=2, any_size=True) != splits
 
 
 def test_train_and_val_win_over_trainval(tmp_path: Path, write_fgvc: Write) -> None:
     folder = write_fgvc(tmp_path, "OxfordFlowers", train=[0, 1], val=[1], test=[0])
     (folder / "trainval.json").write_text("{}")
-    assert len(load_fgvc(tmp_path, "OxfordFlowers", strict=False).val) == 1
+    assert len(load_fgvc(tmp_path, "OxfordFlowers", any_size=True).val) == 1
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_benchmarks_own_sizes_pass(tmp_path: Path, write_fgvc: Write, small:
         ({"trainval": [1, 2, 3] * 4, "test": [3] * 3}, r"trainval\.json lists 12 .* 9: comple"),
         (
             {"train": [1, 2] * 3, "val": [1, 2, 2], "test": [2] * 3},
-            "have 2 classes instead of the benchmark's 3: complete them, .*--any-size",
+            "have 2 classes instead of the benchmark's 3: complete them, .*`any_size=True`",
         ),
     ],
 )
@@ -132,7 +132,7 @@ def test_another_size_than_the_benchmarks_is_refused(
     write_fgvc(tmp_path, "OxfordFlowers", **lists)
     with pytest.raises(DataError, match=message):
         load_fgvc(tmp_path, "OxfordFlowers")
-    splits = load_fgvc(tmp_path, "OxfordFlowers", strict=False)
+    splits = load_fgvc(tmp_path, "OxfordFlowers", any_size=True)
     assert deviations(small.tasks[0], splits)
 
 
@@ -146,13 +146,13 @@ def test_another_size_than_the_benchmarks_is_refused(
         ('{"0/val0.jpg": 1.5}', r"val\.json gives '0/val0\.jpg' the class id 1\.5: use a number"),
         ('{"0/val0.jpg": true}', r"val\.json gives '0/val0\.jpg' the class id True: use a number"),
         ('{"0/val0.jpg": "1"}', "have numbers and texts as class ids: use one kind"),
-        ('{"a": 1, "a": 2}', r"val\.json names 'a' twice: name each image once"),
+        ('{"a": 1, "a": 2}', r"val\.json names 'a' twice: list each image once"),
         ('{"none.jpg": 1}', r"val\.json names 'none\.jpg', but .* has no such file: add it"),
         ('{"../x.jpg": 1}', r"val\.json names '\.\./x\.jpg', which leads out of"),
         ('{"/x.jpg": 1}', r"val\.json names '/x\.jpg', which leads out of"),
         (
             '{"0/train0.jpg": 0}',
-            r"val\.json names 'train0\.jpg', which stands in .*train\.json alr",
+            r"val\.json names 'train0\.jpg', which .*train\.json already l",
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_bad_list_is_named(tmp_path: Path, write_fgvc: Write, text: str, messa
     folder = write_fgvc(tmp_path, "StanfordCars", train=[0, 1], val=[0, 1], test=[0, 1])
     (folder / "val.json").write_text(text)
     with pytest.raises(DataError, match=message) as caught:
-        load_fgvc(tmp_path, "StanfordCars", strict=False)
+        load_fgvc(tmp_path, "StanfordCars", any_size=True)
     assert "\n" not in str(caught.value)
 
 
@@ -171,11 +171,11 @@ def test_missing_parts_are_named(tmp_path: Path, write_fgvc: Write) -> None:
         load_fgvc(tmp_path, "NABirds")
     folder = write_fgvc(tmp_path, "StanfordCars", train=[0, 1], test=[0, 1])
     with pytest.raises(DataError, match=r"Cannot read the list .*val\.json: No such file"):
-        load_fgvc(tmp_path, "StanfordCars", strict=False)
+        load_fgvc(tmp_path, "StanfordCars", any_size=True)
     (folder / "train.json").rename(folder / "trainval.json")
     with pytest.raises(DataError, match=r"Class '0' has too few images \(1\) to split into train"):
-        load_fgvc(tmp_path, "StanfordCars", strict=False)
+        load_fgvc(tmp_path, "StanfordCars", any_size=True)
     with pytest.raises(UnknownNameError, match="Unknown task of fgvc 'Birds'"):
         load_fgvc(tmp_path, "Birds")
-    with pytest.raises(SettingError, match="Seed is -1: use a whole number from 0"):
+    with pytest.raises(SettingError, match="`seed` is -1, but must be a whole number from 0"):
         load_fgvc(tmp_path, "StanfordCars", seed=-1)

@@ -124,7 +124,7 @@ def test_unknown_tasks_and_bad_values_are_refused() -> None:
         UnknownNameError, match=r"Unknown task of a benchmark 'vtab/kity'\. Did you"
     ):
         get_recipe("vtab/kity")
-    with pytest.raises(SettingError, match="epochs is 0: use a whole number from 1"):
+    with pytest.raises(SettingError, match="`epochs` is 0, but must be a whole number from 1"):
         get_recipe("vtab/kitti", {"epochs": 0})
 
 

@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_vtab: Callable[..., Pat
 
 
 def run(root: Path, out: Path, **changes: Any) -> None:
-    options = {"tasks": TASKS, "seeds": 2, "given": GIVEN, "strict": False, **changes}
+    options = {"tasks": TASKS, "seeds": 2, "given": GIVEN, "any_size": True, **changes}
     run_suite("vtab", root, out, **options)
 
 
@@ -124,7 +124,7 @@ def test_progress_is_told_after_each_run(
 
 def test_other_settings_are_refused_before_anything_runs(root: Path, finished: Path) -> None:
     before = stamps(finished)
-    with pytest.raises(SettingError, match="seed-0 was begun with epochs 2, but now it is 3"):
+    with pytest.raises(SettingError, match="seed-0 was started with epochs 2, but now it is 3"):
         run(root, finished, given={**GIVEN, "epochs": 3})
     assert stamps(finished) == before
 
@@ -144,7 +144,7 @@ def test_unknown_names_and_no_seeds_are_refused(root: Path, tmp_path: Path) -> N
         run_suite("vtap", root, tmp_path)
     with pytest.raises(UnknownNameError, match=r"Unknown task of vtab 'kity'\. Did you mean kitti"):
         run(root, tmp_path, tasks=["kity"])
-    with pytest.raises(SettingError, match="seeds is 0: use a whole number from 1"):
+    with pytest.raises(SettingError, match="`seeds` is 0, but must be a whole number from 1"):
         run(root, tmp_path, seeds=0)
 
 
@@ -178,7 +178,7 @@ def test_all_19_tasks_run_and_have_both_averages(
     for task in VTAB.tasks:
         write_vtab(tmp_path / "data", task.name, train=4, val=2, test=4)
     summary = run_suite(
-        "vtab", tmp_path / "data", tmp_path / "out", seeds=1, given=GIVEN, strict=False
+        "vtab", tmp_path / "data", tmp_path / "out", seeds=1, given=GIVEN, any_size=True
     )
     found = results(tmp_path / "out")
     columns = [found["test_accuracy"][task.name]["mean"] for task in VTAB.tasks]

@@ -18,7 +18,7 @@ from aoft_deploy.training.paper_benchmarks import task_run
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe, get_recipe
 from aoft_deploy.training.paper_benchmarks.task_run import Outcome, load_splits, run_recipe
 from aoft_deploy.training.run import Result, train
-from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
 SMALL = {"backbone": "aoft_vit_nano", "img_size": 16, "epochs": 3, "precision": "fp32"}
 RATES = (0.01, 0.001)
@@ -38,7 +38,7 @@ def recipe(**given: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def splits(root: Path) -> Splits:
-    return load_splits(recipe(), root, strict=False)
+    return load_splits(recipe(), root, any_size=True)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,13 @@ def test_the_search_for_a_rate_never_looks_at_the_test_images(
 ) -> None:
     runs: list[str] = []
 
-    def sealing(given: Splits, out: Path, settings: TrainingSettings, **options: Any) -> Result:
+    def sealing(
+        given: Splits, out: Path, settings: TrainingSettings, *args: Any, **options: Any
+    ) -> Result:
         runs.append(settings.train_on)
         monkeypatch.setattr(Sealed, "on", settings.train_on == "train")
         try:
-            return train(given, out, settings, **options)
+            return train(given, out, settings, *args, **options)
         finally:
             monkeypatch.setattr(Sealed, "on", False)
 
@@ -174,7 +176,7 @@ def test_every_image_is_looked_at_once_before_the_search(
 def test_a_finished_run_is_not_repeated(finished: tuple[Path, Outcome], splits: Splits) -> None:
     out, outcome = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert run_recipe(recipe(), splits, out, resume=True) == outcome
+    assert run_recipe(recipe(), splits, out, RunOptions(resume=True)) == outcome
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -195,7 +197,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     for path, content in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    again = run_recipe(recipe(), splits, tmp_path, resume=True)
+    again = run_recipe(recipe(), splits, tmp_path, RunOptions(resume=True))
     assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
     assert (tmp_path / "model.ckpt").read_bytes() == (out / "model.ckpt").read_bytes()
 
@@ -204,24 +206,24 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(
     finished: tuple[Path, Outcome], splits: Splits, tmp_path: Path
 ) -> None:
     out, _ = finished
-    with pytest.raises(OutputError, match=r"holds a run already \(result\.json\): .*--resume"):
+    with pytest.raises(OutputError, match=r"already holds a run \(result\.json\): .*`resume=True`"):
         run_recipe(recipe(), splits, out)
-    with pytest.raises(SettingError, match=r"begun with weight decay 0\.05, but now it is 0\.5"):
-        run_recipe(recipe(weight_decay=0.5), splits, out, resume=True)
+    with pytest.raises(SettingError, match=r"started with weight decay 0\.05, but now it is 0\.5"):
+        run_recipe(recipe(weight_decay=0.5), splits, out, RunOptions(resume=True))
     fewer = ImageList(splits.train.images[1:], splits.train.labels[1:])
-    with pytest.raises(SettingError, match="begun with train images"):
-        run_recipe(recipe(), replace(splits, train=fewer), out, resume=True)
+    with pytest.raises(SettingError, match="started with train images"):
+        run_recipe(recipe(), replace(splits, train=fewer), out, RunOptions(resume=True))
     (tmp_path / "weights.pth").write_bytes(b"other")
-    with pytest.raises(SettingError, match="begun with backbone weights null"):
+    with pytest.raises(SettingError, match="started with backbone weights null"):
         other = recipe(backbone_weights=tmp_path / "weights.pth")
-        run_recipe(other, splits, out, resume=True)
+        run_recipe(other, splits, out, RunOptions(resume=True))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"run": {}, "outcome": {}}'])
 def test_a_damaged_result_is_named(splits: Splits, tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"result\.json cannot be read .* another folder"):
-        run_recipe(recipe(), splits, tmp_path, resume=True)
+        run_recipe(recipe(), splits, tmp_path, RunOptions(resume=True))
 
 
 # Such a decay multiplies the classifier's weights in each step, until they overflow.
@@ -258,7 +260,7 @@ def test_fgvc_runs_with_windows_of_larger_images(
     ids = [4, 8, 15] * 5
     write_fgvc(tmp_path, "CUB_200_2011", "images", trainval=ids, test=[15, 4, 8])
     made = get_recipe("fgvc/CUB_200_2011", {**SMALL, "method": "rlrr", "epochs": 2, "seed": 1})
-    splits = load_splits(made, tmp_path, strict=False)
+    splits = load_splits(made, tmp_path, any_size=True)
     outcome = run_recipe(made, splits, tmp_path / "run")
     checkpoint = read_checkpoint(tmp_path / "run/model.ckpt")
     assert (outcome.task, outcome.lr) == ("fgvc/CUB_200_2011", 3e-3)
