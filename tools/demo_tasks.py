@@ -1,9 +1,10 @@
-"""Train the tasks that aoft-demo ships, and draw their example pictures.
+"""Train the tasks that come with aoft-demo, and write their example pictures.
 
     python tools/demo_tasks.py [--out demo/aoft_demo/bundled] [--tasks NAME …] [--epochs N]
 
-One ``NAME.ckpt`` and two pictures for each offline task, and ``lora_angles.json``: the angles of a
-LoRA on digits, which the demo shows beside AOFT's. On the same machine the same bytes come out.
+It writes ``NAME.ckpt`` and two pictures for each offline task, and ``lora_angles.json``: the angles
+of a LoRA on digits, which the demo shows next to AOFT's. The output is reproducible bit for bit on
+the same machine.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from aoft_deploy.training.run import train
 from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
 SETTINGS = {"rank": 64, "targets": ["q", "v"]}
-"""As checkpoints of about 35 KB; a wider choice would triple them for little accuracy."""
+"""Checkpoints have about 35 KB; more targets would triple them for little accuracy."""
 
 TASKS = tuple(name for name in task_names() if name != "position")
-"""Of the offline tasks those that so few numbers learn: position stays at a quarter right."""
+"""The offline tasks without position, which so few parameters learn to only 25 % accuracy."""
 
 EXAMPLES = 2
 
 
 def save_examples(splits: Splits, name: str, folder: Path) -> None:
-    """Test images of different classes, as ``NAME-CLASS.png``."""
+    """Write test images of different classes as ``NAME-CLASS.png``."""
     assert splits.test is not None
     step = len(splits.classes) // EXAMPLES
     wanted = [2 + step * i if step > 2 else step * i for i in range(EXAMPLES)]
@@ -44,7 +45,7 @@ def save_examples(splits: Splits, name: str, folder: Path) -> None:
 
 
 def train_task(splits: Splits, method: str, epochs: int, target: Path, **values: object) -> float:
-    """Fine-tune the bundled backbone on a task; its accuracy on the test images."""
+    """Fine-tune the bundled backbone on a task; return the test accuracy."""
     settings = TrainingSettings(method=method, method_settings=values, epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
         result = train(splits, Path(folder), settings, RunOptions(progress=True))
@@ -54,7 +55,7 @@ def train_task(splits: Splits, method: str, epochs: int, target: Path, **values:
 
 
 def save_lora_angles(images: int, epochs: int, folder: Path) -> None:
-    """The angles between the columns of a trained LoRA's matrices."""
+    """Write the angles between the columns of the matrices of a trained LoRA."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, splits = Path(scratch, "lora.ckpt"), load_task("digits", train=images)
         accuracy = train_task(splits, "lora", epochs, checkpoint, rank=64, targets=["q", "v"])
@@ -67,13 +68,13 @@ def save_lora_angles(images: int, epochs: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train, draw, and say how well each task went."""
+    """Train, write the pictures, and print the accuracy of each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo/aoft_demo/bundled"))
     parser.add_argument("--tasks", nargs="*", default=TASKS, metavar="NAME")
-    parser.add_argument("--images", type=int, default=1000, help="of each task, to train with")
+    parser.add_argument("--images", type=int, default=1000, help="training images of each task")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--no-lora", action="store_true", help="leave lora_angles.json as it is")
+    parser.add_argument("--no-lora", action="store_true", help="do not write lora_angles.json")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.tasks:

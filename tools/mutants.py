@@ -1,8 +1,8 @@
-"""Plant faults in the code, one at a time, and see whether the tests notice.
+"""Mutation testing: plant faults in the code, one at a time, and check that tests fail.
 
-``python tools/mutants.py`` plants every fault of ``tools/mutants/*.toml``; with names of those
-files, or with parts of the names of sources, only some. Each fault is planted in a copy of the
-checkout, where the tests that the list names must fail. It is run by hand, not in CI.
+``python tools/mutants.py`` plants every fault of ``tools/mutants/*.toml``. Arguments select some:
+names of those files, or parts of the names of sources. Each fault is planted in a copy of the
+checkout, where the listed tests must fail. The script is run by hand, not in CI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LISTS = Path(__file__).with_suffix("")
 SOURCES = ("aoft_deploy", "exporters", "demo")
 COPIED = (*SOURCES, "tests", "benchmarks", "tools", "deploy", "docs")
 NOTHING_RAN = (2, 3, 4, 5)
-"""Exit codes of pytest that say that no test was judged."""
+"""Exit codes of pytest that mean that no test ran."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Mutant:
     Attributes:
         file: Source, relative to the checkout.
         find: Text that occurs once in it.
-        replace: What stands there instead.
-        tests: Arguments of pytest: what must fail.
-        why: What a user would suffer.
-        survives: Why no test can see it; empty where one must.
+        replace: The faulty text.
+        tests: Arguments of pytest for the tests that must fail.
+        why: The consequence for a user.
+        survives: Why no test can detect the fault; empty if a test must.
     """
 
     file: str
@@ -68,7 +68,7 @@ def read_list(path: Path) -> list[Mutant]:
 
 
 def copy_checkout(folder: Path) -> None:
-    """The files that tests read, in a folder of their own."""
+    """Copy the files that tests need into a folder."""
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -78,7 +78,7 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: Sequence[str], seconds: float) -> int | None:
-    """The exit code of pytest on a copy of the checkout; None where it took too long."""
+    """Exit code of pytest on a copy of the checkout; None after a timeout."""
     places = [folder, *(folder / source for source in SOURCES[1:])]
     environment = {
         **os.environ,
@@ -103,12 +103,12 @@ def run_tests(folder: Path, tests: Sequence[str], seconds: float) -> int | None:
 
 
 def stale(mutant: Mutant, source: str) -> bool:
-    """Whether the source has changed, so that the fault has no place, or several."""
+    """Whether ``find`` no longer occurs exactly once in the source."""
     return source.count(mutant.find) != 1 or mutant.find == mutant.replace
 
 
 def judge(mutant: Mutant, folder: Path, seconds: float) -> str:
-    """What became of a fault; the copy is as before afterwards."""
+    """Plant a fault in a copy, run its tests, restore the copy, and return the result."""
     path = folder / mutant.file
     before = path.read_text("utf-8")
     if stale(mutant, before):
@@ -126,12 +126,16 @@ def judge(mutant: Mutant, folder: Path, seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plant faults and print what became of each; 0 where all that must be killed were."""
-    parser = argparse.ArgumentParser(description="Plant faults and see whether the tests notice.")
+    """Plant faults and print each result; return 0 if all faults that must be killed were."""
+    parser = argparse.ArgumentParser(description="Plant faults and check that tests fail.")
     parser.add_argument("only", nargs="*", help="names of lists, or parts of the names of sources")
-    parser.add_argument("--jobs", type=int, default=1, help="copies of the checkout at work")
-    parser.add_argument("--seconds", type=float, default=600, help="longest time for one fault")
-    parser.add_argument("--check", action="store_true", help="read the lists, and plant nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of copies of the checkout to use in parallel"
+    )
+    parser.add_argument("--seconds", type=float, default=600, help="time limit for one fault")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the lists match the sources"
+    )
     options = parser.parse_args(argv)
     mutants = [
         mutant
@@ -159,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plant(mutants: Sequence[Mutant], jobs: int, seconds: float) -> list[str]:
-    """Judge every fault, several at a time, and print each as it ends."""
+    """Judge all faults, several at a time, and print each result when it is known."""
     with tempfile.TemporaryDirectory() as scratch:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):

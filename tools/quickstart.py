@@ -1,10 +1,10 @@
-"""From scanned digits to a verified, merged ONNX model, and what it measured on the way.
+"""Train on scanned digits, export a verified, merged ONNX model, and report measurements.
 
     make quickstart        (or: python tools/quickstart.py [--out DIR] [--epochs N])
 
-Trains AOFT* on the bundled backbone with the commands that anyone would use, exports the merged
-model, classifies image files with it, and compares it with the unmerged model and with the plain
-backbone.
+The script uses the public commands: it trains AOFT* on the bundled backbone, exports the merged
+model and classifies image files with it. It then compares the merged model with the unmerged model
+and with the plain backbone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TASK, METHOD, BACKBONE = "digits", "aoft-lora-star", "aoft_vit_nano"
 
 
 def command(program: Callable[[Sequence[str]], int], name: str, *arguments: object) -> None:
-    """Show a command and run it."""
+    """Print a command and run it."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ {name} {' '.join(words)}", flush=True)
     if program(words):
@@ -47,7 +47,7 @@ def command(program: Callable[[Sequence[str]], int], name: str, *arguments: obje
 def test_inputs(
     checkpoint: Path, images: ImageList
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The test images as the model takes them, and their labels."""
+    """The preprocessed test images and their labels."""
     prepare = read_checkpoint(checkpoint).preprocessing
     pairs = [images[i] for i in range(len(images))]
     return np.stack([prepare(image) for image, _ in pairs]), np.array([label for _, label in pairs])
@@ -56,18 +56,18 @@ def test_inputs(
 def latencies(
     runs: Sequence[Callable[[NDArray[np.float32]], object]], batch: NDArray[np.float32]
 ) -> list[float]:
-    """Median milliseconds of each, timed in turn."""
+    """Median milliseconds of each, timed alternately."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(60):
-        for run, taken in zip(runs, times, strict=True):
+        for run, durations in zip(runs, times, strict=True):
             start = time.perf_counter()
             run(batch)
-            taken.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(taken[10:]) for taken in times]
+            durations.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(durations[10:]) for durations in times]
 
 
 def save_pictures(images: ImageList, folder: Path, count: int = 5) -> list[Path]:
-    """Some test images as files, named by their class."""
+    """Write some test images as files named by their class."""
     folder.mkdir(parents=True)
     paths = []
     for i in range(count):
@@ -79,23 +79,23 @@ def save_pictures(images: ImageList, folder: Path, count: int = 5) -> list[Path]
 
 
 def plain_backbone(path: Path, classes: int, size: int) -> None:
-    """Export the backbone as it was before training, through the same exporter."""
+    """Export the backbone without training, with the same exporter."""
     model, _ = create_backbone(BACKBONE, num_classes=classes)
     half = (0.5, 0.5, 0.5)
     get_exporter("onnx").export(model, path, Recipe(size, False, half, half, {}))
 
 
 def report(out: Path, images: ImageList) -> list[tuple[str, str]]:
-    """What the run measured, a row each."""
+    """The measurements, one row each."""
     checkpoint, artefact, plain = out / "model.ckpt", out / "model.onnx", out / "plain.onnx"
     x, labels = test_inputs(checkpoint, images)
     tuned, merged = load(checkpoint), load_classifier(artefact).engine
     plain_backbone(plain, tuned.num_classes, x.shape[-1])
-    bare = get_exporter("onnx").load(plain)
+    untrained = get_exporter("onnx").load(plain)
     with torch.inference_mode():
         before = tuned(torch.from_numpy(x)).numpy()
     after = merged.run(x)
-    speed = latencies([merged.run, bare.run], x[:1])
+    speed = latencies([merged.run, untrained.run], x[:1])
     trained = {n: p.numel() for n, p in tuned.trained().items()}
     head = sum(count for name, count in trained.items() if name.startswith("head."))
     frozen = sum(p.numel() for p in tuned.parameters() if not p.requires_grad)

@@ -103,12 +103,17 @@ SLOW = (
 )
 
 ELSEWHERE = {
+    "benchmarks/export/coverage_page.py": "a module of coverage.py",
+    "benchmarks/export/families.py": "a module of coverage.py",
     "benchmarks/export/torch_engines.py": "a module, which engines.py runs",
     "benchmarks/serving/peers.py": "below",
     "benchmarks/serving/peer_servers/bento.py": "below",
     "benchmarks/serving/peer_servers/lit.py": "below",
     "benchmarks/serving/peer_servers/rays.py": "below",
     "tools/mutants.py": "it runs the tests",
+    "tools/pretraining/figures.py": "a module of train.py",
+    "tools/pretraining/model.py": "a module of train.py",
+    "tools/pretraining/scenes.py": "a module of train.py",
     "tools/quickstart.py": "tests/project/test_readme.py",
 }
 """Scripts that are not run by the table, and why."""
