@@ -1,8 +1,8 @@
-"""Whether fine-tuning the bundled backbone means something: digits with 1,000 training images.
+"""Value of fine-tuning the bundled backbone: digits with 1,000 training images.
 
-Linear probes on random and on the bundled weights, and fine-tuning methods on the latter, with the
-default settings of aoft-train, several seeds each. The epoch is chosen on the validation images;
-the figure is the accuracy on the 597 test images.
+The script compares linear probes on random and on the bundled weights, and fine-tuning methods on
+the bundled weights, with the default settings of aoft-train and several seeds. The epoch is chosen
+on the validation images; the result is the accuracy on the 597 test images.
 
     python benchmarks/accuracy/digits.py --out benchmarks/results/digits.json
 """
@@ -39,10 +39,10 @@ RUNS: dict[str, tuple[str, dict[str, object], bool]] = {
 
 
 def main() -> None:
-    """Train everything, print a table, write the figures."""
+    """Train all runs, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="digits")
-    parser.add_argument("--images", type=int, default=1000, help="to train with")
+    parser.add_argument("--images", type=int, default=1000, help="training images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))

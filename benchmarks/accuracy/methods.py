@@ -1,16 +1,16 @@
-"""All methods against each other: offline tasks, several seeds, the same tuning budget each.
+"""Comparison of all methods: offline tasks, several seeds, the same tuning budget for each.
 
 Every variant fine-tunes the bundled backbone on 1,000 images of each task. Its peak learning rate
-is chosen among ``RATES`` times its default on the validation images of the first seed; the other
-seeds then use that rate. Accuracy is that on the test images, which nothing is chosen by. Each
-finished run is one line of the runs file, and a run that is there is not repeated, so the script
-can be stopped at any time and started several times at once (``--part 0/2``, ``--part 1/2``).
+is chosen from ``RATES`` times its default on the validation images of the first seed; the other
+seeds use the same rate. Accuracy is measured on the test images, which do not influence any choice.
+Each finished run is one line of the runs file and is not repeated, so the script can be stopped at
+any time, and several can run in parallel (``--part 0/2``, ``--part 1/2``).
 
     python benchmarks/accuracy/methods.py --runs benchmarks/results/methods.jsonl
     python benchmarks/accuracy/methods.py --runs benchmarks/results/methods.jsonl --table
 
-Images are given to the backbone at ``--img-size`` pixels. At 32, half of its own size, an epoch
-costs a quarter, and the frozen features fit less well, which leaves the methods more to do.
+The input has ``--img-size`` pixels. At 32, half of the backbone's default, an epoch costs a
+quarter, and the frozen features fit less well, so that the methods differ more.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ CLAIMS = (
     ("RLRR", "RLRR, left only", "both scales beat the left one"),
     ("RLRR", "RLRR, right only", "both scales beat the right one"),
 )
-"""What the papers say: the first variant against the second."""
+"""Claims of the papers: the first variant compared with the second."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what, on what, from which seed, how fast."""
+    """One training run: variant, task, seed, and factor of the learning rate."""
 
     variant: str
     task: str
@@ -105,7 +105,7 @@ def settings_of(run: Run, options: argparse.Namespace) -> TrainingSettings:
 
 
 def measured(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and describe what came out."""
+    """Train, and return the results as a row of the runs file."""
     settings = settings_of(run, options)
     with tempfile.TemporaryDirectory() as scratch:
         splits = load_task(run.task, seed=run.seed, train=options.images)
@@ -140,7 +140,7 @@ def relative_norm(checkpoint: Path) -> float | None:
 
 
 def finished(path: Path, options: argparse.Namespace) -> dict[Run, dict[str, Any]]:
-    """The runs of the file that have these options."""
+    """The runs of the file with these options."""
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines]
     return {
@@ -161,7 +161,7 @@ def chosen_factor(rows: dict[Run, dict[str, Any]], variant: str, task: str) -> f
 
 
 def wanted(options: argparse.Namespace, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
-    """Runs in the order that makes a stopped benchmark most useful."""
+    """All runs, in the order that is most useful if the benchmark is stopped."""
     for task in options.tasks:
         for factor in RATES:
             yield from (Run(v, task, 0, factor) for v in options.variants)
@@ -173,7 +173,7 @@ def wanted(options: argparse.Namespace, rows: dict[Run, dict[str, Any]]) -> Iter
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Do this part's runs that the file does not have."""
+    """Do the runs of this part that are not in the file."""
     part, parts = (int(n) for n in options.part.split("/"))
     while True:
         rows = finished(options.runs, options)
@@ -191,7 +191,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t)."""
+    """Mean and half width of its 95 % confidence interval (Student's t)."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, float("nan")
@@ -209,21 +209,23 @@ def accuracies(
 
 
 def table(options: argparse.Namespace) -> str:
-    """The Markdown table, and the claims."""
+    """The Markdown table and the claims."""
     rows = finished(options.runs, options)
     lines = [
         f"| method | trained, beside the classifier | {' | '.join(options.tasks)} | ‖ΔW‖₂ / ‖W‖₂ |",
         "|---|---|" + "---|" * (len(options.tasks) + 1),
     ]
     for variant in options.variants:
-        own = [row for run, row in rows.items() if run.variant == variant]
-        if not own:
+        done = [row for run, row in rows.items() if run.variant == variant]
+        if not done:
             continue
         cells = [cell(accuracies(rows, variant, task, options.seeds)) for task in options.tasks]
-        at_rate = [row for row in own if row["factor"] == chosen_factor(rows, variant, row["task"])]
+        at_rate = [
+            row for row in done if row["factor"] == chosen_factor(rows, variant, row["task"])
+        ]
         norms = [row["relative_norm"] for row in at_rate if row["relative_norm"] is not None]
         norm = f"{statistics.mean(norms):.2f}" if norms else "–"
-        lines.append(f"| {variant} | {own[0]['parameters']:,} | {' | '.join(cells)} | {norm} |")
+        lines.append(f"| {variant} | {done[0]['parameters']:,} | {' | '.join(cells)} | {norm} |")
     lines += ["", "Same seeds against each other, in points of accuracy:", ""]
     for better, worse, claim in CLAIMS:
         cells = [difference(rows, better, worse, task, options.seeds) for task in options.tasks]
@@ -232,7 +234,7 @@ def table(options: argparse.Namespace) -> str:
 
 
 def cell(values: dict[int, float]) -> str:
-    """Mean ± half width, and the number of seeds where it is not the full one."""
+    """Mean ± half width, and the number of seeds."""
     if not values:
         return "–"
     mean, half = interval(list(values.values()))
@@ -252,17 +254,17 @@ def difference(
 
 
 def main() -> None:
-    """Run what is missing, or print the table."""
+    """Do the missing runs, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="file with a line for each run")
     parser.add_argument("--tasks", nargs="+", default=["digits", "shape"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1000, help="to train with")
+    parser.add_argument("--images", type=int, default=1000, help="training images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--part", default="0/1", help="share of the variants to do, such as 0/2")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--table", action="store_true", help="print the table of the finished runs")
     options = parser.parse_args()
     if options.table:
         print(table(options))

@@ -1,9 +1,9 @@
-"""Merging ViT-B/16 against PEFT's merge_and_unload on the same sites.
+"""Time to merge ViT-B/16, compared with PEFT's merge_and_unload on the same sites.
 
-Ours forms sums in float64 and checks that they are finite; it returns a new model beside the tuned
-one, or with ``in_place`` consumes the tuned one. PEFT's changes its model in place and unchecked by
-default; it is timed so, with its finiteness check, and with the copy that leaves the tuned model
-usable. All in turn.
+Our merge sums in float64 and checks that the result is finite; it returns a new model and keeps the
+tuned one, or consumes it with ``in_place``. PEFT merges in place and without a check by default; it
+is timed that way, with its finiteness check, and with a copy that keeps the tuned model usable.
+Measurements alternate.
 
     python benchmarks/tuning/merging.py --out benchmarks/results/merging.json
 """
@@ -31,7 +31,7 @@ from aoft_deploy import attach, merge
 
 
 def peft_model(base: nn.Module) -> peft.PeftModel:
-    """LoRA r = 8 on the fused qkv linears, PEFT's finest choice on a timm model."""
+    """LoRA r = 8 on the fused qkv layers, the finest targets of PEFT on a timm model."""
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False)
     return peft.get_peft_model(copy.deepcopy(base), config)
 
@@ -44,7 +44,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure, print a table, write the figures."""
+    """Measure, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=9)

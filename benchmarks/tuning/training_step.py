@@ -1,8 +1,8 @@
-"""One fine-tuning step against PEFT's LoRA on the same sites: time and peak memory.
+"""Time and peak memory of a fine-tuning step, compared with PEFT's LoRA on the same sites.
 
-Each variant lives in a process of its own that imports the same packages; the parent asks them for
-one step each in turn, every other round in the opposite order, so that a drift of the machine's
-speed hits all alike. Time is the median over rounds, memory the peak resident set of the variant's
+Each variant runs in its own process, and all import the same packages. The parent requests one step
+from each in turn, in the opposite order every other round, so that changes of the machine's speed
+affect all variants alike. Time is the median over rounds; memory is the peak resident set of the
 process.
 
     python benchmarks/tuning/training_step.py --out benchmarks/results/training_step.json
@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 def build(variant: str, model: nn.Module) -> nn.Module:
-    """The variant's trainable model."""
+    """The trainable model of a variant."""
     chosen = VARIANTS[variant]
     if chosen is None:
         config = peft.LoraConfig(
@@ -76,7 +76,7 @@ def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
 
 
 def serve(variant: str, options: argparse.Namespace) -> None:
-    """Do one step for every line on stdin."""
+    """Do one step for each line on stdin."""
     step = stepper(variant, options)
     for _ in sys.stdin:
         seconds = step()
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for v in dict.fromkeys(["peft-lora-8", *options.variants])  # to which the ratios are
+        for v in dict.fromkeys(["peft-lora-8", *options.variants])  # the reference of the ratios
     }
     seconds: dict[str, list[float]] = {v: [] for v in workers}
     peak: dict[str, float] = {}
@@ -106,9 +106,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             assert worker.stdin is not None and worker.stdout is not None
             worker.stdin.write("\n")
             worker.stdin.flush()
-            taken, peak[variant] = json.loads(worker.stdout.readline())
+            duration, peak[variant] = json.loads(worker.stdout.readline())
             if turn:
-                seconds[variant].append(taken)
+                seconds[variant].append(duration)
     for worker in workers.values():
         worker.communicate()
     base = seconds["peft-lora-8"]
@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print a table, write the figures."""
+    """Measure, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batch", type=int, default=16)

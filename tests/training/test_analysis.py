@@ -63,7 +63,7 @@ def base(backbone_weights: Path, backbone_name: str, backbone_args: dict[str, An
 
 
 @pytest.mark.parametrize("method", FOLDING)
-def test_the_norms_of_a_weight_and_of_its_change_are_those_of_the_merge(
+def test_norms_of_weights_and_changes_equal_those_of_the_merged_model(
     method: str, make_tuned: MAKE, base: nn.Module
 ) -> None:
     tuned = make_tuned(method).double()
@@ -129,7 +129,7 @@ def dense_projections(tuned: TunedModel, site: str) -> dict[str, Tensor]:
     ],
     ids=str,
 )
-def test_aofts_matrices_are_those_of_the_dense_definition(
+def test_matrices_of_aoft_equal_the_dense_definition(
     method: str, settings: dict[str, Any], make_tuned: MAKE
 ) -> None:
     tuned = make_tuned(method, **settings)
@@ -151,7 +151,7 @@ def test_aofts_matrices_are_those_of_the_dense_definition(
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "vpt"])
-def test_other_matrices_are_the_trained_ones(method: str, make_tuned: MAKE) -> None:
+def test_matrices_of_other_methods_are_the_trained_ones(method: str, make_tuned: MAKE) -> None:
     tuned = make_tuned(method)
     found = layers(analyse(tuned))
     for site, update in tuned.updates.items():
@@ -170,7 +170,7 @@ def test_a_method_without_ao_matrices_has_no_deviation(method: str, make_tuned: 
     assert orthogonality(make_tuned(method)) == {}
 
 
-def test_angles_are_those_between_the_dense_vectors(make_tuned: MAKE, base: nn.Module) -> None:
+def test_angles_equal_those_between_the_dense_vectors(make_tuned: MAKE, base: nn.Module) -> None:
     tuned = make_tuned("aoft-lora", rank=6)
     analysis = analyse(tuned)
     families: dict[str, list[Tensor]] = {"rows": [], "columns": [], "down": [], "up": []}
@@ -202,7 +202,7 @@ def test_angles_are_those_between_the_dense_vectors(make_tuned: MAKE, base: nn.M
         assert layer_pairs == [len(part) for part in degrees]
 
 
-def test_a_lora_that_has_not_learned_has_no_angles_between_its_zeros(
+def test_an_untrained_lora_has_no_angles_between_zero_vectors(
     backbone_name: str, backbone_args: dict[str, Any]
 ) -> None:
     model = timm.create_model(backbone_name, num_classes=5, **backbone_args)
@@ -291,7 +291,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_epoch_of_training_writes_its_deviations(run: Path) -> None:
+def test_every_epoch_of_training_records_its_deviations(run: Path) -> None:
     analysis = analyse_file(run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in analysis["history"]] == [1, 2]
@@ -318,7 +318,7 @@ def test_every_epoch_of_training_writes_its_deviations(run: Path) -> None:
     ],
     ids=["none", "older", "no json", "no object", "empty line", "no epoch", "other run"],
 )
-def test_metrics_that_do_not_tell_the_course_are_left_out(
+def test_metrics_without_deviations_of_this_run_are_ignored(
     change: Callable[[str], str | None], note: str, run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "model.ckpt").write_bytes((run / "model.ckpt").read_bytes())
@@ -350,7 +350,7 @@ def test_the_analysis_is_json_without_nan(
         ("lora", ["lora has no AO matrices"]),
     ],
 )
-def test_notes_say_what_a_method_does_not_have(
+def test_notes_report_what_a_method_does_not_have(
     method: str, notes: list[str], make_checkpoint: Callable[..., Path], backbone_weights: Path
 ) -> None:
     found = analyse_file(make_checkpoint(method), weights=backbone_weights)["notes"]

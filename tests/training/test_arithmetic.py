@@ -188,7 +188,7 @@ def by_hand(settings: TrainingSettings, start: dict[str, Tensor]) -> dict[str, T
     ],
     ids=["plain", "smoothing", "clipping", "mixup", "all"],
 )
-def test_three_steps_are_those_written_out_by_hand(changes: dict[str, Any]) -> None:
+def test_three_steps_equal_those_computed_by_hand(changes: dict[str, Any]) -> None:
     settings = replace(BASE, **changes)
     ours = learner(settings)
     start = {name: p.detach().clone() for name, p in ours.tuned.trained().items()}
@@ -203,7 +203,7 @@ def test_three_steps_are_those_written_out_by_hand(changes: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4])
-def test_gradients_of_accumulated_parts_are_those_of_the_whole_step(accumulate: int) -> None:
+def test_gradients_of_accumulated_parts_equal_those_of_the_whole_step(accumulate: int) -> None:
     settings = replace(BASE, label_smoothing=0.1)  # steps of 4, 4 and 3 images in unequal parts
     parts = replace(settings, accumulate=accumulate)
     whole = gradients(learner(settings), loader(settings))
@@ -213,7 +213,7 @@ def test_gradients_of_accumulated_parts_are_those_of_the_whole_step(accumulate: 
         agree(many, one)
 
 
-def test_gradients_are_those_of_the_mean_loss_over_the_steps_images() -> None:
+def test_gradients_are_those_of_the_mean_loss_over_the_step() -> None:
     settings = replace(BASE, lr=1e-30, head_lr=1e-30, min_lr=0.0, weight_decay=0.0)
     ours = learner(settings)
     numbers = {n: p.detach().clone().requires_grad_() for n, p in ours.tuned.trained().items()}
@@ -229,7 +229,7 @@ def test_gradients_are_those_of_the_mean_loss_over_the_steps_images() -> None:
 RATES = {"drop_rate": 0.5, "pos_drop_rate": 0.5, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5}
 
 
-def test_dropout_of_the_backbone_stays_off_while_it_is_tuned() -> None:
+def test_dropout_of_the_backbone_is_off_in_training() -> None:
     model = backbone(**RATES)
     assert any(isinstance(m, nn.Dropout) and m.p == 0.5 for m in model.modules())
     plain, dropping = learner(BASE), learner(BASE, **RATES)
@@ -239,7 +239,7 @@ def test_dropout_of_the_backbone_stays_off_while_it_is_tuned() -> None:
         agree(other, one, 0.0)
 
 
-def test_stochastic_depth_is_on_while_it_is_tuned_and_the_rest_is_not() -> None:
+def test_stochastic_depth_is_on_in_training_and_dropout_is_not() -> None:
     ours = learner(BASE, drop_path_rate=0.9, **RATES)
     only_depth_is_random(ours.tuned)
     x = torch.ones(1, 3, SIZE, SIZE, dtype=torch.float64)
@@ -268,7 +268,7 @@ if state.is_main_process:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, accumulate: int) -> None:
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path: Path, accumulate: int) -> None:
     (tmp_path / "two.py").write_text(TWO)
     launch = [
         sys.executable,

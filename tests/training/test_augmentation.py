@@ -27,7 +27,7 @@ def photo(seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("augment", ["affine", "window", "crop", "rand"])
-def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> None:
+def test_equal_keys_give_equal_crops_and_other_keys_do_not(augment: str) -> None:
     transform = image_transform(augment, replace(PREPROCESSING, crop_pct=0.8))
 
     def cropped(*key: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_a_key_decides_a_crop_and_another_key_makes_another(augment: str) -> Non
     assert not np.array_equal(first, cropped(1, 2, 4))
 
 
-def test_every_draw_of_rand_augment_is_one_that_pillow_accepts() -> None:
+def test_pillow_accepts_all_operations_of_rand_augment() -> None:
     transform = image_transform("rand", PREPROCESSING)
     for key in range(300):
         reseed(key)
@@ -50,7 +50,7 @@ def test_every_draw_of_rand_augment_is_one_that_pillow_accepts() -> None:
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-def test_a_window_is_cut_from_the_image_that_evaluation_resizes(mode: str) -> None:
+def test_a_window_is_cropped_from_the_image_as_resized_for_evaluation(mode: str) -> None:
     preprocessing = replace(PREPROCESSING, crop_pct=0.8, crop_mode=mode)
     whole = replace(preprocessing, size=40, crop_pct=1.0).pixels(photo()).transpose(2, 0, 1)
     windows = {
@@ -68,7 +68,7 @@ def test_a_window_is_cut_from_the_image_that_evaluation_resizes(mode: str) -> No
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 1.2])
-def test_where_evaluation_cuts_nothing_a_window_is_its_image_or_the_mirror(crop_pct: float) -> None:
+def test_a_window_without_a_crop_is_the_image_or_its_mirror_image(crop_pct: float) -> None:
     preprocessing = replace(PREPROCESSING, crop_pct=crop_pct)
     pixels = preprocessing.pixels(photo()).transpose(2, 0, 1)
     transform = image_transform("window", preprocessing)

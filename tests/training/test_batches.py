@@ -75,7 +75,7 @@ def test_pixels_are_those_of_preprocessing(memory: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("aoft_deploy.training.batches.MEMORY", memory)
     batches = PixelBatches(DIGITS, PREPROCESSING)
     pixels, labels = batches[whole()]
-    assert (batches.kept is None) == (memory == 0)
+    assert (batches.cached is None) == (memory == 0)
     assert pixels.dtype == torch.uint8
     assert labels.tolist() == DIGITS.labels
     for i, image in enumerate(pixels):

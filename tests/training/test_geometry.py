@@ -130,7 +130,7 @@ def test_the_norm_of_a_change_is_that_of_the_dense_difference(name: str, size: i
 
 
 @pytest.mark.parametrize("name", ["low rank", "diagonal and low rank", "output with diagonal"])
-def test_a_change_of_low_rank_is_never_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_low_rank_is_not_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WeightDelta, "fold_", None)
     monkeypatch.setattr(OutputDelta, "fold_", None)
     assert change_norm(changes(4)[name], random(OUT, IN)) > 0
@@ -150,7 +150,7 @@ def test_the_deviation_is_that_of_the_dense_matrix(scale: float, d: int, strict:
         assert deviation(q, d, strict=True) < 1e-12
 
 
-def test_near_the_singularity_the_deviation_is_of_the_guarded_matrix() -> None:
+def test_near_the_singularity_the_deviation_is_that_of_the_guarded_matrix() -> None:
     q = torch.tensor([-1.0, 0.3, 0.2], dtype=torch.float64)
     dense = approximately_orthogonal(q, 2)
     expected = float((dense.mT @ dense - torch.eye(2, dtype=torch.float64)).abs().max())

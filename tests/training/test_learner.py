@@ -16,7 +16,7 @@ from aoft_deploy.training.settings import TrainingSettings
 SMALL = TrainingSettings(img_size=16)
 
 
-def test_normalised_pixels_are_preprocessings_bit_for_bit() -> None:
+def test_normalised_pixels_equal_preprocessing_bit_for_bit() -> None:
     preprocessing = Preprocessing(32, 0.9, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
@@ -26,7 +26,7 @@ def test_normalised_pixels_are_preprocessings_bit_for_bit() -> None:
     assert torch.equal(normalised(pixels, mean, std), expected)
 
 
-def test_in_training_only_stochastic_depth_is_random() -> None:
+def test_only_stochastic_depth_is_random_in_training() -> None:
     settings = replace(SMALL, drop_path=0.5)
     tuned = create_model(settings, 3)
     tuned.add_module("frozen", nn.BatchNorm2d(3))
@@ -36,7 +36,7 @@ def test_in_training_only_stochastic_depth_is_random() -> None:
     assert "drop_path_rate" not in tuned.identity.args
 
 
-def test_a_fresh_classifier_depends_on_the_seed_alone() -> None:
+def test_a_fresh_classifier_depends_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = create_model(SMALL, 3).trained()
     torch.manual_seed(2)
@@ -57,7 +57,7 @@ def test_fast_bf16_is_known_for_the_processor() -> None:
 
 
 @pytest.mark.parametrize(("given", "size"), [(None, 64), (16, 16)])
-def test_preprocessing_is_the_backbones_at_the_size_that_was_asked_for(
+def test_preprocessing_is_that_of_the_backbone_at_the_requested_size(
     given: int | None, size: int
 ) -> None:
     settings = replace(SMALL, img_size=given)

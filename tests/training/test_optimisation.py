@@ -27,7 +27,7 @@ def stepped(method: str) -> tuple[TunedModel, AdamW]:
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_memory_is_two_averages_of_the_trained_numbers_and_no_frozen_gradient(method: str) -> None:
+def test_memory_holds_two_moments_per_trained_parameter_and_no_frozen_gradient(method: str) -> None:
     tuned, optimiser = stepped(method)
     trained = tuned.trained()
     held = [t for state in optimiser.state.values() for k, t in state.items() if k != "step"]
@@ -55,7 +55,7 @@ def test_only_matrices_are_decayed(method: str, decayed: set[str]) -> None:
     assert names == decayed
 
 
-def test_the_rate_rises_in_equal_steps_then_falls_to_the_floor() -> None:
+def test_the_rate_rises_linearly_and_then_falls_to_the_floor() -> None:
     rates = [schedule(s, peak=1.0, floor=0.1, warmup=4, total=20) for s in range(20)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a > b for a, b in pairwise(rates[4:]))
@@ -75,7 +75,7 @@ def test_updates_and_classifier_have_their_own_rates() -> None:
     assert {g["lr"] for g in optimiser.param_groups} == {0.5, 0.25}
 
 
-def test_moments_come_back_as_they_were() -> None:
+def test_moments_are_restored_exactly() -> None:
     tuned, optimiser = stepped("aoft-lora-star")
     saved = {name: tensor.clone() for name, tensor in moments(tuned, optimiser).items()}
     fresh, other = stepped("aoft-lora-star")

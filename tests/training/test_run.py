@@ -69,16 +69,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(finished: Path, tmp_path: Path) -> None:
     train(DIGITS, tmp_path / "again", SMALL)
     train(DIGITS, tmp_path / "other", replace(SMALL, seed=1))
     assert outcome(tmp_path / "again") == outcome(finished)
     assert metrics(tmp_path / "other")[0] != metrics(finished)[0]
 
 
-def test_each_epoch_has_a_line_and_the_test_has_the_last(finished: Path) -> None:
+def test_each_epoch_has_a_line_and_the_test_has_the_last_one(finished: Path) -> None:
     *epochs, last = (json.loads(t) for t in (finished / "metrics.jsonl").read_text().splitlines())
     assert [line["epoch"] for line in epochs] == [1, 2]
     for line in epochs:
@@ -99,7 +97,7 @@ def test_each_epoch_has_a_line_and_the_test_has_the_last(finished: Path) -> None
     assert {"epoch", "test_loss", "test_accuracy"} <= set(last)
 
 
-def test_the_checkpoint_gives_the_figures_that_were_reported(tmp_path: Path) -> None:
+def test_the_checkpoint_reproduces_the_reported_metrics(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=3, head_lr=0.03)
     result = train(DIGITS, tmp_path / "run", settings)
     lines = metrics(tmp_path / "run")
@@ -118,7 +116,7 @@ def test_the_checkpoint_gives_the_figures_that_were_reported(tmp_path: Path) -> 
     assert numbers == result.update_parameters + result.head_parameters
 
 
-def test_the_test_images_decide_nothing(finished: Path, tmp_path: Path) -> None:
+def test_the_test_images_do_not_influence_training(finished: Path, tmp_path: Path) -> None:
     assert DIGITS.test is not None
     wrong = ImageList(DIGITS.test.images, [9 - label for label in DIGITS.test.labels])
     train(replace(DIGITS, test=wrong), tmp_path / "run", SMALL)
@@ -138,7 +136,7 @@ def test_of_equal_accuracies_the_lower_loss_is_chosen(tmp_path: Path) -> None:
 
 
 @FORKS
-def test_workers_change_no_number(tmp_path: Path) -> None:
+def test_workers_do_not_change_the_results(tmp_path: Path) -> None:
     settings = replace(SMALL, augment="rand", mixup=0.5, drop_path=0.2)
     for workers in (0, 2):
         train(DIGITS, tmp_path / str(workers), settings, RunOptions(workers=workers))
@@ -174,7 +172,7 @@ class Interrupting(Sequence[Path | NDArray[np.uint8]]):
         return iter(self.images)
 
 
-def test_a_run_stopped_in_any_epoch_and_resumed_ends_as_if_never_stopped(tmp_path: Path) -> None:
+def test_a_run_interrupted_in_any_epoch_and_resumed_gives_the_same_result(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=3, augment="crop", cutmix=1.0, drop_path=0.2)
     train(DIGITS, tmp_path / "whole", settings)
     per_epoch = len(DIGITS.train)
@@ -194,7 +192,7 @@ def test_a_run_stopped_in_any_epoch_and_resumed_ends_as_if_never_stopped(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_process_killed_twice_and_resumed_ends_as_if_never_killed(tmp_path: Path) -> None:
+def test_a_process_killed_twice_and_resumed_gives_the_same_result(tmp_path: Path) -> None:
     write_folder(SHAPES, tmp_path / "shapes")
     command = [sys.executable, "-m", "aoft_deploy.cli.train", "--data", str(tmp_path / "shapes")]
     command += ["--img-size", "16", "--epochs", "6", "--batch-size", "16", "--augment", "flip"]
@@ -218,9 +216,7 @@ def test_a_process_killed_twice_and_resumed_ends_as_if_never_killed(tmp_path: Pa
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def test_a_complete_run_is_not_run_again(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_complete_run_is_not_repeated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     result = train(DIGITS, finished, SMALL, RunOptions(resume=True, progress=True))
     assert "is already complete" in capsys.readouterr().err
@@ -257,7 +253,7 @@ def test_a_run_can_stop_early_with_the_learning_rates_of_all_epochs(tmp_path: Pa
     assert read_checkpoint(result.checkpoint).training["settings"]["stop_after"] == 2
 
 
-def test_images_are_resized_as_asked_and_the_checkpoint_says_so(tmp_path: Path) -> None:
+def test_images_are_resized_as_set_and_the_checkpoint_records_it(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=1, crop_mode="squash", crop_pct=0.8, augment="window")
     checkpoint = read_checkpoint(train(DIGITS, tmp_path / "run", settings).checkpoint)
     assert checkpoint.preprocessing.crop_mode == "squash"
@@ -275,7 +271,7 @@ def test_without_test_images_there_is_no_test_accuracy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_every_method_learns_its_training_images(tmp_path: Path, method: str) -> None:
+def test_every_method_fits_its_training_images(tmp_path: Path, method: str) -> None:
     settings = replace(SMALL, method=method, epochs=3)
     train(replace(DIGITS, test=None), tmp_path / "run", settings)
     losses = [line["train_loss"] for line in metrics(tmp_path / "run")[:-1]]
@@ -291,7 +287,7 @@ def test_regularisers_and_bf16_train_to_finite_losses(tmp_path: Path) -> None:
     assert read_checkpoint(result.checkpoint).training["settings"]["precision"] == "bf16"
 
 
-def test_training_that_diverges_stops_and_keeps_what_was_good(tmp_path: Path) -> None:
+def test_diverging_training_stops_and_keeps_the_best_epoch(tmp_path: Path) -> None:
     # Such a decay multiplies the classifier's weights by −10⁶ in each step, until they overflow.
     settings = replace(SMALL, method="linear", head_lr=1e-2, weight_decay=1e8, epochs=9)
     with pytest.raises(DivergedError, match=r"diverged in epoch .* use lower learning rates than"):

@@ -17,7 +17,7 @@ def saved(path: Path, **changes: object) -> RunFolder:
     return folder
 
 
-def test_an_empty_folder_begins_a_run_with_and_without_resume(tmp_path: Path) -> None:
+def test_an_empty_folder_starts_a_run_with_and_without_resume(tmp_path: Path) -> None:
     for resume in (False, True):
         assert RunFolder(tmp_path / "new", RUN).open(resume) == Progress()
 
@@ -27,7 +27,7 @@ def test_foreign_files_do_not_matter(tmp_path: Path) -> None:
     assert RunFolder(tmp_path, RUN).open(resume=False) == Progress()
 
 
-def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_progress_is_restored_exactly(tmp_path: Path) -> None:
     progress = saved(tmp_path).open(resume=True)
     assert progress.lines == [{"epoch": 1, "val_loss": 0.1}]
     assert progress.best == {"epoch": 1}
@@ -46,7 +46,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).exists()
 
 
-def test_results_without_a_state_cannot_be_continued(tmp_path: Path) -> None:
+def test_results_without_a_state_cannot_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(OutputError, match=r"holds model.ckpt but no resume.safetensors"):
         RunFolder(tmp_path, RUN).open(resume=True)
@@ -58,7 +58,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
         RunFolder(tmp_path, RUN | {"lr": 0.2}).open(resume=True)
 
 
-def test_long_settings_are_cut(tmp_path: Path) -> None:
+def test_long_settings_are_shortened(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(SettingError, match=r'now it is \["aaa.*…: continue'):
         RunFolder(tmp_path, RUN | {"classes": ["a" * 100]}).open(resume=True)
@@ -89,7 +89,7 @@ def test_metrics_are_rewritten_to_agree_with_the_progress(tmp_path: Path) -> Non
     assert [line["epoch"] for line in lines] == [1, 2]
 
 
-def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_a_write_error_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Cannot write"):
         saved(tmp_path / "file" / "out")

@@ -51,17 +51,17 @@ def test_every_method_with_updates_has_a_learning_rate() -> None:
     assert set(LEARNING_RATES) == updating | {"full"}
 
 
-def test_given_learning_rates_win_over_the_methods() -> None:
+def test_given_learning_rates_override_those_of_the_method() -> None:
     assert TrainingSettings(method="lora").peak_rates()[0] == LEARNING_RATES["lora"]
     assert TrainingSettings(method="lora", lr=0.5, head_lr=0.25).peak_rates() == (0.5, 0.25)
 
 
-def test_a_run_does_all_epochs_or_as_many_as_were_asked_for() -> None:
+def test_a_run_does_all_epochs_or_the_requested_number() -> None:
     assert TrainingSettings(epochs=7).epochs_done == 7
     assert TrainingSettings(epochs=7, stop_after=3).epochs_done == 3
 
 
-def test_the_json_form_names_the_rates_in_use_and_no_path() -> None:
+def test_the_json_form_has_the_rates_in_use_and_no_path() -> None:
     values = TrainingSettings(backbone_weights=Path("/somewhere")).to_dict()
     assert json.loads(json.dumps(values)) == values
     assert values["lr"] == LEARNING_RATES["aoft-lora-star"]

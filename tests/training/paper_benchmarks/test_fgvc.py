@@ -33,7 +33,7 @@ def test_there_are_five_data_sets_with_the_published_sizes() -> None:
     assert sum(task.classes for task in FGVC.tasks) == 1173  # a mean head of 0.1804 M at width 768
 
 
-def test_ids_are_numbered_over_all_files_together(tmp_path: Path, write_fgvc: Write) -> None:
+def test_labels_are_assigned_over_all_files_together(tmp_path: Path, write_fgvc: Write) -> None:
     write_fgvc(tmp_path, "StanfordCars", train=[7, 3, 11], val=[11, 7], test=[11, 3, 20])
     splits = load_fgvc(tmp_path, "StanfordCars", any_size=True)
     assert splits.classes == ("3", "7", "11", "20")
@@ -44,7 +44,7 @@ def test_ids_are_numbered_over_all_files_together(tmp_path: Path, write_fgvc: Wr
     assert list(splits.val.labels) == [2, 1]  # numbered by that file alone they were 1 and 0
 
 
-def test_ids_may_be_texts(tmp_path: Path, write_fgvc: Write) -> None:
+def test_ids_may_be_strings(tmp_path: Path, write_fgvc: Write) -> None:
     write_fgvc(tmp_path, "NABirds", "images", train=["b", "a"], val=["a"], test=["c", "b"])
     splits = load_fgvc(tmp_path, "NABirds", any_size=True)
     assert splits.classes == ("a", "b", "c")
@@ -62,7 +62,7 @@ def test_ids_may_be_texts(tmp_path: Path, write_fgvc: Write) -> None:
         ("StanfordDogs", "Images"),
     ],
 )
-def test_images_stand_where_the_published_code_looks(
+def test_images_are_found_where_the_published_code_expects_them(
     tmp_path: Path, write_fgvc: Write, name: str, images: str
 ) -> None:
     folder = write_fgvc(tmp_path, name, images, train=[0, 1], val=[1], test=[0])
@@ -83,7 +83,7 @@ def test_a_tenth_of_trainval_becomes_val(tmp_path: Path, write_fgvc: Write) -> N
     assert load_fgvc(tmp_path, "OxfordFlowers", seed=2, any_size=True) != splits
 
 
-def test_train_and_val_win_over_trainval(tmp_path: Path, write_fgvc: Write) -> None:
+def test_train_and_val_take_precedence_over_trainval(tmp_path: Path, write_fgvc: Write) -> None:
     folder = write_fgvc(tmp_path, "OxfordFlowers", train=[0, 1], val=[1], test=[0])
     (folder / "trainval.json").write_text("{}")
     assert len(load_fgvc(tmp_path, "OxfordFlowers", any_size=True).val) == 1
@@ -98,7 +98,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Benchmark:
     return benchmark
 
 
-def test_the_benchmarks_own_sizes_pass(tmp_path: Path, write_fgvc: Write, small: Benchmark) -> None:
+def test_the_sizes_of_the_benchmark_are_accepted(
+    tmp_path: Path, write_fgvc: Write, small: Benchmark
+) -> None:
     folder = write_fgvc(tmp_path, "OxfordFlowers", train=[1, 2, 3] * 2, val=[1, 2, 3], test=[3] * 3)
     splits = load_fgvc(tmp_path, "OxfordFlowers")
     assert deviations(small.tasks[0], splits) == ()
@@ -122,7 +124,7 @@ def test_the_benchmarks_own_sizes_pass(tmp_path: Path, write_fgvc: Write, small:
         ),
     ],
 )
-def test_another_size_than_the_benchmarks_is_refused(
+def test_another_size_than_in_the_benchmark_is_refused(
     tmp_path: Path,
     write_fgvc: Write,
     small: Benchmark,

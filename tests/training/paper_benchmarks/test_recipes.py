@@ -141,7 +141,7 @@ def test_images_are_resized_as_in_the_published_code() -> None:
     image_transform(get_recipe("fgvc/NABirds").settings.augment, fgvc)
 
 
-def test_the_backbone_takes_the_published_input() -> None:
+def test_the_backbone_has_the_published_input() -> None:
     config = timm.get_pretrained_cfg(BACKBONE)
     assert config is not None
     assert config.input_size == (3, 224, 224)

@@ -48,7 +48,7 @@ def cells(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_both_averages_of_vtab_are_named_and_right() -> None:
+def test_both_averages_of_vtab_are_labelled_and_correct() -> None:
     made, values = summary(VTAB, seeds=3)
     columns = values.mean(axis=0)
     groups = [columns[:7].mean(), columns[7:11].mean(), columns[11:].mean()]
@@ -77,7 +77,7 @@ def test_one_seed_has_no_deviation() -> None:
     assert cells(markdown(made), "cifar")[3] == f"{values[0, 0]:.1f}"
 
 
-def test_an_average_over_some_tasks_says_over_how_many() -> None:
+def test_an_average_over_some_tasks_states_their_number() -> None:
     whole, values = summary(VTAB, seeds=1)
     part = Summary(VTAB, whole.outcomes[:5], 19)
     found = part.to_dict()
@@ -104,7 +104,7 @@ def test_parameters_are_counted_with_and_without_the_classifier() -> None:
     assert row[4:7] == ["2.0000", "2.0380", ""]
 
 
-def test_published_rows_stand_under_the_average_that_they_print() -> None:
+def test_published_rows_are_in_the_column_of_their_average() -> None:
     text = markdown(summary(VTAB)[0])
     head = cells(text, "method")
     assert head[2:4] == ["mean of 19 tasks", "mean of 3 group means"]
@@ -118,7 +118,7 @@ def test_published_rows_stand_under_the_average_that_they_print() -> None:
         assert row.source in text
 
 
-def test_published_columns_stand_beside_their_tasks() -> None:
+def test_published_columns_are_in_the_row_of_their_task() -> None:
     text = markdown(summary(VTAB)[0])
     assert cells(text, "task")[4:7] == ["RLRR", "RLRR*", "HTA"]
     assert cells(text, "cifar")[4:7] == ["75.6", "76.7", "76.6"]
@@ -137,7 +137,7 @@ def test_fgvc_has_one_average() -> None:
 
 
 @pytest.mark.parametrize("benchmark", [VTAB, FGVC])
-def test_every_row_of_a_table_has_the_cells_of_its_head(benchmark: Benchmark) -> None:
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(benchmark: Benchmark) -> None:
     tables = re.findall(r"(?:^\|.*\n)+", markdown(summary(benchmark)[0]), re.MULTILINE)
     assert len(tables) == 2
     for table in tables:

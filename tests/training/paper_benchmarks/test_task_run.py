@@ -52,7 +52,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rate_and_epoch_are_those_with_the_best_validation(
+def test_rate_and_epoch_have_the_best_validation_accuracy(
     finished: tuple[Path, Outcome],
 ) -> None:
     out, outcome = finished
@@ -66,7 +66,7 @@ def test_rate_and_epoch_are_those_with_the_best_validation(
     assert all(len(run) == 3 for run in searched.values())
 
 
-def test_the_final_run_trains_on_all_for_the_chosen_epochs_with_their_rates(
+def test_the_final_run_trains_on_all_images_with_the_chosen_schedule(
     finished: tuple[Path, Outcome],
 ) -> None:
     out, outcome = finished
@@ -82,7 +82,7 @@ def test_the_final_run_trains_on_all_for_the_chosen_epochs_with_their_rates(
     assert (preprocessing.crop_mode, preprocessing.crop_pct) == ("squash", 1.0)
 
 
-def test_the_checkpoint_gives_the_reported_test_accuracy(
+def test_the_checkpoint_reproduces_the_reported_test_accuracy(
     finished: tuple[Path, Outcome], splits: Splits
 ) -> None:
     out, outcome = finished
@@ -95,7 +95,7 @@ def test_the_checkpoint_gives_the_reported_test_accuracy(
     assert right == pytest.approx(outcome.test_accuracy)
 
 
-def test_the_outcome_says_what_was_done_and_what_deviates(
+def test_the_outcome_records_the_run_and_its_deviations(
     finished: tuple[Path, Outcome],
 ) -> None:
     out, outcome = finished
@@ -106,7 +106,7 @@ def test_the_outcome_says_what_was_done_and_what_deviates(
     assert Outcome(**{**saved, "deviations": tuple(saved["deviations"])}) == outcome
 
 
-def test_test_images_decide_nothing(
+def test_test_images_do_not_influence_the_run(
     finished: tuple[Path, Outcome], splits: Splits, tmp_path: Path
 ) -> None:
     assert splits.test is not None
@@ -130,7 +130,7 @@ class Sealed(ImageList):
         return super().__getattribute__(name)
 
 
-def test_the_search_for_a_rate_never_looks_at_the_test_images(
+def test_the_search_for_a_rate_never_reads_the_test_images(
     splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
@@ -152,7 +152,7 @@ def test_the_search_for_a_rate_never_looks_at_the_test_images(
     assert runs == ["train", "train", "train+val"]
 
 
-def test_every_image_is_looked_at_once_before_the_search(
+def test_every_image_is_checked_once_before_the_search(
     splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[Path] = []
@@ -181,7 +181,7 @@ def test_a_finished_run_is_not_repeated(finished: tuple[Path, Outcome], splits: 
 
 
 @pytest.mark.parametrize("lost", ["result.json", "the final run", "the second rate"])
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_is_resumed(
     finished: tuple[Path, Outcome], splits: Splits, tmp_path: Path, lost: str
 ) -> None:
     out, outcome = finished
@@ -230,7 +230,7 @@ def test_a_damaged_result_is_named(splits: Splits, tmp_path: Path, text: str) ->
 DIVERGING = {"method": "linear", "weight_decay": 1e15, "batch_size": 4}
 
 
-def test_a_rate_that_diverges_is_passed_over(splits: Splits, tmp_path: Path) -> None:
+def test_a_rate_that_diverges_is_skipped(splits: Splits, tmp_path: Path) -> None:
     made = replace(recipe(**DIVERGING), rates=(0.1, 1e-18))
     outcome = run_recipe(made, splits, tmp_path)
     assert outcome.lr == 1e-18
