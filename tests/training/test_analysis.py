@@ -1,4 +1,4 @@
-"""The analysis of a checkpoint against dense recomputation from its merged weights."""
+"""The analysis of a checkpoint, compared with dense computations on its merged weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layers(analysis: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def dense(model: nn.Module, name: str) -> Tensor:
-    """The weight of a layer of an analysis, from a plain model."""
+    """Weight of an analysed layer in a plain model."""
     path, _, part = name.rpartition(".")
     if part in PARTS:
         return model.get_parameter(f"{path}.weight").detach().double()[PARTS[part]]
@@ -279,7 +279,7 @@ def test_layers_of_other_architectures_are_found_and_named_by_block_and_role(
             assert norms["change"] == pytest.approx(norm(change))
 
 
-# The course over training
+# Deviations over the epochs
 
 
 @pytest.fixture(scope="module")

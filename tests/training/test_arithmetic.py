@@ -1,4 +1,4 @@
-"""Three steps of training, and the gradients before them, written out by hand in float64."""
+"""Three steps of training and their gradients, compared with a computation by hand in float64."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def images() -> ImageList:
 
 
 def backbone(**arguments: Any) -> nn.Module:
-    """timm's model in float64 with weights that its name does not decide."""
+    """A model of timm in float64 with random weights that do not depend on its initialisation."""
     model = timm.create_model(NAME, num_classes=CLASSES, **ARGS, **arguments)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def learner(settings: TrainingSettings, **arguments: Any) -> Learner:
     tuned = attach(backbone(**arguments), settings.method, seed=3, **settings.method_settings)
     tuned = tuned.double()
     source = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # nothing is at its start, so that every gradient counts
+    with torch.no_grad():  # move all parameters from their start, so that every gradient is nonzero
         for parameter in tuned.trained().values():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=source))
     accelerator = Accelerator(mixed_precision="no")
@@ -88,7 +88,7 @@ def loader(settings: TrainingSettings, first: int = 0, processes: int = 1) -> Lo
 
 
 def gradients(learner: Learner, loader: Loader) -> list[dict[str, Tensor]]:
-    """What stands in the trained parameters' gradients as each step of an epoch begins."""
+    """Gradients of the trained parameters before each optimiser step of an epoch."""
     found: list[dict[str, Tensor]] = []
 
     def look(*_: object) -> None:
@@ -106,7 +106,7 @@ def agree(ours: dict[str, Tensor], theirs: dict[str, Tensor], bound: float = 1e-
         assert (ours[name] - value).abs().max() <= bound * value.abs().max(), name
 
 
-# By hand
+# Computation by hand
 
 
 def dense(model: nn.Module, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ def by_hand(settings: TrainingSettings, start: dict[str, Tensor]) -> dict[str, T
         for name, grad in grads.items():
             peak = settings.head_lr if name.startswith("head.") else settings.lr
             assert peak is not None
-            # One step of three rises: half of the peak; then the cosine's two ends.
+            # One of three steps is warm-up, at half of the peak; then both ends of the cosine.
             rate = (peak / 2, peak, settings.min_lr)[step]
             decay = settings.weight_decay if grad.dim() > 1 else 0.0
             first[name] = 0.9 * first[name] + 0.1 * grad
@@ -245,7 +245,7 @@ def test_stochastic_depth_is_on_in_training_and_dropout_is_not() -> None:
     x = torch.ones(1, 3, SIZE, SIZE, dtype=torch.float64)
     torch.manual_seed(0)
     answers = {tuple(ours.tuned(x).flatten().tolist()) for _ in range(30)}
-    # Two blocks of two branches, each taken or not: a share of 16 answers, not one a call.
+    # Each of two branches in two blocks is kept or dropped: at most 16 different outputs.
     assert 1 < len(answers) <= 16
 
 

@@ -1,4 +1,4 @@
-"""Angles, norms and deviations against their dense definitions."""
+"""Angles, norms and deviations, compared with their dense definitions."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ CLOCK = ("seconds", "images_per_second")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without the fields of the clock."""
+    """Lines of metrics.jsonl without measured times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
@@ -52,7 +52,7 @@ def outcome(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
 
 
 def accuracy(path: Path, images: ImageList) -> float:
-    """A checkpoint's share of right answers, found without the code of training."""
+    """Accuracy of a checkpoint, computed without the code of training."""
     tuned, preprocessing = load(path), read_checkpoint(path).preprocessing
     with torch.no_grad():
         pictures = [images[i][0] for i in range(len(images))]
@@ -150,7 +150,7 @@ def test_accumulated_parts_equal_the_whole_step(finished: Path, tmp_path: Path) 
 
 
 class Interrupting(Sequence[Path | NDArray[np.uint8]]):
-    """Images of which an access interrupts the program, as a signal would."""
+    """Images that interrupt the program on a certain access, like a signal."""
 
     def __init__(self, images: Sequence[Path | NDArray[np.uint8]], accesses: int) -> None:
         self.images, self.left = images, accesses
@@ -288,7 +288,7 @@ def test_regularisers_and_bf16_train_to_finite_losses(tmp_path: Path) -> None:
 
 
 def test_diverging_training_stops_and_keeps_the_best_epoch(tmp_path: Path) -> None:
-    # Such a decay multiplies the classifier's weights by −10⁶ in each step, until they overflow.
+    # This decay multiplies the classifier's weights by −10⁶ in each step, until they overflow.
     settings = replace(SMALL, method="linear", head_lr=1e-2, weight_decay=1e8, epochs=9)
     with pytest.raises(DivergedError, match=r"diverged in epoch .* use lower learning rates than"):
         train(DIGITS, tmp_path / "run", settings)
@@ -326,7 +326,7 @@ def test_damaged_images_of_all_parts_are_found_at_once(
 
 
 @pytest.mark.parametrize(("trusted", "parts"), [(False, "train val test"), (True, "val test")])
-def test_truncated_images_of_val_and_test_are_found_always_and_of_train_unless_trusted(
+def test_truncated_images_of_val_and_test_are_always_found_and_those_of_train_unless_trusted(
     tmp_path: Path, trusted: bool, parts: str
 ) -> None:
     write_folder(SHAPES, tmp_path / "shapes")
@@ -339,17 +339,17 @@ def test_truncated_images_of_val_and_test_are_found_always_and_of_train_unless_t
     assert [part for part in ("train", "val", "test") if f"/{part}/" in str(caught.value)] == named
 
 
-def test_checked_images_are_not_looked_at_again_nor_are_those_of_a_complete_run(
+def test_checked_images_and_those_of_a_complete_run_are_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[int] = []
-    monkeypatch.setattr(run, "check_splits", lambda *_, **__: looked.append(1))
+    checks: list[int] = []
+    monkeypatch.setattr(run, "check_splits", lambda *_, **__: checks.append(1))
     settings = replace(SMALL, epochs=1)
     train(DIGITS, tmp_path / "run", settings, checked=True)
     train(DIGITS, tmp_path / "run", settings, RunOptions(resume=True))
-    assert not looked
+    assert not checks
     train(DIGITS, tmp_path / "other", settings)
-    assert looked
+    assert checks
 
 
 def test_unknown_names_and_missing_weights_are_found_before_training(tmp_path: Path) -> None:

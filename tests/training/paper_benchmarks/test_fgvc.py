@@ -17,7 +17,7 @@ Write = Callable[..., Path]
 
 
 def parents(images: ImageList | None) -> list[str]:
-    """Name of each image's folder, which the tests make after the class id."""
+    """Name of each image's folder, which is the class id in these tests."""
     assert images is not None
     return [Path(str(image)).parent.name for image in images.images]
 
@@ -41,7 +41,7 @@ def test_labels_are_assigned_over_all_files_together(tmp_path: Path, write_fgvc:
         assert images is not None
         assert [splits.classes[label] for label in images.labels] == parents(images)
         assert not find_faults(images.files(), whole=True)
-    assert list(splits.val.labels) == [2, 1]  # numbered by that file alone they were 1 and 0
+    assert list(splits.val.labels) == [2, 1]  # numbered by this file alone, they would be 1 and 0
 
 
 def test_ids_may_be_strings(tmp_path: Path, write_fgvc: Write) -> None:
@@ -91,7 +91,7 @@ def test_train_and_val_take_precedence_over_trainval(tmp_path: Path, write_fgvc:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Benchmark:
-    """A benchmark whose sizes the tests can reach: 6 train, 3 val, 3 test, 3 classes."""
+    """A small benchmark: 6 train, 3 val, 3 test images, 3 classes."""
     task = replace(FGVC.task("OxfordFlowers"), classes=3, train=6, val=3, test=3)
     benchmark = Benchmark("fgvc", "FGVC", (task,))
     monkeypatch.setattr(fgvc, "FGVC", benchmark)

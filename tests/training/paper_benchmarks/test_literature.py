@@ -12,7 +12,7 @@ WITH_COLUMNS = [(benchmark, row) for benchmark, row in ROWS if row.tasks]
 
 
 def row(benchmark: str, method: str) -> PublishedRow:
-    """A method's row for the main backbone."""
+    """The row of a method with the main backbone."""
     return next(r for r in PUBLISHED[benchmark] if r.method == method and "B/16" in r.backbone)
 
 
@@ -28,7 +28,7 @@ def test_every_benchmark_has_rows_with_a_source_and_a_number() -> None:
     ("benchmark", "each"), WITH_COLUMNS, ids=lambda value: getattr(value, "method", "")
 )
 def test_printed_averages_agree_with_their_columns(benchmark: object, each: PublishedRow) -> None:
-    # Columns have one digit; two FGVC rows are printed up to 0.2 off their columns.
+    # Columns have one decimal; two FGVC means differ from their columns by up to 0.2.
     assert benchmark in (VTAB, FGVC)
     tolerance = 0.06 if benchmark is VTAB else 0.25
     assert len(each.tasks) == (19 if benchmark is VTAB else 5)
@@ -41,7 +41,7 @@ def test_printed_averages_agree_with_their_columns(benchmark: object, each: Publ
 def test_the_mean_of_groups_is_that_of_the_papers_group_columns() -> None:
     columns = row("vtab", "RLRR").tasks
     means = [fmean(part) for part in (columns[:7], columns[7:11], columns[11:])]
-    assert means == pytest.approx([82.7, 85.8, 61.8], abs=0.06)  # as RLRR's paper prints them
+    assert means == pytest.approx([82.7, 85.8, 61.8], abs=0.06)  # as printed in the RLRR paper
     assert mean_of_groups(VTAB, columns) == pytest.approx(76.75, abs=0.01)
     assert mean_of_groups(VTAB, row("vtab", "RLRR*").tasks) == pytest.approx(77.5, abs=0.05)
 

@@ -32,7 +32,7 @@ def outcome(task: str, seed: int, accuracy: float, head: int = 100) -> Outcome:
 
 
 def summary(benchmark: Benchmark, seeds: int = 2) -> tuple[Summary, np.ndarray]:
-    """A suite that is finished, and its accuracies in percent. (seeds, tasks)."""
+    """A finished suite, and its accuracies in percent, (seeds, tasks)."""
     values = RNG.uniform(0.2, 0.9, (seeds, len(benchmark.tasks)))
     outcomes = tuple(
         outcome(f"{benchmark.name}/{task.name}", seed, values[seed, i], head=769 * task.classes)
@@ -43,7 +43,7 @@ def summary(benchmark: Benchmark, seeds: int = 2) -> tuple[Summary, np.ndarray]:
 
 
 def cells(text: str, start: str) -> list[str]:
-    """Cells of the first row that starts so."""
+    """Cells of the first row that starts with ``start``."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
     return [cell.strip() for cell in line.strip("|").split("|")]
 

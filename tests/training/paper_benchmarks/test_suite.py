@@ -48,7 +48,7 @@ def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """results.json without the fields of the clock."""
+    """results.json without measured times."""
     found: dict[str, Any] = json.loads((out / "results.json").read_text())
     for outcome in found["outcomes"]:
         del outcome["seconds"]
@@ -56,7 +56,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def stamps(out: Path) -> dict[Path, int]:
-    """When each file of each run was written."""
+    """Modification time of each file of each run."""
     paths = out.glob("*/seed-*/**/*")
     return {path.relative_to(out): path.stat().st_mtime_ns for path in paths}
 

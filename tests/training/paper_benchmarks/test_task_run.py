@@ -120,13 +120,13 @@ def test_test_images_do_not_influence_the_run(
 
 
 class Sealed(ImageList):
-    """Images that may not be looked at, or even counted, while a seal is on them."""
+    """Images that raise on any access while ``on`` is true."""
 
     on = False
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("images", "labels") and Sealed.on:
-            raise AssertionError("the search looked at the test images")
+            raise AssertionError("the search used the test images")
         return super().__getattribute__(name)
 
 
@@ -155,16 +155,16 @@ def test_the_search_for_a_rate_never_reads_the_test_images(
 def test_every_image_is_checked_once_before_the_search(
     splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[Path] = []
+    checked: list[Path] = []
 
-    def look(paths: Sequence[Path], **options: Any) -> list[str]:
-        looked.extend(paths)
+    def recording(paths: Sequence[Path], **options: Any) -> list[str]:
+        checked.extend(paths)
         return find_faults(paths, **options)
 
-    monkeypatch.setattr(run, "find_faults", look)
+    monkeypatch.setattr(run, "find_faults", recording)
     run_recipe(recipe(epochs=1), splits, tmp_path / "run")
     assert splits.test is not None
-    assert looked == [*splits.train.images, *splits.val.images, *splits.test.images]
+    assert checked == [*splits.train.images, *splits.val.images, *splits.test.images]
     damaged = tmp_path / "damaged.jpg"
     damaged.write_bytes(b"")
     test = ImageList([damaged, *splits.test.images], [0, *splits.test.labels])
@@ -226,7 +226,7 @@ def test_a_damaged_result_is_named(splits: Splits, tmp_path: Path, text: str) ->
         run_recipe(recipe(), splits, tmp_path, RunOptions(resume=True))
 
 
-# Such a decay multiplies the classifier's weights in each step, until they overflow.
+# This decay multiplies the classifier's weights in each step, until they overflow.
 DIVERGING = {"method": "linear", "weight_decay": 1e15, "batch_size": 4}
 
 

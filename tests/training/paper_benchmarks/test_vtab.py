@@ -14,12 +14,12 @@ from aoft_deploy.training.paper_benchmarks.vtab import load_vtab
 
 @pytest.fixture
 def kitti(tmp_path: Path, write_vtab: Callable[..., Path]) -> Path:
-    """Four classes, eight, six and six images."""
+    """A small kitti: four classes; eight, six and six images."""
     return write_vtab(tmp_path, "kitti", classes=4)
 
 
 def change(path: Path, line: int, text: str) -> None:
-    """Put ``text`` in the place of a line of a list, from 1."""
+    """Replace a line of a list, counted from 1."""
     lines = path.read_text().splitlines()
     lines[line - 1] = text
     path.write_text("".join(f"{each}\n" for each in lines))
@@ -95,7 +95,7 @@ def test_differences_from_the_benchmark_are_reported(kitti: Path) -> None:
 def whole(
     tmp_path_factory: pytest.TempPathFactory, write_vtab: Callable[..., Path]
 ) -> Callable[[Path], Path]:
-    """Kitti in its real size, where every image file is a link to one; copied on each call."""
+    """Kitti in its full size, with links to one image; copied on each call."""
     model = tmp_path_factory.mktemp("whole") / "kitti"
     small = write_vtab(tmp_path_factory.mktemp("small"), "kitti", classes=4)
     picture = small / "images/test/000000.jpg"
