@@ -120,7 +120,7 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _loose_images(folder: Path) -> list[str]:
-    """A list of one sentence if there are images beside the class folders; empty otherwise."""
+    """A note on images outside of the class folders; an empty list if there are none."""
     with os.scandir(folder) as entries:
         suffixes = [Path(e.name).suffix.lower() for e in entries if not e.name.startswith(".")]
     count = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)

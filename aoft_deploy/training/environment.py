@@ -39,7 +39,7 @@ def tensorboard_writer(
 
     Args:
         out: Folder of the log.
-        done: Finished epochs; what the log holds of later ones is discarded.
+        done: Number of finished epochs; log entries of later epochs are discarded.
         enabled: If false, the function does nothing.
     """
     if not enabled:

@@ -81,8 +81,8 @@ def uncovered(tuned: TunedModel) -> Iterator[str]:
     ]
     heads = {name.rpartition(".")[0] for name in classifier_names(backbone)}
     for path, module in backbone.named_modules():
-        alone = path in heads or any(part in LEFT_ALONE for part in path.split("."))
-        if isinstance(module, nn.Linear) and path.startswith(tuple(branches)) and not alone:
+        is_excluded = path in heads or any(part in LEFT_ALONE for part in path.split("."))
+        if isinstance(module, nn.Linear) and path.startswith(tuple(branches)) and not is_excluded:
             rows = _updated_rows(backbone, path)
             if rows != [(0, module.out_features)]:
                 yield f"{path} rows {rows}"

@@ -209,8 +209,8 @@ def check(weights: Path, images: int) -> None:
             with torch.inference_mode():
                 z = torch.cat([model(part) for part in x.split(100)]).numpy()
             probes = (LogisticRegression(C=c, max_iter=3000) for c in (0.01, 0.1, 1.0))
-            made = [make_pipeline(StandardScaler(), p).fit(z[:n], y[:n]) for p in probes]
-            row[kind] = round(max(100 * p.score(z[n:], y[n:]) for p in made), 2)
+            fitted = [make_pipeline(StandardScaler(), p).fit(z[:n], y[:n]) for p in probes]
+            row[kind] = round(max(100 * p.score(z[n:], y[n:]) for p in fitted), 2)
         print(json.dumps(row), flush=True)
 
 

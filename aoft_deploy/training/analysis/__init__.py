@@ -1,1 +1,1 @@
-"""What training did to the weights: angles, norms, orthogonality, and their plots."""
+"""Analysis of trained weights: angles, norms, deviation from orthogonality, and plots."""

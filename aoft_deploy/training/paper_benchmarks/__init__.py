@@ -1,1 +1,1 @@
-"""The papers' benchmarks: VTAB-1k and FGVC, their recipes, runs and tables."""
+"""The benchmarks of the papers, VTAB-1k and FGVC: recipes, runs and tables."""
