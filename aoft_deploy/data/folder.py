@@ -119,13 +119,10 @@ def write_folder(splits: Splits, root: Path) -> None:
     """
     if root.exists():
         raise OutputError(f"Folder {str(root)!r} exists already: remove it or name another.")
-    parts = {"train": splits.train, "val": splits.val}
-    if splits.test is not None:
-        parts["test"] = splits.test
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=".writing-") as scratch:
-            for part, images in parts.items():
+            for part, images in splits.parts().items():
                 for number in range(len(images)):
                     image, label = images[number]
                     path = Path(scratch, root.name, part, splits.classes[label], f"{number:05}.png")

@@ -67,13 +67,17 @@ class Splits:
     origins: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 
+    def parts(self) -> dict[str, ImageList]:
+        """The parts that exist, by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: images for name, images in parts.items() if images is not None}
+
     def summary(self) -> list[str]:
         """Two lines: the classes, and the number and origin of the images of each part."""
         more = ", …" if len(self.classes) > _LISTED_CLASSES else ""
-        phrases = []
+        phrases, parts = [], self.parts()
         for part in ("train", "val", "test"):
-            images: ImageList | None = getattr(self, part)
-            count = "none" if images is None else f"{len(images):,}"
+            count = f"{len(parts[part]):,}" if part in parts else "none"
             origin = f" ({self.origins[part]})" if part in self.origins else ""
             phrases.append(f"{part} {count}{origin}")
         return [

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.data.splits import ImageList
+from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.errors import ImageError
 from aoft_deploy.processors import processors
 from aoft_deploy.training.augmentation import (
@@ -29,7 +29,15 @@ from aoft_deploy.training.augmentation import (
     reseed,
 )
 
-__all__ = ["Loader", "Part", "PixelBatches", "evaluation_parts", "fingerprint", "training_parts"]
+__all__ = [
+    "Loader",
+    "Part",
+    "PixelBatches",
+    "evaluation_parts",
+    "fingerprint",
+    "fingerprints",
+    "training_parts",
+]
 
 MEMORY = 1 << 30
 """Largest number of bytes of pixels that a data set caches in memory."""
@@ -218,3 +226,12 @@ def fingerprint(images: ImageList) -> str:
         else:
             digest.update(f"{image.shape}\n".encode() + np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()
+
+
+def fingerprints(splits: Splits) -> dict[str, str | None]:
+    """Short hash of each part of a data set, as ``PART_images``; None for a missing test part."""
+    parts = splits.parts()
+    return {
+        f"{part}_images": fingerprint(parts[part])[:16] if part in parts else None
+        for part in ("train", "val", "test")
+    }

@@ -20,7 +20,7 @@ from aoft_deploy.training.batches import (
     Part,
     PixelBatches,
     evaluation_parts,
-    fingerprint,
+    fingerprints,
     training_parts,
 )
 from aoft_deploy.training.learner import Learner, diverged
@@ -68,17 +68,14 @@ class TrainingLoop:
 
     def _record(self) -> dict[str, Any]:
         """Everything that determines the results of the run, as JSON values."""
-        record = {
+        return {
             **self.settings.to_dict(),
             "method_settings": self.tuned.settings,
             "backbone_weights": self.tuned.identity.digest[:16],
             "precision": self.learner.precision,
             "classes": list(self.splits.classes),
+            **fingerprints(self.splits),
         }
-        for part in ("train", "val", "test"):
-            images = getattr(self.splits, part)
-            record[f"{part}_images"] = None if images is None else fingerprint(images)[:16]
-        return record
 
     @cached_property
     def train_loader(self) -> Loader:

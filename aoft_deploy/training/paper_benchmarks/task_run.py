@@ -14,7 +14,7 @@ from accelerate.state import PartialState
 from aoft_deploy.data.splits import Splits
 from aoft_deploy.errors import DivergedError
 from aoft_deploy.files import file_digest, write_json
-from aoft_deploy.training.batches import fingerprint
+from aoft_deploy.training.batches import fingerprints
 from aoft_deploy.training.loop import merit
 from aoft_deploy.training.paper_benchmarks.fgvc import load_fgvc
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe
@@ -136,16 +136,14 @@ def run_recipe(
 def _inputs(recipe: Recipe, splits: Splits) -> dict[str, Any]:
     """Everything that determines the results of a run, as JSON values."""
     weights = recipe.settings.backbone_weights
-    inputs = {
+    return {
         **recipe.settings.to_dict(),
         "task": f"{recipe.benchmark.name}/{recipe.task.name}",
         "lr": list(recipe.rates),
         "head_lr": recipe.settings.head_lr,
         "backbone_weights": file_digest(weights)[:16] if weights and weights.is_file() else None,
+        **fingerprints(splits),
     }
-    for part in ("train", "val", "test"):
-        inputs[f"{part}_images"] = fingerprint(getattr(splits, part))[:16]
-    return inputs
 
 
 def _read(record: Path, inputs: Mapping[str, Any]) -> Outcome:
