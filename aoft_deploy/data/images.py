@@ -82,9 +82,9 @@ def read_image(
     Args:
         source: A path, the content of a file, or a seekable binary stream, read from its start.
         max_pixels: Largest width x height; a larger image is refused before it is decoded.
-        least: Decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides
-            have at least this many pixels; several times faster. ``max_pixels`` then limits the
-            decoded size. None decodes at full size.
+        least: Decode a JPEG at a half, a quarter or an eighth of its size while both sides have at
+            least this many pixels, which is much faster; ``max_pixels`` then limits the decoded
+            size. None decodes at full size.
 
     Returns:
         A loaded image of mode ``RGB`` that holds no open file.
@@ -289,8 +289,7 @@ def _name(source: Path | bytes | BinaryIO) -> str:
         return repr(str(source))
     if isinstance(source, bytes):
         return f"of {len(source):,} bytes"
-    name = getattr(source, "name", None)
-    return repr(name) if name else "from a stream"
+    return repr(source.name) if getattr(source, "name", None) else "from a stream"
 
 
 def _reason(error: Exception) -> str:
