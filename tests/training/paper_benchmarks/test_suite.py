@@ -14,6 +14,7 @@ import pytest
 from aoft_deploy.errors import DataError, SettingError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks.suite import run_suite
 from aoft_deploy.training.paper_benchmarks.tasks import VTAB
+from aoft_deploy.training.settings import RunOptions
 
 GIVEN = {
     "backbone": "aoft_vit_nano",
@@ -106,7 +107,7 @@ def test_a_run_that_fails_leaves_the_table_of_those_before(
     blocked = tmp_path / "eurosat" / "seed-0"
     blocked.mkdir(parents=True)
     (blocked / "model.ckpt").touch()
-    with pytest.raises(OSError, match="so it cannot be continued: name another folder"):
+    with pytest.raises(OSError, match="so it cannot be resumed: use another folder"):
         run(root, tmp_path)
     assert results(tmp_path)["runs"] == {"finished": 1, "wanted": 6}
     assert "1 of 6 runs are finished" in (tmp_path / "table.md").read_text()
@@ -115,10 +116,10 @@ def test_a_run_that_fails_leaves_the_table_of_those_before(
     assert results(tmp_path) == results(finished)
 
 
-def test_progress_is_told_after_each_run(
+def test_progress_is_printed_after_each_run(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(root, tmp_path, tasks=["kitti"], seeds=1, progress=True)
+    run(root, tmp_path, tasks=["kitti"], seeds=1, options=RunOptions(progress=True))
     assert "vtab/kitti, seed 0: " in capsys.readouterr().err
 
 
