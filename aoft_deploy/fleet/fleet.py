@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.fleet.opening import open_store
@@ -26,7 +27,7 @@ from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.slots import Residency
 from aoft_deploy.fleet.store import TaskStore
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers, name_of, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
 
 __all__ = ["Fleet", "TaskAnswer"]
 
@@ -151,7 +152,7 @@ class Fleet:
                 added leave no room for it in the budget.
         """
         path = Path(checkpoint)
-        name = name_of(path) if name is None else name
+        name = task_name(path) if name is None else name
         with unchanged(path):
             numbers = read_checkpoint_numbers(path, self.kind)
         self._tasks.add(name, numbers, replace=replace)

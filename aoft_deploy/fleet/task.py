@@ -26,7 +26,7 @@ from aoft_deploy.tuning.backbones.architecture import (
     same_architecture,
 )
 
-__all__ = ["TaskKind", "TaskNumbers", "name_of", "read_checkpoint_numbers"]
+__all__ = ["TaskKind", "TaskNumbers", "read_checkpoint_numbers"]
 
 
 class TaskNumbers(NamedTuple):
@@ -170,13 +170,6 @@ class TaskKind:
             )
         if not (np.isfinite(task.row).all() and np.isfinite(task.head).all()):
             raise CheckpointError(f"Task {name!r} holds numbers that are not finite.")
-
-
-def name_of(checkpoint: Path) -> str:
-    """A task's name: that of its file, or of its folder where the file is ``model.ckpt``."""
-    if checkpoint.name == "model.ckpt":
-        return checkpoint.resolve().parent.name
-    return checkpoint.stem
 
 
 def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:

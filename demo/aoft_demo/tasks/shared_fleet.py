@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest
 from aoft_deploy.fleet.fleet import Fleet
-from aoft_deploy.fleet.task import name_of
 
 __all__ = [
     "BUNDLED",
@@ -147,7 +147,7 @@ def _folder_size(folder: Path) -> int:
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
-    names = [name_of(path) for path in checkpoints]
+    names = [task_name(path) for path in checkpoints]
     for name in names:
         if names.count(name) > 1:
             raise CheckpointError(f"Two tasks are called {name!r}: rename one's file or folder.")
@@ -198,7 +198,7 @@ def _digest(checkpoints: Sequence[Path], weights: Path | None) -> str:
     for path in checkpoints:
         if not path.is_file():
             raise CheckpointError(f"{path} is no checkpoint and no fleet of aoft-export.")
-    parts = [f"{name_of(path)} {file_digest(path)}" for path in checkpoints]
+    parts = [f"{task_name(path)} {file_digest(path)}" for path in checkpoints]
     parts += [file_digest(weights)] if weights else []
     parts += [f"{package} {version(package)}" for package in PACKAGES]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

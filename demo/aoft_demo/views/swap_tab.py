@@ -13,8 +13,8 @@ from aoft_demo.tasks.visitors import Visitors
 from aoft_demo.views import cards, notices
 from aoft_demo.views.choosers import chooser
 from aoft_demo.views.failures import told
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError, SettingError
-from aoft_deploy.fleet.task import name_of
 
 __all__ = ["SwapTab", "resident_panel", "swap_tab"]
 
@@ -75,7 +75,7 @@ def swap_tab(visitors: Visitors) -> SwapTab:
             raise CheckpointError("Choose a model.ckpt first: drop it on the field above.")
         visitor = visitors.of(request.session_hash)
         file = Path(path)
-        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else name_of(file))
+        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else task_name(file))
         task = visitor.add(file, chosen)
         where = notices.done(chosen, f"joined the fleet with {len(task.classes)} classes.")
         return None, "", where
