@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.fleet.name_index import Names
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
+from aoft_deploy.fleet.name_index import NameIndex
+from aoft_deploy.fleet.task import TaskKind, TaskParameters, read_task
 
 __all__ = ["CheckpointFolder"]
 
@@ -37,18 +37,18 @@ class CheckpointFolder:
             raise CheckpointError(f"There is no folder {path}.")
 
     @property
-    def names(self) -> Names:
+    def names(self) -> NameIndex:
         """Names of the tasks that are there now.
 
         Raises:
             SettingError: Two checkpoints give the same name.
         """
-        return Names.of(self._listed())
+        return NameIndex.of(self._listed())
 
     def __contains__(self, name: str) -> bool:
         return bool(self._found(name))
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         """A task's numbers.
 
         Raises:
@@ -61,7 +61,7 @@ class CheckpointFolder:
             raise UnknownNameError("task", name, self.names.closest(name))
         if len(found) > 1:
             raise SettingError(f"Two tasks are called {name!r}, {found[0]} and {found[1]}.")
-        return read_checkpoint_numbers(found[0], self.kind)
+        return read_task(found[0], self.kind)
 
     def _found(self, name: str) -> list[Path]:
         """Files of that name; a name that would lead out of the folder has none."""

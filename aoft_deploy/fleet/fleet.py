@@ -27,7 +27,7 @@ from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.slots import Residency
 from aoft_deploy.fleet.store import TaskStore
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, TaskParameters, read_task
 
 __all__ = ["Fleet", "TaskAnswer"]
 
@@ -88,12 +88,12 @@ class Fleet:
             self.kind = TaskKind.of_fleet(self._engine.info, tables["heads"].shape[1] - 1)
             last = tables["first"] + tables["count"]
             heads = [tables["heads"][i:j] for i, j in zip(tables["first"], last, strict=True)]
-            numbers = map(TaskNumbers, tables["bank"], heads, classes)
+            numbers = map(TaskParameters, tables["bank"], heads, classes)
             own = list(zip(names, numbers, strict=True))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no fleet of aoft-export ({error}).") from error
         for name, task in own:
-            self.kind.check_numbers(name, task)
+            self.kind.check_parameters(name, task)
         self.preprocessing = Preprocessing.from_dict(self.kind.preprocessing)
         if isinstance(store, str | Path):
             store = open_store(Path(store), self.kind)
@@ -101,7 +101,7 @@ class Fleet:
             self.kind.check_kind(store, store.kind)
         if budget is None:
             budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._tables = TaskTables(self.kind.numbers, self.kind.width, budget)
+        self._tables = TaskTables(self.kind.row_length, self.kind.width, budget)
         self._tasks = ResidentTasks(self._tables, store, own)
 
     @property
@@ -154,7 +154,7 @@ class Fleet:
         path = Path(checkpoint)
         name = task_name(path) if name is None else name
         with unchanged(path):
-            numbers = read_checkpoint_numbers(path, self.kind)
+            numbers = read_task(path, self.kind)
         self._tasks.add(name, numbers, replace=replace)
         return name
 

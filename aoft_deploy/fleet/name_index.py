@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["Names"]
+__all__ = ["NameIndex"]
 
 
-class Names(Sequence[str]):
+class NameIndex(Sequence[str]):
     """Sorted names.
 
     Attributes:

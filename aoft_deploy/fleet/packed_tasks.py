@@ -25,8 +25,8 @@ import numpy as np
 from aoft_deploy.errors import CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.files import replacing
-from aoft_deploy.fleet.name_index import Names
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers
+from aoft_deploy.fleet.name_index import NameIndex
+from aoft_deploy.fleet.task import TaskKind, TaskParameters
 
 if TYPE_CHECKING:
     from aoft_deploy.fleet.store import TaskStore
@@ -85,7 +85,7 @@ class PackedTasks:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         """A task's numbers.
 
         Raises:
@@ -96,7 +96,7 @@ class PackedTasks:
         if place is None:
             raise UnknownNameError("task", name, self.names.closest(name))
         entry = self._entries[place]
-        numbers, classes, width = self.kind.numbers, int(entry["classes"]), self.kind.width + 1
+        numbers, classes, width = self.kind.row_length, int(entry["classes"]), self.kind.width + 1
         start, text = int(entry["start"]), int(entry["text"])
         size = 4 * (numbers + classes * width) + text
         damaged = CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file anew.")
@@ -114,7 +114,7 @@ class PackedTasks:
             named = tuple(map(str, json.loads(data[size - text :].tobytes())))
         except (TypeError, ValueError, RecursionError) as error:
             raise damaged from error
-        return TaskNumbers(floats[:numbers], floats[numbers:].reshape(classes, width), named)
+        return TaskParameters(floats[:numbers], floats[numbers:].reshape(classes, width), named)
 
     def _read_index(self) -> None:
         size = os.fstat(self._file).st_size
@@ -134,7 +134,7 @@ class PackedTasks:
         ends = self._entries["name_end"].astype(np.int64)
         if (np.diff(ends, prepend=0, append=len(text)) < 0).any():
             raise ValueError("its names do not fit")
-        self.names = Names(text, ends)
+        self.names = NameIndex(text, ends)
 
 
 def pack(source: TaskStore, path: Path) -> None:
@@ -161,7 +161,7 @@ def pack(source: TaskStore, path: Path) -> None:
                 file.write(MAGIC)
                 for place, name in enumerate(names):
                     task = source.read(name)
-                    kind.check_numbers(name, task)
+                    kind.check_parameters(name, task)
                     text = json.dumps(task.classes).encode()
                     data = b"".join(
                         [

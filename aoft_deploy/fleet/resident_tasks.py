@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from aoft_deploy.errors import SettingError, UnknownNameError
-from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.slots import Held, Residency, TaskSlots
 from aoft_deploy.fleet.store import TaskStore
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskNumbers
+from aoft_deploy.fleet.task import TaskParameters
 
 __all__ = ["ResidentTasks"]
 
@@ -38,14 +38,14 @@ class ResidentTasks:
         self,
         tables: TaskTables,
         store: TaskStore | None = None,
-        own: Iterable[tuple[str, TaskNumbers]] = (),
+        own: Iterable[tuple[str, TaskParameters]] = (),
     ) -> None:
         self._tables = tables
         self._lock = threading.Lock()
         self._room, self._changes = threading.Condition(self._lock), 0
         self._slots = TaskSlots(tables)
         self._removed: set[str] = set()  # of the store's
-        self._paging: dict[str, Future[TaskNumbers]] = {}
+        self._paging: dict[str, Future[TaskParameters]] = {}
         self._store: TaskStore | None = None
         for name, task in own:
             self.add(name, task)
@@ -91,7 +91,7 @@ class ResidentTasks:
             here, removed = set(self._slots.slots), set(self._removed)
         return here if self._store is None else here | (set(self._store.names) - removed)
 
-    def add(self, name: str, task: TaskNumbers, *, replace: bool = False) -> None:
+    def add(self, name: str, task: TaskParameters, *, replace: bool = False) -> None:
         """Take a task in for good: it is never evicted.
 
         Args:
@@ -175,14 +175,14 @@ class ResidentTasks:
 
         Of several requests that want it, one reads.
         """
-        task: TaskNumbers | None = None
+        task: TaskParameters | None = None
         while True:
             with self._lock:
                 if name in self._slots.slots:
                     return self._slots.hold(name, hit=False)
                 changes, other = self._changes, self._paging.get(name)
                 if other is None:
-                    mine = self._paging[name] = Future[TaskNumbers]()
+                    mine = self._paging[name] = Future[TaskParameters]()
             if other is not None:
                 task = other.result()
                 continue
@@ -197,20 +197,20 @@ class ResidentTasks:
                 return held
             self._wait(changes)
 
-    def _end(self, name: str, outcome: Future[TaskNumbers]) -> Future[TaskNumbers]:
+    def _end(self, name: str, outcome: Future[TaskParameters]) -> Future[TaskParameters]:
         """Let others read that task again, before those who wait hear of this outcome."""
         with self._lock:
             del self._paging[name]
         return outcome
 
-    def _read(self, name: str) -> TaskNumbers:
+    def _read(self, name: str) -> TaskParameters:
         if self._store is None or not self.knows(name):
             raise self._unknown(name)
         task = self._store.read(name)
-        self._store.kind.check_numbers(name, task)
+        self._store.kind.check_parameters(name, task)
         return task
 
-    def _written(self, task: TaskNumbers) -> int | None:
+    def _written(self, task: TaskParameters) -> int | None:
         """A slot with the task's numbers that nobody sees yet; None where there is no room now."""
         with self._lock:
             slot = self._slots.take(len(task.head))
@@ -218,7 +218,7 @@ class ResidentTasks:
             self._tables.write(slot, task)
         return slot
 
-    def _shown(self, name: str, task: TaskNumbers) -> Held | None:
+    def _shown(self, name: str, task: TaskParameters) -> Held | None:
         """Hold a task just read, unless it was removed meanwhile; None where there is no room."""
         slot = self._written(task)
         if slot is None:
@@ -235,7 +235,7 @@ class ResidentTasks:
     def _unknown(self, name: str) -> UnknownNameError:
         with self._lock:
             resident, removed = list(self._slots.slots), set(self._removed)
-        near = set(Names.of(resident).closest(name))
+        near = set(NameIndex.of(resident).closest(name))
         if self._store is not None:
             near.update(self._store.names.closest(name, without=removed))
         return UnknownNameError("task", name, near)

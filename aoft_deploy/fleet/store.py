@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from aoft_deploy.fleet.name_index import Names
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers
+from aoft_deploy.fleet.name_index import NameIndex
+from aoft_deploy.fleet.task import TaskKind, TaskParameters
 
 __all__ = ["TaskStore"]
 
@@ -19,7 +19,7 @@ class TaskStore(Protocol):
         ...
 
     @property
-    def names(self) -> Names:
+    def names(self) -> NameIndex:
         """Names of all its tasks; may take a while."""
         ...
 
@@ -27,7 +27,7 @@ class TaskStore(Protocol):
         """Whether there is such a task; quick."""
         ...
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         """A task's numbers.
 
         Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.errors import SettingError
-from aoft_deploy.fleet.task import TaskNumbers
+from aoft_deploy.fleet.task import TaskParameters
 
 __all__ = ["TaskTables"]
 
@@ -90,7 +90,7 @@ class TaskTables:
         self.used += self.size(classes)
         return slot
 
-    def write(self, slot: int, task: TaskNumbers) -> None:
+    def write(self, slot: int, task: TaskParameters) -> None:
         """Put a task's numbers into a slot that was taken for it."""
         first = int(self.first[slot])
         self.bank[slot] = task.row

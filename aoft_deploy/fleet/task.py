@@ -26,10 +26,10 @@ from aoft_deploy.tuning.backbones.architecture import (
     same_architecture,
 )
 
-__all__ = ["TaskKind", "TaskNumbers", "read_checkpoint_numbers"]
+__all__ = ["TaskKind", "TaskParameters", "read_task"]
 
 
-class TaskNumbers(NamedTuple):
+class TaskParameters(NamedTuple):
     """A task's own numbers.
 
     Attributes:
@@ -106,7 +106,7 @@ class TaskKind:
         return asdict(self)
 
     @property
-    def numbers(self) -> int:
+    def row_length(self) -> int:
         """Length of a row."""
         return sum(math.prod(shape) for _, shape in self.order)
 
@@ -155,14 +155,14 @@ class TaskKind:
                 "with this fleet's kind."
             )
 
-    def check_numbers(self, name: str, task: TaskNumbers) -> None:
+    def check_parameters(self, name: str, task: TaskParameters) -> None:
         """Refuse numbers of other shapes, or not finite, and tasks of one class.
 
         Raises:
             CheckpointError: They are.
         """
         check_classes(task.classes, f"Task {name!r}")
-        row, head = (self.numbers,), (len(task.classes), self.width + 1)
+        row, head = (self.row_length,), (len(task.classes), self.width + 1)
         if task.row.shape != row or task.head.shape != head:
             raise CheckpointError(
                 f"Task {name!r} has numbers of shape {task.row.shape} and a classifier of "
@@ -172,7 +172,7 @@ class TaskKind:
             raise CheckpointError(f"Task {name!r} holds numbers that are not finite.")
 
 
-def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
+def read_task(path: Path, kind: TaskKind) -> TaskParameters:
     """A task from its ``model.ckpt``.
 
     Args:
@@ -212,7 +212,7 @@ def read_checkpoint_numbers(path: Path, kind: TaskKind) -> TaskNumbers:
     parts = [_checked(path, name, shape, rest.pop(name, None)) for name, shape in kind.order]
     row = np.concatenate([part.ravel() for part in parts] or [np.empty(0, np.float32)])
     head = _checked(path, "classifier", (len(classes), kind.width + 1), _head(rest))
-    return TaskNumbers(row, head, classes)
+    return TaskParameters(row, head, classes)
 
 
 def _head(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:

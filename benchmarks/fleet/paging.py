@@ -33,34 +33,34 @@ from typing import Any
 import numpy as np
 import psutil
 
-from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
 from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, TaskParameters, read_task
 
 
 class Generated:
     """Tasks made from one, each marked with its number at both ends of its row and classifier."""
 
-    def __init__(self, kind: TaskKind, task: TaskNumbers, count: int) -> None:
+    def __init__(self, kind: TaskKind, task: TaskParameters, count: int) -> None:
         self.kind, self.task = kind, task
-        self.names = Names.of(f"task-{i:06}" for i in range(count))
+        self.names = NameIndex.of(f"task-{i:06}" for i in range(count))
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         """Numbers of a task, as a ``TaskStore`` gives them."""
         row, head = self.task.row.copy(), self.task.head.copy()
         row[[0, -1]] = head[[0, -1], [0, -1]] = int(name[5:])
-        return TaskNumbers(row, head, self.task.classes)
+        return TaskParameters(row, head, self.task.classes)
 
 
 class FromDisk(PackedTasks):
     """A packed file of which the system keeps nothing in its cache."""
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         """Numbers of a task, from the disk."""
         task = super().read(name)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -110,12 +110,12 @@ def resident_bytes() -> int:
 
 
 def adding(paths: list[Path], kind: TaskKind) -> dict[str, float]:
-    tasks = ResidentTasks(TaskTables(kind.numbers, kind.width, 2**30))
+    tasks = ResidentTasks(TaskTables(kind.row_length, kind.width, 2**30))
     times = []
     for path in paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        times.append(timed(lambda p=path: tasks.add(p.stem, read_checkpoint_numbers(p, kind))))
+        times.append(timed(lambda p=path: tasks.add(p.stem, read_task(p, kind))))
     return milliseconds(times)
 
 
@@ -136,7 +136,7 @@ def memory_and_switching(
 ) -> dict[str, Any]:
     kind = store.kind
     before = resident_bytes()
-    tables = TaskTables(kind.numbers, kind.width, 2**36)
+    tables = TaskTables(kind.row_length, kind.width, 2**36)
     tasks = ResidentTasks(tables, store)
     for i in range(count):
         holding(tasks, tables, store.names[i])
@@ -156,7 +156,7 @@ def paging(
     store: PackedTasks, exponent: float, budget: int, warm_up: int, requests: int
 ) -> dict[str, Any]:
     kind, count = store.kind, len(store.names)
-    tables = TaskTables(kind.numbers, kind.width, budget)
+    tables = TaskTables(kind.row_length, kind.width, budget)
     tasks = ResidentTasks(tables, store)
     rng = np.random.default_rng(1)
     weights = np.arange(1, count + 1) ** -exponent
@@ -191,7 +191,7 @@ def paging(
 
 def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     paths, kind = checkpoints(options.model, options.classes, folder, options.checkpoints)
-    size, task = paths[0].stat().st_size, read_checkpoint_numbers(paths[0], kind)
+    size, task = paths[0].stat().st_size, read_task(paths[0], kind)
     needed, free = options.tasks * size, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
         sys.exit(

@@ -27,7 +27,7 @@ from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import main as inspect_main
 from aoft_deploy.cli.predict import main as predict_main
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.fleet.task import TaskKind, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, read_task
 
 BACKBONE = "published_test_vit"
 SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 8, 48, 2, 3, 7

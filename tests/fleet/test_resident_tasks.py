@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.slots import Held
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers
+from aoft_deploy.fleet.task import TaskKind, TaskParameters
 
 KIND = TaskKind("d" * 64, "lora", {}, {}, (("q", (6,)),), width=1)
 ROOM = 40  # bytes of a task with two classes
 
 
-def task(value: float, classes: int = 2) -> TaskNumbers:
+def task(value: float, classes: int = 2) -> TaskParameters:
     row, head = np.full(6, value, np.float32), np.full((classes, 2), value, np.float32)
-    return TaskNumbers(row, head, tuple(map(str, range(classes))))
+    return TaskParameters(row, head, tuple(map(str, range(classes))))
 
 
 class Store:
@@ -33,14 +33,14 @@ class Store:
     kind = KIND
 
     def __init__(self, count: int, classes: Callable[[int], int] = lambda _: 2) -> None:
-        self.names, self.reads = Names.of(map(str, range(count))), Counter[str]()
+        self.names, self.reads = NameIndex.of(map(str, range(count))), Counter[str]()
         self.classes = classes
         self.before_read: Callable[[str], object] = lambda _: None
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         self.before_read(name)
         self.reads[name] += 1
         return task(float(name), self.classes(int(name)))
@@ -274,7 +274,7 @@ def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.Monke
     tasks, both = Resident(4), threading.Barrier(2)
     written = tasks._written
 
-    def together(numbers: TaskNumbers) -> int | None:
+    def together(numbers: TaskParameters) -> int | None:
         slot = written(numbers)
         both.wait(20)
         return slot
@@ -289,7 +289,7 @@ def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.Monke
 
 def test_what_the_store_gives_is_checked_and_the_next_request_reads_again() -> None:
     class Broken(Store):
-        def read(self, name: str) -> TaskNumbers:
+        def read(self, name: str) -> TaskParameters:
             self.reads[name] += 1
             if self.reads[name] == 1:
                 raise CheckpointError("The disk is gone.")

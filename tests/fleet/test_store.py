@@ -21,10 +21,10 @@ from safetensors_faults import FAULTS, faulty
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.fleet import packed_tasks
 from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
-from aoft_deploy.fleet.name_index import Names
+from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import ENTRY, TRAILER, PackedTasks, pack
-from aoft_deploy.fleet.task import TaskKind, TaskNumbers, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, TaskParameters, read_task
 
 KIND = TaskKind(
     digest="d" * 64,
@@ -79,7 +79,7 @@ def packed(folder: CheckpointFolder, tmp_path: Path) -> Path:
     return tmp_path / "tasks.pack"
 
 
-def same(one: TaskNumbers, other: TaskNumbers) -> bool:
+def same(one: TaskParameters, other: TaskParameters) -> bool:
     arrays = np.array_equal(one.row, other.row) and np.array_equal(one.head, other.head)
     return arrays and one.classes == other.classes
 
@@ -94,7 +94,7 @@ def test_folder_and_packed_file_give_the_checkpoints_numbers(
         assert list(store.names) == ["cats", "dogs", "zürich v1.0"]
         for name, file in zip(store.names, files, strict=True):
             assert name in store
-            assert same(store.read(name), read_checkpoint_numbers(folder.path / file, KIND))
+            assert same(store.read(name), read_task(folder.path / file, KIND))
         assert store.read("zürich v1.0").head.shape == (2, 5)
         for name in ("empty", "notes", "model", "", "..", "../tasks/cats", "dogs/model", "x" * 999):
             assert name not in store
@@ -107,14 +107,14 @@ def test_numbers_stand_in_the_order_of_the_kind(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     q, b = rng.normal(size=3).astype(np.float32), rng.normal(size=(2, 2)).astype(np.float32)
     weight, bias = rng.normal(size=(2, 4)), rng.normal(size=2)
-    numbers = read_checkpoint_numbers(path, KIND)
+    numbers = read_task(path, KIND)
     assert numbers.row.tolist() == [*q, *b.ravel()]
     assert np.allclose(numbers.head, np.column_stack([weight, bias]))
 
 
 def test_a_classifier_may_have_no_biases(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ckpt", tensors={"head.head.bias": None})
-    assert not read_checkpoint_numbers(path, KIND).head[:, -1].any()
+    assert not read_task(path, KIND).head[:, -1].any()
 
 
 def test_a_checkpoint_that_comes_later_is_in_the_folder(folder: CheckpointFolder) -> None:
@@ -198,7 +198,7 @@ def test_a_checkpoint_with_a_faulty_header_is_refused_and_not_packed(
 ) -> None:
     path = faulty(write(tmp_path / "good.ckpt"), folder.path / "bad.ckpt", fault)
     with pytest.raises(CheckpointError, match=FAULTS[fault][1]):
-        read_checkpoint_numbers(path, KIND)
+        read_task(path, KIND)
     with pytest.raises(CheckpointError, match=FAULTS[fault][1]):
         pack(folder, tmp_path / "tasks.pack")
     assert not (tmp_path / "tasks.pack").exists()
@@ -208,46 +208,46 @@ def test_a_checkpoint_with_a_faulty_header_is_refused_and_not_packed(
 def test_a_description_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "a.ckpt", metadata={"aoft": text})
     with pytest.raises(CheckpointError, match=r"The metadata of .*a\.ckpt"):
-        read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
+        read_task(tmp_path / "a.ckpt", KIND)
 
 
 def test_other_files_than_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="a safetensors file, but no checkpoint of aoft-tr"):
-        read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
+        read_task(tmp_path / "a.ckpt", KIND)
     for content in (b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(50)):
         (tmp_path / "a.ckpt").write_bytes(content)
         with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
-            read_checkpoint_numbers(tmp_path / "a.ckpt", KIND)
+            read_task(tmp_path / "a.ckpt", KIND)
 
 
 class Given:
     """A store of numbers that are given."""
 
-    def __init__(self, tasks: dict[str, TaskNumbers], kind: TaskKind = KIND) -> None:
+    def __init__(self, tasks: dict[str, TaskParameters], kind: TaskKind = KIND) -> None:
         self.kind, self.tasks = kind, tasks
 
     @property
-    def names(self) -> Names:
-        return Names.of(self.tasks)
+    def names(self) -> NameIndex:
+        return NameIndex.of(self.tasks)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tasks
 
-    def read(self, name: str) -> TaskNumbers:
+    def read(self, name: str) -> TaskParameters:
         return self.tasks[name]
 
 
-def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> TaskNumbers:
+def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> TaskParameters:
     names = tuple(map(str, range(classes)))
-    return TaskNumbers(np.ones(row, np.float32), np.ones(head, np.float32), names)
+    return TaskParameters(np.ones(row, np.float32), np.ones(head, np.float32), names)
 
 
 @pytest.mark.parametrize(
     "task",
     [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(2, 5), classes=3)],
 )
-def test_numbers_of_other_shapes_are_not_packed(task: TaskNumbers, tmp_path: Path) -> None:
+def test_numbers_of_other_shapes_are_not_packed(task: TaskParameters, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Task 'bad' has numbers of shape"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
@@ -326,7 +326,7 @@ def sealed(packed: Path, **changes: Any) -> Path:
     if "named" in changes:
         text = changes.pop("named")
         first = int(entries["start"][0])
-        size = 4 * (KIND.numbers + int(entries["classes"][0]) * (KIND.width + 1))
+        size = 4 * (KIND.row_length + int(entries["classes"][0]) * (KIND.width + 1))
         numbers = bytes(data[first : first + size])
         entries["start"][0], entries["text"][0] = start, len(text)
         entries["crc"][0] = zlib.crc32(numbers + text)
@@ -427,10 +427,10 @@ def test_a_hundred_thousand_tasks_open_without_an_object_for_each(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     class Many(Given):
-        names = Names.of(f"task-{i:06}" for i in range(100_000))
+        names = NameIndex.of(f"task-{i:06}" for i in range(100_000))
 
-        def read(self, name: str) -> TaskNumbers:
-            return TaskNumbers(np.full(7, int(name[5:]), np.float32), numbers().head, ("a", "b"))
+        def read(self, name: str) -> TaskParameters:
+            return TaskParameters(np.full(7, int(name[5:]), np.float32), numbers().head, ("a", "b"))
 
     pack(Many({}), tmp_path / "many.pack")
     gc.collect()

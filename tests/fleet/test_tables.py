@@ -11,13 +11,13 @@ import pytest
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.fleet.tables import TaskTables
-from aoft_deploy.fleet.task import TaskNumbers
+from aoft_deploy.fleet.task import TaskParameters
 
 
-def task(numbers: int, width: int, classes: int, value: float) -> TaskNumbers:
+def task(numbers: int, width: int, classes: int, value: float) -> TaskParameters:
     row = np.full(numbers, value, np.float32)
     head = np.full((classes, width + 1), value, np.float32)
-    return TaskNumbers(row, head, tuple(map(str, range(classes))))
+    return TaskParameters(row, head, tuple(map(str, range(classes))))
 
 
 def resident_bytes() -> int:
@@ -103,7 +103,9 @@ def test_memory_stays_flat_under_churn_of_many_widths() -> None:
     budget = 32_000_000
     tables, before = TaskTables(numbers=10_000, width=255, budget=budget), resident_bytes()
     rng, slots = np.random.default_rng(0), list[int]()
-    tasks: dict[int, TaskNumbers] = {n: task(10_000, 255, n, 1.0) for n in (1, 3, 10, 37, 100, 500)}
+    tasks: dict[int, TaskParameters] = {
+        n: task(10_000, 255, n, 1.0) for n in (1, 3, 10, 37, 100, 500)
+    }
     peak = 0
     for turn in range(4000):
         classes = int(rng.choice(list(tasks)))

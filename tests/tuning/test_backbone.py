@@ -312,7 +312,7 @@ def test_packed_files_without_a_backbone_name_can_be_read(
     (tmp_path / "a.ckpt").write_bytes(trained(QUICK).read_bytes())
     pack(open_store(tmp_path, TaskKind.from_dict(old)), tmp_path / "tasks")
     stored = PackedTasks(tmp_path / "tasks", kind)
-    expected = read_checkpoint_numbers(tmp_path / "a.ckpt", kind)
+    expected = read_task(tmp_path / "a.ckpt", kind)
     assert (stored.read("a").row == expected.row).all()
 
 

@@ -139,7 +139,7 @@ def _warm_up(fleet: Fleet) -> None:
 
 def task_bytes(fleet: Fleet, classes: Sequence[str]) -> int:
     """What a task's numbers take in memory: its updates, and weight and bias of each class."""
-    return 4 * (fleet.kind.numbers + len(classes) * (fleet.kind.width + 1))
+    return 4 * (fleet.kind.row_length + len(classes) * (fleet.kind.width + 1))
 
 
 def _folder_size(folder: Path) -> int:
