@@ -1,4 +1,4 @@
-"""Many tasks live on one graph: in memory, on disk, added and removed. Needs no torch."""
+"""Many tasks on one graph, in memory and on disk, added and removed at runtime. Needs no torch."""
 
 from __future__ import annotations
 

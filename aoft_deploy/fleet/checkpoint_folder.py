@@ -1,4 +1,4 @@
-"""A folder of checkpoints as a store of tasks."""
+"""A folder of checkpoints as a task store."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["CheckpointFolder"]
 class CheckpointFolder:
     """The checkpoints ``NAME.ckpt`` and ``NAME/model.ckpt`` of a folder.
 
-    Nothing is read before it is asked for, so opening takes no time, and a checkpoint that comes
-    into the folder later is there at once.
+    Opening reads no file. Each task is read when it is requested, and checkpoints that are added
+    to the folder later are found at once.
 
     Attributes:
         path: The folder.
-        kind: What its tasks must be.
+        kind: The kind that its tasks must have.
 
     Args:
         path: As the attribute.
         kind: As the attribute, such as ``Fleet.kind``.
 
     Raises:
-        CheckpointError: There is no such folder.
+        CheckpointError: The folder does not exist.
     """
 
     def __init__(self, path: Path, kind: TaskKind) -> None:
@@ -38,41 +38,42 @@ class CheckpointFolder:
 
     @property
     def names(self) -> NameIndex:
-        """Names of the tasks that are there now.
+        """Names of the tasks that are in the folder now.
 
         Raises:
-            SettingError: Two checkpoints give the same name.
+            SettingError: Two checkpoints have the same task name.
         """
-        return NameIndex.of(self._listed())
+        return NameIndex.of(self._list())
 
     def __contains__(self, name: str) -> bool:
-        return bool(self._found(name))
+        return bool(self._find(name))
 
     def read(self, name: str) -> TaskParameters:
-        """A task's numbers.
+        """Read a task's parameters.
 
         Raises:
             UnknownNameError: There is no such task.
-            SettingError: Two checkpoints have the name.
+            SettingError: Two checkpoints have this task name.
             CheckpointError: The file is damaged or of another kind.
         """
-        found = self._found(name)
+        found = self._find(name)
         if not found:
             raise UnknownNameError("task", name, self.names.closest(name))
         if len(found) > 1:
             raise SettingError(f"Two tasks are called {name!r}, {found[0]} and {found[1]}.")
         return read_task(found[0], self.kind)
 
-    def _found(self, name: str) -> list[Path]:
-        """Files of that name; a name that would lead out of the folder has none."""
+    def _find(self, name: str) -> list[Path]:
+        """The files of a task; none if the name would lead out of the folder."""
         if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name):
             return []
-        both = [self.path / name / "model.ckpt"]
+        candidates = [self.path / name / "model.ckpt"]
         if name != "model":
-            both.insert(0, self.path / f"{name}.ckpt")
-        return [path for path in both if os.path.isfile(path)]  # also of names too long to exist
+            candidates.insert(0, self.path / f"{name}.ckpt")
+        # os.path.isfile also accepts names that are too long for the file system.
+        return [path for path in candidates if os.path.isfile(path)]
 
-    def _listed(self) -> Iterator[str]:
+    def _list(self) -> Iterator[str]:
         with os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.endswith(".ckpt") and entry.name != "model.ckpt" and entry.is_file():

@@ -1,9 +1,9 @@
-"""A live fleet: tasks come and go while requests run, on one graph and one backbone.
+"""A live fleet: many tasks on one graph and one backbone, added and removed while requests run.
 
-The graph of ``aoft-export --fleet`` takes the tasks' numbers as tables. Here the tables are memory
-of this process that the runtime reads in place: adding a task writes one row, removing it frees the
-row, switching to it is an index. A store on disk may hold more tasks than memory does. Needs
-neither torch nor timm.
+The graph that ``export_fleet`` writes takes the parameters of all tasks as input tables. The
+runtime reads these tables in place from this process's memory: adding a task writes one row,
+removing it frees the row, and a request selects its row by index. A store on disk may hold more
+tasks than fit into memory. Needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Fleet", "TaskAnswer"]
 
 
 class TaskAnswer(NamedTuple):
-    """A task's answer about one image; both fields are of the same version of the task.
+    """A task's answer for one image; both fields belong to the same version of the task.
 
     Attributes:
         logits: (classes,).
@@ -45,30 +45,30 @@ class TaskAnswer(NamedTuple):
 
 
 class Fleet:
-    """Many tasks on one backbone, each image of a batch answered by its own.
+    """Many tasks on one backbone; each image of a batch is classified by its own task.
 
-    All methods may be called from any thread. An image is answered by what its task's name meant at
-    some moment of the request; no request that begins after ``remove`` returns is answered by the
-    removed task.
+    All methods are thread-safe. A request sees one version of each task that was current at some
+    moment of the request. A request that begins after ``remove`` returns never sees the removed
+    task.
 
-    Tasks of the store are read when a request asks for them, and the least recently used of them
-    leave memory for others when the budget is full. Tasks of the fleet's file and added ones stay
-    until they are removed, and come before those of the same name in the store.
+    Tasks of the store are read on demand, and the least recently used of them are evicted when the
+    budget is full. The artefact's own tasks and added tasks stay until they are removed, and take
+    precedence over the store's tasks of the same names.
 
     Attributes:
         kind: What its tasks share: backbone, method, settings, preprocessing.
         preprocessing: How an image becomes a row of ``pixel_values``, the same for all tasks.
 
     Args:
-        path: What ``aoft-export --fleet`` wrote; its tasks are there from the start.
-        store: More tasks: a folder of checkpoints, a file of ``pack``, or any ``TaskStore``.
-        budget: Bytes that the numbers of tasks may take in memory; None: as much as the machine
-            has. Memory is used as tasks come, and given back as they go.
+        path: The artefact that ``export_fleet`` wrote; its tasks are available from the start.
+        store: More tasks: a folder of checkpoints, a file from ``pack``, or any ``TaskStore``.
+        budget: Bytes of memory that the parameters of tasks may take; None: the machine's memory.
+            Memory is taken when tasks are added and returned when they are removed.
         threads: Threads within an operator; None lets the runtime choose.
 
     Raises:
-        CheckpointError: The file is no fleet, or the store cannot be used or is of another kind.
-        SettingError: The file's own tasks exceed the budget.
+        CheckpointError: The file is not a fleet, or the store cannot be used or is of another kind.
+        SettingError: The artefact's own tasks exceed the budget.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Fleet:
         self._engine = load_fleet(Path(path), threads=threads)
         tables, self._engine.tables = self._engine.tables, {}
         try:
-            named = json.loads(self._engine.info["tasks"])
-            names = [str(task["name"]) for task in named]
-            classes = [tuple(map(str, task["classes"])) for task in named]
+            described = json.loads(self._engine.info["tasks"])
+            names = [str(task["name"]) for task in described]
+            classes = [tuple(map(str, task["classes"])) for task in described]
             self.kind = TaskKind.of_fleet(self._engine.info, tables["heads"].shape[1] - 1)
-            last = tables["first"] + tables["count"]
-            heads = [tables["heads"][i:j] for i, j in zip(tables["first"], last, strict=True)]
-            numbers = map(TaskParameters, tables["bank"], heads, classes)
-            own = list(zip(names, numbers, strict=True))
+            ends = tables["first"] + tables["count"]
+            heads = [tables["heads"][i:j] for i, j in zip(tables["first"], ends, strict=True)]
+            parameters = map(TaskParameters, tables["bank"], heads, classes)
+            own = list(zip(names, parameters, strict=True))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no fleet of aoft-export ({error}).") from error
         for name, task in own:
@@ -111,16 +111,16 @@ class Fleet:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tasks, in memory and in the store; may take a while."""
+        """Names of all tasks, in memory and in the store; may be slow."""
         return self._tasks.names
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is such a task, in memory or in the store; quick."""
-        return self._tasks.knows(name)
+        """Whether there is a task of that name, in memory or in the store; fast."""
+        return name in self._tasks
 
     @property
     def residency(self) -> Residency:
-        """What is in memory, and how often requests found their tasks there."""
+        """How many tasks are in memory, and how often requests found theirs there."""
         return self._tasks.residency
 
     def classes(self, name: str) -> tuple[str, ...]:
@@ -128,40 +128,40 @@ class Fleet:
 
         Raises:
             UnknownNameError: There is no such task.
-            CheckpointError: The store cannot give them.
+            CheckpointError: The store cannot read the task.
         """
         return self._tasks.classes(name)
 
     def add(self, checkpoint: Path | str, name: str | None = None, *, replace: bool = False) -> str:
-        """Take a task in, from its ``model.ckpt``; it stays in memory until it is removed.
+        """Add a task from its ``model.ckpt``; it stays in memory until it is removed.
 
         Args:
             checkpoint: Trained on the fleet's backbone, with its method, settings and
                 preprocessing.
-            name: What to call it; None takes the file's name, or its folder's for ``model.ckpt``.
-            replace: Whether it may take the place of a task of that name, at one moment: every
-                request is answered by the one or by the other.
+            name: The task's name; None takes the file's name, or its folder's for ``model.ckpt``.
+            replace: Whether it may replace a task of that name. The replacement is atomic: each
+                request uses either the old or the new version.
 
         Returns:
             The task's name.
 
         Raises:
-            CheckpointError: The file is damaged, does not belong to this fleet, or is written
-                meanwhile.
-            SettingError: A task of that name is there already, also in the store, or the tasks
-                added leave no room for it in the budget.
+            CheckpointError: The file is damaged, does not belong to this fleet, or was changed
+                while it was read.
+            SettingError: A task of that name exists, in memory or in the store, or the tasks added
+                leave no room for it in the budget.
         """
         path = Path(checkpoint)
         name = task_name(path) if name is None else name
         with unchanged(path):
-            numbers = read_task(path, self.kind)
-        self._tasks.add(name, numbers, replace=replace)
+            task = read_task(path, self.kind)
+        self._tasks.add(name, task, replace=replace)
         return name
 
     def remove(self, name: str) -> None:
-        """Let a task go. Its room is used again when the requests under way have ended.
+        """Remove a task. Its memory is reused once the requests that hold it have ended.
 
-        A task of the store stays there, but this fleet does not answer by it any more.
+        A task of the store stays in the store, but this fleet no longer serves it.
 
         Raises:
             UnknownNameError: There is no such task.
@@ -169,43 +169,42 @@ class Fleet:
         self._tasks.remove(name)
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Find tasks, and read those that are not in memory: all that a request does beforehand.
+        """Read tasks into memory before requests need them.
 
         Args:
-            names: Of tasks; where the budget has no room for all of them, the last ones stay.
+            names: Names of tasks. If the budget has no room for all of them, the last ones stay.
 
         Raises:
             UnknownNameError: There is no such task.
-            CheckpointError: The store cannot give a task's numbers.
+            CheckpointError: The store cannot read a task.
             SettingError: The tasks added leave no room for one of the store.
         """
-        rest = list(dict.fromkeys(names))
-        while rest:
-            with self._tasks.holding(rest) as slots:
-                rest = [name for name in rest if name not in slots]
+        remaining = list(dict.fromkeys(names))
+        while remaining:
+            with self._tasks.holding(remaining) as held:
+                remaining = [name for name in remaining if name not in held]
 
     def predict(
         self, images: NDArray[np.float32], tasks: Sequence[str], *, rows: int | None = None
     ) -> list[TaskAnswer]:
-        """Logits of each image by its own task, with the names of their classes.
+        """Classify each image by its own task.
 
-        All images of a task are answered by one version of it, also if it is replaced meanwhile.
-        A batch of more tasks than the budget has room for runs in parts, as many tasks at a time as
-        there is room for beside those of other requests.
+        All images of a task are classified by one version of it, also if it is replaced meanwhile.
+        If a batch has more tasks than there is room for beside those of other requests, it runs in
+        parts.
 
         Args:
             images: Normalised, float32 (batch, 3, H, W).
             tasks: Name of each image's task.
-            rows: Most images that the engine computes at once; None: all.
+            rows: Maximum number of images that the engine computes at once; None: all.
 
         Returns:
-            The answer about each image.
+            Logits and classes for each image.
 
         Raises:
-            UnknownNameError: There is no such task, or it was removed before its numbers were
-                read.
-            CheckpointError: The store cannot give a task's numbers.
-            SettingError: Numbers of images and tasks differ, the images have another shape, or the
+            UnknownNameError: There is no such task, or it was removed before it was read.
+            CheckpointError: The store cannot read a task.
+            SettingError: The images have a wrong shape or do not match the tasks in number, or the
                 tasks added leave no room for one of the store.
         """
         size = self.preprocessing.size
@@ -220,9 +219,9 @@ class Fleet:
             with self._tasks.holding(names) as held:
                 part = [i for i, name in enumerate(tasks) if name in held]
                 for start in range(0, len(part), rows or len(part)):
-                    some = part[start : start + (rows or len(part))]
-                    logits = self._logits(images, some, [held[tasks[i]].slot for i in some])
-                    for i, row in zip(some, logits, strict=True):
+                    chosen = part[start : start + (rows or len(part))]
+                    logits = self._logits(images, chosen, [held[tasks[i]].slot for i in chosen])
+                    for i, row in zip(chosen, logits, strict=True):
                         classes = held[tasks[i]].classes
                         answers[i] = TaskAnswer(row[: len(classes)], classes)
             names = [name for name in names if name not in held]
@@ -232,9 +231,9 @@ class Fleet:
         self, images: NDArray[np.float32], chosen: list[int], slots: list[int]
     ) -> NDArray[np.float32]:
         """Logits of the chosen images by the tasks in these slots, −inf beyond their classes."""
-        some = images if len(chosen) == len(images) else images[chosen]
+        batch = images if len(chosen) == len(images) else images[chosen]
         task = np.array(slots, np.int64)
         columns = np.arange(self._tables.count[task].max(), dtype=np.int64)
         tables = self._tables.arrays | {"columns": columns}
-        logits: NDArray[np.float32] = self._engine.run(some, task, tables)
+        logits: NDArray[np.float32] = self._engine.run(batch, task, tables)
         return logits

@@ -1,4 +1,4 @@
-"""A task store by what its path is: a folder of checkpoints, or a packed file."""
+"""Opening a task store from a path."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["open_store"]
 
 
 def open_store(path: Path, kind: TaskKind) -> TaskStore:
-    """A folder of checkpoints, or a file that ``pack`` wrote.
+    """Open a folder of checkpoints, or a file that ``pack`` wrote.
 
     Args:
-        path: Folder or file.
-        kind: What the tasks must be.
+        path: The folder or file.
+        kind: The kind that the tasks must have.
 
     Raises:
-        CheckpointError: There is neither, or the file cannot be used.
+        CheckpointError: The path does not exist, or the file cannot be used.
     """
     if path.is_dir():
         return CheckpointFolder(path, kind)

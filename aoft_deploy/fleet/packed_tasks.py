@@ -1,13 +1,12 @@
-"""One file of many tasks, opened in an instant and read a task at a time.
+"""Many tasks packed into one file, which opens fast and is read one task at a time.
 
     magic
-    for each task its row, its classifier's rows (float32, little-endian), its classes (JSON)
+    for each task: its row, its classifier (float32, little-endian), its classes (JSON)
     index: length and text of the kind (JSON), number of tasks, entries (``ENTRY``), names
-    where the index begins, its CRC-32, magic
+    start of the index, CRC-32 of the index, magic
 
-Tasks are read with ``pread`` into memory of their own: unlike a mapped page, a part that is missing
-or cannot be read is an error and not the end of the process, and what was read counts in the
-fleet's budget alone.
+Tasks are read with ``preadv`` instead of mapped: a missing or unreadable part is then an exception
+instead of a signal that ends the process, and only the fleet's budget accounts for the memory.
 """
 
 from __future__ import annotations
@@ -38,30 +37,33 @@ TRAILER = struct.Struct("<QI8s")
 ENTRY = np.dtype(
     [("name_end", "<i8"), ("start", "<u8"), ("classes", "<u4"), ("text", "<u4"), ("crc", "<u4")]
 )
-"""Of each task: where its name ends, where its numbers begin, how many classes, bytes of their
-JSON, CRC-32 of all three."""
+"""Index entry of a task.
+
+The end of its name, the start of its data, the number of its classes, the length of their JSON,
+and the CRC-32 of the data.
+"""
 
 UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error)
-"""What reading an index of anybody's raises."""
+"""Exceptions that a malformed index raises."""
 
 
 class PackedTasks:
     """The tasks of a file that ``pack`` wrote.
 
-    The index is in memory, some 30 bytes and the name for each task. A file that ``pack`` replaces
-    stays as it was for those who opened it before.
+    The index is in memory: about 30 bytes and the name for each task. If ``pack`` replaces the
+    file, objects that opened it before keep the old content.
 
     Attributes:
         path: The file.
-        kind: What its tasks are.
-        names: Their names.
+        kind: The kind of its tasks.
+        names: Names of its tasks.
 
     Args:
         path: As the attribute.
-        kind: What the tasks must be; None takes any.
+        kind: The kind that the tasks must have; None accepts any.
 
     Raises:
-        CheckpointError: The file is missing, truncated, damaged, no such file, or of another kind.
+        CheckpointError: The file is missing, truncated, damaged, of another format or kind.
     """
 
     def __init__(self, path: Path, kind: TaskKind | None = None) -> None:
@@ -74,10 +76,10 @@ class PackedTasks:
         try:
             self._read_index()
         except UNREADABLE as error:
-            told = foreign(self.path, "packed")
+            other_format = foreign(self.path, "packed")
             raise CheckpointError(
                 f"{path} is no file of packed tasks, or a truncated one "
-                f"({f'it {told}' if told else error})."
+                f"({f'it {other_format}' if other_format else error})."
             ) from error
         if kind is not None:
             kind.check_kind(self.path, self.kind)
@@ -86,7 +88,7 @@ class PackedTasks:
         return name in self.names
 
     def read(self, name: str) -> TaskParameters:
-        """A task's numbers.
+        """Read a task's parameters.
 
         Raises:
             UnknownNameError: There is no such task.
@@ -96,10 +98,14 @@ class PackedTasks:
         if place is None:
             raise UnknownNameError("task", name, self.names.closest(name))
         entry = self._entries[place]
-        numbers, classes, width = self.kind.row_length, int(entry["classes"]), self.kind.width + 1
+        row_length, classes, width = (
+            self.kind.row_length,
+            int(entry["classes"]),
+            self.kind.width + 1,
+        )
         start, text = int(entry["start"]), int(entry["text"])
-        size = 4 * (numbers + classes * width) + text
-        damaged = CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file anew.")
+        size = 4 * (row_length + classes * width) + text
+        damaged = CheckpointError(f"Task {name!r} in {self.path} is damaged: pack the file again.")
         if start + size > self._end:
             raise damaged
         data = np.empty(size, np.uint8)
@@ -111,10 +117,11 @@ class PackedTasks:
             raise damaged
         floats = data[: size - text].view("<f4")
         try:
-            named = tuple(map(str, json.loads(data[size - text :].tobytes())))
+            names = tuple(map(str, json.loads(data[size - text :].tobytes())))
         except (TypeError, ValueError, RecursionError) as error:
             raise damaged from error
-        return TaskParameters(floats[:numbers], floats[numbers:].reshape(classes, width), named)
+        row, head = floats[:row_length], floats[row_length:].reshape(classes, width)
+        return TaskParameters(row, head, names)
 
     def _read_index(self) -> None:
         size = os.fstat(self._file).st_size
@@ -138,15 +145,15 @@ class PackedTasks:
 
 
 def pack(source: TaskStore, path: Path) -> None:
-    """Write all tasks of a store into one file, whole or not at all.
+    """Write all tasks of a store into one file, atomically.
 
     Args:
         source: The tasks, such as ``CheckpointFolder(folder, fleet.kind)``.
         path: File to write; it may be the one that ``source`` reads.
 
     Raises:
-        CheckpointError: There are no tasks, or one cannot be read, has another shape, or holds
-            numbers that are not finite.
+        CheckpointError: There are no tasks, or one cannot be read, has a wrong shape, or has
+            parameters that are not finite.
         SettingError: Two tasks have the same name.
         OutputError: The file cannot be written.
     """
@@ -182,6 +189,6 @@ def pack(source: TaskStore, path: Path) -> None:
 def _index(
     kind: TaskKind, entries: np.ndarray[tuple[int], np.dtype[np.void]], text: bytes
 ) -> bytes:
-    described = json.dumps(kind.to_dict()).encode()
-    length, count = struct.pack("<Q", len(described)), struct.pack("<Q", len(entries))
-    return b"".join([length, described, count, entries.tobytes(), text])
+    description = json.dumps(kind.to_dict()).encode()
+    length, count = struct.pack("<Q", len(description)), struct.pack("<Q", len(entries))
+    return b"".join([length, description, count, entries.tobytes(), text])

@@ -1,8 +1,7 @@
-"""Which tasks are in memory: read from a store when asked for, the least recently used out.
+"""Paging: tasks are read from a store on demand, and the least recently used are evicted.
 
-One lock guards names and slots, and is never held while a disk is read or numbers are copied. A
-request waits for room only while it holds nothing, so requests cannot wait for each other in a
-circle.
+One lock guards names and slots. It is never held while a disk is read or parameters are copied. A
+request waits for room only while it holds no task, so requests cannot deadlock.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.fleet.name_index import NameIndex
-from aoft_deploy.fleet.slots import Held, Residency, TaskSlots
+from aoft_deploy.fleet.slots import HeldTask, Residency, TaskSlots
 from aoft_deploy.fleet.store import TaskStore
 from aoft_deploy.fleet.tables import TaskTables
 from aoft_deploy.fleet.task import TaskParameters
@@ -23,12 +22,12 @@ __all__ = ["ResidentTasks"]
 
 
 class ResidentTasks:
-    """Tasks in tables, safe to use from any thread.
+    """The tasks in memory, and those that a store can bring there. Thread-safe.
 
     Args:
-        tables: Where their numbers lie; only this object writes there.
-        store: Where others can be had; None: there are no others.
-        own: Tasks that are there from the start, before those of the same name in the store.
+        tables: Holds the parameters; only this object writes to them.
+        store: More tasks; None if there are none.
+        own: Tasks that are added first. They take precedence over the store's of the same name.
 
     Raises:
         SettingError: The budget has no room for ``own``.
@@ -44,8 +43,8 @@ class ResidentTasks:
         self._lock = threading.Lock()
         self._room, self._changes = threading.Condition(self._lock), 0
         self._slots = TaskSlots(tables)
-        self._removed: set[str] = set()  # of the store's
-        self._paging: dict[str, Future[TaskParameters]] = {}
+        self._removed: set[str] = set()  # tasks of the store that were removed
+        self._reads: dict[str, Future[TaskParameters]] = {}  # in progress
         self._store: TaskStore | None = None
         for name, task in own:
             self.add(name, task)
@@ -63,8 +62,8 @@ class ResidentTasks:
         with self._lock:
             return self._slots.residency
 
-    def knows(self, name: str) -> bool:
-        """Whether there is such a task, in memory or in the store."""
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a task of that name, in memory or in the store."""
         with self._lock:
             if name in self._slots.slots:
                 return True
@@ -77,7 +76,7 @@ class ResidentTasks:
 
         Raises:
             UnknownNameError: There is no such task.
-            CheckpointError: The store cannot give them.
+            CheckpointError: The store cannot read it.
         """
         with self._lock:
             if name in self._slots.classes:
@@ -86,41 +85,45 @@ class ResidentTasks:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tasks, in memory and in the store; may take a while."""
+        """Names of all tasks, in memory and in the store; may be slow."""
         with self._lock:
-            here, removed = set(self._slots.slots), set(self._removed)
-        return here if self._store is None else here | (set(self._store.names) - removed)
+            resident, removed = set(self._slots.slots), set(self._removed)
+        if self._store is None:
+            return resident
+        return resident | (set(self._store.names) - removed)
 
     def add(self, name: str, task: TaskParameters, *, replace: bool = False) -> None:
-        """Take a task in for good: it is never evicted.
+        """Add a task that is never evicted.
 
         Args:
-            name: What to call it.
-            task: Its numbers.
-            replace: Whether it may take the place of one of that name, which requests that hold it
-                keep to their end.
+            name: Its name.
+            task: Its parameters.
+            replace: Whether it may replace a task of that name. Requests that hold the old version
+                keep it until they end.
 
         Raises:
-            SettingError: A task of that name is there, or the tasks added leave no room for it.
+            SettingError: There is a task of that name, or no room for this one.
         """
-        if not replace and self.knows(name):
-            raise _taken(name)
+        if not replace and name in self:
+            raise _name_in_use(name)
         while True:
             changes = self._changes
-            slot = self._written(task)
+            slot = self._write(task)
             if slot is not None:
                 break
             self._wait(changes)
         with self._changing():
             if name in self._slots.slots:
                 if not replace:
-                    self._slots.discard(slot)
-                    raise _taken(name)
-                self._slots.drop(name)
-            self._slots.show(slot, name, task.classes, paged=False)
+                    self._slots.free(slot)
+                    raise _name_in_use(name)
+                self._slots.remove(name)
+            self._slots.publish(slot, name, task.classes, evictable=False)
 
     def remove(self, name: str) -> None:
-        """Let a task go for good, the store's too; requests that hold it keep it to their end.
+        """Remove a task permanently, also one of the store.
+
+        Requests that hold it keep it until they end.
 
         Raises:
             UnknownNameError: There is no such task.
@@ -131,36 +134,36 @@ class ResidentTasks:
             if stored:
                 self._removed.add(name)
             if name in self._slots.slots:
-                self._slots.drop(name)
+                self._slots.remove(name)
         if not known:
             raise self._unknown(name)
 
     @contextmanager
-    def holding(self, names: Sequence[str]) -> Iterator[Mapping[str, Held]]:
-        """Slots and classes of tasks, which stay theirs until the end.
+    def holding(self, names: Sequence[str]) -> Iterator[Mapping[str, HeldTask]]:
+        """Context manager: hold tasks in memory, read them first where necessary.
 
         Args:
-            names: Different names, one at least.
+            names: One or more different names.
 
         Yields:
-            What is held, by name: all of them, or as many as there is room for, one at least.
+            The tasks held, by name: all of them, or as many as there is room for, at least one.
 
         Raises:
             UnknownNameError: There is no such task, or it was removed meanwhile.
-            CheckpointError: The store cannot give its numbers.
-            SettingError: The tasks added leave no room for it.
+            CheckpointError: The store cannot read one.
+            SettingError: The tasks added leave no room for one.
         """
-        held: dict[str, Held] = {}
+        held: dict[str, HeldTask] = {}
         try:
             with self._lock:
-                here = [name for name in names if name in self._slots.slots]
-                held.update((name, self._slots.hold(name, hit=True)) for name in here)
+                resident = [name for name in names if name in self._slots.slots]
+                held.update((name, self._slots.acquire(name, hit=True)) for name in resident)
             missing = [name for name in names if name not in held]
             for name in missing:
-                if not self.knows(name):
+                if name not in self:
                     raise self._unknown(name)
             for name in missing:
-                task = self._paged_in(name, wait=not held)
+                task = self._page_in(name, wait=not held)
                 if task is None:
                     break
                 held[name] = task
@@ -170,79 +173,84 @@ class ResidentTasks:
                 for task in held.values():
                     self._slots.release(task.slot)
 
-    def _paged_in(self, name: str, wait: bool) -> Held | None:
-        """Hold a task that was not in memory; None where there is no room without waiting.
+    def _page_in(self, name: str, wait: bool) -> HeldTask | None:
+        """Hold a task that was not in memory; None if there is no room and ``wait`` is false.
 
-        Of several requests that want it, one reads.
+        If several requests want the same task, one reads it.
         """
         task: TaskParameters | None = None
         while True:
             with self._lock:
                 if name in self._slots.slots:
-                    return self._slots.hold(name, hit=False)
-                changes, other = self._changes, self._paging.get(name)
+                    return self._slots.acquire(name, hit=False)
+                changes, other = self._changes, self._reads.get(name)
                 if other is None:
-                    mine = self._paging[name] = Future[TaskParameters]()
+                    own = self._reads[name] = Future[TaskParameters]()
             if other is not None:
                 task = other.result()
                 continue
             try:
                 task = task or self._read(name)
-                held = self._shown(name, task)
+                held = self._publish(name, task)
             except BaseException as error:
-                self._end(name, mine).set_exception(error)
+                self._end_read(name)
+                own.set_exception(error)
                 raise
-            self._end(name, mine).set_result(task)
+            self._end_read(name)
+            own.set_result(task)
             if held is not None or not wait:
                 return held
             self._wait(changes)
 
-    def _end(self, name: str, outcome: Future[TaskParameters]) -> Future[TaskParameters]:
-        """Let others read that task again, before those who wait hear of this outcome."""
+    def _end_read(self, name: str) -> None:
+        """Allow another read of the task. Called before those that wait see the result."""
         with self._lock:
-            del self._paging[name]
-        return outcome
+            del self._reads[name]
 
     def _read(self, name: str) -> TaskParameters:
-        if self._store is None or not self.knows(name):
+        if self._store is None or name not in self:
             raise self._unknown(name)
         task = self._store.read(name)
         self._store.kind.check_parameters(name, task)
         return task
 
-    def _written(self, task: TaskParameters) -> int | None:
-        """A slot with the task's numbers that nobody sees yet; None where there is no room now."""
+    def _write(self, task: TaskParameters) -> int | None:
+        """Write a task into a slot that is not published yet; None if there is no room now."""
         with self._lock:
-            slot = self._slots.take(len(task.head))
+            slot = self._slots.allocate(len(task.head))
         if slot is not None:
             self._tables.write(slot, task)
         return slot
 
-    def _shown(self, name: str, task: TaskParameters) -> Held | None:
-        """Hold a task just read, unless it was removed meanwhile; None where there is no room."""
-        slot = self._written(task)
+    def _publish(self, name: str, task: TaskParameters) -> HeldTask | None:
+        """Hold a task that was just read; None if there is no room.
+
+        Raises:
+            UnknownNameError: The task was removed meanwhile.
+        """
+        slot = self._write(task)
         if slot is None:
             return None
         with self._changing():
             if name in self._slots.slots or name in self._removed:
-                self._slots.discard(slot)
+                self._slots.free(slot)
             else:
-                self._slots.show(slot, name, task.classes, paged=True)
+                self._slots.publish(slot, name, task.classes, evictable=True)
             if name in self._slots.slots:
-                return self._slots.hold(name, hit=False)
+                return self._slots.acquire(name, hit=False)
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownNameError:
         with self._lock:
             resident, removed = list(self._slots.slots), set(self._removed)
-        near = set(NameIndex.of(resident).closest(name))
+        close = set(NameIndex.of(resident).closest(name))
         if self._store is not None:
-            near.update(self._store.names.closest(name, without=removed))
-        return UnknownNameError("task", name, near)
+            close.update(self._store.names.closest(name, without=removed))
+        return UnknownNameError("task", name, close)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """The lock, for what may make room; those who wait for it look again."""
+        """Context manager: take the lock for a change that may make room, then wake the waiters."""
         with self._room:
             try:
                 yield
@@ -251,10 +259,10 @@ class ResidentTasks:
                 self._room.notify_all()
 
     def _wait(self, changes: int) -> None:
-        """Until something has changed since ``changes``."""
+        """Wait until the count of changes differs from ``changes``."""
         with self._room:
             self._room.wait_for(lambda: self._changes != changes)
 
 
-def _taken(name: str) -> SettingError:
+def _name_in_use(name: str) -> SettingError:
     return SettingError(f"The fleet has a task {name!r}: remove it first.")

@@ -1,7 +1,7 @@
-"""Slots of the tasks in memory: by name, held by requests, the least recently used given up.
+"""LRU slots with reference counts: which task is in which slot of the tables.
 
-A slot is free, being written, seen under a name, or leaving: without a name, but held. What is held
-is neither given up nor written.
+A slot is free, being written, published under a name, or removed: without a name, but still in use
+by a request. A slot that a request uses is neither evicted nor overwritten.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from aoft_deploy.errors import SettingError
 from aoft_deploy.fleet.tables import TaskTables
 
-__all__ = ["Held", "Residency", "TaskSlots"]
+__all__ = ["HeldTask", "Residency", "TaskSlots"]
 
 
-class Held(NamedTuple):
-    """A version of a task that a request holds.
+class HeldTask(NamedTuple):
+    """A version of a task that a request holds a reference to.
 
     Attributes:
-        slot: Where its numbers lie in the tables.
+        slot: Its slot in the tables.
         classes: Names of its classes, in the order of its logits.
     """
 
@@ -30,15 +30,15 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Residency:
-    """What is in memory, and how often it was what requests asked for.
+    """How many tasks are in memory, and how often requests found theirs there.
 
     Attributes:
         tasks: Tasks in memory.
-        bytes: What their numbers take.
-        budget: What they may take, in bytes.
-        hits: Tasks of requests that were in memory, each once a request.
-        misses: Tasks of requests that were not.
-        evictions: Tasks that left memory for others.
+        bytes: Memory that their parameters take.
+        budget: Memory that they may take, in bytes.
+        hits: Tasks of requests that were in memory, counted once per request.
+        misses: Tasks of requests that were not in memory.
+        evictions: Tasks that were evicted to make room for others.
     """
 
     tasks: int
@@ -50,12 +50,12 @@ class Residency:
 
 
 class TaskSlots:
-    """Which task has which slot of the tables. Not thread-safe by itself.
+    """The slot of each task. Not thread-safe by itself.
 
     Attributes:
-        tables: What the slots are of.
+        tables: The tables that the slots belong to.
         slots: Slot of each task in memory.
-        classes: Its classes.
+        classes: Classes of each task in memory.
 
     Args:
         tables: As the attribute.
@@ -65,11 +65,11 @@ class TaskSlots:
         self.tables = tables
         self.slots: dict[str, int] = {}
         self.classes: dict[str, tuple[str, ...]] = {}
-        self._paged: OrderedDict[str, None] = OrderedDict()  # may be given up, oldest use first
-        self._added_bytes = 0  # of those that may not
-        self._held: Counter[int] = Counter()
-        self._written: set[int] = set()
-        self._leaving: set[int] = set()
+        self._evictable: OrderedDict[str, None] = OrderedDict()  # least recently used first
+        self._pinned_bytes = 0  # of tasks that are never evicted
+        self._references: Counter[int] = Counter()
+        self._writing: set[int] = set()
+        self._removed: set[int] = set()
         self._hits = self._misses = self._evictions = 0
 
     @property
@@ -79,54 +79,59 @@ class TaskSlots:
         counts = self._hits, self._misses, self._evictions
         return Residency(len(self.slots), used, budget, *counts)
 
-    def take(self, classes: int) -> int | None:
-        """A slot to write a task into, others given up for it; None while those are held.
+    def allocate(self, classes: int) -> int | None:
+        """A slot to write a task into; tasks are evicted to make room for it.
+
+        Returns:
+            The slot, or None if requests use all tasks that could be evicted.
 
         Raises:
-            SettingError: Tasks that may not be given up leave no room for it.
+            SettingError: Tasks that are never evicted leave no room for it.
         """
         size, budget = self.tables.size(classes), self.tables.budget
-        while size <= budget - self._added_bytes:
-            slot = self.tables.take(classes)
+        while size <= budget - self._pinned_bytes:
+            slot = self.tables.allocate(classes)
             if slot is not None:
-                self._written.add(slot)
+                self._writing.add(slot)
                 return slot
-            idle = next((n for n in self._paged if not self._held[self.slots[n]]), None)
-            if idle is not None:
-                self.drop(idle)
+            unused = next((n for n in self._evictable if not self._references[self.slots[n]]), None)
+            if unused is not None:
+                self.remove(unused)
                 self._evictions += 1
-            elif self._paged or self._leaving or self._written:
+            elif self._evictable or self._removed or self._writing:
                 return None
             else:
                 break
         raise SettingError(
-            f"A task of {classes} classes takes {size} bytes, for which the tasks added leave no "
-            f"room in a budget of {budget}: remove some, or give a larger budget."
+            f"A task of {classes} classes takes {size} bytes, but the tasks added leave no room "
+            f"for it in a `budget` of {budget}: remove some, or give a larger `budget`."
         )
 
-    def discard(self, slot: int) -> None:
-        """Free a slot that was taken."""
-        self._written.remove(slot)
-        self.tables.give_back(slot)
+    def free(self, slot: int) -> None:
+        """Free a slot that was allocated but not published."""
+        self._writing.remove(slot)
+        self.tables.free(slot)
 
-    def show(self, slot: int, name: str, classes: tuple[str, ...], *, paged: bool) -> None:
-        """Give a slot that was written its task's name.
+    def publish(self, slot: int, name: str, classes: tuple[str, ...], *, evictable: bool) -> None:
+        """Make a slot that was written available under its task's name.
 
         Args:
             slot: The slot.
             name: A name that is not in memory.
             classes: The task's classes.
-            paged: Whether the task may be given up for others.
+            evictable: Whether the task may be evicted.
         """
-        self._written.remove(slot)
+        self._writing.remove(slot)
         self.slots[name], self.classes[name] = slot, classes
-        if paged:
-            self._paged[name] = None
+        if evictable:
+            self._evictable[name] = None
         else:
-            self._added_bytes += self.tables.size(len(classes))
+            self._pinned_bytes += self.tables.size(len(classes))
 
-    def hold(self, name: str, *, hit: bool) -> Held:
-        """A task as it is now; its slot stays its own until as many releases as holds.
+    def acquire(self, name: str, *, hit: bool) -> HeldTask:
+        """Add a reference to the current version of a task.
+
+        The slot is not reused before ``release`` was called once for each ``acquire``.
 
         Args:
             name: The task.
@@ -134,28 +139,28 @@ class TaskSlots:
         """
         slot = self.slots[name]
         self._hits, self._misses = self._hits + hit, self._misses + (not hit)
-        self._held[slot] += 1
-        if name in self._paged:
-            self._paged.move_to_end(name)
-        return Held(slot, self.classes[name])
+        self._references[slot] += 1
+        if name in self._evictable:
+            self._evictable.move_to_end(name)
+        return HeldTask(slot, self.classes[name])
 
     def release(self, slot: int) -> None:
-        """End a hold."""
-        self._held[slot] -= 1
-        if not self._held[slot]:
-            del self._held[slot]
-            if slot in self._leaving:
-                self._leaving.remove(slot)
-                self.tables.give_back(slot)
+        """Remove a reference."""
+        self._references[slot] -= 1
+        if not self._references[slot]:
+            del self._references[slot]
+            if slot in self._removed:
+                self._removed.remove(slot)
+                self.tables.free(slot)
 
-    def drop(self, name: str) -> None:
-        """Take a task's name away, and its slot too when nobody holds it any more."""
+    def remove(self, name: str) -> None:
+        """Remove a task's name; its slot is free once no request uses it."""
         slot, classes = self.slots.pop(name), self.classes.pop(name)
-        if name in self._paged:
-            del self._paged[name]
+        if name in self._evictable:
+            del self._evictable[name]
         else:
-            self._added_bytes -= self.tables.size(len(classes))
-        if self._held[slot]:
-            self._leaving.add(slot)
+            self._pinned_bytes -= self.tables.size(len(classes))
+        if self._references[slot]:
+            self._removed.add(slot)
         else:
-            self.tables.give_back(slot)
+            self.tables.free(slot)

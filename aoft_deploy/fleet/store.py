@@ -1,4 +1,4 @@
-"""Where a fleet finds the tasks that are not in memory."""
+"""The interface of a task store, from which a fleet reads tasks that are not in memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class TaskStore(Protocol):
 
     @property
     def kind(self) -> TaskKind:
-        """What all its tasks are."""
+        """The kind of all its tasks."""
         ...
 
     @property
     def names(self) -> NameIndex:
-        """Names of all its tasks; may take a while."""
+        """Names of all its tasks; may be slow."""
         ...
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is such a task; quick."""
+        """Whether the store has a task of that name; fast."""
         ...
 
     def read(self, name: str) -> TaskParameters:
-        """A task's numbers.
+        """Read a task's parameters.
 
         Raises:
-            UnknownNameError: There is no such task.
-            CheckpointError: Its numbers cannot be had.
+            UnknownNameError: The store has no such task.
+            CheckpointError: The parameters cannot be read.
         """
         ...

@@ -1,7 +1,7 @@
-"""A task as a fleet holds it: a row of numbers, its classifier's rows and its classes.
+"""One task of a fleet: its parameters, its classifier and its classes.
 
-Read from a checkpoint with neither torch nor timm, and checked against what all tasks of a fleet
-share.
+Tasks are read from checkpoints with neither torch nor timm, and checked against the properties that
+all tasks of a fleet share.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["TaskKind", "TaskParameters", "read_task"]
 
 
 class TaskParameters(NamedTuple):
-    """A task's own numbers.
+    """The parameters of one task.
 
     Attributes:
-        row: Its updates' parameters in the fleet's order, float32 (numbers,).
-        head: Its classifier, weight and bias of each class, float32 (classes, width + 1).
+        row: Parameters of its updates in the fleet's order, float32 (row_length,).
+        head: Its classifier, weights and bias of each class, float32 (classes, width + 1).
         classes: Names of its classes.
     """
 
@@ -45,18 +45,18 @@ class TaskParameters(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What all tasks of a fleet share.
+    """The properties that all tasks of a fleet share.
 
     Attributes:
         digest: Hash of the backbone's weights.
         method: Name of the fine-tuning method.
-        settings: Its settings.
-        preprocessing: How an image becomes the model's input, as ``Preprocessing.to_dict`` has it.
-        order: Names and shapes of the tensors that make a row, in order.
+        settings: The method's settings.
+        preprocessing: How an image becomes the model's input, from ``Preprocessing.to_dict``.
+        order: Names and shapes of the tensors that make up a row, in order.
         width: Features that a classifier takes.
-        defaults: The method's default settings, for checkpoints from before a setting existed.
+        defaults: The method's default settings, for checkpoints older than a setting.
         backbone: timm name of the backbone; empty in stores that were packed without it.
-        args: Arguments that the backbone was made with.
+        args: Arguments that the backbone was created with.
     """
 
     digest: str
@@ -71,10 +71,10 @@ class TaskKind:
 
     @classmethod
     def of_fleet(cls, info: Mapping[str, str], width: int) -> Self:
-        """Take over the metadata of a fleet's file.
+        """Read the kind from the metadata of a fleet's artefact.
 
         Raises:
-            KeyError, TypeError, ValueError: They are no fleet's.
+            KeyError, TypeError, ValueError: The metadata are not those of a fleet.
         """
         backbone = json.loads(info["backbone"])
         return cls.from_dict(
@@ -96,27 +96,27 @@ class TaskKind:
         """Inverse of ``to_dict``.
 
         Raises:
-            TypeError, ValueError: The data are no task kind.
+            TypeError, ValueError: The data do not describe a task kind.
         """
         order = tuple((str(name), tuple(shape)) for name, shape in data["order"])
         return cls(**{**data, "order": order, "args": dict(data.get("args", {}))})
 
     def to_dict(self) -> dict[str, Any]:
-        """Values that JSON keeps exactly."""
+        """The fields as values that JSON represents exactly."""
         return asdict(self)
 
     @property
     def row_length(self) -> int:
-        """Length of a row."""
+        """Number of parameters in a row."""
         return sum(math.prod(shape) for _, shape in self.order)
 
     def check(self, path: object, found: Mapping[str, Any]) -> None:
-        """Refuse what belongs to another kind.
+        """Raise if a checkpoint or a store is of another kind.
 
         Args:
-            path: Where it stands, for the message.
-            found: Its digest, method, settings and preprocessing; its backbone and args, where
-                it names them.
+            path: Name of the file, for the message.
+            found: Its digest, method, settings and preprocessing; also its backbone and args if
+                the file names them.
 
         Raises:
             CheckpointError: One of them differs.
@@ -143,44 +143,44 @@ class TaskKind:
                 )
 
     def check_kind(self, path: object, other: TaskKind) -> None:
-        """Refuse a store of another kind.
+        """Raise if a store's kind differs from this one.
 
         Raises:
-            CheckpointError: It is.
+            CheckpointError: They differ.
         """
         self.check(path, vars(other))
         if other != self:
             raise CheckpointError(
-                f"{path} holds the numbers of a task in another order than the fleet: pack anew "
+                f"{path} holds a task's parameters in another order than the fleet: pack it again "
                 "with this fleet's kind."
             )
 
     def check_parameters(self, name: str, task: TaskParameters) -> None:
-        """Refuse numbers of other shapes, or not finite, and tasks of one class.
+        """Raise if a task's parameters have the wrong shape or do not describe a classifier.
 
         Raises:
-            CheckpointError: They are.
+            CheckpointError: A shape is wrong, a parameter is not finite, or there is one class.
         """
         check_classes(task.classes, f"Task {name!r}")
         row, head = (self.row_length,), (len(task.classes), self.width + 1)
         if task.row.shape != row or task.head.shape != head:
             raise CheckpointError(
-                f"Task {name!r} has numbers of shape {task.row.shape} and a classifier of "
+                f"Task {name!r} has parameters of shape {task.row.shape} and a classifier of "
                 f"{task.head.shape} for {len(task.classes)} classes, but needs {row} and {head}."
             )
         if not (np.isfinite(task.row).all() and np.isfinite(task.head).all()):
-            raise CheckpointError(f"Task {name!r} holds numbers that are not finite.")
+            raise CheckpointError(f"Task {name!r} has parameters that are not finite.")
 
 
 def read_task(path: Path, kind: TaskKind) -> TaskParameters:
-    """A task from its ``model.ckpt``.
+    """Read a task from its ``model.ckpt``.
 
     Args:
         path: The checkpoint.
-        kind: What it must be.
+        kind: The kind that it must have.
 
     Raises:
-        CheckpointError: The file is damaged, is of another kind, or holds numbers that are not
+        CheckpointError: The file is damaged, is of another kind, or has parameters that are not
             finite.
     """
     try:
@@ -188,35 +188,49 @@ def read_task(path: Path, kind: TaskKind) -> TaskParameters:
     except CheckpointError:
         raise
     except Exception as error:
-        told = foreign(path, "safetensors")
-        why = f": it {told}" if told else f" ({error})"
-        raise CheckpointError(f"{path} is no checkpoint of aoft-train{why}.") from error
+        other_format = foreign(path, "safetensors")
+        reason = f": it {other_format}" if other_format else f" ({error})"
+        raise CheckpointError(f"{path} is no checkpoint of aoft-train{reason}.") from error
     if "aoft" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
-    described = parse_description(path, metadata["aoft"])
-    backbone = described["backbone"]
-    args = backbone.get("args", {})
-    if not (isinstance(backbone.get("name"), str) and isinstance(args, dict)):
-        raise CheckpointError(f"The metadata of {path} names no backbone.")
-    origin = str(backbone.get("origin", ""))
-    if origin.startswith(CHANGED):
-        raise CheckpointError(
-            f"{path} was trained on a model that timm does not make as {backbone['name']} "
-            f"({origin.removeprefix(CHANGED)}): a fleet has no such backbone."
-        )
-    named = {"digest": backbone.get("digest"), "backbone": backbone["name"], "args": args}
-    kind.check(path, {**described, **named})
-    classes = tuple(str(name) for name in described["classes"])
+    description = parse_description(path, metadata["aoft"])
+    kind.check(path, {**description, **_backbone(path, description["backbone"])})
+    classes = tuple(str(name) for name in description["classes"])
     check_classes(classes, str(path))
-    rest = dict(tensors)
-    parts = [_checked(path, name, shape, rest.pop(name, None)) for name, shape in kind.order]
+    remaining = dict(tensors)
+    parts = [_checked(path, name, shape, remaining.pop(name, None)) for name, shape in kind.order]
     row = np.concatenate([part.ravel() for part in parts] or [np.empty(0, np.float32)])
-    head = _checked(path, "classifier", (len(classes), kind.width + 1), _head(rest))
+    head = _checked(path, "classifier", (len(classes), kind.width + 1), _head(remaining))
     return TaskParameters(row, head, classes)
 
 
+def _backbone(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Digest, name and arguments of a checkpoint's backbone.
+
+    Raises:
+        CheckpointError: The description is incomplete, or timm does not create such a backbone.
+    """
+    args = described.get("args", {})
+    if not (isinstance(described.get("name"), str) and isinstance(args, dict)):
+        raise CheckpointError(f"The metadata of {path} names no backbone.")
+    origin = str(described.get("origin", ""))
+    if origin.startswith(CHANGED):
+        raise CheckpointError(
+            f"{path} was trained on a model that timm does not make as {described['name']} "
+            f"({origin.removeprefix(CHANGED)}): a fleet has no such backbone."
+        )
+    return {"digest": described.get("digest"), "backbone": described["name"], "args": args}
+
+
 def _head(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
-    """Rows of weight and bias from all that is not in the row; None where that is not them."""
+    """The classifier's weights and bias side by side.
+
+    Args:
+        tensors: Everything that does not belong to the row.
+
+    Returns:
+        (classes, width + 1), or None if the tensors are not one weight and at most one bias.
+    """
     if not all(name.startswith("head.") for name in tensors):
         return None
     by_axes = {tensor.ndim: tensor for tensor in tensors.values()}
@@ -230,9 +244,14 @@ def _head(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
 def _checked(
     path: Path, name: str, shape: Sequence[int], tensor: NDArray[Any] | None
 ) -> NDArray[np.float32]:
+    """A tensor as float32.
+
+    Raises:
+        CheckpointError: It is missing, has another shape, or is not finite in float32.
+    """
     if tensor is not None and tensor.shape == tuple(shape) and tensor.dtype.kind == "f":
         with np.errstate(over="ignore"):
-            numbers = tensor.astype(np.float32, copy=False)
-        if np.isfinite(numbers).all():
-            return numbers
+            values = tensor.astype(np.float32, copy=False)
+        if np.isfinite(values).all():
+            return values
     raise CheckpointError(f"{name} in {path} must be finite numbers of shape {tuple(shape)}.")

@@ -13,7 +13,7 @@ Tasks have the sizes of a timm model's: their checkpoints are written by ``save`
 
 The scratch folder needs the size of all tasks (18 GB at the defaults) and goes at the end.
 
-    python benchmarks/fleet/paging.py --out benchmarks/results/fleet_paging.json
+    python benchmarks/fleet/paging.py --out benchmarks/results/fleet_reads.json
 """
 
 from __future__ import annotations

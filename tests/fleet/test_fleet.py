@@ -254,10 +254,10 @@ FLEETS: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], object], str]
     "tasks that are none": (lambda _, m: m.update(tasks="7"), "is no fleet of aoft"),
     "a row nested too deeply": (lambda _, m: m.update(row="[" * 100_000), "is no fleet of aoft"),
     "a task less": (lambda t, _: t.update(bank=t["bank"][:1]), "is no fleet of aoft"),
-    "a number that is nan": (lambda t, _: t["bank"].fill(np.nan), "'t0' holds numbers that are"),
-    "a classifier that is inf": (lambda t, _: t["heads"].fill(np.inf), "'t0' holds numbers that"),
-    "shorter rows": (lambda t, _: t.update(bank=t["bank"][:, :-1]), "'t0' has numbers of shape"),
-    "rows elsewhere": (lambda t, _: t["first"].fill(10**6), "'t0' has numbers of shape"),
+    "a number that is nan": (lambda t, _: t["bank"].fill(np.nan), "'t0' has parameters that are"),
+    "a classifier that is inf": (lambda t, _: t["heads"].fill(np.inf), "'t0' has parameters that"),
+    "shorter rows": (lambda t, _: t.update(bank=t["bank"][:, :-1]), "'t0' has parameters of shape"),
+    "rows elsewhere": (lambda t, _: t["first"].fill(10**6), "'t0' has parameters of shape"),
 }
 
 
@@ -465,9 +465,9 @@ def test_a_store_that_does_not_fit_is_refused(
     store.kind = replace(store.kind, digest="0" * 64)
     with pytest.raises(CheckpointError, match="trained on backbone weights 000000000000, but the"):
         Fleet(artefact, store=store, threads=1)
-    with pytest.raises(SettingError, match=r"A task of \d classes takes .* larger budget"):
+    with pytest.raises(SettingError, match=r"A task of \d classes takes .* larger `budget`"):
         Fleet(artefact, budget=Fleet(artefact).residency.bytes - 1, threads=1)
-    with pytest.raises(SettingError, match="A budget of 100 bytes holds no task"):
+    with pytest.raises(SettingError, match="`budget` is 100 bytes, but one task takes"):
         Fleet(artefact, budget=100, threads=1)
     write(tmp_path / "tasks" / "lora.ckpt", 3, 0, "lora")
     fleet = Fleet(artefact, store=str(tmp_path / "tasks"), threads=1)

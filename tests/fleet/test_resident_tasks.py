@@ -14,7 +14,7 @@ import pytest
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.resident_tasks import ResidentTasks
-from aoft_deploy.fleet.slots import Held
+from aoft_deploy.fleet.slots import HeldTask
 from aoft_deploy.fleet.tables import TaskTables
 from aoft_deploy.fleet.task import TaskKind, TaskParameters
 
@@ -58,7 +58,7 @@ class Resident(ResidentTasks):
         with self.holding(names) as held:
             return {name: self.value(task) for name, task in held.items()}
 
-    def value(self, held: Held) -> float:
+    def value(self, held: HeldTask) -> float:
         slot, classes = held
         first, count = int(self.tables.first[slot]), int(self.tables.count[slot])
         assert len(classes) == count
@@ -139,13 +139,13 @@ def test_two_requests_that_want_a_task_read_it_once(monkeypatch: pytest.MonkeyPa
     store, gate, asked = Store(9), threading.Event(), threading.Semaphore(0)
     store.before_read = lambda _: gate.wait(20)
     tasks = Resident(4, store)
-    paged_in = tasks._paged_in
+    page_in = tasks._page_in
 
-    def missed(name: str, wait: bool) -> Held | None:
+    def missed(name: str, wait: bool) -> HeldTask | None:
         asked.release()
-        return paged_in(name, wait)
+        return page_in(name, wait)
 
-    monkeypatch.setattr(tasks, "_paged_in", missed)
+    monkeypatch.setattr(tasks, "_page_in", missed)
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(tasks.values, "5") for _ in range(8)]
         assert all(asked.acquire(timeout=20) for _ in range(8))
@@ -238,11 +238,11 @@ def test_added_tasks_are_never_evicted() -> None:
         tasks.values(name)
     assert tasks.values("mine", "yours") == {"mine": 70.0, "yours": 71.0}
     tasks.add("hers", task(72))
-    with pytest.raises(
-        SettingError, match="of 2 classes takes 40 bytes, for which the tasks added"
-    ):
+    with pytest.raises(SettingError, match="of 2 classes takes 40 bytes, but the tasks added"):
         tasks.add("his", task(73))
-    with pytest.raises(SettingError, match="leave no room in a budget of 120: remove some"):
+    with pytest.raises(
+        SettingError, match="leave no room for it in a `budget` of 120: remove some"
+    ):
         tasks.values("1")
     tasks.remove("hers")
     assert tasks.values("1") == {"1": 1.0}
@@ -250,12 +250,12 @@ def test_added_tasks_are_never_evicted() -> None:
 
 def test_a_task_without_a_stretch_of_rows_for_its_classes_is_refused() -> None:
     tasks = Resident(3)
-    slots = [tasks.tables.take(1) for _ in range(3)]
+    slots = [tasks.tables.allocate(1) for _ in range(3)]
     length = len(tasks.tables.heads)
     tasks.tables._free_rows = [(i, 1) for i in range(3, length, 2)]
     for slot in slots[1:]:
         assert slot is not None
-        tasks.tables.give_back(slot)
+        tasks.tables.free(slot)
     with pytest.raises(SettingError, match="A task of 4 classes takes 56 bytes"):
         tasks.add("wide", task(1, classes=4))
 
@@ -272,14 +272,14 @@ def test_a_name_that_is_there_is_not_given_again() -> None:
 
 def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, both = Resident(4), threading.Barrier(2)
-    written = tasks._written
+    write = tasks._write
 
-    def together(numbers: TaskParameters) -> int | None:
-        slot = written(numbers)
+    def together(parameters: TaskParameters) -> int | None:
+        slot = write(parameters)
         both.wait(20)
         return slot
 
-    monkeypatch.setattr(tasks, "_written", together)
+    monkeypatch.setattr(tasks, "_write", together)
     with ThreadPoolExecutor() as pool:
         found = [pool.submit(tasks.add, "new", task(i)).exception for i in range(2)]
         errors = [error(20) for error in found]
@@ -300,9 +300,9 @@ def test_what_the_store_gives_is_checked_and_the_next_request_reads_again() -> N
     tasks = Resident(4, Broken(9))
     with pytest.raises(CheckpointError, match="The disk is gone"):
         tasks.values("1")
-    with pytest.raises(CheckpointError, match="Task '1' has numbers of shape"):
+    with pytest.raises(CheckpointError, match="Task '1' has parameters of shape"):
         tasks.values("1")
-    assert tasks.values("1") == {"1": 1.0} and not tasks._paging
+    assert tasks.values("1") == {"1": 1.0} and not tasks._reads
 
 
 def test_an_unknown_name_is_told_with_close_ones_from_memory_and_store() -> None:
@@ -352,4 +352,4 @@ def test_no_request_gets_another_tasks_numbers(room: int) -> None:
     assert tasks.residency.bytes <= tasks.residency.budget
     for name in tasks.resident:
         tasks.remove(name)
-    assert tasks.residency.bytes == 0 and not tasks._paging and not tasks._slots._held
+    assert tasks.residency.bytes == 0 and not tasks._reads and not tasks._slots._references

@@ -248,7 +248,7 @@ def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> T
     [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(2, 5), classes=3)],
 )
 def test_numbers_of_other_shapes_are_not_packed(task: TaskParameters, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="Task 'bad' has numbers of shape"):
+    with pytest.raises(CheckpointError, match="Task 'bad' has parameters of shape"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 
@@ -262,7 +262,7 @@ def test_a_task_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: 
 def test_numbers_that_are_not_finite_are_not_packed(tmp_path: Path) -> None:
     task = numbers()
     task.head[1, 1] = np.inf
-    with pytest.raises(CheckpointError, match="Task 'bad' holds numbers that are not finite"):
+    with pytest.raises(CheckpointError, match="Task 'bad' has parameters that are not finite"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 
@@ -295,7 +295,7 @@ def test_every_truncation_and_every_damaged_byte_is_told(packed: Path, tmp_path:
             PackedTasks(hurt)
     for place in range(8, len(whole)):
         hurt.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=r"truncated one|is damaged: pack the file anew"):
+        with pytest.raises(CheckpointError, match=r"truncated one|is damaged: pack the file again"):
             store = PackedTasks(hurt)
             for name in store.names:
                 assert same(store.read(name), expected[name])
@@ -305,7 +305,7 @@ def test_a_file_truncated_while_it_is_open_is_an_error_and_not_the_end(packed: P
     store = PackedTasks(packed)
     with packed.open("r+b") as file:
         file.truncate(50)
-    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file anew"):
+    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file again"):
         store.read("cats")
 
 
@@ -384,7 +384,7 @@ def test_a_task_that_makes_no_sense_is_refused_though_its_sum_is_right(
     packed: Path, changes: dict[str, Any]
 ) -> None:
     hurt = PackedTasks(sealed(packed, **changes))
-    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file anew"):
+    with pytest.raises(CheckpointError, match=r"Task 'cats' in .* is damaged: pack the file again"):
         hurt.read("cats")
     assert same(hurt.read("dogs"), PackedTasks(packed).read("dogs"))
 
@@ -407,7 +407,7 @@ def test_a_packed_file_of_another_kind_is_refused(packed: Path) -> None:
         PackedTasks(packed, replace(KIND, digest="e" * 64))
     with pytest.raises(CheckpointError, match="has settings"):
         PackedTasks(packed, replace(KIND, settings={"rank": 4}))
-    with pytest.raises(CheckpointError, match="in another order than the fleet: pack anew"):
+    with pytest.raises(CheckpointError, match="in another order than the fleet: pack it again"):
         PackedTasks(packed, replace(KIND, order=KIND.order[::-1]))
 
 

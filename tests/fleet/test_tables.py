@@ -25,16 +25,16 @@ def resident_bytes() -> int:
 
 
 def test_what_was_written_stands_whatever_comes_and_goes_beside_it() -> None:
-    tables = TaskTables(numbers=50, width=6, budget=40_000)
+    tables = TaskTables(row_length=50, width=6, budget=40_000)
     rng = np.random.default_rng(0)
     there: dict[int, tuple[float, int]] = {}
     for value in map(float, range(1, 3000)):
         if there and rng.random() < 0.5:
             slot = int(rng.choice(list(there)))
             del there[slot]
-            tables.give_back(slot)
+            tables.free(slot)
         classes = int(rng.choice([1, 2, 3, 7, 20, 90]))
-        taken = tables.take(classes)
+        taken = tables.allocate(classes)
         if taken is not None:
             assert taken not in there
             tables.write(taken, task(50, 6, classes, value))
@@ -47,32 +47,32 @@ def test_what_was_written_stands_whatever_comes_and_goes_beside_it() -> None:
         assert (tables.bank[slot] == value).all()
         assert (tables.heads[first : first + classes] == value).all()
     for slot in there:
-        tables.give_back(slot)
+        tables.free(slot)
     assert tables._free_rows == [(0, len(tables.heads))] and tables.used == 0
 
 
 def test_a_task_beyond_the_budget_has_no_slot() -> None:
-    tables = TaskTables(numbers=10, width=4, budget=150)
-    slot = tables.take(2)
-    assert slot == 0 and tables.take(2) is None
-    tables.give_back(slot)
-    assert tables.take(2) == 0
+    tables = TaskTables(row_length=10, width=4, budget=150)
+    slot = tables.allocate(2)
+    assert slot == 0 and tables.allocate(2) is None
+    tables.free(slot)
+    assert tables.allocate(2) == 0
 
 
 @pytest.mark.parametrize("budget", [-1, 0, 59])
 def test_a_budget_without_room_for_one_task_is_refused(budget: int) -> None:
-    with pytest.raises(SettingError, match=f"A budget of {budget} bytes holds no task: one takes"):
-        TaskTables(numbers=10, width=4, budget=budget)
+    with pytest.raises(SettingError, match=f"`budget` is {budget} bytes, but one task takes"):
+        TaskTables(row_length=10, width=4, budget=budget)
 
 
 def test_a_budget_that_the_system_cannot_reserve_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"does not reserve .* give a smaller budget"):
-        TaskTables(numbers=10, width=4, budget=2**60)
+    with pytest.raises(SettingError, match=r"does not reserve .* give a smaller `budget`"):
+        TaskTables(row_length=10, width=4, budget=2**60)
 
 
 def test_a_fleet_of_nothing_but_classifiers_has_rows_of_no_numbers() -> None:
-    tables = TaskTables(numbers=0, width=4, budget=1000)
-    slot = tables.take(3)
+    tables = TaskTables(row_length=0, width=4, budget=1000)
+    slot = tables.allocate(3)
     assert slot is not None
     tables.write(slot, task(0, 4, 3, 2.0))
     assert tables.bank.shape[1] == 0 and tables.heads[:3].sum() == 30
@@ -84,24 +84,24 @@ def test_memory_is_what_the_tasks_need_when_all_are_exchanged_for_others(
     widths: tuple[int, int],
 ) -> None:
     budget = 48_000_000
-    tables, before = TaskTables(numbers=20_000, width=255, budget=budget), resident_bytes()
+    tables, before = TaskTables(row_length=20_000, width=255, budget=budget), resident_bytes()
     for classes in widths:
         slots = []
-        while (slot := tables.take(classes)) is not None:
+        while (slot := tables.allocate(classes)) is not None:
             tables.write(slot, task(20_000, 255, classes, 1.0))
             slots.append(slot)
         used, taken = tables.used, resident_bytes() - before
         assert 0.98 * budget < used <= budget
         assert taken < 1.1 * budget
         for slot in slots:
-            tables.give_back(slot)
+            tables.free(slot)
     assert resident_bytes() - before < 0.1 * budget
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
 def test_memory_stays_flat_under_churn_of_many_widths() -> None:
     budget = 32_000_000
-    tables, before = TaskTables(numbers=10_000, width=255, budget=budget), resident_bytes()
+    tables, before = TaskTables(row_length=10_000, width=255, budget=budget), resident_bytes()
     rng, slots = np.random.default_rng(0), list[int]()
     tasks: dict[int, TaskParameters] = {
         n: task(10_000, 255, n, 1.0) for n in (1, 3, 10, 37, 100, 500)
@@ -109,8 +109,8 @@ def test_memory_stays_flat_under_churn_of_many_widths() -> None:
     peak = 0
     for turn in range(4000):
         classes = int(rng.choice(list(tasks)))
-        while (slot := tables.take(classes)) is None:
-            tables.give_back(slots.pop(int(rng.integers(len(slots)))))
+        while (slot := tables.allocate(classes)) is None:
+            tables.free(slots.pop(int(rng.integers(len(slots)))))
         tables.write(slot, tasks[classes])
         slots.append(slot)
         if turn % 100 == 0:
@@ -122,11 +122,11 @@ def test_pages_of_neighbours_survive_what_is_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     released = list[tuple[int, int]]()
-    tables = TaskTables(numbers=1024, width=1023, budget=100 * 4096)
+    tables = TaskTables(row_length=1024, width=1023, budget=100 * 4096)
     keep: Callable[[int, int], None] = lambda start, end: released.append((start, end))  # noqa: E731
     monkeypatch.setattr(tables._heads, "release", keep)
-    slots = [tables.take(2) for _ in range(3)]
+    slots = [tables.allocate(2) for _ in range(3)]
     for slot in (slots[0], slots[2], slots[1]):
         assert slot is not None
-        tables.give_back(slot)
+        tables.free(slot)
     assert released == [(0, 8192), (16384, 24576), (8192, 16384)]
