@@ -51,13 +51,13 @@ def serve(options: argparse.Namespace) -> None:
     settings = Settings(**given | {name: v for name, v in flags.items() if v is not None})
     try:
         from aoft_deploy.serving import server
-        from aoft_deploy.serving.memory import give_large_blocks_back
-        from aoft_deploy.serving.repository.models import artefact_name
+        from aoft_deploy.serving.memory import return_large_blocks
+        from aoft_deploy.serving.repository.names import artefact_name
     except ImportError as error:
         if error.name in EXTRA:
             raise MissingExtraError(str(error.name), "serve") from error
         raise
-    give_large_blocks_back()
+    return_large_blocks()
     server.serve(settings, [artefact_name(path) for path in paths])
 
 

@@ -1,8 +1,9 @@
-"""Many deadlines that are seldom met, at the price of a dictionary's entry each.
+"""Many deadlines behind a single timer.
 
-asyncio's timers cost more than reading a small request. Here one timer looks at all of them, and
-only when the first of those it knew is due: a loop that wakes while an engine computes on all cores
-holds up the thread it displaces, and with it all others.
+An asyncio timer costs more than reading a small request, while a deadline here costs a dictionary
+entry. The timer fires only when the earliest known deadline is due: if the event loop woke more
+often while an engine computes on all cores, it would displace one of the engine's threads, and all
+the others would wait for it.
 """
 
 from __future__ import annotations
@@ -17,40 +18,40 @@ TICK = 0.01
 
 
 class Deadlines:
-    """Calls to make when time is up, unless they are discarded before. Of one event loop."""
+    """Callbacks that run at their deadlines unless they are discarded. Used in one event loop."""
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, tuple[float, Callable[[], object]]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, key: Hashable, seconds: float, call: Callable[[], object]) -> None:
-        """Make a call after some seconds, in place of an earlier one under that key."""
+        """Schedule a callback; it replaces an earlier one with the same key."""
         loop = asyncio.get_running_loop()
         when = loop.time() + seconds
         self._calls[key] = when, call
-        self._look(when, loop)
+        self._set_timer(when, loop)
 
     def discard(self, key: Hashable) -> None:
-        """Leave a call out that may have been made."""
+        """Cancel a callback; does nothing if it has run."""
         self._calls.pop(key, None)
 
     def shorten(self, seconds: float) -> None:
-        """Make every call after some seconds at the latest."""
+        """Let every callback run after this time at the latest."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         self._calls = {key: (min(when, end), call) for key, (when, call) in self._calls.items()}
         if self._calls:
-            self._look(end, loop)
+            self._set_timer(end, loop)
 
-    def _look(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
-        """Look at all calls at that time, or before."""
+    def _set_timer(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the timer fire at this time or earlier."""
         if self._timer is not None:
             if self._timer.when() <= when:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(when, self._due, loop)
+        self._timer = loop.call_at(when, self._run_due, loop)
 
-    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_due(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer, now = None, loop.time()
         due = [(key, call) for key, (when, call) in self._calls.items() if when <= now]
         for key, call in due:
@@ -58,4 +59,4 @@ class Deadlines:
                 call()
         if self._calls:
             first = min(when for when, _ in self._calls.values())
-            self._look(max(first, loop.time() + TICK), loop)
+            self._set_timer(max(first, loop.time() + TICK), loop)

@@ -1,7 +1,8 @@
-"""What a server tells: one JSON object a line on stderr.
+"""The server's log: one JSON object per line on stderr.
 
-Telling never fails and never waits: not for a reader that has gone, a full disk or a closed
-stream, nor for a reader that is slow. What nobody took is counted, and told when there is room.
+Logging never fails and never blocks, whether the reader of stderr is slow or has ended, the disk is
+full or the stream is closed. Lines that cannot be written are counted, and the count is logged when
+writing works again.
 """
 
 from __future__ import annotations
@@ -20,44 +21,44 @@ import orjson
 
 __all__ = ["JsonHandler", "Writer", "background", "flush", "log"]
 
-MOST_LINES = 10_000
-"""Lines that wait for a slow reader; a longer queue would only tell older news."""
+MAX_LINES = 10_000
+"""Maximum number of lines that are queued for a slow reader."""
 
-LAST_SECONDS = 1.0
-"""How long the end waits for what was told to be written."""
+CLOSE_SECONDS = 1.0
+"""Maximum seconds that the end of the process waits for queued lines."""
 
-SAME = 10
-SAME_SECONDS = 60.0
-"""A library's records of one kind, in so many seconds; the others are counted."""
+MAX_RECORDS = 10
+PERIOD_SECONDS = 60.0
+"""Maximum number of a library's records of one kind per period; the others are only counted."""
 
-KINDS = 100
-"""Kinds that are told apart; those above count as one for each library."""
+MAX_KINDS = 100
+"""Maximum number of kinds per period; further ones share one kind for each library."""
 
 
 class Writer:
-    """Writes lines in a thread of its own.
+    """Writes lines in a separate thread.
 
     Args:
-        write: Writes bytes; may wait and may fail.
-        most: Lines that may wait.
+        write: Writes bytes; may block and may fail.
+        max_lines: Maximum number of lines in the queue.
     """
 
-    def __init__(self, write: Callable[[bytes], object], most: int = MOST_LINES) -> None:
+    def __init__(self, write: Callable[[bytes], object], max_lines: int = MAX_LINES) -> None:
         self._write = write
-        self._lines: queue.Queue[bytes | None] = queue.Queue(most)
+        self._lines: queue.Queue[bytes | None] = queue.Queue(max_lines)
         self._lost = 0
         self._ended = threading.Event()
         threading.Thread(target=self._work, name="log", daemon=True).start()
 
     def put(self, line: bytes) -> None:
-        """Have a line written, unless too many wait."""
+        """Queue a line; count it as lost if the queue is full."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
             self._lost += 1
 
-    def close(self, seconds: float = LAST_SECONDS) -> None:
-        """Wait until all is written, but not for ever."""
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Wait until all lines are written, or the time is up."""
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=seconds)
             self._ended.wait(seconds)
@@ -80,7 +81,7 @@ _writer: Writer | None = None
 
 @contextlib.contextmanager
 def background() -> Iterator[None]:
-    """Within it lines are written by a thread."""
+    """Context manager: write lines in a background thread."""
     global _writer
     _writer = Writer(_to_stderr)
     try:
@@ -90,19 +91,19 @@ def background() -> Iterator[None]:
         writer.close()
 
 
-def flush(seconds: float = LAST_SECONDS) -> None:
-    """Wait until what was told is written, but not for ever; nothing is told afterwards."""
+def flush(seconds: float = CLOSE_SECONDS) -> None:
+    """Wait until all lines are written, or the time is up; later lines are dropped."""
     if _writer is not None:
         _writer.close(seconds)
 
 
 def log(event: str, *, error: BaseException | None = None, **details: object) -> None:
-    """Write one line.
+    """Log an event in one line.
 
     Args:
-        event: What happened.
-        error: Why, with where in the code; for the host's eyes only.
-        details: Whatever else tells more.
+        event: Name of the event.
+        error: Its cause, logged with its traceback.
+        details: Further fields of the JSON object.
     """
     if error is not None:
         details["error"] = f"{type(error).__name__}: {_text(error)}"
@@ -111,40 +112,40 @@ def log(event: str, *, error: BaseException | None = None, **details: object) ->
     if writer is not None:
         writer.put(line)
     else:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, none
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # broken, closed, None
             sys.stderr.write(line.decode())
             sys.stderr.flush()
 
 
 class JsonHandler(logging.Handler):
-    """What libraries log, in the same form; of one kind a few in a minute.
+    """Logs the records of libraries in the same form, only a few of each kind per minute.
 
     Args:
-        clock: Seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._begun: float | None = None
-        self._counts: dict[tuple[str, str], int] = {}
+        self._period_start: float | None = None
+        self._counts: dict[tuple[str, str], int] = {}  # by logger and message
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record."""
+        """Log a record, unless there were too many of its kind."""
         now, kind = self._clock(), (record.name, _text(record.msg).partition("\n")[0][:80])
-        if self._begun is None or now - self._begun >= SAME_SECONDS:
+        if self._period_start is None or now - self._period_start >= PERIOD_SECONDS:
             for (name, message), count in self._counts.items():
-                if count > SAME:
-                    log("library", logger=name, message=message, left_out=count - SAME)
-            self._begun, self._counts = now, {}
-        if kind not in self._counts and len(self._counts) >= KINDS:
+                if count > MAX_RECORDS:
+                    log("library", logger=name, message=message, left_out=count - MAX_RECORDS)
+            self._period_start, self._counts = now, {}
+        if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             kind = (record.name, "…")
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        if self._counts[kind] > SAME:
+        if self._counts[kind] > MAX_RECORDS:
             return
         try:
             message = record.getMessage()
-        except Exception:  # arguments that do not fit
+        except Exception:  # arguments that do not fit the format
             message = _text(record.msg)
         error = record.exc_info[1] if record.exc_info else None
         log("library", error=error, logger=record.name, message=message)
@@ -152,17 +153,17 @@ class JsonHandler(logging.Handler):
 
 def _line(event: str, details: dict[str, object]) -> bytes:
     now = time.time()
-    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z"
-    head = {"time": moment, "event": event}
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z"
+    head = {"time": timestamp, "event": event}
     try:
         return orjson.dumps(head | details, default=_text) + b"\n"
-    except TypeError:  # text that is not UTF-8, a key that is no text, a number above 64 bits
+    except TypeError:  # text that is not UTF-8, a key that is not a string, an integer over 64 bits
         plain = {_text(name): _text(value) for name, value in details.items()}
         return orjson.dumps(head | plain) + b"\n"
 
 
 def _text(value: object) -> str:
-    """Text of anything that can be written as UTF-8."""
+    """A value as text that can be encoded as UTF-8."""
     try:
         text = str(value)
     except Exception:
@@ -171,7 +172,7 @@ def _text(value: object) -> str:
 
 
 def _to_stderr(line: bytes) -> None:
-    """Past Python's buffer, which would keep what failed and try it again at the end."""
-    rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(2, rest) :]
+    """Bypass Python's buffer, which would keep a failed line and retry it when Python exits."""
+    remaining = memoryview(line)
+    while remaining:
+        remaining = remaining[os.write(2, remaining) :]

@@ -1,10 +1,10 @@
-"""The same application as a deployment of Ray Serve, with as many replicas as wanted.
+"""The server's application as a deployment of Ray Serve with several replicas.
 
     export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
     serve run aoft_deploy.serving.ray:app config=serve.toml replicas=2
 
-Every replica holds everything that the TOML file names, so any replica answers any task. Which
-address and port are listened to is Ray's affair; the settings about connections are not used.
+Every replica serves everything that the TOML file names, so any replica answers requests for any
+task. Ray decides on address and port, and the settings about connections are not used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.endpoints.application import Application
-from aoft_deploy.serving.repository.models import artefact_name
+from aoft_deploy.serving.repository.names import artefact_name
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings, read_toml
 
@@ -22,20 +22,20 @@ __all__ = ["app"]
 
 
 def app(arguments: dict[str, str]) -> Any:
-    """Ray's application builder.
+    """Build the application, for Ray Serve.
 
     Args:
-        arguments: ``config``, a TOML file of settings and artefacts; ``replicas``, 1 if not given;
-            ``cpus`` of each replica, 1 if not given.
+        arguments: ``config``, a TOML file of settings and artefacts; ``replicas``, default 1;
+            ``cpus`` of each replica, default 1.
 
     Raises:
-        SettingError: An argument is missing, unknown or no number.
+        SettingError: An argument is missing, unknown or not a number.
     """
     unknown = set(arguments) - {"config", "replicas", "cpus"}
     if unknown or "config" not in arguments:
         raise SettingError(
-            f"Arguments are {', '.join(sorted(arguments)) or 'none'}: give config=FILE, and maybe "
-            "replicas=N and cpus=N."
+            f"Arguments are {', '.join(sorted(arguments)) or 'none'}: give config=FILE, and "
+            "optionally replicas=N and cpus=N."
         )
     try:
         replicas, cpus = int(arguments.get("replicas", 1)), float(arguments.get("cpus", 1))

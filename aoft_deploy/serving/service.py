@@ -1,4 +1,4 @@
-"""What one server is made of, and its life: starting, ready, draining."""
+"""The state that all requests of a server share, from starting through ready to draining."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Literal, ParamSpec, TypeVar
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.log import log
-from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.serving.protocol.refusals import QUEUE_FULL, Refusal
 from aoft_deploy.serving.repository.models import Models
+from aoft_deploy.serving.repository.repository import Repository
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.telemetry.observations import Observations
 from aoft_deploy.serving.transport.bodies import Bodies
@@ -22,74 +23,76 @@ __all__ = ["Service"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-LINGER_SECONDS = 0.2
-"""How long a draining server still says no, before it leaves clients without an answer."""
+REFUSE_SECONDS = 0.2
+"""Minimum seconds that a draining server keeps refusing new requests before it ends."""
 
 
 class Service:
-    """Models, counters, threads and limits of one server. Used in one event loop.
+    """Models, metrics, threads and limits of one server. Used in one event loop.
 
     Attributes:
-        settings: As given.
-        models: What is served.
-        observations: What is counted.
-        taken: Requests that came before the server drained and are not answered.
-        bodies: Reads requests.
-        deadlines: Of requests that are answered.
-        state: Inference is answered where it is ``ready``.
-        token: What changes of the repository need; None: they are refused.
+        settings: The server's settings.
+        models: The open models.
+        repository: The files that models are opened from.
+        observations: Metrics and statistics.
+        accepted: Number of requests that arrived before draining and are not answered yet.
+        bodies: Reads request bodies.
+        deadlines: Deadlines of requests.
+        state: Inference requests are accepted in the state ``ready`` only.
+        token: Token for loading and unloading models; None: both are refused.
 
     Args:
         settings: As the attribute.
-        given: Artefacts by name, opened at the start.
+        given: Names and paths of the artefacts to open at the start.
 
     Raises:
-        SettingError: There is nothing to serve, or the file of the token cannot be used.
+        SettingError: There is nothing to serve, or the token's file cannot be used.
     """
 
     def __init__(self, settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
         self.settings = settings
         self.observations = Observations()
-        self.taken = 0
-        self.models = Models(settings, given, self.observations.batch)
+        self.accepted = 0
+        self.models = Models(settings, self.observations.batch)
+        self.repository = Repository(settings, given, self.models)
         self.deadlines = Deadlines()
         self.bodies = Bodies(settings.max_body, settings.max_buffered, settings.body_timeout)
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self.token = _token(settings.admin_token_file)
         self._pool = ThreadPoolExecutor(settings.decoders, "decode")
-        self._aside = 0
+        self._in_pool = 0
         self._follower: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken, every engine answers, and there is what should be."""
+        """Whether the server accepts requests and has all the models that it should have."""
         return not self.unready
 
     @property
     def unready(self) -> str:
-        """Why the server is not ready; empty where it is.
+        """Why the server is not ready; empty if it is.
 
-        With nothing to serve it is ready only if nothing failed: it waits for its first model.
-        ``strict`` asks for a model, and for every one that was there at the start.
+        A server without models is ready if none failed to open: it waits for its first model. With
+        ``strict`` there must be a model, and each that failed at the start must be open now.
         """
-        models = self.models
+        models, repository = self.models, self.repository
         if self.state != "ready":
             return self.state
         if any(artefact.batcher.stuck for artefact in models.artefacts.values()):
             return "stuck"
-        if not models.any and (self.settings.strict or models.faulty):
+        if models.empty and (self.settings.strict or repository.faulty):
             return "without a model"
-        if self.settings.strict and models.failed:
+        if self.settings.strict and repository.failed:
             return "without a model that failed at the start"
         return ""
 
     async def start(self) -> None:
-        """Open and warm up what was given.
+        """Open and warm up the artefacts that were given and those of the repository.
 
         Raises:
-            AoftError: Something cannot be served.
+            AoftError: An artefact that was given cannot be served.
         """
-        await self.models.open_given()
+        await self.repository.open_given()
         if self.state == "starting":
             self.state = "ready"
             unready = self.unready
@@ -98,39 +101,38 @@ class Service:
             else:
                 log("ready", models=sorted(self.models.artefacts))
         if self.settings.follow:
-            self._follower = asyncio.create_task(self.models.follow())
+            self._follower = asyncio.create_task(self.repository.follow())
 
     async def drain(self) -> None:
-        """Take no more requests, and wait for those that were taken."""
+        """Refuse new requests, and wait for the accepted ones to be answered."""
         self.state = "draining"
-        log("draining", in_flight=self.taken)
+        log("draining", in_flight=self.accepted)
         self.bodies.drain()
         loop = asyncio.get_running_loop()
         end = loop.time() + self.settings.grace
-        await asyncio.sleep(min(LINGER_SECONDS, self.settings.grace))
-        while self.taken and loop.time() < end:  # those who knock on are refused all the while
+        await asyncio.sleep(min(REFUSE_SECONDS, self.settings.grace))
+        while self.accepted and loop.time() < end:
             await asyncio.sleep(0.02)
         if self._follower is not None:
             self._follower.cancel()
         self.models.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        log("drained", lost=self.taken)
+        log("drained", lost=self.accepted)
 
-    async def aside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run in one of the threads for what would hold the event loop up.
+    async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that would block the event loop in the pool of decoder threads.
 
         Raises:
-            Refusal: 429: too many wait for them already.
+            Refusal: 429: too many calls are waiting.
         """
-        if self._aside >= self.settings.queue:
-            after = {"Retry-After": "1"}
-            raise Refusal(429, "Too many requests wait: try again later.", headers=after)
+        if self._in_pool >= self.settings.queue:
+            raise Refusal(429, QUEUE_FULL, retry_after=1)
         loop = asyncio.get_running_loop()
-        self._aside += 1
+        self._in_pool += 1
         try:
             return await loop.run_in_executor(self._pool, partial(function, *args, **kwargs))
         finally:
-            self._aside -= 1
+            self._in_pool -= 1
 
 
 def _token(path: Path | None) -> bytes | None:

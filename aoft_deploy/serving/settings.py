@@ -1,4 +1,4 @@
-"""Everything that can be set about a server: one list for flags and for the TOML file."""
+"""The server's settings, with one definition for command-line options and TOML files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from aoft_deploy.processors import processors
 
 __all__ = ["PARSERS", "Settings", "read_toml"]
 
-LOCAL = "127.0.0.1"
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "str | None": str,
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "Path | None": Path,
+}
+"""Converts the text of a command-line option, by the annotation of the setting."""
 
 
 def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
@@ -22,93 +30,97 @@ def _about(help: str, low: float | None = None, high: float | None = None) -> di
 
 @dataclass(frozen=True)
 class Settings:
-    """How artefacts are served; sizes in bytes, times in seconds.
+    """Settings of a server; sizes in bytes, times in seconds. ``help`` describes each of them.
 
     Raises:
-        SettingError: A value of another type or outside its range.
+        SettingError: A value has another type or is outside its range.
     """
 
-    host: str = field(default=LOCAL, metadata=_about("address to listen on"))
+    host: str = field(default="127.0.0.1", metadata=_about("address to listen on"))
     port: int = field(
         default=8000, metadata=_about("port to listen on; 0 takes a free one", 0, 65535)
     )
     http: str = field(
         default="httptools",
-        metadata=_about("HTTP parser: httptools, or h11, in Python and half as fast"),
+        metadata=_about("HTTP parser: httptools, or h11, which is pure Python and half as fast"),
     )
     repository: Path | None = field(
         default=None,
         metadata=_about(
-            "folder of artefacts and of checkpoints for the fleet, followed as it changes"
+            "folder of artefacts and of checkpoints for the fleet, watched for changes"
         ),
     )
     store: Path | None = field(
         default=None,
-        metadata=_about("more tasks of the fleet, read when asked for: folder or packed file"),
+        metadata=_about("more tasks of the fleet, read on demand: a folder or a packed file"),
     )
     budget: int | None = field(
-        default=None, metadata=_about("bytes that a fleet's tasks may take in memory", 1)
+        default=None, metadata=_about("bytes of memory that a fleet's tasks may take", 1)
     )
     admin_token_file: Path | None = field(
         default=None,
         metadata=_about(
-            "file with the token that load and unload take; without one they are refused"
+            "file with the token for loading and unloading models; default: both are refused"
         ),
     )
     engine: str | None = field(
-        default=None, metadata=_about("runtime of merged models; else what they were verified with")
+        default=None,
+        metadata=_about("runtime of merged models; default: the one they were verified with"),
     )
     device: str | None = field(
-        default=None, metadata=_about("device of merged models, such as cuda:1; else the engine's")
+        default=None,
+        metadata=_about("device of merged models, such as cuda:1; default: the engine's choice"),
     )
     threads: int | None = field(default=None, metadata=_about("threads of an engine", 1, 1024))
-    max_batch: int = field(default=16, metadata=_about("samples in a batch", 1, 4096))
+    max_batch: int = field(default=16, metadata=_about("maximum samples in a batch", 1, 4096))
     max_wait: float = field(
-        default=0.002, metadata=_about("longest that a batch waits for more", 0, 10)
+        default=0.002, metadata=_about("maximum seconds that a batch waits for more", 0, 10)
     )
     queue: int = field(
-        default=256, metadata=_about("requests that may wait for an engine", 1, 1_000_000)
+        default=256, metadata=_about("maximum requests in an engine's queue", 1, 1_000_000)
     )
     timeout: float = field(
-        default=30.0, metadata=_about("time for a request that names none", 0.001, 3600)
+        default=30.0,
+        metadata=_about("seconds for a request that sets no time limit", 0.001, 3600),
     )
     engine_timeout: float = field(
-        default=60.0, metadata=_about("time for a batch until the engine counts as stuck", 0.1)
+        default=60.0, metadata=_about("seconds after which a running engine counts as stuck", 0.1)
     )
     max_body: int = field(
-        default=64 * 2**20, metadata=_about("largest body, compressed or not", 1024, 2**31)
+        default=64 * 2**20,
+        metadata=_about("maximum bytes of a body, compressed or not", 1024, 2**31),
     )
     max_buffered: int = field(
-        default=2**30, metadata=_about("largest sum of the bodies of all requests", 1024)
+        default=2**30, metadata=_about("maximum bytes of the bodies of all requests", 1024)
     )
     body_timeout: float = field(
-        default=10.0, metadata=_about("time for a body to arrive", 0.1, 3600)
+        default=10.0, metadata=_about("seconds for a body to arrive", 0.1, 3600)
     )
     max_pixels: int = field(
-        default=50_000_000, metadata=_about("most pixels of an image", 1, 500_000_000)
+        default=50_000_000, metadata=_about("maximum pixels of an image", 1, 500_000_000)
     )
     decoders: int = field(
         default=min(processors(), 256),
         metadata=_about("threads that decode images and large requests", 1, 256),
     )
-    max_connections: int = field(default=1024, metadata=_about("most connections", 1, 100_000))
+    max_connections: int = field(default=1024, metadata=_about("maximum connections", 1, 100_000))
     keep_alive: float = field(
         default=75.0,
-        metadata=_about("time that a connection may rest between requests", 0.1, 86_400),
+        metadata=_about("seconds that a connection may be idle between requests", 0.1, 86_400),
     )
     grace: float = field(
-        default=30.0, metadata=_about("time for requests to end after SIGTERM", 0, 3600)
+        default=30.0, metadata=_about("seconds for requests to end after SIGTERM", 0, 3600)
     )
     follow: float = field(
         default=2.0,
-        metadata=_about("how often files are looked at for changes; 0 leaves it out", 0, 3600),
+        metadata=_about("seconds between checks of the files for changes; 0: never", 0, 3600),
     )
     strict: bool = field(
         default=False,
-        metadata=_about("be ready only with a model to ask, and none that failed at the start"),
+        metadata=_about("be ready only if there is a model and none failed at the start"),
     )
     log_requests: bool = field(
-        default=False, metadata=_about("log every request, not only failures of the server")
+        default=False, metadata=_about("log every request, not only server errors")
     )
 
     def __post_init__(self) -> None:
@@ -122,12 +134,12 @@ class Settings:
             if value is None and "None" in str(entry.type):
                 continue
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise SettingError(f"{entry.name} is {value!r}: give {_WORDS[kinds[-1]]}.")
+                raise SettingError(f"`{entry.name}` is {value!r}: give {_WORDS[kinds[-1]]}.")
             if not (low is None or value >= low) or not (high is None or value <= high):
-                limits = f"from {low}" + (f" to {high}" if high is not None else " on")
-                raise SettingError(f"{entry.name} is {value!r}: use {limits}.")
+                limits = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise SettingError(f"`{entry.name}` is {value!r}: use {limits}.")
         if self.http not in ("h11", "httptools"):
-            raise SettingError(f"http is {self.http!r}: use h11 or httptools.")
+            raise SettingError(f"`http` is {self.http!r}: use h11 or httptools.")
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -146,24 +158,15 @@ _WORDS: dict[type, str] = {
     float: "a number",
     Path: "a path",
 }
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "Path | None": Path,
-}
-"""How a flag's text becomes a value, by the field's annotation."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings and ``artefacts`` of a TOML file, under the names of the flags.
+    """Read settings and ``artefacts`` from a TOML file; its keys are the names of the options.
 
     Paths are relative to the file's folder.
 
     Raises:
-        SettingError: It cannot be read, or names an unknown setting.
+        SettingError: The file cannot be read, or has an unknown setting.
     """
     try:
         data = tomllib.loads(path.read_text("utf-8"))

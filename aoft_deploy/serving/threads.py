@@ -1,4 +1,4 @@
-"""Waiting for a function in a thread that nothing waits for when the process ends."""
+"""Running slow functions in daemon threads, which do not delay the end of the process."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["in_thread", "working"]
+__all__ = ["any_running", "in_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST = 4
-"""Threads; a few that stay leave less memory behind than a new one for each function."""
+MAX_THREADS = 4
+"""A few permanent threads leave less memory behind than a new one for each function."""
 
-_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _threads: list[threading.Thread] = []
-_working: set[threading.Thread] = set()
-_busy = 0
+_running: set[threading.Thread] = set()
+_pending = 0
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run in a daemon thread, so that an engine that takes minutes to open does not hold an exit.
+    """Run a function in a daemon thread: an engine may take minutes to open, an exit may not.
 
     Raises:
         Exception: Whatever the function raises.
     """
-    global _busy
+    global _pending
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -50,27 +50,27 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, value, error)
 
-    _busy += 1
-    if len(_threads) < min(_busy, MOST):
-        _threads.append(threading.Thread(target=_serve, name="files", daemon=True))
+    _pending += 1
+    if len(_threads) < min(_pending, MAX_THREADS):
+        _threads.append(threading.Thread(target=_work_forever, name="files", daemon=True))
         _threads[-1].start()
-    _work.put(work)
+    _queue.put(work)
     try:
         return await future
     finally:
-        _busy -= 1
+        _pending -= 1
 
 
-def working() -> bool:
-    """Whether a function still runs, also one that nobody waits for any more."""
-    return bool(_working)
+def any_running() -> bool:
+    """Whether a function is still running, including one whose caller was cancelled."""
+    return bool(_running)
 
 
-def _serve() -> None:
+def _work_forever() -> None:
     own = threading.current_thread()
     while True:
-        work = _work.get()
-        _working.add(own)
+        work = _queue.get()
+        _running.add(own)
         work()
-        _working.discard(own)
-        del work
+        _running.discard(own)
+        del work  # or its memory stays until the next function

@@ -65,7 +65,7 @@ def test_what_cannot_be_served_is_told(artefact: Path, checkpoint: Path, tmp_pat
 
 
 def test_bad_settings_are_told(artefact: Path, tmp_path: Path) -> None:
-    assert "max_batch is 0: use from 1 to 4096" in failed(artefact, "--max-batch", 0)
+    assert "--max-batch is 0: use from 1 to 4096" in failed(artefact, "--max-batch", 0)
     token = tmp_path / "token"
     assert "cannot be read" in failed(artefact, "--admin-token-file", token)
     token.write_text("short")

@@ -141,7 +141,7 @@ def test_a_failure_of_our_own_is_logged_and_told_without_detail(
     artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
-        def broken(name: str) -> None:
+        def broken(*_: str) -> None:
             raise RuntimeError("/secret/path")
 
         service.models.find = broken  # type: ignore[method-assign, assignment]
@@ -172,7 +172,7 @@ def test_too_many_pictures_are_refused_before_they_are_decoded(
 ) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         gate = threading.Event()
-        blockers = [asyncio.create_task(service.aside(gate.wait, 10)) for _ in range(256)]
+        blockers = [asyncio.create_task(service.in_pool(gate.wait, 10)) for _ in range(256)]
         await asyncio.sleep(0)
         answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
@@ -338,7 +338,7 @@ def test_labels_are_those_of_what_computed_the_logits(
             asked = asyncio.create_task(ask(client))
             await asyncio.to_thread(gate.reached.wait)
             shutil.copy(files[other][0], path)
-            await models.load("task")  # between the engine and the names
+            await service.repository.load("task")  # between the engine and the names
             await gate.open()
             assert await asked == owed(version, given)
             assert await ask(client) == owed(other, given)
@@ -419,25 +419,25 @@ def test_a_model_exchanged_for_one_of_another_input_asks_the_client_again(
     shutil.copy(artefact, path)
 
     async def play(client: httpx.AsyncClient, service: Service) -> None:
-        aside = service.aside
+        in_pool = service.in_pool
 
         async def exchanging(function: Any, *arguments: Any) -> Any:
-            found = await aside(function, *arguments)
+            found = await in_pool(function, *arguments)
             shutil.copy(pixel_artefact, path)
-            await service.models.load("a")
+            await service.repository.load("a")
             return found
 
-        service.aside = exchanging  # type: ignore[method-assign, assignment]
+        service.in_pool = exchanging  # type: ignore[method-assign, assignment]
         large = many(np.zeros((40, 3, 16, 16), np.float32))  # read in a thread
         for address, content in (
             ("infer", json.dumps(large).encode()),
             ("classify", photos[0].read_bytes()),
         ):
             shutil.copy(artefact, path)
-            await service.models.load("a")
+            await service.repository.load("a")
             answer = await client.post(f"/v2/models/a/{address}", content=content)
             assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
-            assert answer.json() == {"error": "The model 'a' was exchanged: ask again."}
+            assert answer.json() == {"error": "The model 'a' was replaced: send the request again."}
 
     serving([], play, repository=tmp_path)
 
@@ -452,19 +452,19 @@ def test_a_picture_is_not_answered_by_a_model_of_another_preprocessing(
     shutil.copy(artefact, path)
 
     async def play(client: httpx.AsyncClient, service: Service) -> None:
-        aside = service.aside
+        in_pool = service.in_pool
 
         async def exchanging(function: Any, *arguments: Any) -> Any:
-            found = await aside(function, *arguments)
+            found = await in_pool(function, *arguments)
             path.write_bytes(proto.SerializeToString())
-            await service.models.load("a")
+            await service.repository.load("a")
             return found
 
-        service.aside = exchanging  # type: ignore[method-assign, assignment]
+        service.in_pool = exchanging  # type: ignore[method-assign, assignment]
         content = photos[0].read_bytes()
         answer = await client.post("/v2/models/a/classify", content=content)
-        assert answer.json() == {"error": "The model 'a' was exchanged: ask again."}
-        service.aside = aside  # type: ignore[method-assign]
+        assert answer.json() == {"error": "The model 'a' was replaced: send the request again."}
+        service.in_pool = in_pool  # type: ignore[method-assign]
         assert (await client.post("/v2/models/a/classify", content=content)).status_code == 200
 
     serving([], play, repository=tmp_path)
@@ -518,7 +518,7 @@ def test_logits_that_are_not_finite_are_refused_with_the_reason(
         ):
             answer = await client.post(f"/v2/models/a/{address}", content=content)
             assert answer.status_code == 500
-            told = "The model's logits on this request are NaN or infinite: no answer is given."
+            told = "The model's logits for this request are NaN or infinite."
             assert answer.json() == {"error": told}
 
     serving([("a", artefact)], play)

@@ -282,7 +282,7 @@ def test_an_engine_that_does_not_return_is_told_of_and_used_again_when_it_does()
         await until(lambda: not subject.stuck)
         subject._engine_seconds = math.inf  # from here on the test says when it is given up
         running, queued = await engine.blocked(subject, 5.0, 6.0)
-        subject._give_up()
+        subject._time_out()
         for task, status in ((running, 504), (queued, 503)):
             with pytest.raises(Refusal) as caught:
                 await task

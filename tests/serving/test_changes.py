@@ -17,19 +17,19 @@ import pytest
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.protocol.refusals import Refusal
-from aoft_deploy.serving.repository.changes import MOST_SECONDS, Changes, Follower, Look
+from aoft_deploy.serving.repository.changes import MAX_SECONDS, Changes, ChangeTracker, Observation
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
 
 
-def looking(follower: Follower, now: float, unseen: str = "", **marks: object) -> Changes:
-    return follower.looked(Look(marks, frozenset(unseen)), now)
+def looking(follower: ChangeTracker, now: float, unseen: str = "", **marks: object) -> Changes:
+    return follower.observe(Observation(marks, frozenset(unseen)), now)
 
 
 NOTHING = Changes([], [])
 
 
-def tried(follower: Follower, name: str, mark: object, now: float, *, right: bool) -> None:
+def tried(follower: ChangeTracker, name: str, mark: object, now: float, *, right: bool) -> None:
     follower.opening(name, mark)
     if right:
         follower.opened(name)
@@ -38,18 +38,18 @@ def tried(follower: Follower, name: str, mark: object, now: float, *, right: boo
 
 
 def test_a_file_is_opened_when_two_looks_in_a_row_found_it_the_same() -> None:
-    follower = Follower(2.0)
+    follower = ChangeTracker(2.0)
     for now, mark in enumerate((1, 2, 3)):  # it grows
         assert looking(follower, now, a=mark) == NOTHING
     assert looking(follower, 3, a=3) == Changes(["a"], [])
     tried(follower, "a", 3, 3, right=True)
     assert looking(follower, 4, a=3) == NOTHING
-    assert follower.looked(Look({"b": 1}), 5, settled=True).opened == ["b"]
+    assert follower.observe(Observation({"b": 1}), 5, settled=True).opened == ["b"]
 
 
 def test_a_file_is_gone_when_two_looks_in_a_row_did_not_find_it() -> None:
-    follower = Follower(2.0)
-    follower.looked(Look({"a": 1, "b": 1}), 0, settled=True)
+    follower = ChangeTracker(2.0)
+    follower.observe(Observation({"a": 1, "b": 1}), 0, settled=True)
     for name in "ab":
         tried(follower, name, 1, 0, right=True)
     assert looking(follower, 1, b=1) == NOTHING
@@ -62,32 +62,32 @@ def test_a_file_is_gone_when_two_looks_in_a_row_did_not_find_it() -> None:
 
 
 def test_a_folder_or_an_entry_that_cannot_be_looked_at_changes_nothing() -> None:
-    follower = Follower(2.0)
-    follower.looked(Look({"a": 1}), 0, settled=True)
+    follower = ChangeTracker(2.0)
+    follower.observe(Observation({"a": 1}), 0, settled=True)
     tried(follower, "a", 1, 0, right=True)
     for now in range(1, 9):
-        assert follower.looked(Look({}, complete=False), now) == NOTHING
+        assert follower.observe(Observation({}, complete=False), now) == NOTHING
         assert looking(follower, now, unseen="a") == NOTHING
     assert looking(follower, 9, a=1) == looking(follower, 10, a=1) == NOTHING
 
 
 def test_what_failed_is_tried_again_after_a_while_that_doubles() -> None:
-    follower, times = Follower(2.0), []
-    follower.looked(Look({"a": 1}), 0, settled=True)
+    follower, times = ChangeTracker(2.0), []
+    follower.observe(Observation({"a": 1}), 0, settled=True)
     tried(follower, "a", 1, 0, right=False)
     for now in range(1, 400):
         if looking(follower, now, a=1).opened:
             times.append(now)
             tried(follower, "a", 1, now, right=False)
     waits = np.diff([0, *times]).tolist()
-    assert waits[:6] == [2, 4, 8, 16, 32, MOST_SECONDS] and set(waits[6:]) == {MOST_SECONDS}
+    assert waits[:6] == [2, 4, 8, 16, 32, MAX_SECONDS] and set(waits[6:]) == {MAX_SECONDS}
     tried(follower, "a", 1, 400, right=True)
     assert not any(looking(follower, now, a=1).opened for now in range(401, 600))
 
 
 def test_what_failed_is_tried_again_when_it_or_anything_else_has_changed() -> None:
-    follower = Follower(1000.0)
-    follower.looked(Look({"a": 1, "b": 1}), 0, settled=True)
+    follower = ChangeTracker(1000.0)
+    follower.observe(Observation({"a": 1, "b": 1}), 0, settled=True)
     for name in "ab":
         tried(follower, name, 1, 0, right=False)
     assert looking(follower, 1, a=1, b=1) == looking(follower, 2, a=1, b=1) == NOTHING
@@ -98,8 +98,8 @@ def test_what_failed_is_tried_again_when_it_or_anything_else_has_changed() -> No
 
 
 def test_what_a_client_let_go_stays_away_until_its_file_changes() -> None:
-    follower = Follower(2.0)
-    follower.looked(Look({"a": 1}), 0, settled=True)
+    follower = ChangeTracker(2.0)
+    follower.observe(Observation({"a": 1}), 0, settled=True)
     tried(follower, "a", 1, 0, right=False)
     follower.closed("a")
     for now in range(1, 200):
@@ -115,16 +115,16 @@ class Watched:
         self.now = 0.0
         options = {"threads": 1, "follow": 2.0, "max_batch": 2, **settings}
         self.service = Service(Settings(repository=folder, **options), given)
-        self.models = self.service.models
-        self.models._clock = lambda: self.now
+        self.models, self.repository = self.service.models, self.service.repository
+        self.repository._clock = lambda: self.now
 
     async def looks(self, count: int = 2, seconds: float = 0.0) -> None:
         for _ in range(count):
             self.now += seconds
-            await self.models.look()
+            await self.repository.update()
 
     async def index(self) -> dict[str, tuple[str, str]]:
-        found = await self.models.index()
+        found = await self.repository.index()
         json.dumps(found).encode("utf-8")
         return {entry["name"]: (entry["state"], entry["reason"]) for entry in found}
 
@@ -159,13 +159,13 @@ def test_a_checkpoint_that_comes_before_its_fleet_is_served_when_the_fleet_is_th
     async def play() -> None:
         watched = Watched(folder, ("task", artefact))
         shutil.copy(fleet_tasks["zürich"], folder / "new.ckpt")
-        await watched.models.open_given()
+        await watched.repository.open_given()
         assert "no fleet is served that takes it" in (await watched.index())["new"][1]
-        assert watched.models.failed == {"new"}
+        assert watched.repository.failed == {"new"}
         shutil.copy(fleet_artefact, folder / "fleet.onnx")
         await watched.looks(3)  # no time passes: it is the fleet that lets it be tried again
         assert (await watched.index()).items() >= {"new": READY, "pets": READY}.items()
-        assert not watched.models.failed and watched.models.find("new").task == "new"
+        assert not watched.repository.failed and watched.models.find("new").task == "new"
         watched.models.close()
 
     playing(play)
@@ -179,7 +179,7 @@ def test_a_manifest_that_comes_after_its_file_lets_the_file_be_tried_again(
         shutil.copy(artefact, path)
         shutil.copy(f"{artefact}.json", manifest)
         watched = Watched(folder)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         assert await watched.index() == {"task": READY}
         shutil.copy(pixel_artefact, path)
         await watched.looks(2)
@@ -206,7 +206,7 @@ def test_what_mends_itself_outside_the_folder_is_tried_again_after_a_while(
         watched = Watched(folder)
         with monkeypatch.context() as patch:
             patch.setattr("aoft_deploy.serving.repository.models.open_artefact", no_memory)
-            await watched.models.open_given()
+            await watched.repository.open_given()
             for _ in range(3):
                 await watched.looks(1, seconds=100.0)
         assert await watched.index() == {
@@ -235,11 +235,11 @@ def test_an_entry_that_cannot_be_looked_at_is_no_other_s_fault(
         os.mkfifo(folder / "pipe.onnx")
         shutil.copy(artefact, folder / "task.onnx")
         watched = Watched(folder)
-        await watched.models.open_given()
-        loop = ("UNAVAILABLE", "loop.onnx cannot be looked at (Too many levels of symbolic links).")
+        await watched.repository.open_given()
+        loop = ("UNAVAILABLE", "loop.onnx cannot be examined (Too many levels of symbolic links).")
         assert await watched.index() == {"task": READY, "loop": loop}
-        with pytest.raises(Refusal, match="cannot be looked at") as caught:
-            await watched.models.load("loop")
+        with pytest.raises(Refusal, match="cannot be examined") as caught:
+            await watched.repository.load("loop")
         assert caught.value.status == 400
         shutil.copy(fleet_artefact, folder / "fleet.onnx")
         before = await watched.answers("task")
@@ -258,12 +258,12 @@ def test_an_entry_that_cannot_be_looked_at_is_no_other_s_fault(
 
     playing(play)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "passed over"}
+    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
     assert passed == {
-        "nothing.onnx": "it is a link to nothing",
+        "nothing.onnx": "it is a broken link",
         "pipe.onnx": "it is neither a file nor a folder",
     }
-    unseen = [e["entry"] for e in events if e["event"] == "cannot be looked at"]
+    unseen = [e["entry"] for e in events if e["event"] == "cannot be examined"]
     assert unseen == ["loop", "task"]  # once each
 
 
@@ -275,15 +275,15 @@ def test_a_name_that_is_no_utf_8_is_passed_over_and_said(
             (folder / os.fsdecode(name)).write_bytes(b"")
         shutil.copy(artefact, folder / "été.onnx")
         watched = Watched(folder)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         await watched.looks(3)
         assert await watched.index() == {"été": READY}
         watched.models.close()
 
     playing(play)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "passed over"}
-    assert passed["\\udcff.onnx"] == "its name cannot stand in an address: rename it"
+    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
+    assert passed["\\udcff.onnx"] == "its name cannot be part of a URL: rename it"
     assert passed.keys() == {"\\udcff.onnx", "\\udce9t\\udce9.json", "\\udcfe"}
 
 
@@ -296,7 +296,7 @@ def test_names_of_a_store_that_are_no_utf_8_do_not_hide_the_others(
         for name in (b"\xff.ckpt", b"good.ckpt"):
             shutil.copy(fleet_tasks["zürich"], store / os.fsdecode(name))
         watched = Watched(folder, ("fleet", fleet_artefact), store=store)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         assert set(await watched.index()) == {"pets", "birds", "good"}
         watched.models.close()
 
@@ -309,13 +309,13 @@ def test_a_repository_that_is_away_unloads_nothing(
     async def play() -> None:
         shutil.copy(artefact, folder / "task.onnx")
         watched = Watched(folder)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         before = await watched.answers("task")
         folder.rename(folder.parent / "away")
         await watched.looks(5)
         assert await watched.index() == {"task": READY}
         with pytest.raises(Refusal, match="the repository cannot be read"):
-            await watched.models.load("task")
+            await watched.repository.load("task")
         folder.mkdir()  # a mount point whose folder is not mounted, for one look
         await watched.looks(1)
         folder.rmdir()
@@ -331,7 +331,7 @@ def test_a_repository_that_is_away_unloads_nothing(
     playing(play)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [e["event"] for e in events].count("model loaded") == 1
-    (told,) = [e for e in events if e["event"] == "cannot be looked at"]
+    (told,) = [e for e in events if e["event"] == "cannot be examined"]
     assert "cannot be read (No such file or directory)" in told["reason"]
 
 
@@ -343,7 +343,7 @@ def test_a_repository_that_is_no_folder_is_refused(kind: str, folder: Path) -> N
     elif kind == "loop":
         folder.symlink_to(folder)
     with pytest.raises(SettingError, match=r"The repository .* cannot be read"):
-        asyncio.run(Watched(folder).models.open_given())
+        asyncio.run(Watched(folder).repository.open_given())
 
 
 def test_a_folder_of_triton_is_passed_over_with_the_reason(
@@ -356,14 +356,14 @@ def test_a_folder_of_triton_is_passed_over_with_the_reason(
         shutil.copy(artefact, folder / "task.onnx")
         shutil.copy(f"{artefact}.json", folder / "task.onnx.json")
         watched = Watched(folder)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         await watched.looks(2)
         assert await watched.index() == {"task": READY}
         watched.models.close()
 
     playing(play)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "passed over"}
+    passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
     assert passed.keys() == {"pets", "notes.txt"}
     assert "a model of a Triton repository" in passed["pets"]
     assert "its suffix is none of .ckpt, .onnx" in passed["notes.txt"]
@@ -375,7 +375,7 @@ from pathlib import Path
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.artefacts.manifest import check_unchanged
-from aoft_deploy.serving.repository.models import _check_readable
+from aoft_deploy.serving.repository.repository import _check_readable
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 import aoft_exporters.onnx.exporter, onnxruntime
 if os.geteuid() == 0:
@@ -444,13 +444,13 @@ def test_a_strict_server_is_ready_once_what_failed_is_mended_or_gone(
                 artefact.read_bytes()[: None if name == "task.onnx" else 99]
             )
         watched = Watched(folder, strict=True)
-        await watched.models.open_given()
+        await watched.repository.open_given()
         watched.service.state = "ready"
         assert watched.service.unready == "without a model that failed at the start"
         (folder / "one.onnx").unlink()
         shutil.copy(artefact, folder / "two.onnx")
         await watched.looks(2)
-        assert watched.models.failed == {"three"} and not watched.service.ready
+        assert watched.repository.failed == {"three"} and not watched.service.ready
         shutil.copy(artefact, folder / "three.onnx")
         await watched.looks(2)
         assert watched.service.ready

@@ -15,10 +15,16 @@ import pytest
 import uvicorn
 from clock import Clock, settled
 
-from aoft_deploy.serving.server import QUIET_SECONDS, _begin_no_more, _part, _stop_listening
 from aoft_deploy.serving.transport.closing import LINGER_BYTES, LINGER_SECONDS
-from aoft_deploy.serving.transport.connections import HEADER_SECONDS, SPARE_SECONDS, connections
+from aoft_deploy.serving.transport.connections import connection_class
 from aoft_deploy.serving.transport.descriptors import SPARE
+from aoft_deploy.serving.transport.limited_connection import HEAD_SECONDS, SPARE_SECONDS
+from aoft_deploy.serving.transport.shutdown import (
+    QUIET_SECONDS,
+    drop_new_connections,
+    end_connections,
+    stop_listening,
+)
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 UPLOAD = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n"
@@ -49,7 +55,7 @@ def listening(request: pytest.FixtureRequest) -> Any:
 
     @asynccontextmanager
     async def serving(most: int) -> Any:
-        make: Any = connections(request.param, most)
+        make: Any = connection_class(request.param, most)
         config = uvicorn.Config(
             application,
             http=make,
@@ -113,12 +119,12 @@ def test_a_connection_whose_headers_do_not_come_ends(
         writer.write(rest)
         await settled()
         for _ in range(9):
-            await clock.go(HEADER_SECONDS / 10)
+            await clock.go(HEAD_SECONDS / 10)
             if drips:
                 writer.write(b"a")
                 await settled()
         assert not reader.at_eof()
-        await clock.go(HEADER_SECONDS / 10)
+        await clock.go(HEAD_SECONDS / 10)
         assert await ended(reader) == b""
         writer.close()
 
@@ -128,9 +134,9 @@ def test_a_connection_whose_headers_do_not_come_ends(
 def test_a_connection_that_rests_between_requests_stays_as_long_as_is_set(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
-        for seconds in (2 * HEADER_SECONDS, HEADER_SECONDS / 2, 0, 2 * HEADER_SECONDS):
+        for seconds in (2 * HEAD_SECONDS, HEAD_SECONDS / 2, 0, 2 * HEAD_SECONDS):
             writer.write(REQUEST[:9])
-            await clock.go(HEADER_SECONDS / 10)
+            await clock.go(HEAD_SECONDS / 10)
             writer.write(REQUEST[9:])
             await reader.readuntil(b"ok")
             await clock.go(seconds)
@@ -283,7 +289,7 @@ def test_an_end_lets_clients_in_use_ask_once_more_and_resets_none(listening: Any
         await clock.go(QUIET_SECONDS * 2)
         used[1].write(REQUEST)
         await used[0].readuntil(b"ok")
-        ending = asyncio.create_task(_part(server))
+        ending = asyncio.create_task(end_connections(server))
         await settled()
         assert await ended(unused[0]) == b"" and await ended(late[0]) == b""
         late[1].write(REQUEST)  # crosses with the end: neither answered nor reset
@@ -307,7 +313,7 @@ def test_an_end_lets_clients_in_use_ask_once_more_and_resets_none(listening: Any
 def test_an_end_does_not_wait_for_clients_that_never_close(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(5)]
-        ending = asyncio.create_task(_part(server))
+        ending = asyncio.create_task(end_connections(server))
         for _ in range(30):
             await clock.go(0.1)
         async with asyncio.timeout(60):
@@ -327,7 +333,7 @@ def test_who_waits_to_be_accepted_when_the_socket_closes_is_answered(listening: 
         waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for client in waiting:
             client.sendall(REQUEST)
-        await _stop_listening(server, bound)
+        await stop_listening(server, bound)
         for client in waiting:
             client.setblocking(False)
             found = await asyncio.wait_for(loop.sock_recv(client, 9999), 60)
@@ -342,7 +348,7 @@ def test_who_waits_to_be_accepted_when_the_socket_closes_is_answered(listening: 
 def test_connections_are_begun_no_more_while_those_that_are_there_come_through() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         early = socket.create_connection(bound.getsockname())
-        _begin_no_more(bound)
+        drop_new_connections(bound)
         with socket.socket() as late:
             late.settimeout(0.3)
             with pytest.raises(TimeoutError):  # neither made nor reset: it is asked for again

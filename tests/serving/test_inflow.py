@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from aoft_deploy.serving.protocol.refusals import Refusal
 from aoft_deploy.serving.transport.bodies import Bodies
-from aoft_deploy.serving.transport.connections import connections
-from aoft_deploy.serving.transport.inflow import INFLOW, Disconnected, Inflow, place
+from aoft_deploy.serving.transport.connections import connection_class
+from aoft_deploy.serving.transport.inflow import INFLOW, Disconnected, Inflow, buffer
 
 Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
@@ -64,7 +64,7 @@ def talked(play: Play, bodies: Bodies | None = None) -> Echo:
     echo = Echo(bodies or Bodies(10**7, 10**8, 5.0))
 
     async def run() -> None:
-        make: Any = connections("httptools", 100)
+        make: Any = connection_class("httptools", 100)
         config = uvicorn.Config(echo, http=make, lifespan="off")
         config.load()
         state = uvicorn.server.ServerState()
@@ -181,7 +181,7 @@ def test_bytes_of_all_bodies_are_limited_while_they_come() -> None:
         body = noise(900_000)
         writer.write(head(body) + body)
         status, message = await answer(reader)
-        assert (status, message) == (429, b"Too many bytes are under way.")
+        assert (status, message) == (429, b"The server holds too many bytes of requests.")
         writer.write(head(b"next") + b"next")
         assert await answer(reader) == (200, b"next")
 
@@ -214,7 +214,7 @@ def test_a_body_that_nobody_reads_is_none_of_the_next_request() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 602_112, 5_000_000])
 def test_a_place_ends_on_a_round_address(size: int) -> None:
-    room = place(size)
+    room = buffer(size)
     assert len(room) == size and not room.readonly
     if size >= 4:
         assert np.frombuffer(room[size % 4 :], np.float32).flags.aligned
@@ -230,7 +230,7 @@ def test_places_take_no_memory_before_bytes_come() -> None:
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     always = pages.exists() and "[always]" in pages.read_text()  # then a byte takes 2 MB
     before = resident()
-    rooms = [place(64 * 2**20) for _ in range(32)]
+    rooms = [buffer(64 * 2**20) for _ in range(32)]
     for room in rooms:
         room[0] = 1
     assert resident() - before < (96 if always else 32) * 2**20
@@ -246,17 +246,17 @@ def test_what_cannot_be_told_of_a_part_ends_the_wait() -> None:
             if size == 3:
                 raise ValueError("three")
 
-        room = place(10)
+        room = buffer(10)
         waiting = asyncio.create_task(inflow.fill(room, arrived))
         await asyncio.sleep(0)
-        inflow.rest[:2] = b"ab"
-        inflow.took(2)
-        inflow.rest[:3] = b"cde"
-        inflow.took(3)
-        assert not inflow.rest
+        inflow.remaining[:2] = b"ab"
+        inflow.written(2)
+        inflow.remaining[:3] = b"cde"
+        inflow.written(3)
+        assert not inflow.remaining
         with pytest.raises(ValueError, match="three"):
             await waiting
-        inflow.lost()  # nobody waits
+        inflow.disconnected()  # nothing waits for it
         assert told == [0, 2, 3] and bytes(room[:5]) == b"abcde"
 
     asyncio.run(run())

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from made_model import BODY
 
-from aoft_deploy.serving.log import KINDS, SAME, SAME_SECONDS, JsonHandler, Writer, log
+from aoft_deploy.serving.log import MAX_KINDS, MAX_RECORDS, PERIOD_SECONDS, JsonHandler, Writer, log
 
 
 class Broken:
@@ -79,7 +79,7 @@ def test_a_reader_that_waits_holds_nobody_up_and_is_told_what_it_missed() -> Non
         assert gate.wait(60)
         written.append(line)
 
-    writer = Writer(write, most=3)
+    writer = Writer(write, max_lines=3)
     writer.put(b"0\n")
     assert begun.wait(60)
     for number in range(1, 9):
@@ -108,7 +108,7 @@ def test_lines_that_could_not_be_written_are_counted() -> None:
 
 def test_an_end_does_not_wait_for_a_reader_for_ever() -> None:
     gate = threading.Event()
-    writer = Writer(lambda line: gate.wait(60), most=1)
+    writer = Writer(lambda line: gate.wait(60), max_lines=1)
     for _ in range(3):
         writer.put(b"x\n")
     writer.close(0.01)
@@ -133,15 +133,15 @@ def test_a_library_tells_a_few_records_of_a_kind_in_a_minute(
         logger.error("no descriptor\nsocket: %d", number)
     logger.error("another")
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert len(events) == SAME + 1 and events[-1]["message"] == "another"
+    assert len(events) == MAX_RECORDS + 1 and events[-1]["message"] == "another"
     assert events[0]["logger"] == "tests.library" and events[0]["message"].endswith("socket: 0")
-    now[0] += SAME_SECONDS - 0.001
+    now[0] += PERIOD_SECONDS - 0.001
     logger.error("no descriptor")
     assert capsys.readouterr().err == ""
     now[0] += 0.001
     logger.error("no descriptor")
     left, told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert left["left_out"] == 2049 - SAME and told["message"] == "no descriptor"
+    assert left["left_out"] == 2049 - MAX_RECORDS and told["message"] == "no descriptor"
 
 
 def test_a_library_that_always_tells_something_else_is_limited_too(
@@ -150,7 +150,7 @@ def test_a_library_that_always_tells_something_else_is_limited_too(
     logger, _ = library
     for number in range(5000):
         logger.error(f"problem {number}")
-    assert len(capsys.readouterr().err.splitlines()) == KINDS + SAME
+    assert len(capsys.readouterr().err.splitlines()) == MAX_KINDS + MAX_RECORDS
 
 
 def test_a_record_whose_arguments_do_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,21 +30,21 @@ from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
-from aoft_deploy.serving.endpoints.pictures import sample
+from aoft_deploy.serving.endpoints.images import decode_sample
 from aoft_deploy.serving.protocol.refusals import Refusal
-from aoft_deploy.serving.repository.models import artefact_name
+from aoft_deploy.serving.repository.names import artefact_name
 from aoft_deploy.serving.settings import Settings, read_toml
 from aoft_deploy.serving.telemetry.metrics import Counter, Histogram, exposition, gauge
-from aoft_deploy.serving.telemetry.statistics import MOST, Statistics
+from aoft_deploy.serving.telemetry.statistics import MAX_MODELS, Statistics
 from aoft_deploy.serving.transport.bodies import Bodies
 from aoft_deploy.serving.transport.encodings import (
-    MOST_MEMBERS,
+    MAX_MEMBERS,
     acceptable,
     compressed,
     decompressed,
 )
 from aoft_deploy.serving.transport.inflow import Disconnected
-from aoft_deploy.serving.transport.uploads import uploaded
+from aoft_deploy.serving.transport.uploads import uploaded_files
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -71,7 +71,7 @@ def test_a_body_is_read_whole_and_counted_until_it_is_released() -> None:
     bodies = Bodies(10, 15, 1.0)
     assert read(bodies, receiving(b"abc", b"", b"def"), "6") == b"abcdef"
     assert bodies.bytes == 6
-    with pytest.raises(Refusal, match="Too many bytes") as caught:
+    with pytest.raises(Refusal, match="holds too many bytes") as caught:
         read(bodies, receiving(b"0123456789"))
     assert caught.value.status == 429 and caught.value.close and bodies.bytes == 6
     bodies.release(6)
@@ -189,7 +189,7 @@ def test_what_a_client_accepts_is_obeyed(accepted: str | None, encodings: list[s
     "accepted", ["*;q=0", "identity;q=0", "identity;q=0, gzip;q=0", "br, *;q=0"]
 )
 def test_a_client_that_accepts_nothing_is_told(accepted: str) -> None:
-    with pytest.raises(Refusal, match="take gzip, deflate or identity") as caught:
+    with pytest.raises(Refusal, match="give gzip, deflate or identity") as caught:
         acceptable(accepted)
     assert caught.value.status == 406
 
@@ -226,16 +226,16 @@ def test_several_members_of_gzip_are_one_body() -> None:
         with pytest.raises(Refusal) as caught:
             decompressed(wrong, "gzip", 10**6)
         assert caught.value.status == 400
-    with pytest.raises(Refusal, match="unpacks to more than 403004 bytes"):
+    with pytest.raises(Refusal, match="decompresses to more than 403004 bytes"):
         decompressed(whole, "gzip", 403_004)
     assert len(decompressed(whole, "gzip", 403_005)) == 403_005
 
 
 def test_many_members_of_gzip_cost_no_more_than_a_few() -> None:
     empty = gzip.compress(b"")
-    assert decompressed(empty * MOST_MEMBERS, "gzip", 10) == b""
+    assert decompressed(empty * MAX_MEMBERS, "gzip", 10) == b""
     with pytest.raises(Refusal, match="more than 10000 gzip members") as caught:
-        decompressed(empty * (MOST_MEMBERS + 1), "gzip", 10)
+        decompressed(empty * (MAX_MEMBERS + 1), "gzip", 10)
     assert caught.value.status == 413
 
 
@@ -255,7 +255,9 @@ def test_damaged_compression_is_refused(name: str) -> None:
 def test_a_second_body_of_deflate_is_refused() -> None:
     packed = zlib.compress(b"one")
     for wrong in (packed + packed, packed + b"\0", packed + bytes(2**19)):
-        with pytest.raises(Refusal, match="Something follows the deflate body") as caught:
+        with pytest.raises(
+            Refusal, match="More bytes follow the end of the deflate body"
+        ) as caught:
             decompressed(wrong, "deflate", 10**6)
         assert caught.value.status == 400
 
@@ -265,7 +267,7 @@ def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
     bomb = b"".join(pack.compress(bytes(2**20)) for _ in range(256)) + pack.flush()
     tracemalloc.start()
     try:
-        with pytest.raises(Refusal, match="unpacks to more than") as caught:
+        with pytest.raises(Refusal, match="decompresses to more than") as caught:
             decompressed(bomb, "deflate", 8 * 2**20)
         assert caught.value.status == 413 and tracemalloc.get_traced_memory()[1] < 12 * 2**20
     finally:
@@ -283,7 +285,7 @@ KIND = "multipart/form-data; boundary=xyz"
 
 def test_files_of_a_form_come_in_their_order() -> None:
     files = [b"one", b"\r\n--xy\r\n", b"", bytes(range(256)) * 100]
-    assert uploaded(form(*files), KIND, 4) == files
+    assert uploaded_files(form(*files), KIND, 4) == files
 
 
 def field(name: str, value: bytes, more: bytes = b"") -> bytes:
@@ -305,15 +307,15 @@ TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
     ],
 )
 def test_fields_of_a_form_are_no_files(fields: list[bytes], files: list[bytes]) -> None:
-    assert uploaded(b"".join(fields), KIND, 4) == files
+    assert uploaded_files(b"".join(fields), KIND, 4) == files
 
 
 def test_a_form_of_fields_alone_is_told() -> None:
     with pytest.raises(Refusal, match="has no file: give one with a filename") as caught:
-        uploaded(field("top", b"5") + b"--xyz--\r\n", KIND, 4)
+        uploaded_files(field("top", b"5") + b"--xyz--\r\n", KIND, 4)
     assert caught.value.status == 400
     with pytest.raises(Refusal, match="more than 64 fields") as caught:
-        uploaded(field("top", b"5") * 65 + form(b"one"), KIND, 4)
+        uploaded_files(field("top", b"5") * 65 + form(b"one"), KIND, 4)
     assert caught.value.status == 413
 
 
@@ -331,7 +333,7 @@ def test_what_stands_beside_a_form_is_passed_over_as_the_mail_library_does(
     head = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=xyz\r\n\r\n"
     message = email.message_from_bytes(head + before + whole + after, policy=email.policy.HTTP)
     theirs = [part.get_payload(decode=True) for part in message.iter_parts()]
-    assert uploaded(before + whole + after, KIND, 4) == theirs == files
+    assert uploaded_files(before + whole + after, KIND, 4) == theirs == files
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_what_stands_beside_a_form_is_passed_over_as_the_mail_library_does(
 )
 def test_what_is_no_form_is_refused(body: bytes, kind: str, status: int) -> None:
     with pytest.raises(Refusal) as caught:
-        uploaded(body, kind, 4)
+        uploaded_files(body, kind, 4)
     assert caught.value.status == status
 
 
@@ -359,7 +361,7 @@ def test_what_is_no_form_is_refused(body: bytes, kind: str, status: int) -> None
 def test_a_distorted_form_gives_files_or_a_refusal(cut: int, junk: bytes) -> None:
     whole = form(b"one", b"two" * 20)
     try:
-        files = uploaded(whole[:cut] + junk + whole[cut + len(junk) :], KIND, 4)
+        files = uploaded_files(whole[:cut] + junk + whole[cut + len(junk) :], KIND, 4)
     except Refusal as refusal:
         assert refusal.status in (400, 413)
     else:
@@ -376,7 +378,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def prepared(data: bytes, max_pixels: int = 10**6) -> Any:
-    return sample(data, PREPARE, 16, max_pixels)
+    return decode_sample(data, PREPARE, 16, max_pixels)
 
 
 WHOLE = ["PNG", "JPEG", "WEBP"]
@@ -397,7 +399,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_differs_by_a_level(
     prepare = Preprocessing(64, 0.9, HALF, HALF)
     data = encoded(make_picture(1600, 1200, seed=2), "JPEG", quality=90)
     whole = prepare.pixels(read_image(data)).astype(int)
-    small = sample(data, prepare.pixels, 64, 10**8).astype(int)
+    small = decode_sample(data, prepare.pixels, 64, 10**8).astype(int)
     assert 0 < np.abs(whole - small).max() <= 3 and np.abs(whole - small).mean() < 0.5
     assert read_image(data, least=256).size == (400, 300)
 
@@ -417,7 +419,7 @@ def test_every_meaning_of_pixels_is_the_library_s(
     data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
     assert np.array_equal(prepared(data), PREPARE(read_image(data)))
     if mode == "I;16":
-        assert int(sample(data, PREPARE.pixels, 16, 10**6)[8, 8, 0]) == 156
+        assert int(decode_sample(data, PREPARE.pixels, 16, 10**6)[8, 8, 0]) == 156
 
 
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000)])
@@ -427,7 +429,7 @@ def test_a_picture_like_a_thread_is_what_the_library_sees(
 ) -> None:
     prepare = Preprocessing(side, 0.9, HALF, HALF)
     image = make_picture(*size, seed=7)
-    assert np.array_equal(sample(encoded(image), prepare, side, 10**6), prepare(image))
+    assert np.array_equal(decode_sample(encoded(image), prepare, side, 10**6), prepare(image))
 
 
 def test_orientation_and_frames_are_the_library_s(
@@ -533,9 +535,9 @@ def test_statistics_count_requests_batches_and_nanoseconds() -> None:
     assert report["inference_stats"]["fail"] == {"count": 1, "ns": 7}
     (batch,) = report["batch_stats"]
     assert batch["batch_size"] == 5 and batch["compute_infer"] == {"count": 1, "ns": 3}
-    for i in range(MOST + 5):
+    for i in range(MAX_MODELS + 5):
         statistics[f"m{i}"].failed(1)
-    assert len(statistics) == MOST and "a" not in statistics
+    assert len(statistics) == MAX_MODELS and "a" not in statistics
 
 
 def test_settings_come_from_a_file_beside_their_defaults(tmp_path: Path) -> None:
@@ -563,14 +565,14 @@ def test_settings_come_from_a_file_beside_their_defaults(tmp_path: Path) -> None
         ("port = ", "cannot be read as TOML"),
         ("prot = 1", "unknown setting 'prot'. Known: admin-token-file, artefacts"),
         ("artefacts = 3", "must be a list of paths"),
-        ('port = "1"', "port is '1': give a whole number"),
-        ("port = true", "port is True: give a whole number"),
-        ("port = 70000", "port is 70000: use from 0 to 65535"),
-        ("max-batch = 0", "max_batch is 0: use from 1"),
-        ("repository = 1", "repository is 1: give a path"),
-        ("host = 1", "host is 1: give a text"),
-        ("log-requests = 1", "log_requests is 1: give true or false"),
-        ("max-wait = nan", "max_wait is nan"),
+        ('port = "1"', "`port` is '1': give a whole number"),
+        ("port = true", "`port` is True: give a whole number"),
+        ("port = 70000", "`port` is 70000: use from 0 to 65535"),
+        ("max-batch = 0", "`max_batch` is 0: use from 1"),
+        ("repository = 1", "`repository` is 1: give a path"),
+        ("host = 1", "`host` is 1: give a text"),
+        ("log-requests = 1", "`log_requests` is 1: give true or false"),
+        ("max-wait = nan", "`max_wait` is nan"),
         ('http = "h2"', "use h11 or httptools"),
     ],
 )
@@ -662,13 +664,13 @@ def test_nothing_but_an_error_comes_of_a_distorted_onnx_file(
 MEMORY = """
 import sys
 from pathlib import Path
-from aoft_deploy.serving.memory import give_large_blocks_back
+from aoft_deploy.serving.memory import return_large_blocks
 
 def resident():
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
 
 if sys.argv[1] == "set":
-    give_large_blocks_back()
+    return_large_blocks()
 batch = b"x" * 2**23
 del batch  # the largest block that was freed
 before = resident()

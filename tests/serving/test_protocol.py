@@ -95,8 +95,8 @@ def test_what_the_caller_asks_is_read() -> None:
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not JSON"),
     "cut": (b"{oops", "not JSON"),
-    "list": (b"[]", "no object"),
-    "null": (b"null", "no object"),
+    "list": (b"[]", "not an object"),
+    "null": (b"null", "not an object"),
     "bad UTF-8": (b'{"id": "\xff"}', "not JSON"),
     "inputs an object": (b'{"inputs": {}}', "list of objects"),
     "inputs numbers": (b'{"inputs": [1]}', "list of objects"),
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "timeout negative": (body(parameters={"timeout": -1}), "The timeout is -1"),
     "flag a number": (body(parameters={"binary_data_output": 1}), "true or false"),
     "output unknown": (body(outputs=[{"name": "y"}]), "Unknown output 'y'"),
-    "output twice": (body(outputs=[{"name": "logits"}] * 2), "2 outputs are asked"),
+    "output twice": (body(outputs=[{"name": "logits"}] * 2), "There are 2 outputs"),
     "100,000 outputs": (body(outputs=[{"name": "logits"}] * 100_000), "100000 outputs"),
     "outputs numbers": (body(outputs=[1]), "list of objects"),
     "classes a text": (

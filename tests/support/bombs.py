@@ -106,7 +106,7 @@ READER = """
 import json, os, sys, time
 from pathlib import Path
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.serving.endpoints.pictures import sample
+from aoft_deploy.serving.endpoints.images import decode_sample
 from aoft_deploy.serving.protocol.refusals import Refusal
 
 HALF = (0.5, 0.5, 0.5)
@@ -124,7 +124,7 @@ for path in map(Path, sys.argv[1:]):
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     before, start = now(), time.process_time()
     try:
-        sample(data, prepare, 224, 10**6)
+        decode_sample(data, prepare, 224, 10**6)
     except Refusal as refusal:
         status, message = refusal.status, refusal.message
     print(json.dumps([status, message, time.process_time() - start, peak() - before]))

@@ -1,1 +1,1 @@
-"""Requests joined into batches for one engine."""
+"""Requests collected into batches for an engine."""

@@ -1,8 +1,9 @@
-"""Which waiting requests form the next batch, and when it goes. No clock, no thread, no server.
+"""The choice of the next batch and of its time. Independent of clock, threads and server.
 
-A batch goes as soon as the engine is free and as many rows wait as can be expected: those of the
-batch before, whose clients ask again, and those that waited meanwhile. Fewer go after a short wait.
-So a lone client never waits, and clients that ask in turn come together.
+A batch is sent when the engine is free and the expected number of rows is waiting: the rows of the
+previous batch, whose clients are likely to send again, and the rows that queued meanwhile. Fewer
+rows are sent after a short wait. A single client therefore never waits, and clients that send one
+request after another share batches.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Collector(Generic[Item]):
-    """Requests that wait for one engine, in their order.
+    """The queue of requests for one engine, first in, first out.
 
     Attributes:
-        rows: Samples that wait.
+        rows: Number of samples in the queue.
 
     Args:
-        max_rows: Samples in a batch; a single larger request goes alone.
-        max_wait: Seconds that a batch waits for more at most.
-        capacity: Requests that may wait.
+        max_rows: Maximum number of samples in a batch; a single larger request runs alone.
+        max_wait: Maximum seconds that a batch waits for more requests.
+        capacity: Maximum number of requests in the queue.
     """
 
     def __init__(self, max_rows: int, max_wait: float, capacity: int) -> None:
@@ -38,7 +39,7 @@ class Collector(Generic[Item]):
         return len(self._waiting)
 
     def add(self, item: Item, rows: int, now: float) -> bool:
-        """Let a request wait; False where there is no room."""
+        """Queue a request; False if the queue is full."""
         if len(self._waiting) >= self._capacity:
             return False
         self._waiting[item] = rows, now
@@ -46,17 +47,17 @@ class Collector(Generic[Item]):
         return True
 
     def discard(self, item: Item) -> None:
-        """Let a request go that may have gone already."""
+        """Remove a request; does nothing if it is not in the queue."""
         rows, _ = self._waiting.pop(item, (0, 0.0))
         self.rows -= rows
 
     def engine_free(self, rows: int, now: float) -> None:
-        """The engine has answered a batch of ``rows`` and is free."""
+        """Note that the engine has finished a batch of ``rows``."""
         self._expected = min(max(rows + self.rows, 1), self._max_rows)
         self._free_since = now
 
     def wait(self, now: float) -> float | None:
-        """Seconds until the next batch goes to a free engine; None where nothing waits."""
+        """Seconds until the next batch is sent to a free engine; None if the queue is empty."""
         if not self._waiting:
             return None
         if self.rows >= self._expected:
@@ -65,7 +66,7 @@ class Collector(Generic[Item]):
         return max(max(oldest, self._free_since) + self._max_wait - now, 0.0)
 
     def take(self) -> list[Item]:
-        """The next batch: the longest waiting requests that fit together, one at least."""
+        """Remove the next batch: the oldest requests that fit together, at least one."""
         batch: list[Item] = []
         total = 0
         for item, (rows, _) in self._waiting.items():
@@ -79,6 +80,6 @@ class Collector(Generic[Item]):
         return batch
 
     def clear(self) -> list[Item]:
-        """Take everything that waits."""
+        """Remove all requests."""
         items, self._waiting, self.rows = list(self._waiting), {}, 0
         return items

@@ -1,1 +1,1 @@
-"""The addresses of the server and what each answers."""
+"""The URLs of the server and their answers."""

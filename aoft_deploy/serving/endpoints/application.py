@@ -1,4 +1,4 @@
-"""The ASGI application: addresses, and what is the same for every request."""
+"""The ASGI application: routes, errors, metrics and the log of every request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,25 +15,25 @@ from aoft_deploy.errors import AoftError
 from aoft_deploy.serving.endpoints.catalogue import Catalogue
 from aoft_deploy.serving.endpoints.inference import Inference
 from aoft_deploy.serving.log import log
-from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.serving.protocol.refusals import Refusal, error_body
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.transport.calls import Call
 from aoft_deploy.serving.transport.inflow import Disconnected
 
 __all__ = ["Application"]
 
-GONE = 499
-"""Counted for clients that went away."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status in metrics and log if the client disconnected before the answer."""
 
 LINGER_SECONDS = 1.0
-"""How long a client may go on sending a body that was refused."""
+"""Maximum seconds that a client may continue to send a body after it was refused."""
 
 
 class Application:
-    """Serves a service.
+    """The ASGI application of a service.
 
     Attributes:
-        service: What it serves.
+        service: The service.
 
     Args:
         service: As the attribute.
@@ -45,12 +44,12 @@ class Application:
         self._router = Router(_routes(service), redirect_slashes=False, default=_not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, whatever becomes of it."""
+        """Answer a request or a lifespan event."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
-            raise RuntimeError(f"a scope of type {scope['type']} is not served")
+            raise RuntimeError(f"a scope of type {scope['type']} is not supported")
         service = self.service
         observations = service.observations
         call = Call(scope)
@@ -67,19 +66,19 @@ class Application:
                     headers.append((b"connection", b"close"))
             await send(message)
 
-        taken = int(service.state != "draining")
-        service.taken += taken
+        accepted = int(service.state != "draining")
+        service.accepted += accepted
         observations.in_flight += 1
         try:
             call.check()
             await self._router(scope, receive, reply)
         except Disconnected:
-            status = GONE
+            status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             if status or service.state != "draining":
-                status = GONE
+                status = CLIENT_CLOSED_REQUEST
                 raise
-            call.read = True  # no time is left to read on
+            call.read = True  # there is no time left to read the rest of the body
             ended = Refusal(503, "The server has ended.", close=True)
             await self._refuse(ended, scope, receive, reply)
         except Exception as error:
@@ -87,9 +86,9 @@ class Application:
             if status == 0:
                 await self._refuse(refusal, scope, receive, reply)
             status = refusal.status
-            del refusal  # its traceback holds this frame, and so the request's body
+            del refusal  # its traceback refers to this frame, and thereby to the request's body
         finally:
-            service.taken -= taken
+            service.accepted -= accepted
             observations.in_flight -= 1
             service.bodies.release(call.body)
             observations.requests.add(observations.label(call.model), str(status))
@@ -105,19 +104,19 @@ class Application:
                 )
 
     async def _refuse(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer so that the client hears it, also one that is still sending its body.
+        """Send an error, and read the rest of the request's body for a while.
 
-        A connection that is closed while bytes come in is reset, and the answer with it.
+        If a connection is closed while bytes arrive, it is reset and the answer is lost.
         """
         headers = {**refusal.headers, "content-type": "application/json"}
         if refusal.close:
             headers["connection"] = "close"
-        content = orjson.dumps({"error": refusal.message})
+        content = error_body(refusal.message)
         headers["content-length"] = str(len(content))
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
         await send({"type": "http.response.body", "body": content, "more_body": True})
-        if not scope["aoft.call"].read and refusal.status != 408:  # its body does not come
+        if not scope["aoft.call"].read and refusal.status != 408:  # 408: no body is arriving
             try:
                 async with asyncio.timeout(LINGER_SECONDS):
                     more = True
@@ -128,8 +127,8 @@ class Application:
                 pass
         await send({"type": "http.response.body"})
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """Start and drain with whatever runs the application, where it is not our own server."""
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Start and drain the service for another ASGI server than this package's."""
         await receive()
         try:
             await self.service.start()
@@ -142,8 +141,8 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-class _Plain:
-    """An endpoint that answers by itself: Starlette takes an object for an ASGI application."""
+class _AsgiEndpoint:
+    """Wraps a method as an object, which Starlette calls as an ASGI application."""
 
     def __init__(self, endpoint: ASGIApp) -> None:
         self._endpoint = endpoint
@@ -157,8 +156,8 @@ def _routes(service: Service) -> list[Route]:
     post, models = ["POST"], "/v2/models/{model}"
     versions = models + "/versions/{version}"
     return [
-        Route(models + "/infer", _Plain(inference.infer), methods=post),
-        Route(models + "/classify", _Plain(inference.classify), methods=post),
+        Route(models + "/infer", _AsgiEndpoint(inference.infer), methods=post),
+        Route(models + "/classify", _AsgiEndpoint(inference.classify), methods=post),
         Route("/v2/health/live", catalogue.live),
         Route("/v2/health/ready", catalogue.ready),
         Route("/v2", catalogue.server),
@@ -173,8 +172,8 @@ def _routes(service: Service) -> list[Route]:
                 ("/stats", catalogue.statistics),
             )
         ),
-        Route(versions + "/infer", _Plain(inference.infer), methods=post),
-        Route(versions + "/classify", _Plain(inference.classify), methods=post),
+        Route(versions + "/infer", _AsgiEndpoint(inference.infer), methods=post),
+        Route(versions + "/classify", _AsgiEndpoint(inference.classify), methods=post),
         Route("/v2/repository/index", catalogue.index, methods=post),
         Route("/v2/repository/models/{model}/load", catalogue.load, methods=post),
         Route("/v2/repository/models/{model}/unload", catalogue.unload, methods=post),
@@ -185,13 +184,13 @@ def _routes(service: Service) -> list[Route]:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise Refusal(404, "There is nothing at this address.")
+    raise Refusal(404, "This URL does not exist.")
 
 
 def _refusal(error: Exception, call: Call) -> Refusal:
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, HTTPException):  # the router's, for another method
+    if isinstance(error, HTTPException):  # raised by the router for a wrong method
         headers = dict(error.headers or {})
         return Refusal(error.status_code, f"{error.detail}.", headers=headers, close=True)
     log("request failed", request=call.id, error=error)

@@ -1,4 +1,4 @@
-"""The addresses that tell what there is: health, metadata, statistics, metrics, the repository."""
+"""Endpoints about the server: health, metadata, statistics, metrics and the model repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.serving.endpoints.openapi import description, page
 from aoft_deploy.serving.protocol.messages import OUTPUT, VERSION, read_json
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal, shown, unknown_model
 from aoft_deploy.serving.repository.models import Model
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.transport.calls import Call
@@ -30,11 +30,15 @@ EXTENSIONS = (
 )
 
 
+MAX_BODY = 65536
+"""Maximum bytes of a request's body."""
+
+
 class Catalogue:
-    """Endpoints of a service.
+    """The endpoints about a server.
 
     Args:
-        service: What they are of.
+        service: The server's service.
     """
 
     def __init__(self, service: Service) -> None:
@@ -80,7 +84,7 @@ class Catalogue:
         )
 
     async def config(self, request: Request) -> Response:
-        """``GET /v2/models/{model}/config``, as Triton writes it."""
+        """``GET /v2/models/{model}/config``, in Triton's form."""
         model, settings = self._model(request), self._service.settings
         tensor = model.artefact.tensor
         classes = self._classes(model)
@@ -90,8 +94,8 @@ class Catalogue:
                 "platform": _platform(model),
                 "backend": _platform(model).partition("_")[0],
                 "max_batch_size": settings.max_batch,
-                "input": [_described(tensor.name, tensor.datatype, tensor.shape)],
-                "output": [_described(OUTPUT, "FP32", (classes,))],
+                "input": [_tensor_config(tensor.name, tensor.datatype, tensor.shape)],
+                "output": [_tensor_config(OUTPUT, "FP32", (classes,))],
                 "version_policy": {"latest": {"num_versions": 1}},
                 "dynamic_batching": {
                     "preferred_batch_size": [settings.max_batch],
@@ -111,7 +115,7 @@ class Catalogue:
     async def index(self, request: Request) -> Response:
         """``POST /v2/repository/index``."""
         body = await self._body(request)
-        entries = await self._service.models.index()
+        entries = await self._service.repository.index()
         ready = body.get("ready", False)
         if not isinstance(ready, bool):
             raise Refusal(400, f"ready is {shown(ready)}: give true or false.")
@@ -122,7 +126,7 @@ class Catalogue:
         parameters = await self._change(request)
         if parameters:
             raise Refusal(400, f"Load takes no parameters, but got {shown(sorted(parameters))}.")
-        await self._service.models.load(request.path_params["model"])
+        await self._service.repository.load(request.path_params["model"])
         return _json({})
 
     async def unload(self, request: Request) -> Response:
@@ -130,7 +134,7 @@ class Catalogue:
         parameters = await self._change(request)
         if set(parameters) - {"unload_dependents"}:
             raise Refusal(400, f"Unknown parameters {shown(sorted(parameters))}.")
-        await self._service.models.unload(request.path_params["model"])
+        await self._service.repository.unload(request.path_params["model"])
         return _json({})
 
     async def metrics(self, request: Request) -> Response:
@@ -148,35 +152,35 @@ class Catalogue:
         return Response(page(self._version), media_type="text/html")
 
     def _model(self, request: Request) -> Model:
-        if request.path_params.get("version", VERSION) != VERSION:
-            raise Refusal(404, f"There is no version {shown(request.path_params['version'])}.")
-        model = self._service.models.find(request.path_params["model"])
+        names = request.path_params
+        model = self._service.models.find(names["model"], names.get("version", VERSION))
         request.scope["aoft.call"].model = model.name
         return model
 
     def _classes(self, model: Model) -> int:
+        """Number of classes of a model."""
         try:
             return len(self._service.models.classes(model))
         except UnknownNameError:
-            raise Refusal(404, f"There is no model {shown(model.name)}.") from None
+            raise unknown_model(model.name) from None
 
     async def _body(self, request: Request) -> dict[str, Any]:
         call: Call = request.scope["aoft.call"]
         length = call.header(b"content-length")
         body = bytes(await self._service.bodies.read(request.receive, length))
         call.body, call.read = len(body), True
-        if len(body) > 65536:
-            raise Refusal(413, "The body has more than 65536 bytes.")
+        if len(body) > MAX_BODY:
+            raise Refusal(413, f"The body has more than {MAX_BODY} bytes.")
         return read_json(body) if body.strip() else {}
 
     async def _change(self, request: Request) -> dict[str, Any]:
-        """Parameters of a change of the repository, if the client may make it."""
+        """Authorize a change of the repository, and read its parameters."""
         token = self._service.token
         if token is None:
             raise Refusal(403, "The repository cannot be changed over HTTP.", close=True)
         given = request.headers.get("authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, b"Bearer " + token):
-            raise Refusal(403, "The repository is changed with another token only.", close=True)
+            raise Refusal(403, "The token for changing the repository is wrong.", close=True)
         if self._service.state != "ready":
             raise Refusal(503, f"The server is {self._service.state}.")
         parameters = (await self._body(request)).get("parameters") or {}
@@ -189,7 +193,7 @@ def _platform(model: Model) -> str:
     return "onnxruntime_onnx" if model.artefact.path.suffix == ".onnx" else "openvino"
 
 
-def _described(name: str, datatype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def _tensor_config(name: str, datatype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"name": name, "data_type": f"TYPE_{datatype}", "dims": list(shape)}
 
 

@@ -1,4 +1,4 @@
-"""The addresses that answer: tensors in the protocol, and pictures."""
+"""The inference endpoints: tensors in the protocol's form, and images."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from aoft_deploy.artefacts.prediction import ranked
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
 from aoft_deploy.serving.batching.batcher import Answer, NotFiniteError
-from aoft_deploy.serving.endpoints.pictures import sample
+from aoft_deploy.serving.endpoints.images import decode_sample
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.protocol.messages import VERSION, format_answer, parse_request
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import OUT_OF_TIME, Refusal, shown, unknown_model
 from aoft_deploy.serving.repository.models import Model
+from aoft_deploy.serving.repository.opened_artefact import Artefact
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.transport.calls import Call, Departure
 from aoft_deploy.serving.transport.encodings import acceptable, compressed, decompressed
-from aoft_deploy.serving.transport.uploads import uploaded
+from aoft_deploy.serving.transport.uploads import uploaded_files
 
 __all__ = ["Inference"]
 
 INLINE = 64 * 1024
-"""Bytes of JSON up to which a request is read without a thread."""
+"""Requests with up to this many bytes of JSON are parsed in the event loop."""
 
 JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
 
 
 class Inference:
-    """Endpoints of a service.
+    """The inference endpoints of a server.
 
     Args:
-        service: What they are of.
+        service: The server's service.
     """
 
     def __init__(self, service: Service) -> None:
@@ -55,65 +56,51 @@ class Inference:
             json_length = call.header(b"inference-header-content-length")
             arguments = (body, json_length, model.artefact.tensor)
             if len(json_length or "") < 6 and (json_length or len(body) <= INLINE):
-                asked = parse_request(*arguments)
+                infer_request = parse_request(*arguments)
             else:
-                asked = await service.aside(parse_request, *arguments)
+                infer_request = await service.in_pool(parse_request, *arguments)
             parsed = time.perf_counter()
-            model, answer = await self._answer(model, call, asked.images, asked.timeout)
-        begun = time.perf_counter()
-        text, length = format_answer(model.name, asked, answer.logits, answer.classes)
+            model, answer = await self._answer(
+                model, call, infer_request.images, infer_request.timeout
+            )
+        answered = time.perf_counter()
+        text, length = format_answer(model.name, infer_request, answer.logits, answer.classes)
         headers = [JSON]
         if length is not None:
             headers = [BINARY, (b"inference-header-content-length", b"%d" % length)]
-        self._count(model, call, answer, parsed, begun)
+        self._count(model, call, answer, parsed, answered)
         await _send(send, text, headers, encodings)
 
     async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /v2/models/{model}/classify``: a picture, or a form of several."""
+        """``POST /v2/models/{model}/classify``: an image, or a form with several."""
         service, call = self._service, scope["aoft.call"]
         model = self._model(scope, call)
         encodings = acceptable(call.header(b"accept-encoding"))
         top = _top(QueryParams(scope["query_string"]).get("top", "5"))
         body = bytes(await self._body(receive, call))
         async with Departure(receive, service.deadlines):
-            kind = call.header(b"content-type") or ""
-            if kind.lower().startswith("multipart/form-data"):
-                files = await service.aside(uploaded, body, kind, service.settings.max_batch)
-            else:
-                files = [body]
-            artefact = model.artefact
-            limits = (artefact.prepare, artefact.size, service.settings.max_pixels)
-            left = call.start + service.settings.timeout - time.perf_counter()
-            try:
-                async with asyncio.timeout(left):
-                    samples = await asyncio.gather(
-                        *(service.aside(sample, file, *limits) for file in files)
-                    )
-            except TimeoutError:
-                raise Refusal(504, "The time for this request is up.") from None
+            samples = await self._decode(call, body, model.artefact)
             parsed = time.perf_counter()
-            service.observations.stages.observe(parsed - call.start, artefact.name, "decode")
-            preprocessing = artefact.preprocessing
+            service.observations.stages.observe(parsed - call.start, model.artefact.name, "decode")
+            preprocessing = model.artefact.preprocessing
             model, answer = await self._answer(
-                model, call, np.stack(samples), None, prepared=preprocessing
+                model, call, samples, None, preprocessing=preprocessing
             )
-        begun = time.perf_counter()
-        classes = [
+        answered = time.perf_counter()
+        predictions = [
             [{"label": p.label, "probability": p.probability} for p in row]
             for row in ranked(answer.logits, answer.classes, top)
         ]
-        content = {"model_name": model.name, "model_version": VERSION, "predictions": classes}
-        self._count(model, call, answer, parsed, begun)
+        content = {"model_name": model.name, "model_version": VERSION, "predictions": predictions}
+        self._count(model, call, answer, parsed, answered)
         await _send(send, orjson.dumps(content), [JSON], encodings)
 
     def _model(self, scope: Scope, call: Call) -> Model:
         if self._service.state != "ready":
-            after = {"Retry-After": "1"}
-            raise Refusal(503, f"The server is {self._service.state}.", headers=after, close=True)
+            message = f"The server is {self._service.state}."
+            raise Refusal(503, message, retry_after=1, close=True)
         names = scope["path_params"]
-        if names.get("version", VERSION) != VERSION:
-            raise Refusal(404, f"There is no version {shown(names['version'])}.")
-        model = self._service.models.find(names["model"])
+        model = self._service.models.find(names["model"], names.get("version", VERSION))
         call.model = model.name
         return model
 
@@ -124,11 +111,31 @@ class Inference:
         call.body, call.read = len(body), True
         encoding = call.header(b"content-encoding")
         if encoding is not None:
-            packed = call.body
-            body = await service.aside(decompressed, body, encoding, service.bodies.limit)
+            compressed_size = call.body
+            body = await service.in_pool(decompressed, body, encoding, service.bodies.limit)
             call.body = len(body)
-            service.bodies.bytes += call.body - packed
+            service.bodies.bytes += call.body - compressed_size
         return body
+
+    async def _decode(self, call: Call, body: bytes, artefact: Artefact) -> NDArray[Any]:
+        """Decode the images of a request into samples of the artefact's input."""
+        service = self._service
+        content_type = call.header(b"content-type") or ""
+        if content_type.lower().startswith("multipart/form-data"):
+            max_files = service.settings.max_batch
+            files = await service.in_pool(uploaded_files, body, content_type, max_files)
+        else:
+            files = [body]
+        arguments = (artefact.prepare, artefact.size, service.settings.max_pixels)
+        left = call.start + service.settings.timeout - time.perf_counter()
+        try:
+            async with asyncio.timeout(left):
+                samples = await asyncio.gather(
+                    *(service.in_pool(decode_sample, file, *arguments) for file in files)
+                )
+        except TimeoutError:
+            raise Refusal(504, OUT_OF_TIME) from None
+        return np.stack(samples)
 
     async def _answer(
         self,
@@ -136,63 +143,84 @@ class Inference:
         call: Call,
         images: NDArray[Any],
         timeout: float | None,
-        prepared: Preprocessing | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> tuple[Model, Answer]:
-        """The model as it is now, and its answer.
+        """Run a model of the current version.
 
         Args:
-            model: As it was when the images were read.
+            model: The version for which the images were prepared.
             call: The request.
             images: Samples of its input.
-            timeout: Seconds that the client gives it; None: it names none.
-            prepared: How the server made the samples of pictures; None: the client made them.
+            timeout: Seconds that the client allows; None if it sets no limit.
+            preprocessing: The preprocessing with which the server prepared the images; None if the
+                client prepared them.
+
+        Returns:
+            The current version, and its answer.
+
+        Raises:
+            Refusal: 503 if the images do not fit the current version, or a failure of the model.
         """
         settings = self._service.settings
         seconds = settings.timeout if timeout is None else min(timeout, settings.timeout)
         left = call.start + seconds - time.perf_counter()
-        found = self._service.models.find(model.name)  # it may have been exchanged meanwhile
-        if found.artefact.tensor != model.artefact.tensor or (
-            prepared is not None and found.artefact.preprocessing != prepared
+        current = self._service.models.find(model.name)  # it may have been replaced meanwhile
+        if current.artefact.tensor != model.artefact.tensor or (
+            preprocessing is not None and current.artefact.preprocessing != preprocessing
         ):
-            after = {"Retry-After": "1"}
-            message = f"The model {shown(model.name)} was exchanged: ask again."
-            raise Refusal(503, message, headers=after)
+            message = f"The model {shown(model.name)} was replaced: send the request again."
+            raise Refusal(503, message, retry_after=1)
         try:
-            return found, await found.artefact.batcher.answer(images, found.task, left)
+            return current, await current.artefact.batcher.answer(images, current.task, left)
         except Refusal as refusal:
             if refusal.status >= 500:
-                self._failed(found, call)
+                self._count_failure(current, call)
             raise
         except UnknownNameError:
-            raise Refusal(404, f"There is no model {shown(model.name)}.") from None
+            raise unknown_model(model.name) from None
         except Exception as error:
-            self._failed(found, call)
+            self._count_failure(current, call)
             log("engine failed", request=call.id, model=model.name, error=error)
-            if isinstance(error, SettingError):
-                raise Refusal(503, "There is no memory left for this model's task.") from None
-            if isinstance(error, AoftError):
-                raise Refusal(500, "The model's task cannot be read.") from None
-            if isinstance(error, NotFiniteError):
-                told = "The model's logits on this request are NaN or infinite: no answer is given."
-                raise Refusal(500, told) from None
-            raise Refusal(500, "The model failed on this request.") from None
+            raise _failure(error) from None
 
-    def _failed(self, model: Model, call: Call) -> None:
+    def _count_failure(self, model: Model, call: Call) -> None:
         spent = time.perf_counter() - call.start
         self._service.observations.statistics[model.name].failed(int(spent * 1e9))
 
-    def _count(self, model: Model, call: Call, answer: Answer, parsed: float, begun: float) -> None:
+    def _count(
+        self, model: Model, call: Call, answer: Answer, parsed: float, answered: float
+    ) -> None:
+        """Count an answered request.
+
+        Args:
+            model: The model.
+            call: The request.
+            answer: The model's answer.
+            parsed: Time at which the request was parsed.
+            answered: Time at which the model had answered.
+        """
         now, artefact = time.perf_counter(), model.artefact.name
         observations = self._service.observations
         observe = observations.stages.observe
         observe(answer.queued, artefact, "queue")
         observe(answer.computed, artefact, "engine")
         observe(now - call.start, artefact, "request")
-        stages = (answer.queued, parsed - call.start, answer.computed, now - begun)
-        queued, given, inferred, written = (int(seconds * 1e9) for seconds in stages)
+        stages = (answer.queued, parsed - call.start, answer.computed, now - answered)
+        queued, inputs, inference, outputs = (int(seconds * 1e9) for seconds in stages)
         observations.statistics[model.name].succeeded(
-            len(answer.logits), answer.rows, answer.first, (queued, given, inferred, written)
+            len(answer.logits), answer.rows, answer.first, (queued, inputs, inference, outputs)
         )
+
+
+def _failure(error: Exception) -> Refusal:
+    """What the client learns about an exception of the engine."""
+    if isinstance(error, SettingError):
+        return Refusal(503, "There is no memory left for this model's task.")
+    if isinstance(error, AoftError):
+        return Refusal(500, "The model's task cannot be read.")
+    if isinstance(error, NotFiniteError):
+        return Refusal(500, "The model's logits for this request are NaN or infinite.")
+    return Refusal(500, "The model failed on this request.")
 
 
 async def _send(

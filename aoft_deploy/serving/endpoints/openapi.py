@@ -1,4 +1,4 @@
-"""The addresses for people and programs: an OpenAPI description and a page of it."""
+"""The documentation of the endpoints: an OpenAPI description and an HTML page."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def _content(schema: dict[str, Any], kind: str = "application/json") -> dict[str
 
 
 def _flag(name: str) -> dict[str, Any]:
-    """Of an object that says yes."""
-    told = {name: {"type": "boolean", "const": True}}
-    return _content({"type": "object", "required": [name], "properties": told})
+    """An object whose field of this name is true."""
+    properties = {name: {"type": "boolean", "const": True}}
+    return _content({"type": "object", "required": [name], "properties": properties})
 
 
 _ANY: dict[str, Any] = {"type": "object"}
 _JSON_OBJECT = _content(_ANY)
 _FAILURES = {
-    "400": "Something in the request is wrong",
+    "400": "The request is malformed",
     "403": "The repository may not be changed",
     "404": "There is no such model, version or artefact",
-    "405": "Another method is allowed",
-    "406": "No encoding of the answer is taken",
+    "405": "The method is not allowed",
+    "406": "The client accepts no encoding of the answer that the server supports",
     "408": "The body did not arrive in time",
-    "413": "The body or picture is too large",
-    "415": "The picture's format or the body's encoding is not taken",
+    "413": "The body or image is too large",
+    "415": "The image's format or the body's encoding is not supported",
     "429": "Too many requests wait; see Retry-After",
     "500": "The model failed",
     "503": "The server is starting, draining or stuck",
@@ -106,7 +106,7 @@ _SCHEMAS: dict[str, Any] = {
             "model_name": {"type": "string"},
             "model_version": {"type": "string"},
             "predictions": {
-                "description": "For each picture its most probable classes, best first",
+                "description": "The most probable classes of each image, best first",
                 "type": "array",
                 "items": {
                     "type": "array",
@@ -124,42 +124,42 @@ _SCHEMAS: dict[str, Any] = {
     },
 }
 
-_PICTURE = {"type": "string", "format": "binary"}
+_BYTES = {"type": "string", "format": "binary"}
 _INFER = (
-    "Logits of a batch, or with the output's parameter `classification` as many "
+    "Logits of a batch. With the output's parameter `classification`, the best classes as "
     "`score:index:label`. Tensors may follow the JSON as bytes (binary tensor extension)."
 )
 _INFER_BODY = {
     **_content(_ref("InferRequest")),
-    **_content(_PICTURE, "application/octet-stream"),
+    **_content(_BYTES, "application/octet-stream"),
 }
 _INFER_ANSWER = {
     **_content(_ref("InferAnswer")),
-    **_content(_PICTURE, "application/octet-stream"),
+    **_content(_BYTES, "application/octet-stream"),
 }
-_PICTURES = {
-    **{kind: {"schema": _PICTURE} for kind in ("image/jpeg", "image/png", "image/webp")},
+_IMAGES = {
+    **{kind: {"schema": _BYTES} for kind in ("image/jpeg", "image/png", "image/webp")},
     "multipart/form-data": {
         "schema": {
             "type": "object",
-            "properties": {"file": {"type": "array", "items": _PICTURE}},
+            "properties": {"file": {"type": "array", "items": _BYTES}},
         }
     },
 }
 _CHANGE = {"application/json": {"schema": {"type": "object", "properties": {"parameters": _ANY}}}}
 
-# Address, method, summary, contents of the body, contents of the answer.
-_ADDRESSES: tuple[tuple[str, str, str, Any, Any], ...] = (
+# Path, method, summary, contents of the body, contents of the answer.
+_ENDPOINTS: tuple[tuple[str, str, str, Any, Any], ...] = (
     ("/v2/models/{model}/infer", "post", _INFER, _INFER_BODY, _INFER_ANSWER),
     (
         "/v2/models/{model}/classify",
         "post",
-        "Labels and probabilities of pictures: JPEG, PNG or WebP as the body, or in a form.",
-        _PICTURES,
+        "Labels and probabilities of images: JPEG, PNG or WebP, as the body or in a form.",
+        _IMAGES,
         _content(_ref("Predictions")),
     ),
     ("/v2/health/live", "get", "Whether the process answers.", None, _flag("live")),
-    ("/v2/health/ready", "get", "Whether requests are taken.", None, _flag("ready")),
+    ("/v2/health/ready", "get", "Whether the server accepts requests.", None, _flag("ready")),
     ("/v2", "get", "Name, version and extensions of the server.", None, _JSON_OBJECT),
     ("/v2/models/stats", "get", "Statistics of all models.", None, _JSON_OBJECT),
     ("/v2/models/{model}", "get", "Inputs and outputs of a model.", None, _JSON_OBJECT),
@@ -169,7 +169,7 @@ _ADDRESSES: tuple[tuple[str, str, str, Any, Any], ...] = (
     (
         "/v2/repository/index",
         "post",
-        "All models, their states and reasons.",
+        "All models, whether they are ready, and why not.",
         _content({"type": "object", "properties": {"ready": {"type": "boolean"}}}),
         _content({"type": "array", "items": _ANY}),
     ),
@@ -183,7 +183,7 @@ _ADDRESSES: tuple[tuple[str, str, str, Any, Any], ...] = (
     (
         "/v2/repository/models/{model}/unload",
         "post",
-        "Let a model go; needs the admin token.",
+        "Unload a model; needs the admin token.",
         _CHANGE,
         _JSON_OBJECT,
     ),
@@ -200,20 +200,20 @@ _ADDRESSES: tuple[tuple[str, str, str, Any, Any], ...] = (
 def description(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     paths: dict[str, Any] = {}
-    for address, method, summary, body, answer in _ADDRESSES:
+    for path, method, summary, body, answer in _ENDPOINTS:
         error = _content(_ref("Error"))
         operation: dict[str, Any] = {
             "summary": summary,
-            "operationId": method + address.replace("/", "_").replace("{", "").replace("}", ""),
+            "operationId": method + path.replace("/", "_").replace("{", "").replace("}", ""),
             "parameters": [
                 *(
                     [_parameter("model", "path", {"type": "string", "minLength": 1})]
-                    if "{model}" in address
+                    if "{model}" in path
                     else []
                 ),
                 *(
                     [_parameter("top", "query", {"type": "integer", "minimum": 1, "default": 5})]
-                    if address.endswith("/classify")
+                    if path.endswith("/classify")
                     else []
                 ),
             ],
@@ -223,11 +223,11 @@ def description(version: str) -> dict[str, Any]:
             },
         }
         if body is not None:
-            required = "/repository/" not in address
+            required = "/repository/" not in path
             operation["requestBody"] = {"content": body, "required": required}
-        if address.endswith("load"):
+        if path.endswith("load"):
             operation["security"] = [{"token": []}]
-        paths[address] = {method: operation}
+        paths[path] = {method: operation}
     return {
         "openapi": "3.1.0",
         "info": {"title": "aoft-serve", "version": version},
@@ -239,16 +239,12 @@ def description(version: str) -> dict[str, Any]:
     }
 
 
-def _parameter(name: str, where: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": where, "required": where == "path", "schema": schema}
-
-
 def page(version: str) -> str:
-    """The same for people, without anything from elsewhere."""
+    """An HTML page about the endpoints, without external resources."""
     rows = "".join(
-        f"<tr><td>{method.upper()}</td><td><code>{html.escape(address)}</code></td>"
+        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
         f"<td>{html.escape(summary)}</td></tr>"
-        for address, method, summary, _, _ in _ADDRESSES
+        for path, method, summary, _, _ in _ENDPOINTS
     )
     failures = "".join(f"<li><b>{code}</b> {html.escape(t)}</li>" for code, t in _FAILURES.items())
     return (
@@ -256,10 +252,14 @@ def page(version: str) -> str:
         "<style>body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
         "td{padding:.3em .8em .3em 0;vertical-align:top}</style>"
         f"<h1>aoft-serve {html.escape(version)}</h1>"
-        "<p>The Open Inference Protocol v2, and pictures. "
-        "<a href='openapi.json'>openapi.json</a> is the whole description. Addresses of a model "
+        "<p>The Open Inference Protocol v2, and classification of images. "
+        "<a href='openapi.json'>openapi.json</a> is the complete description. The paths of a model "
         "may have <code>/versions/1</code> after its name.</p>"
         f"<table>{rows}</table>"
-        '<p>Every failure is answered with <code>{"error": "…"}</code>:</p>'
+        '<p>Every error is answered with <code>{"error": "…"}</code>:</p>'
         f"<ul>{failures}</ul></html>"
     )
+
+
+def _parameter(name: str, where: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}

@@ -1,1 +1,1 @@
-"""Messages of the Open Inference Protocol, parsed and written; errors with their HTTP status."""
+"""The Open Inference Protocol v2: parsing requests, formatting answers, HTTP errors."""

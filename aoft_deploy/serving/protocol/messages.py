@@ -1,7 +1,7 @@
-"""Requests and answers of inference in the Open Inference Protocol v2: bytes in, bytes out.
+"""Inference requests and answers of the Open Inference Protocol v2, from bytes and to bytes.
 
-JSON, with any tensor's data after it as plain bytes where a header gives the JSON's length (the
-binary tensor extension). Knows neither server nor engine.
+A message is JSON. If a header gives the length of the JSON, the data of the tensors follow it as
+plain bytes (the binary tensor extension). Independent of server and engine.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from aoft_deploy.serving.protocol.tensors import (
 __all__ = ["OUTPUT", "VERSION", "InferRequest", "format_answer", "parse_request", "read_json"]
 
 VERSION = "1"
-"""Of every model."""
+"""The version of every model."""
 
 OUTPUT = "logits"
 MAX_ID = 1024
 MAX_JSON = 32 * 2**20
-"""Bytes of JSON; as Python objects they take some ten times as much."""
+"""Maximum bytes of JSON. As Python objects they take about ten times as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class InferRequest:
     """A request for the logits of a batch.
 
     Attributes:
-        id: The client's name for it, given back; may be empty.
-        images: The batch, in the model's own form.
-        timeout: Seconds until which it wants its answer; None: it names none.
-        binary: Whether the answer's tensor goes as bytes.
-        top: How many classes are asked for; 0 asks for logits.
+        id: The client's name for the request, returned in the answer; may be empty.
+        images: The batch, in the form of the model's input.
+        timeout: Seconds that the client allows; None if it sets no limit.
+        binary: Whether the answer's tensor is sent as bytes.
+        top: Number of classes requested; 0 requests logits.
     """
 
     id: str
@@ -57,15 +57,15 @@ class InferRequest:
 def parse_request(
     body: bytes | memoryview, json_length: str | None, tensor: Tensor
 ) -> InferRequest:
-    """Read the body of an inference request.
+    """Parse the body of an inference request.
 
     Args:
         body: The whole body, uncompressed.
-        json_length: The header ``Inference-Header-Content-Length``, if there is one.
-        tensor: The input that the model takes.
+        json_length: The header ``Inference-Header-Content-Length``; None if there is none.
+        tensor: The model's input.
 
     Raises:
-        Refusal: With status 400, or 413 for too much JSON: what is wrong.
+        Refusal: 400 for a malformed request, 413 for too much JSON.
     """
     length = _json_length(json_length, len(body))
     if length > MAX_JSON:
@@ -78,18 +78,55 @@ def parse_request(
 
 
 def read_json(text: bytes | memoryview) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        Refusal: It is none, or nested too deeply.
+        Refusal: The text is not a JSON object, or is nested too deeply.
     """
     try:
         data = orjson.loads(text)
     except ValueError as error:
         raise Refusal(400, f"The body is not JSON ({error}).") from error
     if not isinstance(data, dict):
-        raise Refusal(400, "The body is JSON, but no object.")
+        raise Refusal(400, "The body is JSON, but not an object.")
     return data
+
+
+def format_answer(
+    model: str, request: InferRequest, logits: NDArray[np.float32], classes: Sequence[str]
+) -> tuple[bytes, int | None]:
+    """Format the body of an answer.
+
+    Args:
+        model: The model's name.
+        request: The request.
+        logits: (batch, classes).
+        classes: Names of the classes, used if the request asks for classes.
+
+    Returns:
+        The body, and the length of its JSON if bytes follow.
+    """
+    output: dict[str, Any] = {"name": OUTPUT}
+    answer: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": [output]}
+    if request.id:
+        answer["id"] = request.id
+    if request.top:
+        ranked = top_classes(logits, classes, request.top)
+        texts = [text for row in ranked for text in row]
+        output |= {"datatype": "BYTES", "shape": [len(ranked), len(ranked[0])]}
+        if not request.binary:
+            output["data"] = texts
+        raw = bytes_tensor(texts) if request.binary else b""
+    else:
+        output |= {"datatype": "FP32", "shape": list(logits.shape)}
+        if not request.binary:
+            output["data"] = np.ascontiguousarray(logits, np.float32).ravel()
+        raw = np.ascontiguousarray(logits, "<f4").tobytes() if request.binary else b""
+    if not request.binary:
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), None
+    output["parameters"] = {"binary_data_size": len(raw)}
+    text = orjson.dumps(answer)
+    return text + raw, len(text)
 
 
 def _json_length(header: str | None, total: int) -> int:
@@ -149,11 +186,11 @@ def _input(data: dict[str, Any], tail: memoryview, tensor: Tensor) -> NDArray[An
     shape = read_shape(entry.get("shape"), tensor)
     parameters = _parameters(entry)
     if any(key.startswith("shared_memory") for key in parameters):
-        raise Refusal(400, "Shared memory is not offered: send the data with the request.")
+        raise Refusal(400, "Shared memory is not supported: send the data with the request.")
     size = parameters.get("binary_data_size")
     if size is None:
         if tail:
-            raise Refusal(400, f"{len(tail)} bytes after the JSON belong to no input.")
+            raise Refusal(400, f"The {len(tail)} bytes after the JSON belong to no input.")
         return from_json(entry.get("data"), shape, tensor)
     if "data" in entry:
         raise Refusal(400, f"{tensor.name} has both data and binary_data_size: give one.")
@@ -165,18 +202,18 @@ def _input(data: dict[str, Any], tail: memoryview, tensor: Tensor) -> NDArray[An
 
 
 def _output(data: dict[str, Any], parameters: dict[str, Any]) -> tuple[bool, int]:
-    """Whether the answer goes as bytes, and how many classes are asked for."""
+    """Whether the answer's tensor is sent as bytes, and the number of classes requested."""
     binary = _flag(parameters, "binary_data_output", False)
     if data.get("outputs") in (None, []):
         return binary, 0
     entries = _entries(data, "outputs")
     if len(entries) != 1:
-        raise Refusal(400, f"{len(entries)} outputs are asked for: ask for one, {OUTPUT}.")
+        raise Refusal(400, f"There are {len(entries)} outputs: give one, {OUTPUT}.")
     if entries[0].get("name") != OUTPUT:
         raise Refusal(400, f"Unknown output {shown(entries[0].get('name'))}. Known: {OUTPUT}.")
     own = _parameters(entries[0])
     if any(key.startswith("shared_memory") for key in own):
-        raise Refusal(400, "Shared memory is not offered: take the data from the answer.")
+        raise Refusal(400, "Shared memory is not supported: read the data from the answer.")
     top = own.get("classification", 0)
     if type(top) is not int or top < 0:
         raise Refusal(400, f"classification is {shown(top)}: give the number of classes.")
@@ -188,40 +225,3 @@ def _flag(parameters: dict[str, Any], key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise Refusal(400, f"{key} is {shown(value)}: give true or false.")
     return value
-
-
-def format_answer(
-    model: str, request: InferRequest, logits: NDArray[np.float32], classes: Sequence[str]
-) -> tuple[bytes, int | None]:
-    """Write the body of an answer.
-
-    Args:
-        model: The model's name.
-        request: What is answered.
-        logits: (batch, classes).
-        classes: Names of the classes; looked at where classes are asked for.
-
-    Returns:
-        The body, and the length of its JSON where bytes follow.
-    """
-    output: dict[str, Any] = {"name": OUTPUT}
-    answer: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": [output]}
-    if request.id:
-        answer["id"] = request.id
-    if request.top:
-        ranked = top_classes(logits, classes, request.top)
-        texts = [text for row in ranked for text in row]
-        output |= {"datatype": "BYTES", "shape": [len(ranked), len(ranked[0])]}
-        if not request.binary:
-            output["data"] = texts
-        raw = bytes_tensor(texts) if request.binary else b""
-    else:
-        output |= {"datatype": "FP32", "shape": list(logits.shape)}
-        if not request.binary:
-            output["data"] = np.ascontiguousarray(logits, np.float32).ravel()
-        raw = np.ascontiguousarray(logits, "<f4").tobytes() if request.binary else b""
-    if not request.binary:
-        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), None
-    output["parameters"] = {"binary_data_size": len(raw)}
-    text = orjson.dumps(answer)
-    return text + raw, len(text)

@@ -1,23 +1,40 @@
-"""A request that gets no answer: one exception with its HTTP status and its sentence."""
+"""The exception for a request that is answered with an error."""
 
 from __future__ import annotations
 
-__all__ = ["Refusal", "shown"]
+import orjson
+
+__all__ = [
+    "ENGINE_STUCK",
+    "OUT_OF_TIME",
+    "QUEUE_FULL",
+    "Refusal",
+    "error_body",
+    "shown",
+    "unknown_model",
+]
+
+# Messages that several modules use.
+ENGINE_STUCK = "The model does not answer: try another replica."
+OUT_OF_TIME = "The time for this request is up."
+QUEUE_FULL = "Too many requests wait: try again later."
 
 
 class Refusal(Exception):
-    """What is answered instead, as ``{"error": message}``.
+    """An HTTP error for the client.
 
     Attributes:
         status: HTTP status, 400 or above.
-        message: One sentence for the client, which tells nothing about the host.
-        headers: Further headers, such as ``Retry-After``.
-        close: Whether the connection ends after it, because part of the request was not read.
+        message: One sentence for the client, without details of the host.
+        headers: Additional headers.
+        close: Whether the connection ends after the answer, because part of the request was not
+            read.
 
     Args:
         status: As the attribute.
         message: As the attribute.
         headers: As the attribute.
+        retry_after: Seconds for the header ``Retry-After``; None leaves it out.
         close: As the attribute.
     """
 
@@ -27,14 +44,27 @@ class Refusal(Exception):
         message: str,
         *,
         headers: dict[str, str] | None = None,
+        retry_after: int | None = None,
         close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
-        self.headers, self.close = headers or {}, close
+        self.status, self.message, self.close = status, message, close
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+
+
+def unknown_model(name: str) -> Refusal:
+    """The refusal for a model that does not exist."""
+    return Refusal(404, f"There is no model {shown(name)}.")
+
+
+def error_body(message: str) -> bytes:
+    """The protocol's JSON for an error."""
+    return orjson.dumps({"error": message})
 
 
 def shown(value: object) -> str:
-    """What a client sent, in a sentence to it: 60 characters at most, nothing unprintable."""
+    """A client's value for an error message: its ``repr``, at most 60 characters long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

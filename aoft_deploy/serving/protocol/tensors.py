@@ -1,6 +1,6 @@
-"""Tensors of the protocol: from JSON or bytes to arrays, and back.
+"""The protocol's tensors, converted from JSON or bytes to arrays and back.
 
-Nothing is allocated by what a shape says before the data were counted.
+The size of the data is checked before a shape from a client decides how much memory is allocated.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = [
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a model.
+    """A model's input.
 
     Attributes:
         name: Its name.
         datatype: ``FP32`` or ``UINT8``.
-        shape: Of one sample, without the batch.
+        shape: Shape of one sample, without the batch axis.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Tensor:
 
     @property
     def full_shape(self) -> list[int]:
-        """With −1 for the batch."""
+        """The shape with −1 for the batch axis."""
         return [-1, *self.shape]
 
 
 def read_shape(value: Any, tensor: Tensor) -> tuple[int, ...]:
-    """A shape that a client sent, if the model takes it.
+    """Validate a shape from a client.
 
     Raises:
-        Refusal: It is no list of whole numbers, or another one.
+        Refusal: It is not a list of integers, or does not fit the model's input.
     """
     allowed = f"{tensor.full_shape} with a batch of 1 or more"
     if not isinstance(value, list) or not all(type(axis) is int for axis in value):
@@ -67,10 +67,10 @@ def read_shape(value: Any, tensor: Tensor) -> tuple[int, ...]:
 
 
 def from_binary(data: memoryview, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]:
-    """An array on the bytes of a request, which are not copied.
+    """A view of a request's bytes as an array, without a copy.
 
     Raises:
-        Refusal: There are too few or too many, or a number is not finite.
+        Refusal: The number of bytes does not fit the shape, or a value is not finite.
     """
     dtype = DTYPES[tensor.datatype]
     needed = math.prod(shape) * dtype.itemsize
@@ -84,16 +84,11 @@ def from_binary(data: memoryview, shape: tuple[int, ...], tensor: Tensor) -> NDA
     return array
 
 
-def _finite(array: NDArray[np.float32]) -> bool:
-    """Of extremes alone, which NaN pass on: no memory for an answer of each number."""
-    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
-
-
 def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]:
-    """An array of numbers in JSON, in one list or in lists as deep as the shape.
+    """Convert JSON numbers, either one flat list or lists nested like the shape.
 
     Raises:
-        Refusal: They are of another count or form, no numbers, or outside the data type.
+        Refusal: The numbers do not fit the shape or the data type.
     """
     if not isinstance(data, list):
         raise Refusal(400, f"Data of {tensor.name} are {shown(data)}: give a list of numbers.")
@@ -104,18 +99,39 @@ def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]
             f"Data of {tensor.name} are {len(flat)} numbers: shape {list(shape)} takes "
             f"{math.prod(shape)}.",
         )
-    whole = tensor.datatype == "UINT8"
-    if not set(map(type, flat)) <= ({int} if whole else {int, float}):
-        kind = "whole numbers" if whole else "numbers"
+    integer = tensor.datatype == "UINT8"
+    if not set(map(type, flat)) <= ({int} if integer else {int, float}):
+        kind = "whole numbers" if integer else "numbers"
         raise Refusal(400, f"Data of {tensor.name} are not all {kind}.")
-    if not whole:
-        numbers = np.array(flat, np.float64).reshape(shape)
-        if not np.abs(numbers).max() <= LARGEST:
+    if not integer:
+        values = np.array(flat, np.float64).reshape(shape)
+        if not np.abs(values).max() <= LARGEST_FLOAT32:
             raise Refusal(400, f"Data of {tensor.name} are not all finite in {tensor.datatype}.")
-        return numbers.astype(np.float32)
+        return values.astype(np.float32)
     if min(flat) < 0 or max(flat) > 255:
         raise Refusal(400, f"Data of {tensor.name} are not all from 0 to 255.")
     return np.array(flat, np.uint8).reshape(shape)
+
+
+def top_classes(logits: NDArray[np.float32], classes: Iterable[str], top: int) -> list[list[str]]:
+    """``score:index:label`` of each sample's ``top`` highest logits, highest first."""
+    labels = list(classes)
+    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :top]
+    return [
+        [f"{row[i]:f}:{i}:{labels[i]}" for i in best.tolist()]
+        for row, best in zip(logits, ranked, strict=True)
+    ]
+
+
+def bytes_tensor(texts: Iterable[str]) -> bytes:
+    """Strings in the protocol's binary form: each one after its length in four bytes."""
+    encoded = [text.encode() for text in texts]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+
+
+def _finite(array: NDArray[np.float32]) -> bool:
+    """Check the extremes only, since NaN propagates to them: this needs no array of booleans."""
+    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
 
 def _flat(data: list[Any], shape: tuple[int, ...], tensor: Tensor) -> list[Any]:
@@ -127,19 +143,3 @@ def _flat(data: list[Any], shape: tuple[int, ...], tensor: Tensor) -> list[Any]:
             )
         level = list(chain.from_iterable(level))
     return level
-
-
-def top_classes(logits: NDArray[np.float32], classes: Iterable[str], top: int) -> list[list[str]]:
-    """For each sample ``score:index:label`` of the ``top`` highest logits, highest first."""
-    labels = list(classes)
-    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :top]
-    return [
-        [f"{row[i]:f}:{i}:{labels[i]}" for i in best.tolist()]
-        for row, best in zip(logits, ranked, strict=True)
-    ]
-
-
-def bytes_tensor(texts: Iterable[str]) -> bytes:
-    """The protocol's form of strings: each with its length, four bytes, before it."""
-    encoded = [text.encode() for text in texts]
-    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

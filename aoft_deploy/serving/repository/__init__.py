@@ -1,1 +1,1 @@
-"""The models of a server: found on disk, opened, and replaced while it runs."""
+"""Artefacts of a server: found in files, opened, replaced and closed."""

@@ -1,8 +1,8 @@
-"""Which files are to be opened or let go, by what looks at them saw. No clock, no disk, no server.
+"""Which files to open or close, decided from a sequence of scans. No clock, disk or server.
 
-A file is opened once two looks in a row found it the same, and let go once two looks in a row did
-not find it. What could not be opened is tried again when it or anything else has changed, and else
-after a while that doubles each time.
+A file is opened once two scans in a row found it the same, and closed once two scans in a row did
+not find it. A file that failed to open is retried when it or any other file has changed, and
+otherwise after a delay that doubles each time.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["MOST_SECONDS", "Changes", "Follower", "Look"]
+__all__ = ["MAX_SECONDS", "ChangeTracker", "Changes", "Observation"]
 
-MOST_SECONDS = 60.0
-"""Longest time after which what could not be opened is tried again."""
+MAX_SECONDS = 60.0
+"""Maximum delay before a file that failed to open is retried."""
 
 
-class Look(NamedTuple):
-    """What one look at the files saw.
+class Observation(NamedTuple):
+    """What one scan saw of the files.
 
     Attributes:
-        marks: A mark by name of each that is there: another one when something was written.
-        unseen: Names that may be there, but cannot be looked at.
-        complete: Whether it could be seen what is not there.
+        marks: The state of each file by name; a write changes the mark.
+        unreadable: Names whose files could not be examined.
+        complete: Whether a missing name means that there is no file.
     """
 
     marks: Mapping[str, object]
-    unseen: frozenset[str] = frozenset()
+    unreadable: frozenset[str] = frozenset()
     complete: bool = True
 
 
 class Changes(NamedTuple):
-    """What is to be done after a look, in the order of its names.
+    """What to do after a scan.
 
     Attributes:
-        opened: Names to open, or to exchange for what their files hold now.
-        gone: Names whose files are gone.
+        opened: Names to open or to reload.
+        gone: Names whose files were removed.
     """
 
     opened: list[str]
@@ -46,53 +46,82 @@ class Changes(NamedTuple):
 
 @dataclass
 class _Entry:
-    """What is known of a name."""
+    """The state of a name."""
 
-    seen: object = None  # mark of the look before
-    tried: object = None  # mark of the last try to open it
+    seen: object = None  # mark of the last scan
+    tried: object = None  # mark of the last attempt to open it
     failed: bool = False
-    again: float = math.inf  # when a failure is tried again
-    wait: float = 0.0
-    changes: int = 0  # of the others, at the last try
-    missed: bool = False  # whether the look before did not find it
+    retry_at: float = math.inf
+    delay: float = 0.0  # before the next retry
+    changes: int = 0  # count of changes at the last attempt
+    missed: bool = False  # whether the last scan did not find it
 
 
 @dataclass
-class Follower:
-    """Remembers looks and what came of opening. Not thread-safe.
+class ChangeTracker:
+    """Keeps the history of scans and of attempts to open. Not thread-safe.
 
     Attributes:
-        seconds: After which a first failure is tried again.
+        seconds: Delay before the first retry.
     """
 
     seconds: float
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _changes: int = 0
 
-    def looked(self, look: Look, now: float, *, settled: bool = False) -> Changes:
-        """Take a look over.
+    def observe(self, observation: Observation, now: float, *, settled: bool = False) -> Changes:
+        """Take in a scan.
 
         Args:
-            look: What it saw.
-            now: Seconds of any clock that does not go back.
-            settled: Whether files are taken as they are, without a second look.
+            observation: What it saw.
+            now: Time in seconds of a monotonic clock.
+            settled: Whether files are opened without a second scan.
         """
         due = []
-        for name, mark in look.marks.items():
+        for name, mark in observation.marks.items():
             entry = self._entries.setdefault(name, _Entry())
             entry.missed = False
             steady, entry.seen = settled or entry.seen == mark, mark
             if steady and mark != entry.tried:
                 self._changes += 1
                 due.append(name)
-            elif steady and entry.failed and (entry.changes != self._changes or now >= entry.again):
+            elif steady and entry.failed and self._is_retry_due(entry, now):
                 due.append(name)
-        return Changes(due, self._gone(look))
+        return Changes(due, self._gone(observation))
 
-    def _gone(self, look: Look) -> list[str]:
+    def opening(self, name: str, mark: object) -> None:
+        """Note that a name is about to be opened, with its files in the state of the mark."""
+        entry = self._entries.setdefault(name, _Entry())
+        if mark != entry.tried:
+            entry.delay = 0.0
+        entry.tried = mark
+
+    def opened(self, name: str) -> None:
+        """Note that a name was opened. Others may depend on it and are retried."""
+        entry = self._entries.setdefault(name, _Entry())
+        entry.failed, entry.delay, entry.retry_at = False, 0.0, math.inf
+        self._changes += 1
+
+    def failed(self, name: str, now: float) -> None:
+        """Note that a name failed to open."""
+        entry = self._entries.setdefault(name, _Entry())
+        entry.delay = min(2 * entry.delay or self.seconds, MAX_SECONDS)
+        entry.failed, entry.retry_at, entry.changes = True, now + entry.delay, self._changes
+
+    def closed(self, name: str) -> None:
+        """Note that a client closed a name: it is not opened before its files change."""
+        entry = self._entries.setdefault(name, _Entry())
+        entry.failed = False
+        self._changes += 1
+
+    def _is_retry_due(self, entry: _Entry, now: float) -> bool:
+        return entry.changes != self._changes or now >= entry.retry_at
+
+    def _gone(self, observation: Observation) -> list[str]:
         gone = []
         for name, entry in list(self._entries.items()):
-            if name in look.marks or name in look.unseen or not look.complete:
+            present = name in observation.marks or name in observation.unreadable
+            if present or not observation.complete:
                 continue
             entry.seen = None
             if entry.missed:
@@ -101,28 +130,3 @@ class Follower:
                 gone.append(name)
             entry.missed = True
         return gone
-
-    def opening(self, name: str, mark: object) -> None:
-        """A name is about to be opened, with its files as the mark says."""
-        entry = self._entries.setdefault(name, _Entry())
-        if mark != entry.tried:
-            entry.wait = 0.0
-        entry.tried = mark
-
-    def opened(self, name: str) -> None:
-        """It was opened: others that need it are tried again."""
-        entry = self._entries.setdefault(name, _Entry())
-        entry.failed, entry.wait, entry.again = False, 0.0, math.inf
-        self._changes += 1
-
-    def failed(self, name: str, now: float) -> None:
-        """It could not be opened."""
-        entry = self._entries.setdefault(name, _Entry())
-        entry.wait = min(2 * entry.wait or self.seconds, MOST_SECONDS)
-        entry.failed, entry.again, entry.changes = True, now + entry.wait, self._changes
-
-    def closed(self, name: str) -> None:
-        """It was let go by a client: it is not opened before its files change."""
-        entry = self._entries.setdefault(name, _Entry())
-        entry.failed = False
-        self._changes += 1

@@ -1,6 +1,6 @@
-"""An artefact opened for serving: its engine behind a batcher, warm, with all that is known of it.
+"""An artefact opened for serving: its warmed-up engine, its batcher and its metadata.
 
-The one place where the server opens engines.
+This is the only module of the server that opens engines.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = ["Artefact", "open_artefact"]
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
-    """What one file or folder serves.
+    """One open artefact.
 
     Attributes:
-        name: In metrics, and of the model where it is a merged one.
-        path: Where it came from.
+        name: Its name in metrics; for a merged model also the model's name.
+        path: The file or folder.
         tensor: Its input.
-        prepare: From an upright RGB image to one sample of the input.
-        size: Side of that sample in pixels.
+        prepare: Converts an upright RGB image to one sample of the input.
+        size: Side of a sample in pixels.
         batcher: Its queue and engine.
-        preprocessing: What ``prepare`` does.
-        classes: Of a merged model, in the order of the logits.
-        fleet: Of a fleet, whose tasks are models.
+        preprocessing: The preprocessing that ``prepare`` applies.
+        classes: Classes of a merged model, in the order of its logits; empty for a fleet.
+        fleet: The fleet, whose tasks are the models; None for a merged model.
     """
 
     name: str
@@ -63,31 +63,31 @@ def open_artefact(
     settings: Settings,
     observe: Callable[[str, int, float], object] | None = None,
 ) -> Artefact:
-    """Open, run once at batch size 1 and at the largest, and check what it answers.
+    """Open an artefact, run it with batches of 1 and of the maximum size, and check the answers.
 
     Args:
         name: As the attribute.
-        path: What aoft-export wrote.
-        settings: Of the server.
-        observe: Told name, rows and seconds of every batch.
+        path: The artefact that aoft-export wrote.
+        settings: The server's settings.
+        observe: Called with name, rows and seconds of every batch.
 
     Raises:
-        CheckpointError: It is damaged, names files outside, or answers nonsense.
-        SettingError: It is a fleet, and an engine or a device is asked for.
+        CheckpointError: It is damaged, refers to other files, or gives malformed answers.
+        SettingError: It is a fleet, but the settings choose an engine or a device.
         MissingExtraError: Its engine's package is not installed.
     """
     info = read_metadata(path) if path.suffix == ".onnx" else None
     engine = None
     if info is None or "tasks" not in info:
-        asked = {"engine": settings.engine, "device": settings.device}
-        engine = load_artefact(path, threads=settings.threads, **asked)
+        chosen = {"engine": settings.engine, "device": settings.device}
+        engine = load_artefact(path, threads=settings.threads, **chosen)
     fleet: Fleet | None = None
     if engine is None or engine.takes_tasks:
         engine = None
         if settings.engine is not None or settings.device not in (None, "cpu"):
             raise SettingError(
                 f"{path} is a fleet, which runs on the CPU in the engine that it was exported for: "
-                "leave --engine and --device out."
+                "leave `engine` and `device` out."
             )
         fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
         preprocessing, pixels, stop = fleet.preprocessing, False, None
@@ -96,9 +96,9 @@ def open_artefact(
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
     else:
-        preprocessing, classes = _described(path, engine.info)
+        preprocessing, classes = _description(path, engine.info)
         pixels, stop = engine.takes_pixels, getattr(engine, "stop", None)
-        run = partial(_answers, engine, classes, settings.max_batch)
+        run = partial(_run_merged, engine, classes, settings.max_batch)
         tasks, width = [""], len(classes)
     size = preprocessing.size
     tensor = (
@@ -120,7 +120,8 @@ def open_artefact(
     return Artefact(name, path, tensor, prepare, size, batcher, preprocessing, classes, fleet)
 
 
-def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
+def _description(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Preprocessing and classes from an artefact's metadata."""
     try:
         preprocessing = Preprocessing.from_dict(json.loads(info["preprocessing"]))
         classes = tuple(map(str, json.loads(info["classes"])))
@@ -134,27 +135,27 @@ def _described(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
     return preprocessing, classes
 
 
-def _answers(
+def _run_merged(
     engine: Engine, classes: Sequence[str], rows: int, images: NDArray[Any], tasks: Sequence[str]
 ) -> Iterator[tuple[NDArray[np.float32], Sequence[str]]]:
-    """Logits of a merged model's samples, so many rows at a time, and its classes."""
+    """Logits and classes of each sample of a merged model, computed ``rows`` at a time."""
     for start in range(0, len(images), rows):
         for logits in engine.run(images[start : start + rows]):
             yield logits, classes
 
 
 def _warm_up(
-    path: Path, run: Run, tensor: Tensor, tasks: list[str], width: int, largest: int
+    path: Path, run: Run, tensor: Tensor, tasks: list[str], width: int, max_rows: int
 ) -> None:
-    for rows in sorted({1, largest}):
+    for rows in sorted({1, max_rows}):
         batch = np.zeros((rows, *tensor.shape), DTYPES[tensor.datatype])
         try:
-            logits = np.stack([each for each, _ in run(batch, tasks * rows)])
-        except Exception as error:  # runtimes raise classes of their own, all Exception
+            logits = np.stack([logits for logits, _ in run(batch, tasks * rows)])
+        except Exception as error:  # each runtime has its own exceptions
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path} does not run ({reason}).") from error
         if logits.shape != (rows, width) or not np.isfinite(logits).all():
             raise CheckpointError(
-                f"{path} answers with shape {logits.shape} or not finitely for {rows} samples of "
-                f"{width} classes: it was not written by aoft-export."
+                f"{path} gives logits of shape {logits.shape}, or not finite ones, for {rows} "
+                f"samples of {width} classes: it was not written by aoft-export."
             )

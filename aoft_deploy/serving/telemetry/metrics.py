@@ -1,4 +1,4 @@
-"""Counters and histograms of one process, as Prometheus reads them. Used by one event loop."""
+"""Counters, histograms and gauges in the text format of Prometheus. Used in one event loop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Labels = tuple[str, ...]
 
 
 class Counter:
-    """A number for each combination of labels, which only grows.
+    """A value for each combination of labels, which never decreases.
 
     Args:
-        name: Of the metric.
+        name: Name of the metric.
         help: What it counts.
         labels: Names of the labels.
     """
@@ -25,21 +25,21 @@ class Counter:
         self.values: dict[Labels, float] = {}
 
     def add(self, *labels: str, amount: float = 1) -> None:
-        """Count."""
+        """Increase the value of these labels."""
         self.values[labels] = self.values.get(labels, 0) + amount
 
     def lines(self) -> Iterable[str]:
-        """What Prometheus reads."""
+        """Lines of the text format."""
         yield from _head(self.name, self.help, "counter")
         for labels, value in self.values.items():
             yield f"{self.name}{_braces(self.labels, labels)} {value:.10g}"
 
 
 class Histogram:
-    """How often values fell below each bound, for each combination of labels.
+    """The number of values up to each bound, for each combination of labels.
 
     Args:
-        name: Of the metric.
+        name: Name of the metric.
         help: What is observed.
         labels: Names of the labels.
         bounds: Upper bounds, ascending.
@@ -52,7 +52,7 @@ class Histogram:
         self._sums: dict[Labels, float] = {}
 
     def observe(self, value: float, *labels: str) -> None:
-        """Take a value in."""
+        """Count a value."""
         counts = self._counts.get(labels)
         if counts is None:
             counts = self._counts[labels] = [0] * (len(self._bounds) + 1)
@@ -61,7 +61,7 @@ class Histogram:
         self._sums[labels] += value
 
     def lines(self) -> Iterable[str]:
-        """What Prometheus reads."""
+        """Lines of the text format."""
         yield from _head(self.name, self.help, "histogram")
         names = (*self.labels, "le")
         for labels, counts in self._counts.items():
@@ -75,14 +75,14 @@ class Histogram:
 
 
 def gauge(name: str, help: str, labels: Labels, values: Mapping[Any, float]) -> Iterable[str]:
-    """Lines of values that go up and down, as they are now."""
+    """Lines of a metric that may increase and decrease."""
     yield from _head(name, help, "gauge")
     for key, value in values.items():
         yield f"{name}{_braces(labels, key)} {value:.10g}"
 
 
 def exposition(parts: Iterable[Iterable[str]]) -> str:
-    """The text that a scrape gets."""
+    """The whole text of a scrape."""
     return "".join(f"{line}\n" for lines in parts for line in lines)
 
 

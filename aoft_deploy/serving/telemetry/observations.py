@@ -1,4 +1,4 @@
-"""What is counted and timed in one server, and the text that Prometheus reads of it."""
+"""The metrics of a server, and their text for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Observations"]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MOST_MODELS = 1000
-"""Models with labels of their own; the others share ``_other``."""
+MAX_MODELS = 1000
+"""Maximum number of models with their own label; the others share ``_other``."""
 
 
 class Observations:
-    """Counters and histograms of one server.
+    """Counters and histograms of a server.
 
     Attributes:
-        statistics: Of each model, as Triton reports them.
-        in_flight: Requests that have not been answered.
+        statistics: Statistics of each model, as Triton reports them.
+        in_flight: Number of requests that are not answered yet.
     """
 
     def __init__(self) -> None:
@@ -42,23 +42,23 @@ class Observations:
         self.engine = Counter("aoft_engine_seconds_total", "Time in the engine.", ("artefact",))
 
     def label(self, model: str | None) -> str:
-        """A model's label: its name, if it is one of the first thousand."""
+        """A model's label: its own name for the first thousand models."""
         if model is None:
             return "_unknown"
         if model in self._labels:
             return model
-        if len(self._labels) >= MOST_MODELS:
+        if len(self._labels) >= MAX_MODELS:
             return "_other"
         self._labels.add(model)
         return model
 
     def batch(self, artefact: str, rows: int, seconds: float) -> None:
-        """An engine has run."""
+        """Count a batch of an engine."""
         self.sizes.observe(rows, artefact)
         self.engine.add(artefact, amount=seconds)
 
     def exposition(self, models: Models, ready: bool) -> str:
-        """The text that a scrape gets."""
+        """The text for Prometheus."""
         parts = [part.lines() for part in (self.requests, self.stages, self.sizes, self.engine)]
         return exposition([*parts, *self._gauges(models, ready)])
 

@@ -1,4 +1,4 @@
-"""What Triton's statistics report of each model."""
+"""Statistics of each model in the form of Triton's statistics extension."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from aoft_deploy.serving.protocol.messages import VERSION
 __all__ = ["ModelStatistics", "Statistics"]
 
 DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-MOST = 10_000
-"""Models that are remembered; of more, the first ones are forgotten."""
+MAX_MODELS = 10_000
+"""Maximum number of models; the oldest entries are dropped first."""
 
 
 class ModelStatistics:
@@ -27,12 +27,12 @@ class ModelStatistics:
     def succeeded(
         self, rows: int, batch: int, first: bool, stages: tuple[int, int, int, int]
     ) -> None:
-        """Count an answered request.
+        """Count a request that was answered.
 
         Args:
-            rows: Its samples.
-            batch: Samples of its whole batch.
-            first: Whether it was the first of this model in the batch.
+            rows: Number of its samples.
+            batch: Number of samples in its whole batch.
+            first: Whether it was the first request of this model in the batch.
             stages: Nanoseconds of queue, input, inference and output.
         """
         self.inferences += rows
@@ -48,7 +48,7 @@ class ModelStatistics:
                 found[i] += stages[i]
 
     def failed(self, ns: int) -> None:
-        """Count a request that got no answer."""
+        """Count a request that failed."""
         self._add("fail", ns)
 
     def _add(self, name: str, ns: int) -> None:
@@ -57,7 +57,7 @@ class ModelStatistics:
         entry[1] += ns
 
     def report(self, model: str) -> dict[str, Any]:
-        """As Triton writes it."""
+        """The report in Triton's form."""
         none = {"count": 0, "ns": 0}
         return {
             "name": model,
@@ -84,10 +84,10 @@ class ModelStatistics:
 
 
 class Statistics(dict[str, ModelStatistics]):
-    """Those of all models that were asked."""
+    """Statistics by model; an entry is created when it is first used."""
 
     def __missing__(self, model: str) -> ModelStatistics:
-        if len(self) >= MOST:
+        if len(self) >= MAX_MODELS:
             del self[next(iter(self))]
         self[model] = ModelStatistics()
         return self[model]

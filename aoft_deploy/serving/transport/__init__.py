@@ -1,1 +1,1 @@
-"""HTTP/1.1 connections and request bodies within limits."""
+"""HTTP/1.1 connections and request bodies, with limits on size, number and time."""

@@ -1,4 +1,4 @@
-"""Reading request bodies: limits on the bytes of one, on its time, and on the bytes of all."""
+"""Reading request bodies, with limits on the size of each, on its time, and on the total size."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.protocol.refusals import Refusal, shown
-from aoft_deploy.serving.transport.inflow import Disconnected, Inflow, place
+from aoft_deploy.serving.transport.inflow import Disconnected, Inflow, buffer
 
 __all__ = ["Bodies", "Receive"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 DRAIN_SECONDS = 1.0
-"""How long a body that is on its way when the server drains may still take."""
+"""Maximum seconds for the rest of a body when the server drains."""
 
 
 class Bodies:
-    """Bodies of all requests of a process.
+    """Reads the bodies of all requests of a server, and accounts for their memory.
 
     Attributes:
-        bytes: What all bodies in memory take together.
+        bytes: Total bytes of all bodies in memory.
 
     Args:
-        limit: Bytes of one body.
-        total: Bytes of all.
-        seconds: Time for one to arrive.
+        limit: Maximum bytes of one body.
+        total: Maximum bytes of all bodies.
+        seconds: Maximum seconds for a body to arrive.
     """
 
     def __init__(self, limit: int, total: int, seconds: float) -> None:
@@ -36,24 +36,24 @@ class Bodies:
         self._draining = False
 
     def drain(self) -> None:
-        """Let bodies that are half sent come to an end soon."""
+        """Shorten the time of bodies that are still arriving."""
         self._draining = True
         self._deadlines.shorten(DRAIN_SECONDS)
 
     async def read(
         self, receive: Receive, length: str | None, inflow: Inflow | None = None
     ) -> bytes | memoryview:
-        """A whole body. Its bytes count until :meth:`release` is told of them.
+        """Read a whole body. Its bytes are accounted for until :meth:`release` is called.
 
         Args:
-            receive: ASGI's.
+            receive: ASGI's ``receive``.
             length: The header ``Content-Length``.
-            inflow: A shorter way than ``receive``, where the connection has one.
+            inflow: Reads the body without ``receive``, if the connection supports it.
 
         Raises:
-            Refusal: 413 for too many bytes, 408 for too slow ones, 429 where all bodies together
-                are too many, 400 for a length that is no number.
-            Disconnected: The client has gone.
+            Refusal: 413 if the body is too large, 408 if it is too slow, 429 if all bodies together
+                are too large, 400 if the length is not a number.
+            Disconnected: The client has disconnected.
         """
         if length is not None and not (length.isascii() and length.isdecimal()):
             raise Refusal(400, f"Content-Length is {shown(length)}: give a number.", close=True)
@@ -61,34 +61,34 @@ class Bodies:
             raise self._too_large()
         task = asyncio.current_task()
         assert task is not None
-        late, came = False, 0
+        timed_out, received = False, 0
 
-        def give_up() -> None:
-            nonlocal late
-            late = True
+        def time_out() -> None:
+            nonlocal timed_out
+            timed_out = True
             task.cancel()
 
-        def arrived(size: int) -> None:
-            nonlocal came
-            came += size
+        def account(size: int) -> None:
+            nonlocal received
+            received += size
             self.bytes += size
-            if came > self.limit:
+            if received > self.limit:
                 raise self._too_large()
             if self.bytes > self.total:
-                after = {"Retry-After": "1"}
-                raise Refusal(429, "Too many bytes are under way.", headers=after, close=True)
+                message = "The server holds too many bytes of requests."
+                raise Refusal(429, message, retry_after=1, close=True)
 
         seconds = min(self.seconds, DRAIN_SECONDS) if self._draining else self.seconds
-        self._deadlines.add(task, seconds, give_up)
+        self._deadlines.add(task, seconds, time_out)
         try:
             if inflow is None or length is None:
-                return await _collected(receive, arrived)
-            body = place(int(length))
-            await inflow.fill(body, arrived)
+                return await _collect(receive, account)
+            body = buffer(int(length))
+            await inflow.fill(body, account)
             return body
         except BaseException as error:
-            self.bytes -= came
-            if late and isinstance(error, asyncio.CancelledError):
+            self.bytes -= received
+            if timed_out and isinstance(error, asyncio.CancelledError):
                 task.uncancel()
                 raise Refusal(408, "The body did not arrive in time.", close=True) from None
             raise
@@ -96,14 +96,14 @@ class Bodies:
             self._deadlines.discard(task)
 
     def release(self, size: int) -> None:
-        """A body of that size is in memory no more."""
+        """Release the bytes accounted to one body."""
         self.bytes -= size
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"The body has more than {self.limit} bytes.", close=True)
 
 
-async def _collected(receive: Receive, arrived: Callable[[int], None]) -> bytes:
+async def _collect(receive: Receive, account: Callable[[int], None]) -> bytes:
     parts: list[bytes] = []
     more = True
     while more:
@@ -113,5 +113,5 @@ async def _collected(receive: Receive, arrived: Callable[[int], None]) -> bytes:
         part = message.get("body", b"")
         more = message.get("more_body", False)
         parts.append(part)
-        arrived(len(part))
+        account(len(part))
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,4 +1,4 @@
-"""One HTTP request on its way through the server, from its headers to its line in the log."""
+"""The record of one HTTP request, and the cancellation of its work when the client disconnects."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from aoft_deploy.serving.transport.inflow import INFLOW, Disconnected, Inflow
 __all__ = ["MAX_HEADERS", "Call", "Departure"]
 
 MAX_HEADERS = 256
-"""Of one request."""
+"""Maximum number of headers of a request."""
+
+WATCH_AFTER = 0.05
+"""Seconds after which a request watches for the disconnect of its client."""
 
 _process = secrets.token_hex(4)
-_numbers = itertools.count(1)
-WATCH_AFTER = 0.05
-"""Seconds after which it is looked whether the client still waits."""
+_counter = itertools.count(1)
 
 
 class Call:
-    """What is known of a request beside its content.
+    """The record of one request: its headers, its identity and the state of its body.
 
     Attributes:
-        count: Of its headers.
-        headers: By name in lower case.
-        id: Of this request, the client's own or ours; in answer and log.
-        inflow: The short way of its body, where the connection has one.
-        method: HTTP's.
-        model: Name of the model, once it is known that there is one.
-        start: When it began, by ``perf_counter``.
-        body: Bytes of its body that count as in memory.
+        count: Number of its headers.
+        headers: Headers by name in lower case.
+        id: Identifies the request in answer and log; the client's ``X-Request-Id`` or a new one.
+        inflow: Reads the body without ASGI's ``receive``, if the connection supports it.
+        method: HTTP method.
+        model: Name of the model once it is found; None before.
+        start: Time of its start from ``perf_counter``.
+        body: Bytes accounted to its body.
         read: Whether the body was read to its end.
     """
 
@@ -49,24 +50,26 @@ class Call:
         self.method: str = scope["method"]
         self.count = len(scope["headers"])
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        wanted = self.headers.get(b"x-request-id")
-        if wanted is not None and re.fullmatch(rb"[\w.:\-]{1,128}", wanted):
-            self.id = wanted.decode()
+        request_id = self.headers.get(b"x-request-id")
+        if request_id is not None and re.fullmatch(rb"[\w.:\-]{1,128}", request_id):
+            self.id = request_id.decode()
         else:
-            self.id = f"{_process}-{next(_numbers)}"
+            self.id = f"{_process}-{next(_counter)}"
         self.model: str | None = None
         self.start = time.perf_counter()
         self.body, self.read = 0, False
 
     def check(self) -> None:
-        """Whether every server would read the same request.
+        """Refuse requests that another server or proxy might read differently.
 
         Raises:
-            Refusal: 400: it says in two ways where its body ends, of which a proxy may believe the
-                other, or wants another protocol to follow; 431: it has too many headers.
+            Refusal: 400: the end of its body is ambiguous, or it switches to another protocol; 431:
+                it has too many headers.
         """
         if self.method in ("CONNECT", "PRI"):  # a tunnel; HTTP/2
-            message = f"{self.method} is not offered: this server speaks HTTP/1.1, and is no proxy."
+            message = (
+                f"{self.method} is not supported: this server speaks HTTP/1.1, not as a proxy."
+            )
             raise Refusal(400, message, close=True)
         if b"content-length" in self.headers and b"transfer-encoding" in self.headers:
             raise Refusal(400, "Both Content-Length and Transfer-Encoding: give one.", close=True)
@@ -74,29 +77,32 @@ class Call:
             raise Refusal(431, f"There are more than {MAX_HEADERS} headers.", close=True)
 
     def header(self, name: bytes) -> str | None:
-        """A header's text; None where there is none."""
+        """The text of a header; None if there is none."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
 
 
 class Departure:
-    """Ends what is done within it when the client goes away.
+    """Context manager: cancels the request when the client disconnects.
 
-    Looking costs a task, so it begins only with requests that take longer than most.
+    Watching costs an asyncio task, so it starts only for requests that take longer than most.
 
     Args:
-        receive: ASGI's, after the whole body was read.
-        deadlines: When to look.
+        receive: ASGI's ``receive``, after the whole body was read.
+        deadlines: Starts the watch.
+
+    Raises:
+        Disconnected: The client has disconnected.
     """
 
     def __init__(self, receive: Receive, deadlines: Deadlines) -> None:
         self._receive, self._deadlines = receive, deadlines
-        self._gone = False
+        self._disconnected = False
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
-        self._deadlines.add(self, WATCH_AFTER, self._watch)
+        self._deadlines.add(self, WATCH_AFTER, self._start_watching)
         return self
 
     async def __aexit__(
@@ -108,17 +114,17 @@ class Departure:
         self._deadlines.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
-        if kind is asyncio.CancelledError and self._gone:
+        if kind is asyncio.CancelledError and self._disconnected:
             assert self._task is not None
             self._task.uncancel()
             raise Disconnected from None
 
-    def _watch(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
+    def _start_watching(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
-    async def _wait(self) -> None:
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
+        self._disconnected = True
         assert self._task is not None
         self._task.cancel()

@@ -1,8 +1,9 @@
-"""Closing a connection so that the last answer arrives.
+"""Closing a connection without losing the last answer.
 
-A socket that is closed while bytes of the client lie unread, or come afterwards, is reset. A reset
-takes back what the client has not read yet, so the answer is lost. Here the end of the answers is
-told first; what the client still sends is passed over until it closes too, for a while.
+If a socket is closed while bytes from the client are unread, or if more bytes arrive afterwards,
+the system resets the connection, and the client loses the part of the answer that it has not read
+yet. Here the sending side is closed first. Bytes that the client still sends are discarded until it
+closes its side, within limits on time and size.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ __all__ = ["Closing"]
 
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 2**20
-"""Time and bytes that a client may go on sending after the end of the answers."""
+"""Limits on what a client sends after the end of the answers."""
 
 
 class Closing:
-    """A transport that says goodbye before it closes.
+    """A transport that closes its sending side first.
 
     Args:
-        transport: Asyncio's own.
+        transport: asyncio's transport.
         loop: The event loop.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
-        self._leaving = False
-        self._passed = 0
+        self._closing = False
+        self._discarded = 0
         self._timer: asyncio.TimerHandle | None = None
         self.write: Any = transport.write
 
@@ -36,14 +37,17 @@ class Closing:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether nothing more is answered."""
-        return self._leaving or self._transport.is_closing()
+        """Whether the sending side is closed."""
+        return self._closing or self._transport.is_closing()
 
     def close(self) -> None:
-        """Send what was written and the end of it; close when the client does, or after a while."""
+        """Send everything that was written, then close the sending side.
+
+        The connection ends when the client closes it, or when a limit is reached.
+        """
         if self.is_closing():
             return
-        self._leaving, self.write = True, _nowhere
+        self._closing, self.write = True, _ignore
         self._timer = self._loop.call_later(LINGER_SECONDS, self.end)
         try:
             self._transport.write_eof()
@@ -51,19 +55,19 @@ class Closing:
         except OSError:  # the client has reset the connection
             self._transport.abort()
 
-    def passed(self, size: int) -> None:
-        """So many bytes came after the end, and nobody looks at them."""
-        self._passed += size
-        if self._passed > LINGER_BYTES:
+    def discard(self, size: int) -> None:
+        """Count bytes that arrived after the sending side was closed."""
+        self._discarded += size
+        if self._discarded > LINGER_BYTES:
             self.end()
 
     def end(self) -> None:
-        """Close without waiting for the client."""
-        self._leaving = True
+        """Close the connection without waiting for the client."""
+        self._closing = True
         if self._timer is not None:
             self._timer.cancel()
         self._transport.close()
 
 
-def _nowhere(data: bytes) -> None:
+def _ignore(data: bytes) -> None:
     pass

@@ -1,4 +1,4 @@
-"""File descriptors: how many connections a process can have."""
+"""File descriptors, which limit the number of connections of a process."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ from aoft_deploy.serving.log import log
 __all__ = ["ACCEPTED_AT_ONCE", "SPARE", "connections_possible"]
 
 ACCEPTED_AT_ONCE = 16
-"""Connections that are accepted in one turn of the event loop."""
+"""Maximum number of connections that are accepted in one turn of the event loop."""
 
 SPARE = 16
-"""Connections above the limit, for ``/v2/health``."""
+"""Number of connections above the limit, for ``/v2/health``."""
 
 RESERVED = 8 * ACCEPTED_AT_ONCE + SPARE + 48
-"""Descriptors beside those of connections within the limit.
+"""Descriptors that are not for connections within the limit.
 
-A few turns pass until one that was accepted is known, and until one that is dropped has gone. The
-last ones are for artefacts, tasks and the event loop.
+Several turns of the event loop pass until an accepted connection is counted, and until a dropped
+one has released its descriptor. The last summand is for artefacts, tasks and the event loop.
 """
 
 
 def connections_possible(wanted: int) -> int:
-    """As many connections as wanted, or as descriptors allow; the soft limit is raised for them.
+    """The number of connections that the descriptors allow, up to the number wanted.
+
+    Raises the soft limit on descriptors if necessary.
 
     Raises:
-        SettingError: There are too few descriptors for any.
+        SettingError: There are too few descriptors for any connection.
     """
     try:
         import resource
-    except ImportError:  # another system than Unix
+    except ImportError:  # not a Unix system
         return wanted
-    most = resource.RLIMIT_NOFILE
-    taken = _open_now() + RESERVED
-    soft, hard = resource.getrlimit(most)
+    kind = resource.RLIMIT_NOFILE
+    in_use = _open_descriptors() + RESERVED
+    soft, hard = resource.getrlimit(kind)
     unlimited = resource.RLIM_INFINITY
-    if soft != unlimited and soft < taken + wanted:
-        raised = taken + wanted if hard == unlimited else min(hard, taken + wanted)
+    if soft != unlimited and soft < in_use + wanted:
+        raised = in_use + wanted if hard == unlimited else min(hard, in_use + wanted)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(most, (raised, hard))
-        soft = resource.getrlimit(most)[0]
-    if soft == unlimited or soft >= taken + wanted:
+            resource.setrlimit(kind, (raised, hard))
+        soft = resource.getrlimit(kind)[0]
+    if soft == unlimited or soft >= in_use + wanted:
         return wanted
-    if soft <= taken:
+    if soft <= in_use:
         raise SettingError(
             f"This process may open {soft} files, which leaves none for connections: allow "
-            f"{taken + wanted} (ulimit -n)."
+            f"{in_use + wanted} (ulimit -n)."
         )
-    log("fewer connections", wanted=wanted, possible=soft - taken, descriptors=soft)
-    return soft - taken
+    log("fewer connections", wanted=wanted, possible=soft - in_use, descriptors=soft)
+    return soft - in_use
 
 
-def _open_now() -> int:
+def _open_descriptors() -> int:
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.exists() else 16

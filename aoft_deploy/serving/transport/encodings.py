@@ -1,4 +1,4 @@
-"""Compressed bodies: gzip and deflate, never more than a limit of bytes in memory."""
+"""Compressed bodies: gzip and deflate, with a limit on the decompressed size."""
 
 from __future__ import annotations
 
@@ -15,71 +15,73 @@ WINDOWS = {
     "x-gzip": 16 + zlib.MAX_WBITS,
     "deflate": zlib.MAX_WBITS,
 }
-SMALLEST = 1024
-"""Bytes of a body that is worth compressing."""
+MIN_BYTES = 1024
+"""Smaller bodies are not compressed."""
 
 PART = 2**18
-MOST_MEMBERS = 10_000
+MAX_MEMBERS = 10_000
 OFFERED = ("gzip", "deflate", "identity")
 QUALITY = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")
 
 
 def decompressed(body: bytes | memoryview, encoding: str, limit: int) -> bytes | memoryview:
-    """A body as it was before its ``Content-Encoding``. Several gzip members are one body.
+    """Undo a ``Content-Encoding``. Several gzip members form one body.
 
     Raises:
-        Refusal: 415 for another encoding, 400 for a damaged body, 413 for more bytes than
-            ``limit``, or too many members.
+        Refusal: 415 for an unknown encoding, 400 for a damaged body, 413 for more than ``limit``
+            bytes or too many members.
     """
     name = encoding.strip().lower()
     if name in ("", "identity"):
         return body
     if name not in WINDOWS:
         raise Refusal(415, f"Content-Encoding is {shown(encoding)}: use gzip or deflate.")
-    found, total, members = [], 0, 1
-    unpack = zlib.decompressobj(WINDOWS[name])
-    whole = memoryview(body)
+    parts, total, members = [], 0, 1
+    decompressor = zlib.decompressobj(WINDOWS[name])
+    data = memoryview(body)
     try:
-        for start in range(0, len(whole), PART):
-            rest: bytes | memoryview = whole[start : start + PART]
-            while rest:
-                if unpack.eof:
+        for start in range(0, len(data), PART):
+            remaining: bytes | memoryview = data[start : start + PART]
+            while remaining:
+                if decompressor.eof:
                     if name == "deflate":
-                        raise Refusal(400, "Something follows the deflate body.")
-                    rest = bytes(rest).lstrip(b"\0")  # gzip may be padded
-                    if not rest:
+                        raise Refusal(400, "More bytes follow the end of the deflate body.")
+                    remaining = bytes(remaining).lstrip(b"\0")  # gzip may be padded
+                    if not remaining:
                         break
                     members += 1
-                    if members > MOST_MEMBERS:
-                        raise Refusal(413, f"The body has more than {MOST_MEMBERS} gzip members.")
-                    unpack = zlib.decompressobj(WINDOWS[name])
-                part = unpack.decompress(rest, 2**20)
+                    if members > MAX_MEMBERS:
+                        raise Refusal(413, f"The body has more than {MAX_MEMBERS} gzip members.")
+                    decompressor = zlib.decompressobj(WINDOWS[name])
+                part = decompressor.decompress(remaining, 2**20)
                 total += len(part)
                 if total > limit:
-                    raise Refusal(413, f"The body unpacks to more than {limit} bytes.")
-                found.append(part)
-                rest = unpack.unused_data if unpack.eof else unpack.unconsumed_tail
+                    raise Refusal(413, f"The body decompresses to more than {limit} bytes.")
+                parts.append(part)
+                remaining = (
+                    decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
+                )
     except zlib.error as error:
         raise Refusal(400, f"The body is not {name}.") from error
-    if not unpack.eof:
+    if not decompressor.eof:
         raise Refusal(400, f"The {name} body is truncated.")
-    return b"".join(found)
+    return b"".join(parts)
 
 
 def acceptable(accepted: str | None) -> list[str]:
-    """Encodings that a client takes, the one it likes best first (RFC 9110, 12.5.3).
+    """Encodings that a client accepts, best first (RFC 9110, 12.5.3).
 
     Args:
-        accepted: The header ``Accept-Encoding``; None where there is none.
+        accepted: The header ``Accept-Encoding``; None if there is none.
 
     Returns:
-        Of gzip, deflate and identity; among equals in this order.
+        Some of gzip, deflate and identity; in this order if their qualities are equal.
 
     Raises:
-        Refusal: 406: none of them.
+        Refusal: 406: it accepts none of them.
     """
     if accepted is None or not accepted.strip():
-        return ["identity"]  # without a header any could be meant, but few clients know it
+        return ["identity"]  # RFC 9110 allows any encoding here, but few clients expect one
     asked: dict[str, float] = {}
     for entry in accepted.lower().split(","):
         name, *parameters = (part.strip() for part in entry.split(";"))
@@ -89,23 +91,27 @@ def acceptable(accepted: str | None) -> list[str]:
                 float(quality[0][1]) if quality and quality[0] else 1.0
             )
     others = asked.get("*")
-    # What is not named is not taken, but identity is: last, unless it or all others are refused.
+    # An encoding that is not listed is not accepted, except identity: that comes last, unless it or
+    # "*" is refused.
     qualities = {name: asked.get(name, others or 0.0) for name in OFFERED[:2]}
     qualities["identity"] = asked.get("identity", 1e-4 if others is None else others)
-    taken = sorted((name for name in OFFERED if qualities[name]), key=lambda n: -qualities[n])
-    if not taken:
-        raise Refusal(406, f"Accept-Encoding is {shown(accepted)}: take gzip, deflate or identity.")
-    return taken
+    found = sorted((name for name in OFFERED if qualities[name]), key=lambda n: -qualities[n])
+    if not found:
+        raise Refusal(406, f"Accept-Encoding is {shown(accepted)}: give gzip, deflate or identity.")
+    return found
 
 
 def compressed(body: bytes, encodings: list[str]) -> tuple[bytes, str | None]:
-    """A body in the first of some encodings, if it gains; and that encoding.
+    """Compress a body if it is large enough or must be compressed.
 
     Args:
-        body: To compress.
-        encodings: Of :func:`acceptable`.
+        body: The body.
+        encodings: Encodings that the client accepts, best first.
+
+    Returns:
+        The body, and its encoding; None if it is not compressed.
     """
-    small = len(body) < SMALLEST and "identity" in encodings
+    small = len(body) < MIN_BYTES and "identity" in encodings
     chosen = "identity" if small else encodings[0]
     if chosen == "gzip":
         return gzip.compress(body, 1, mtime=0), chosen

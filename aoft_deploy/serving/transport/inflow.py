@@ -1,8 +1,8 @@
-"""Bodies of known length, from the socket to their place without a copy between.
+"""Request bodies of known length, received directly into their buffer without a copy.
 
-uvicorn hands bodies on in parts: its parser copies what the socket gave, its buffer does, whoever
-joins the parts does, and each part wakes the request's task. Here the parser sees only what came
-together with the head; all that follows the system writes where it belongs.
+uvicorn passes a body on in parts: its parser copies each part, so does its buffer and the code that
+joins the parts, and each part wakes the request's task. Here the parser sees only the part of the
+body that arrives together with the head; the system writes the rest directly into the buffer.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["INFLOW", "Disconnected", "Inflow", "place"]
+__all__ = ["INFLOW", "Disconnected", "Inflow", "buffer"]
 
 INFLOW = "aoft.inflow"
-"""Key of the ASGI scope under which a request finds its own."""
+"""Key of the request's inflow in the ASGI scope."""
 
 ALIGNMENT = 64
 
 
 class Disconnected(Exception):
-    """The client has gone."""
+    """The client has disconnected."""
 
 
-def place(size: int) -> memoryview:
-    """Memory for a body, neither cleared nor touched before bytes arrive.
+def buffer(size: int) -> memoryview:
+    """Memory for a body, neither cleared nor used before bytes arrive.
 
-    It ends at a round address, since tensors stand at the end of bodies.
+    Its end is aligned, since tensors are at the end of bodies.
     """
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -(memory.__array_interface__["data"][0] + size) % ALIGNMENT
@@ -35,62 +35,62 @@ def place(size: int) -> memoryview:
 
 
 class Inflow:
-    """What a request has of its connection: the way to have its body written to a place.
+    """Receives a request's body from its connection into a buffer.
 
     Args:
-        begin: Gives up what has come so far, and has the connection read on.
+        begin: Returns the part of the body that has arrived, and resumes reading.
     """
 
     def __init__(self, begin: Callable[[], bytes | bytearray]) -> None:
         self._begin = begin
         self._filled: asyncio.Future[None] | None = None
-        self._rest = memoryview(b"")
-        self._arrived: Callable[[int], object] = int
+        self._remaining = memoryview(b"")
+        self._account: Callable[[int], object] = int
 
     @property
-    def rest(self) -> memoryview:
-        """Where the next bytes belong; empty while nobody waits for any."""
-        return self._rest
+    def remaining(self) -> memoryview:
+        """The part of the buffer that is not filled yet; empty unless ``fill`` is waiting."""
+        return self._remaining
 
-    async def fill(self, room: memoryview, arrived: Callable[[int], object]) -> None:
-        """Wait until a place of the body's length is full.
+    async def fill(self, body: memoryview, account: Callable[[int], object]) -> None:
+        """Wait until a buffer of the body's length is full.
 
         Args:
-            room: The place.
-            arrived: Told of every part's size before the next; what it raises is raised here.
+            body: The buffer.
+            account: Called with the size of each part when it arrives.
 
         Raises:
-            Disconnected: The client has gone.
-            Exception: Whatever ``arrived`` raises.
+            Disconnected: The client has disconnected.
+            Exception: Whatever ``account`` raises.
         """
         first = self._begin()
-        arrived(len(first))
-        room[: len(first)] = first
-        if len(first) == len(room):
+        account(len(first))
+        body[: len(first)] = first
+        if len(first) == len(body):
             return
-        self._rest, self._arrived = room[len(first) :], arrived
+        self._remaining, self._account = body[len(first) :], account
         self._filled = asyncio.get_running_loop().create_future()
         try:
             await self._filled
         finally:
-            self._rest, self._filled = memoryview(b""), None
+            self._remaining, self._filled = memoryview(b""), None
 
-    def took(self, size: int) -> None:
-        """So many bytes were written to :attr:`rest`."""
+    def written(self, size: int) -> None:
+        """Note that the connection wrote bytes to :attr:`remaining`."""
         assert self._filled is not None
-        self._rest = self._rest[size:]
+        self._remaining = self._remaining[size:]
         if self._filled.done():
             return
         try:
-            self._arrived(size)
+            self._account(size)
         except Exception as error:
-            self._rest = memoryview(b"")
+            self._remaining = memoryview(b"")
             self._filled.set_exception(error)
             return
-        if not self._rest:
+        if not self._remaining:
             self._filled.set_result(None)
 
-    def lost(self) -> None:
-        """The client has gone."""
+    def disconnected(self) -> None:
+        """Note that the client has disconnected."""
         if self._filled is not None and not self._filled.done():
             self._filled.set_exception(Disconnected())

@@ -1,8 +1,8 @@
-"""httptools' parser, which stays with HTTP/1.1 whatever a client offers.
+"""A request parser that ignores offers to switch to another protocol.
 
-llhttp leaves HTTP after the headers of a request with ``Upgrade`` or ``CONNECT``, whether or not
-the server agrees: it passes over the body, and what is fed to it next it reads as a new request.
-This server never agrees. A request that offers another protocol is answered as if it had not.
+After the headers of a request with ``Upgrade`` or ``CONNECT``, httptools' parser (llhttp) stops
+parsing HTTP whether or not the server accepts the offer: it skips the body and reads the next bytes
+as a new request. This server accepts no offer, and answers such a request like any other.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class Parser(httptools.HttpRequestParser):
-    """A request parser.
+    """httptools' request parser, restricted to HTTP/1.1.
 
     Args:
-        connection: Whose callbacks are called, and whose ``parser`` and ``headers`` are used.
-        callbacks: Object with the callbacks where it is another.
+        connection: The connection, whose ``parser`` and ``headers`` are used.
+        callbacks: Object with the callbacks; None: the connection.
     """
 
     def __new__(cls, connection: Any, callbacks: Any = None) -> Parser:  # noqa: D102
@@ -37,8 +37,8 @@ class Parser(httptools.HttpRequestParser):
         self._connection = connection
 
     @property
-    def left(self) -> bool:
-        """Whether this parser left HTTP; its end of the message is none."""
+    def stopped(self) -> bool:
+        """Whether the parser stopped at an offer, and reported the end of the message too early."""
         return bool(super().should_upgrade())
 
     def should_upgrade(self) -> bool:
@@ -49,19 +49,19 @@ class Parser(httptools.HttpRequestParser):
         """Parse bytes.
 
         Raises:
-            httptools.HttpParserError: They are no HTTP.
+            httptools.HttpParserError: They are not HTTP.
         """
         parser = self
-        while True:  # each of many pipelined requests may offer another protocol
+        while True:  # each of several pipelined requests may offer another protocol
             try:
                 httptools.HttpRequestParser.feed_data(parser, data)
                 return
             except httptools.HttpParserUpgrade as offer:
                 data = data[offer.args[0] :]
-            parser = parser._stay()
+            parser = parser._continue()
 
-    def _stay(self) -> Parser:
-        """A new parser, which stands before the body and knows only where that ends."""
+    def _continue(self) -> Parser:
+        """A new parser that is about to read the body, and knows only how the body ends."""
         connection = self._connection
         callbacks = _Callbacks(connection)
         connection.parser = parser = Parser(connection, callbacks)
@@ -74,10 +74,10 @@ class Parser(httptools.HttpRequestParser):
 
 
 class _Callbacks:
-    """Callbacks of a connection, some of which are not called.
+    """The callbacks of a connection, some of which can be switched off.
 
     Attributes:
-        skipped: Their names.
+        skipped: Names of the callbacks that are not called.
     """
 
     skipped: tuple[str, ...] = ()
@@ -85,9 +85,9 @@ class _Callbacks:
     def __init__(self, connection: Any) -> None:
         for name in CALLBACKS:
             if hasattr(connection, name):
-                setattr(self, name, self._passing(name, getattr(connection, name)))
+                setattr(self, name, self._skippable(name, getattr(connection, name)))
 
-    def _passing(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
+    def _skippable(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:
             if name not in self.skipped:
                 callback(*args)

@@ -1,4 +1,4 @@
-"""Pictures that clients send: JPEG, PNG or WebP, refused by their header where too large."""
+"""Images from clients: JPEG, PNG or WebP, refused by their header if they are too large."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from aoft_deploy.data.images import read_image, read_size
 from aoft_deploy.errors import ImageError
 from aoft_deploy.serving.protocol.refusals import Refusal
 
-__all__ = ["sample"]
+__all__ = ["decode_sample"]
 
 
-def sample(
+def decode_sample(
     data: bytes, prepare: Callable[[Image], NDArray[Any]], size: int, max_pixels: int
 ) -> NDArray[Any]:
-    """One sample of a model's input, from a picture.
+    """Decode an image into one sample of a model's input.
 
-    A JPEG eight times as large as the sample is decoded at a half of its size or less, but four
-    times as large at least: its sample differs by a level or two of 255 and comes five times as
-    fast. All others are exactly what ``Classifier`` sees.
+    A JPEG of at least eight times the sample's size is decoded at half its size or less, but at
+    least four times the sample's size: decoding is five times as fast, and the sample differs by a
+    level or two of 255. Samples of all other images are exactly those of ``Classifier``.
 
     Args:
-        data: The file's content.
-        prepare: From an upright RGB image to the sample.
+        data: Content of the file.
+        prepare: Converts an upright RGB image to the sample.
         size: Side of the sample in pixels.
-        max_pixels: Most pixels that are decoded.
+        max_pixels: Maximum number of pixels.
 
     Raises:
-        Refusal: 415 for another format, 413 for too many pixels, 400 for a damaged picture.
+        Refusal: 415 for another format, 413 for too many pixels, 400 for a damaged image.
     """
     if not _allowed(data):
-        raise Refusal(415 if data else 400, "The picture is no JPEG, PNG or WebP.")
+        raise Refusal(415 if data else 400, "The image is not a JPEG, PNG or WebP.")
     try:
         width, height = read_size(data, max_pixels=2**64)
         if width * height > max_pixels:
             raise Refusal(
                 413,
-                f"The picture has {width} x {height} pixels, above {max_pixels}: shrink it first.",
+                f"The image has {width} x {height} pixels, above {max_pixels}: shrink it first.",
             )
         return prepare(read_image(data, max_pixels=max_pixels, least=4 * size))
     except ImageError as error:
