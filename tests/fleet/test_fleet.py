@@ -137,7 +137,7 @@ def test_tasks_added_one_by_one_answer_as_their_merged_models(
     assert fleet.predict(images[:0], []) == []
 
 
-def test_a_removed_task_never_answers_again_and_its_room_is_used_again(
+def test_a_removed_task_never_answers_again_and_its_slot_is_reused(
     artefact: Path,
     tasks: dict[str, Path],
     images: NDArray[np.float32],
@@ -156,7 +156,7 @@ def test_a_removed_task_never_answers_again_and_its_room_is_used_again(
     assert fleet._tables._next_slot == before.tasks + 1
 
 
-def test_a_slot_is_not_given_to_another_task_while_a_request_uses_it(
+def test_a_slot_is_not_reused_while_a_request_holds_it(
     artefact: Path, tasks: dict[str, Path]
 ) -> None:
     fleet = Fleet(artefact, threads=1)
@@ -171,7 +171,7 @@ def test_a_slot_is_not_given_to_another_task_while_a_request_uses_it(
         assert later["t4"].slot == slots["t2"].slot
 
 
-def test_what_does_not_belong_is_refused_and_the_fleet_goes_on(
+def test_invalid_calls_are_refused_and_the_fleet_continues(
     artefact: Path,
     write: Callable[..., Path],
     tasks: dict[str, Path],
@@ -226,7 +226,7 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]]
 
 
 @pytest.mark.parametrize("fault", UNFIT)
-def test_a_checkpoint_that_does_not_fit_takes_no_task_s_place(
+def test_a_checkpoint_that_does_not_fit_replaces_no_task(
     fault: str,
     artefact: Path,
     tasks: dict[str, Path],
@@ -262,9 +262,7 @@ FLEETS: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], object], str]
 
 
 @pytest.mark.parametrize("fault", FLEETS)
-def test_a_fleet_whose_own_tasks_make_no_sense_is_refused(
-    fault: str, artefact: Path, tmp_path: Path
-) -> None:
+def test_a_fleet_with_invalid_tasks_is_refused(fault: str, artefact: Path, tmp_path: Path) -> None:
     import onnx
 
     change, message = FLEETS[fault]
@@ -281,7 +279,9 @@ def test_a_fleet_whose_own_tasks_make_no_sense_is_refused(
         Fleet(tmp_path / "fleet.onnx", threads=1)
 
 
-def test_a_merged_model_is_no_fleet(artefact: Path, tasks: dict[str, Path], tmp_path: Path) -> None:
+def test_a_merged_model_is_refused_as_a_fleet(
+    artefact: Path, tasks: dict[str, Path], tmp_path: Path
+) -> None:
     import onnx
 
     proto = onnx.load(artefact)
@@ -340,7 +340,7 @@ def test_tasks_of_a_store_answer_as_their_merged_models_in_any_budget(
     assert found.tasks == 2 + found.misses - found.evictions
 
 
-def test_tasks_that_were_fetched_before_are_in_memory_when_they_are_asked(
+def test_prefetched_tasks_are_in_memory(
     artefact: Path, stores: dict[str, Path], images: NDArray[np.float32]
 ) -> None:
     fleet = Fleet(artefact, store=stores["packed"], threads=1)
@@ -359,7 +359,7 @@ def test_tasks_that_were_fetched_before_are_in_memory_when_they_are_asked(
     assert small.residency.bytes <= room
 
 
-def test_a_task_of_the_store_that_was_removed_does_not_answer_and_its_name_may_be_another(
+def test_a_removed_task_of_the_store_does_not_answer_and_its_name_can_be_reused(
     artefact: Path,
     tasks: dict[str, Path],
     stores: dict[str, Path],
@@ -384,7 +384,7 @@ def test_a_task_of_the_store_that_was_removed_does_not_answer_and_its_name_may_b
 
 
 @pytest.mark.slow
-def test_no_answer_is_wrong_while_tasks_are_added_removed_exchanged_and_paged(
+def test_answers_stay_right_while_tasks_are_added_removed_replaced_and_paged(
     artefact: Path,
     tasks: dict[str, Path],
     stores: dict[str, Path],
@@ -478,7 +478,7 @@ def test_a_store_that_does_not_fit_is_refused(
     assert right(fleet.predict(images[:2], ["t1", "t0"]), ["t1", "t0"], [0, 1], expected)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_has_its_default(
+def test_a_checkpoint_older_than_a_setting_gets_its_default(
     artefact: Path,
     tasks: dict[str, Path],
     images: NDArray[np.float32],
@@ -513,7 +513,7 @@ def test_a_fleet_needs_neither_torch_nor_timm(
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_task_is_replaced_at_one_moment(
+def test_a_task_is_replaced_atomically(
     artefact: Path,
     tasks: dict[str, Path],
     stores: dict[str, Path],
@@ -554,7 +554,7 @@ def merged_answer(path: Path, images: NDArray[np.float32], weights: Path) -> tup
 
 @pytest.mark.parametrize("rows", [None, 1, 2])
 @pytest.mark.parametrize("following", [1, 2])
-def test_an_answer_is_of_one_version_with_that_version_s_classes(
+def test_logits_and_classes_of_an_answer_are_of_the_same_version(
     rows: int | None,
     following: int,
     artefact: Path,
@@ -582,7 +582,7 @@ def test_an_answer_is_of_one_version_with_that_version_s_classes(
     assert calls == [rows or 4] * (8 // (rows or 4))
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read_takes_no_task_s_place(
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
     artefact: Path,
     versions: list[Path],
     tmp_path: Path,

@@ -11,7 +11,7 @@ from aoft_deploy.fleet.name_index import NameIndex
 
 
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)), st.text("abc"))
-def test_a_name_is_found_exactly_where_it_stands(given: set[str], other: str) -> None:
+def test_find_gives_the_index_of_exactly_the_indexed_names(given: set[str], other: str) -> None:
     names = NameIndex.of(given)
     assert sorted(names) == sorted(given) and len(names) == len(given)
     assert all(names[names.find(name) or 0] == name for name in given)
@@ -19,19 +19,19 @@ def test_a_name_is_found_exactly_where_it_stands(given: set[str], other: str) ->
     assert set(names.closest(other, count=len(given) + 1)) == given
 
 
-def test_names_come_by_slice_and_from_the_end() -> None:
+def test_slices_and_negative_indices_work() -> None:
     names = NameIndex.of(["b", "ab", "c"])
     assert (names[-1], names[:2]) == ("c", ["ab", "b"])
     with pytest.raises(IndexError):
         names[3]
 
 
-def test_bytes_of_a_file_name_that_are_no_text_stay_what_they_are() -> None:
+def test_bytes_of_a_file_name_that_are_not_utf_8_are_kept() -> None:
     assert list(NameIndex.of(["\udcff.1", "a"])) == ["a", "\udcff.1"]
     assert NameIndex.of(["\udcff.1"]).find("\udcff.1") == 0
 
 
-def test_a_wrong_letter_anywhere_leaves_the_name_among_the_closest() -> None:
+def test_a_misspelt_name_is_among_the_closest() -> None:
     names = NameIndex.of(
         f"{animal}-{i:05}" for animal in ("pets", "birds", "fish") for i in range(300)
     )
@@ -45,6 +45,6 @@ def test_pairs_of_letters_across_two_names_do_not_count() -> None:
     assert NameIndex.of(["ax", "yb", "xy!"]).closest("xy", count=1) == ["xy!"]
 
 
-def test_two_tasks_of_one_name_are_refused() -> None:
+def test_two_tasks_of_the_same_name_are_refused() -> None:
     with pytest.raises(SettingError, match="Two tasks are called 'a': rename one"):
         NameIndex.of(["a", "b", "a"])

@@ -67,7 +67,7 @@ class Resident(ResidentTasks):
         return float(found.pop())
 
 
-def test_the_least_recently_used_task_leaves_first() -> None:
+def test_the_least_recently_used_task_is_evicted_first() -> None:
     tasks = Resident(3, Store(9))
     for name in "0120310":
         assert tasks.values(name) == {name: float(name)}
@@ -77,20 +77,20 @@ def test_the_least_recently_used_task_leaves_first() -> None:
     assert (found.tasks, found.bytes, found.budget) == (3, 3 * ROOM, 3 * ROOM)
 
 
-def test_a_wide_task_displaces_as_many_as_it_needs() -> None:
+def test_a_wide_task_evicts_as_many_as_it_needs() -> None:
     tasks = Resident(4, Store(9, classes=lambda i: 9 if i == 8 else 2))
     tasks.values("0", "1", "2", "3")
     assert tasks.values("8") == {"8": 8.0}
     assert tasks.residency.bytes <= 4 * ROOM and set(tasks.resident) == {"3", "8"}
 
 
-def test_a_request_for_more_than_there_is_room_for_gets_the_first_of_them() -> None:
+def test_a_request_for_too_many_tasks_gets_the_first_ones() -> None:
     tasks = Resident(2, Store(9))
     assert tasks.values("4", "5", "6", "7") == {"4": 4.0, "5": 5.0}
     assert tasks.values("6", "5") == {"5": 5.0, "6": 6.0}
 
 
-def test_what_is_held_is_not_evicted() -> None:
+def test_a_held_task_is_not_evicted() -> None:
     tasks = Resident(2, Store(9))
     with tasks.holding(["0"]) as slots:
         for name in "1234":
@@ -98,7 +98,7 @@ def test_what_is_held_is_not_evicted() -> None:
         assert tasks.value(slots["0"]) == 0 and "0" in tasks.resident
 
 
-def test_a_removed_task_keeps_its_numbers_for_the_requests_that_hold_it() -> None:
+def test_a_removed_task_keeps_its_parameters_while_requests_hold_it() -> None:
     tasks = Resident(3, Store(9))
     tasks.add("mine", task(70))
     with tasks.holding(["0", "mine"]) as slots:
@@ -112,7 +112,7 @@ def test_a_removed_task_keeps_its_numbers_for_the_requests_that_hold_it() -> Non
 
 
 @pytest.mark.parametrize("what", ["asked", "added"])
-def test_who_needs_room_waits_until_a_request_ends(
+def test_a_task_without_room_waits_until_a_request_ends(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks, waits = Resident(1, Store(9)), threading.Event()
@@ -135,7 +135,7 @@ def test_who_needs_room_waits_until_a_request_ends(
     assert list(tasks.resident) == (["1"] if what == "asked" else ["new"])
 
 
-def test_two_requests_that_want_a_task_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_for_a_task_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store, gate, asked = Store(9), threading.Event(), threading.Semaphore(0)
     store.before_read = lambda _: gate.wait(20)
     tasks = Resident(4, store)
@@ -193,7 +193,7 @@ def test_a_task_removed_while_it_is_read_does_not_answer() -> None:
     assert tasks.residency.bytes == 0
 
 
-def test_a_task_exchanged_while_it_is_read_answers_with_the_new_numbers() -> None:
+def test_a_task_replaced_while_it_is_read_answers_with_the_new_parameters() -> None:
     store, gate, reading = Store(9), threading.Event(), threading.Event()
 
     def wait(_: str) -> None:
@@ -212,7 +212,7 @@ def test_a_task_exchanged_while_it_is_read_answers_with_the_new_numbers() -> Non
     assert tasks.residency.bytes == ROOM
 
 
-def test_a_removed_task_of_the_store_never_comes_back_but_its_name_may() -> None:
+def test_a_removed_task_of_the_store_stays_removed_but_its_name_can_be_reused() -> None:
     tasks = Resident(4, Store(30))
     tasks.values("5")
     for name in ("5", "6"):
@@ -248,7 +248,7 @@ def test_added_tasks_are_never_evicted() -> None:
     assert tasks.values("1") == {"1": 1.0}
 
 
-def test_a_task_without_a_stretch_of_rows_for_its_classes_is_refused() -> None:
+def test_a_task_without_enough_contiguous_rows_is_refused() -> None:
     tasks = Resident(3)
     slots = [tasks.tables.allocate(1) for _ in range(3)]
     length = len(tasks.tables.heads)
@@ -260,7 +260,7 @@ def test_a_task_without_a_stretch_of_rows_for_its_classes_is_refused() -> None:
         tasks.add("wide", task(1, classes=4))
 
 
-def test_a_name_that_is_there_is_not_given_again() -> None:
+def test_a_name_in_use_is_refused() -> None:
     store = Store(9)
     tasks = Resident(4, store)
     tasks.add("mine", task(70))
@@ -270,7 +270,9 @@ def test_a_name_that_is_there_is_not_given_again() -> None:
     assert tasks.values("mine", "3") == {"mine": 70.0, "3": 3.0}
 
 
-def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_concurrent_additions_of_a_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tasks, both = Resident(4), threading.Barrier(2)
     write = tasks._write
 
@@ -287,7 +289,7 @@ def test_of_two_that_add_a_name_at_once_one_is_refused(monkeypatch: pytest.Monke
     assert tasks.residency.bytes == ROOM
 
 
-def test_what_the_store_gives_is_checked_and_the_next_request_reads_again() -> None:
+def test_tasks_from_the_store_are_checked_and_read_again_after_a_failure() -> None:
     class Broken(Store):
         def read(self, name: str) -> TaskParameters:
             self.reads[name] += 1
@@ -305,7 +307,7 @@ def test_what_the_store_gives_is_checked_and_the_next_request_reads_again() -> N
     assert tasks.values("1") == {"1": 1.0} and not tasks._reads
 
 
-def test_an_unknown_name_is_told_with_close_ones_from_memory_and_store() -> None:
+def test_an_unknown_name_is_reported_with_similar_ones() -> None:
     tasks = Resident(4, Store(300))
     tasks.add("pets", task(1))
     with pytest.raises(UnknownNameError, match=r"Unknown task 'pest'\. Did you mean pets\?$"):
@@ -317,7 +319,7 @@ def test_an_unknown_name_is_told_with_close_ones_from_memory_and_store() -> None
 
 
 @pytest.mark.parametrize("room", [1, 3, 20])
-def test_no_request_gets_another_tasks_numbers(room: int) -> None:
+def test_no_request_gets_the_parameters_of_another_task(room: int) -> None:
     store = Store(60, classes=lambda i: 2 + i % 3 * (room > 1))
     tasks = Resident(room, store)
     stop, wrong, served = threading.Event(), list[object](), Counter[int]()

@@ -84,7 +84,7 @@ def same(one: TaskParameters, other: TaskParameters) -> bool:
     return arrays and one.classes == other.classes
 
 
-def test_folder_and_packed_file_give_the_checkpoints_numbers(
+def test_folder_and_packed_file_give_the_checkpoints_parameters(
     folder: CheckpointFolder, packed: Path
 ) -> None:
     files = ["cats.ckpt", "dogs/model.ckpt", "zürich v1.0.ckpt"]
@@ -102,7 +102,7 @@ def test_folder_and_packed_file_give_the_checkpoints_numbers(
             store.read("cat")
 
 
-def test_numbers_stand_in_the_order_of_the_kind(tmp_path: Path) -> None:
+def test_a_row_has_the_order_of_the_kind(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ckpt", ["x", "y"], seed=5)
     rng = np.random.default_rng(5)
     q, b = rng.normal(size=3).astype(np.float32), rng.normal(size=(2, 2)).astype(np.float32)
@@ -117,13 +117,13 @@ def test_a_classifier_may_have_no_biases(tmp_path: Path) -> None:
     assert not read_task(path, KIND).head[:, -1].any()
 
 
-def test_a_checkpoint_that_comes_later_is_in_the_folder(folder: CheckpointFolder) -> None:
+def test_a_checkpoint_added_later_is_found(folder: CheckpointFolder) -> None:
     assert "late" not in folder
     write(folder.path / "late.ckpt", seed=9)
     assert "late" in folder and "late" in list(folder.names)
 
 
-def test_a_name_that_two_checkpoints_give_is_refused(folder: CheckpointFolder) -> None:
+def test_two_checkpoints_of_the_same_name_are_refused(folder: CheckpointFolder) -> None:
     write(folder.path / "cats" / "model.ckpt")
     with pytest.raises(SettingError, match=r"Two tasks are called 'cats', .*cats.ckpt and .*model"):
         folder.read("cats")
@@ -131,7 +131,7 @@ def test_a_name_that_two_checkpoints_give_is_refused(folder: CheckpointFolder) -
         _ = folder.names
 
 
-def test_stores_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_stores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="There is no folder of checkpoints or file of packed"
     ):
@@ -211,7 +211,7 @@ def test_a_description_that_is_no_json_object_is_refused(tmp_path: Path, text: s
         read_task(tmp_path / "a.ckpt", KIND)
 
 
-def test_other_files_than_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="a safetensors file, but no checkpoint of aoft-tr"):
         read_task(tmp_path / "a.ckpt", KIND)
@@ -247,7 +247,7 @@ def numbers(row: int = 7, head: tuple[int, ...] = (2, 5), classes: int = 2) -> T
     "task",
     [numbers(row=1), numbers(head=(2, 4)), numbers(head=(3, 5)), numbers(head=(2, 5), classes=3)],
 )
-def test_numbers_of_other_shapes_are_not_packed(task: TaskParameters, tmp_path: Path) -> None:
+def test_parameters_of_wrong_shapes_are_not_packed(task: TaskParameters, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Task 'bad' has parameters of shape"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
@@ -259,19 +259,19 @@ def test_a_task_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: 
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 
-def test_numbers_that_are_not_finite_are_not_packed(tmp_path: Path) -> None:
+def test_parameters_that_are_not_finite_are_not_packed(tmp_path: Path) -> None:
     task = numbers()
     task.head[1, 1] = np.inf
     with pytest.raises(CheckpointError, match="Task 'bad' has parameters that are not finite"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 
-def test_a_store_without_tasks_is_not_packed(tmp_path: Path) -> None:
+def test_an_empty_store_is_not_packed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There are no tasks to pack into"):
         pack(Given({}), tmp_path / "tasks.pack")
 
 
-def test_a_file_that_cannot_be_written_is_told(
+def test_a_file_that_cannot_be_written_raises_an_output_error(
     folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OutputError, match="it exists and is no file"):
@@ -286,7 +286,7 @@ def test_a_file_that_cannot_be_written_is_told(
     assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
 
 
-def test_every_truncation_and_every_damaged_byte_is_told(packed: Path, tmp_path: Path) -> None:
+def test_every_truncation_and_every_damaged_byte_is_detected(packed: Path, tmp_path: Path) -> None:
     whole, hurt = packed.read_bytes(), tmp_path / "hurt.pack"
     expected = {name: PackedTasks(packed).read(name) for name in PackedTasks(packed).names}
     for length in range(0, len(whole), 7):
@@ -301,7 +301,7 @@ def test_every_truncation_and_every_damaged_byte_is_told(packed: Path, tmp_path:
                 assert same(store.read(name), expected[name])
 
 
-def test_a_file_truncated_while_it_is_open_is_an_error_and_not_the_end(packed: Path) -> None:
+def test_a_file_truncated_while_it_is_open_raises_an_error(packed: Path) -> None:
     store = PackedTasks(packed)
     with packed.open("r+b") as file:
         file.truncate(50)
@@ -359,7 +359,7 @@ def sealed(packed: Path, **changes: Any) -> Path:
     ],
     ids=str,
 )
-def test_an_index_that_makes_no_sense_is_refused_though_its_sum_is_right(
+def test_an_invalid_index_with_a_valid_checksum_is_refused(
     packed: Path, changes: dict[str, Any]
 ) -> None:
     assert same(PackedTasks(sealed(packed)).read("cats"), PackedTasks(packed).read("cats"))
@@ -380,7 +380,7 @@ def test_an_index_that_makes_no_sense_is_refused_though_its_sum_is_right(
     ],
     ids=lambda changes: str(changes)[:30],
 )
-def test_a_task_that_makes_no_sense_is_refused_though_its_sum_is_right(
+def test_an_invalid_task_with_a_valid_checksum_is_refused(
     packed: Path, changes: dict[str, Any]
 ) -> None:
     hurt = PackedTasks(sealed(packed, **changes))
@@ -423,7 +423,7 @@ def test_a_file_may_be_packed_over_itself_while_others_read_it(
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_tasks_open_without_an_object_for_each(
+def test_a_hundred_thousand_tasks_open_fast_and_take_little_memory(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     class Many(Given):

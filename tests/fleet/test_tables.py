@@ -24,7 +24,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)  # type: ignore[no-untyped-call]
 
 
-def test_what_was_written_stands_whatever_comes_and_goes_beside_it() -> None:
+def test_a_task_keeps_its_parameters_while_others_come_and_go() -> None:
     tables = TaskTables(row_length=50, width=6, budget=40_000)
     rng = np.random.default_rng(0)
     there: dict[int, tuple[float, int]] = {}
@@ -51,7 +51,7 @@ def test_what_was_written_stands_whatever_comes_and_goes_beside_it() -> None:
     assert tables._free_rows == [(0, len(tables.heads))] and tables.used == 0
 
 
-def test_a_task_beyond_the_budget_has_no_slot() -> None:
+def test_a_task_beyond_the_budget_gets_no_slot() -> None:
     tables = TaskTables(row_length=10, width=4, budget=150)
     slot = tables.allocate(2)
     assert slot == 0 and tables.allocate(2) is None
@@ -70,7 +70,7 @@ def test_a_budget_that_the_system_cannot_reserve_is_refused() -> None:
         TaskTables(row_length=10, width=4, budget=2**60)
 
 
-def test_a_fleet_of_nothing_but_classifiers_has_rows_of_no_numbers() -> None:
+def test_a_fleet_of_classifiers_only_has_empty_rows() -> None:
     tables = TaskTables(row_length=0, width=4, budget=1000)
     slot = tables.allocate(3)
     assert slot is not None
@@ -80,7 +80,7 @@ def test_a_fleet_of_nothing_but_classifiers_has_rows_of_no_numbers() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
 @pytest.mark.parametrize("widths", [(2, 2), (2, 400), (400, 2)])
-def test_memory_is_what_the_tasks_need_when_all_are_exchanged_for_others(
+def test_memory_is_returned_when_all_tasks_are_replaced(
     widths: tuple[int, int],
 ) -> None:
     budget = 48_000_000
@@ -118,7 +118,7 @@ def test_memory_stays_flat_under_churn_of_many_widths() -> None:
     assert peak < 1.1 * budget
 
 
-def test_pages_of_neighbours_survive_what_is_given_back(
+def test_freeing_a_slot_keeps_the_pages_of_its_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     released = list[tuple[int, int]]()

@@ -72,7 +72,7 @@ def asking(value: float = 0.5) -> dict[str, Any]:
     return {"inputs": [{**entry, "data": [value] * 768}]}
 
 
-def test_any_server_of_asgi_runs_it(artefact: Path) -> None:
+def test_another_asgi_server_can_run_the_application(artefact: Path) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         answers = await asyncio.gather(
             *(client.post("/v2/models/a/infer", json=asking(i / 20)) for i in range(20))
@@ -90,7 +90,7 @@ def test_any_server_of_asgi_runs_it(artefact: Path) -> None:
     inside([("a", artefact)], play)
 
 
-def test_what_cannot_be_served_is_told_to_the_server(tmp_path: Path) -> None:
+def test_a_failed_start_is_reported_to_the_asgi_server(tmp_path: Path) -> None:
     async def run() -> None:
         application = Application(Service(SETTINGS, [("a", tmp_path / "none.onnx")]))
         sent: list[Any] = []
@@ -109,7 +109,7 @@ def test_what_cannot_be_served_is_told_to_the_server(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_stuck_model_is_not_ready_and_says_so_and_the_others_answer(artefact: Path) -> None:
+def test_a_stuck_model_is_not_ready_and_the_others_answer(artefact: Path) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         batcher: Any = service.models.artefacts["a"].batcher
         gate, run, stopped = threading.Event(), batcher._run, threading.Event()
@@ -137,7 +137,7 @@ def test_a_stuck_model_is_not_ready_and_says_so_and_the_others_answer(artefact: 
     inside([("a", artefact), ("b", artefact)], play)
 
 
-def test_a_failure_of_our_own_is_logged_and_told_without_detail(
+def test_an_internal_error_is_logged_and_answered_without_detail(
     artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
@@ -167,7 +167,7 @@ def test_two_artefacts_with_the_same_task_are_refused(fleet_artefact: Path, arte
     asyncio.run(run())
 
 
-def test_too_many_pictures_are_refused_before_they_are_decoded(
+def test_too_many_images_are_refused_before_they_are_decoded(
     artefact: Path, photos: list[Path]
 ) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
@@ -184,7 +184,7 @@ def test_too_many_pictures_are_refused_before_they_are_decoded(
     inside([("a", artefact)], play)
 
 
-def test_bodies_that_were_answered_are_let_go(artefact: Path) -> None:
+def test_answered_bodies_are_released(artefact: Path) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         pixels = np.zeros((2, 3, 16, 16), np.float32).tobytes()
         for content in (b"{}", pixels, json.dumps(asking()).encode()):
@@ -300,7 +300,7 @@ def labels(answer: httpx.Response) -> list[list[str]]:
 
 @pytest.mark.parametrize("address", ["infer", "classify"])
 @pytest.mark.parametrize("kind", ["fleet", "merged"])
-def test_labels_are_those_of_what_computed_the_logits(
+def test_labels_belong_to_the_version_that_computed_the_logits(
     kind: str,
     address: str,
     versions: list[tuple[Path, tuple[str, ...]]],
@@ -346,7 +346,7 @@ def test_labels_are_those_of_what_computed_the_logits(
     serving([("fleet", fleet_artefact)] if fleet else [], play, repository=tmp_path)
 
 
-def test_a_request_in_parts_is_answered_by_one_version(
+def test_a_request_that_runs_in_parts_is_answered_by_one_version(
     versions: list[tuple[Path, tuple[str, ...]]],
     fleet_artefact: Path,
     backbone_weights: Path,
@@ -374,7 +374,7 @@ def test_a_request_in_parts_is_answered_by_one_version(
     serving([("fleet", fleet_artefact)], play, repository=tmp_path)
 
 
-def test_no_label_is_wrong_while_a_task_is_exchanged_in_a_loop(
+def test_labels_stay_right_while_a_task_is_replaced_in_a_loop(
     versions: list[tuple[Path, tuple[str, ...]]],
     fleet_artefact: Path,
     backbone_weights: Path,
@@ -412,7 +412,7 @@ def test_no_label_is_wrong_while_a_task_is_exchanged_in_a_loop(
     serving([("fleet", fleet_artefact)], play, repository=tmp_path)
 
 
-def test_a_model_exchanged_for_one_of_another_input_asks_the_client_again(
+def test_a_request_is_refused_if_its_model_was_replaced_by_one_with_another_input(
     artefact: Path, pixel_artefact: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.onnx"
@@ -442,7 +442,7 @@ def test_a_model_exchanged_for_one_of_another_input_asks_the_client_again(
     serving([], play, repository=tmp_path)
 
 
-def test_a_picture_is_not_answered_by_a_model_of_another_preprocessing(
+def test_an_image_is_refused_if_its_model_was_replaced_by_one_with_other_preprocessing(
     artefact: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     path, proto = tmp_path / "a.onnx", onnx.load(artefact)
@@ -470,7 +470,7 @@ def test_a_picture_is_not_answered_by_a_model_of_another_preprocessing(
     serving([], play, repository=tmp_path)
 
 
-def test_a_client_s_timeout_shortens_the_server_s_and_does_not_exceed_it(artefact: Path) -> None:
+def test_a_client_timeout_can_only_shorten_the_server_timeout(artefact: Path) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         gate = Gate(service.models.artefacts["a"].batcher)
         first = asyncio.create_task(client.post("/v2/models/a/infer", json=asking()))
@@ -525,7 +525,7 @@ def test_logits_that_are_not_finite_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("queue", [1, 64])
-def test_24_overload_is_refused_while_the_engine_is_busy(artefact: Path, queue: int) -> None:
+def test_overload_is_refused_while_the_engine_is_busy(artefact: Path, queue: int) -> None:
     async def play(client: httpx.AsyncClient, service: Service) -> None:
         batcher = service.models.artefacts["a"].batcher
         gate = Gate(batcher)

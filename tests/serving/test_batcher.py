@@ -22,7 +22,7 @@ from aoft_deploy.serving.deadlines import TICK, Deadlines
 from aoft_deploy.serving.protocol.refusals import Refusal
 
 
-def test_a_lone_request_goes_at_once() -> None:
+def test_a_single_request_is_sent_at_once() -> None:
     queue: Collector[str] = Collector(8, 0.01, 10)
     assert queue.wait(0.0) is None
     for now in (1.0, 2.0, 3.0):
@@ -32,7 +32,7 @@ def test_a_lone_request_goes_at_once() -> None:
         queue.engine_free(1, now + 0.5)
 
 
-def test_clients_that_ask_again_are_waited_for_and_then_go_together() -> None:
+def test_returning_clients_share_a_batch() -> None:
     queue: Collector[int] = Collector(8, 0.01, 10)
     queue.add(0, 1, 0.0)
     assert queue.take() == [0]
@@ -53,7 +53,7 @@ def test_clients_that_ask_again_are_waited_for_and_then_go_together() -> None:
     assert queue.wait(3.001) == 0.0
 
 
-def test_a_batch_has_no_more_rows_than_it_may_but_a_large_request_goes_alone() -> None:
+def test_a_batch_respects_the_maximum_but_a_larger_request_runs_alone() -> None:
     queue: Collector[str] = Collector(4, 0.0, 10)
     for name, rows in (("a", 3), ("b", 2), ("c", 2), ("d", 9), ("e", 1)):
         queue.add(name, rows, 0.0)
@@ -62,7 +62,7 @@ def test_a_batch_has_no_more_rows_than_it_may_but_a_large_request_goes_alone() -
     assert queue.rows == 0 and len(queue) == 0
 
 
-def test_a_full_queue_takes_no_more_until_one_leaves() -> None:
+def test_a_full_queue_refuses_until_a_request_leaves() -> None:
     queue: Collector[str] = Collector(4, 0.0, 2)
     assert queue.add("a", 1, 0.0) and queue.add("b", 5, 0.0) and not queue.add("c", 1, 0.0)
     queue.discard("b")
@@ -78,7 +78,7 @@ STEPS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(steps=STEPS, capacity=st.integers(1, 8))
-def test_every_request_goes_once_in_order_and_within_the_limits(
+def test_every_request_runs_once_in_order_and_within_the_limits(
     steps: list[tuple[str, int]], capacity: int
 ) -> None:
     queue: Collector[int] = Collector(5, 0.01, capacity)
@@ -185,7 +185,7 @@ def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
     assert max(map(len, engine.batches)) > 4 and max(map(len, engine.batches)) <= 8
 
 
-def test_a_request_larger_than_a_batch_goes_to_the_engine_alone() -> None:
+def test_a_request_larger_than_a_batch_runs_alone() -> None:
     """So that the engine answers all of it by one version; in parts, if it likes."""
 
     async def play(subject: Batcher, engine: Engine) -> None:
@@ -204,7 +204,7 @@ def test_a_request_larger_than_a_batch_goes_to_the_engine_alone() -> None:
     assert list(map(len, played(play).batches)) == [1, 20, 1]
 
 
-def test_a_poison_sample_fails_alone() -> None:
+def test_a_faulty_request_fails_alone() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         engine.poison = {3.0}
         first, *others = await engine.blocked(subject, 9, *range(8))
@@ -217,7 +217,7 @@ def test_a_poison_sample_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         first, *both = await engine.blocked(subject, 0.0, 1.0, value)
         engine.gate.set()
@@ -241,7 +241,7 @@ def test_time_runs_out_in_the_queue_and_the_request_never_runs() -> None:
     assert played(play).batches == [[1.0]]
 
 
-def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
+def test_a_cancelled_request_leaves_the_queue() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         first, gone = await engine.blocked(subject, 1.0, 2.0)
         gone.cancel()
@@ -254,7 +254,7 @@ def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
     assert played(play).batches == [[1.0]]
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
+def test_a_full_queue_refuses_at_once_with_retry_after() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         accepted = await engine.blocked(subject, *range(5))
         with pytest.raises(Refusal, match="Too many requests wait") as caught:
@@ -267,7 +267,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
     played(play, capacity=4)
 
 
-def test_an_engine_that_does_not_return_is_told_of_and_used_again_when_it_does() -> None:
+def test_a_hung_engine_fails_its_requests_and_is_used_again_later() -> None:
     stopped = threading.Event()
 
     async def play(subject: Batcher, engine: Engine) -> None:
@@ -309,7 +309,7 @@ def test_the_first_request_of_each_task_in_a_batch_is_marked() -> None:
     played(play)
 
 
-def test_what_waits_when_it_closes_is_still_answered_and_the_thread_ends() -> None:
+def test_queued_requests_are_answered_after_close_and_the_thread_ends() -> None:
     threads: list[threading.Thread] = []
 
     async def play(subject: Batcher, engine: Engine) -> None:
@@ -352,7 +352,7 @@ def in_no_time(play: Callable[[Callable[[], float]], Coroutine[Any, Any, None]])
     return selector.waits
 
 
-def test_deadlines_call_in_time_and_never_after_they_were_discarded() -> None:
+def test_deadlines_run_in_time_and_not_after_they_were_discarded() -> None:
     async def play(now: Callable[[], float]) -> None:
         deadlines, called = Deadlines(), dict[str, float]()
         for name, seconds in (("a", 3.0), ("b", 3.0), ("c", 30.0), ("d", 1.0)):

@@ -107,9 +107,7 @@ DRIPS = ["half a head", "half a second head", "half of a body that nobody waits 
 @pytest.mark.parametrize(
     ("name", "drips"), [*((name, False) for name in OPENINGS), *((name, True) for name in DRIPS)]
 )
-def test_a_connection_whose_headers_do_not_come_ends(
-    listening: Any, name: str, drips: bool
-) -> None:
+def test_a_connection_without_headers_times_out(listening: Any, name: str, drips: bool) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         first, waits, rest = OPENINGS[name].partition(b"!")
@@ -131,7 +129,7 @@ def test_a_connection_whose_headers_do_not_come_ends(
     play(listening, part)
 
 
-def test_a_connection_that_rests_between_requests_stays_as_long_as_is_set(listening: Any) -> None:
+def test_an_idle_connection_stays_for_the_keep_alive_time(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         for seconds in (2 * HEAD_SECONDS, HEAD_SECONDS / 2, 0, 2 * HEAD_SECONDS):
@@ -153,7 +151,7 @@ def test_a_connection_that_rests_between_requests_stays_as_long_as_is_set(listen
     play(listening, part)
 
 
-def test_a_connection_that_a_client_resets_leaves_no_timer(listening: Any) -> None:
+def test_a_connection_reset_by_the_client_leaves_no_timer(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         writer.write(REQUEST)
@@ -175,7 +173,7 @@ def test_a_connection_that_a_client_resets_leaves_no_timer(listening: Any) -> No
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-def test_a_full_server_says_that_it_lives_and_nothing_else(listening: Any) -> None:
+def test_a_full_server_answers_health_checks_only(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(MOST)]
         for reader, writer in held:
@@ -210,7 +208,7 @@ def test_a_full_server_says_that_it_lives_and_nothing_else(listening: Any) -> No
     play(listening, part, MOST)
 
 
-def test_the_latest_comers_have_the_spare_places(listening: Any) -> None:
+def test_the_newest_connections_have_the_spare_places(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(MOST)]
         silent = [await joined(port) for _ in range(SPARE + 2)]
@@ -232,7 +230,7 @@ def test_the_latest_comers_have_the_spare_places(listening: Any) -> None:
     play(listening, part, MOST)
 
 
-def test_a_refusal_is_heard_by_a_client_that_goes_on_sending(listening: Any) -> None:
+def test_a_client_that_continues_to_send_receives_the_refusal(listening: Any) -> None:
     """A socket that closes on unread bytes is reset, which takes the answer back."""
 
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
@@ -249,7 +247,7 @@ def test_a_refusal_is_heard_by_a_client_that_goes_on_sending(listening: Any) -> 
     play(listening, part)
 
 
-def test_a_client_that_does_not_close_or_stop_is_waited_for_no_longer_than_a_while(
+def test_the_wait_for_a_client_that_keeps_sending_is_bounded(
     listening: Any,
 ) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
@@ -278,7 +276,7 @@ def test_a_client_that_does_not_close_or_stop_is_waited_for_no_longer_than_a_whi
     play(listening, part)
 
 
-def test_an_end_lets_clients_in_use_ask_once_more_and_resets_none(listening: Any) -> None:
+def test_shutdown_answers_clients_in_use_once_more_and_resets_none(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         unused, used, late = [await joined(port) for _ in range(3)]
         for _, writer in (unused, used):
@@ -310,7 +308,7 @@ def test_an_end_lets_clients_in_use_ask_once_more_and_resets_none(listening: Any
     play(listening, part)
 
 
-def test_an_end_does_not_wait_for_clients_that_never_close(listening: Any) -> None:
+def test_shutdown_does_not_wait_for_clients_that_never_close(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(5)]
         ending = asyncio.create_task(end_connections(server))
@@ -326,7 +324,7 @@ def test_an_end_does_not_wait_for_clients_that_never_close(listening: Any) -> No
     play(listening, part)
 
 
-def test_who_waits_to_be_accepted_when_the_socket_closes_is_answered(listening: Any) -> None:
+def test_connections_in_the_backlog_are_answered_when_the_socket_closes(listening: Any) -> None:
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(bound.fileno())  # the server is busy
@@ -345,7 +343,7 @@ def test_who_waits_to_be_accepted_when_the_socket_closes_is_answered(listening: 
     play(listening, part)
 
 
-def test_connections_are_begun_no_more_while_those_that_are_there_come_through() -> None:
+def test_new_connections_are_dropped_while_established_ones_are_accepted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         early = socket.create_connection(bound.getsockname())
         drop_new_connections(bound)

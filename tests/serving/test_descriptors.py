@@ -33,25 +33,25 @@ def possible(wanted: int, soft: int, hard: int) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr
 
 
-def test_the_soft_limit_is_raised_as_far_as_is_needed() -> None:
+def test_the_soft_limit_is_raised_as_far_as_needed() -> None:
     told, log = possible(1024, 512, 4096)
     count, soft, hard = map(int, told.split())
     assert (count, hard, log) == (1024, 4096, "")
     assert 1024 + RESERVED < soft <= 1024 + RESERVED + 20
 
 
-def test_a_limit_that_is_enough_stays() -> None:
+def test_a_sufficient_descriptor_limit_is_not_changed() -> None:
     assert possible(100, 4000, 4096) == ("100 4000 4096", "")
 
 
-def test_what_the_hard_limit_does_not_allow_is_told_and_left_out() -> None:
+def test_a_hard_limit_reduces_the_number_of_connections() -> None:
     told, log = possible(1024, 512, 1024)
     count, soft, hard = map(int, told.split())
     assert soft == hard == 1024 and 1024 - RESERVED - 20 <= count < 1024 - RESERVED
     assert '"event":"fewer connections","wanted":1024' in log and f'"possible":{count}' in log
 
 
-def test_too_few_for_any_connection_are_refused() -> None:
+def test_too_few_descriptors_are_refused() -> None:
     told, _ = possible(10, 100, RESERVED)
     assert told.startswith(f"SettingError This process may open {RESERVED} files, which leaves")
     assert "(ulimit -n)" in told
@@ -68,7 +68,7 @@ def many() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hard", [4096, 640])
-def test_every_connection_that_is_promised_can_be_had_and_liveness_beside_them(
+def test_every_promised_connection_and_health_checks_have_descriptors(
     serve: Callable[..., Any], artefact: Path, many: None, hard: int
 ) -> None:
     server = serve(artefact, shell=f"ulimit -Sn 256 && ulimit -Hn {hard}")

@@ -116,7 +116,7 @@ def cut(data: bytes, cuts: list[int]) -> Iterator[bytes]:
     cuts=st.lists(st.integers(0, 10**6), max_size=6),
     path=st.sampled_from(["/", "/late"]),
 )
-def test_requests_on_one_connection_arrive_however_they_are_cut(
+def test_pipelined_requests_are_answered_for_any_packet_boundaries(
     sizes: list[int], cuts: list[int], path: str
 ) -> None:
     sent = [noise(size, seed) for seed, size in enumerate(sizes)]
@@ -131,7 +131,7 @@ def test_requests_on_one_connection_arrive_however_they_are_cut(
     talked(play)
 
 
-def test_a_large_body_goes_straight_and_so_does_the_next() -> None:
+def test_large_bodies_are_received_without_a_copy() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for seed in range(3):
             body = noise(1_000_000, seed)
@@ -157,7 +157,7 @@ def test_a_chunked_body_after_one_of_known_length() -> None:
     talked(play)
 
 
-def test_a_client_that_waits_for_leave_gets_it() -> None:
+def test_expect_100_continue_is_answered() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(100_000)
         writer.write(head(body, more="Expect: 100-continue\r\n"))
@@ -168,7 +168,7 @@ def test_a_client_that_waits_for_leave_gets_it() -> None:
     assert talked(play).straight == 1
 
 
-def test_a_client_that_leaves_in_the_middle_is_noticed() -> None:
+def test_a_disconnect_in_the_middle_of_a_body_is_noticed() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head(b"a" * 500_000) + b"a" * 300_000)
         await asyncio.sleep(0.1)
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_in_the_middle_is_noticed() -> None:
     assert talked(play).outcomes == ["gone"]
 
 
-def test_bytes_of_all_bodies_are_limited_while_they_come() -> None:
+def test_the_total_size_of_arriving_bodies_is_limited() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(900_000)
         writer.write(head(body) + body)
@@ -188,7 +188,7 @@ def test_bytes_of_all_bodies_are_limited_while_they_come() -> None:
     talked(play, Bodies(10**6, 500_000, 5.0))
 
 
-def test_a_body_that_comes_too_slowly_is_refused_and_its_rest_read() -> None:
+def test_a_slow_body_is_refused_and_the_rest_of_it_is_read() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(300_000)
         writer.write(head(body) + body[:200_000])
@@ -201,7 +201,7 @@ def test_a_body_that_comes_too_slowly_is_refused_and_its_rest_read() -> None:
     talked(play, Bodies(10**6, 10**7, 0.2))
 
 
-def test_a_body_that_nobody_reads_is_none_of_the_next_request() -> None:
+def test_an_unread_body_does_not_reach_the_next_request() -> None:
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = head(b"evil") + noise(400_000)
         writer.write(head(body, "/ignore"))
@@ -213,7 +213,7 @@ def test_a_body_that_nobody_reads_is_none_of_the_next_request() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 602_112, 5_000_000])
-def test_a_place_ends_on_a_round_address(size: int) -> None:
+def test_a_buffer_ends_at_an_aligned_address(size: int) -> None:
     room = buffer(size)
     assert len(room) == size and not room.readonly
     if size >= 4:
@@ -222,7 +222,7 @@ def test_a_place_ends_on_a_round_address(size: int) -> None:
     assert not size or (array.__array_interface__["data"][0] + size) % 64 == 0
 
 
-def test_places_take_no_memory_before_bytes_come() -> None:
+def test_buffers_take_no_memory_before_bytes_arrive() -> None:
     def resident() -> int:
         pages = Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -237,7 +237,7 @@ def test_places_take_no_memory_before_bytes_come() -> None:
     assert len(rooms) == 32
 
 
-def test_what_cannot_be_told_of_a_part_ends_the_wait() -> None:
+def test_an_exception_while_accounting_for_a_part_ends_the_wait() -> None:
     async def run() -> None:
         inflow, told = Inflow(bytearray), list[int]()
 

@@ -43,7 +43,7 @@ class Full(Broken):
 
 
 @pytest.mark.parametrize("stream", [Broken(), Full(), None])
-def test_a_stream_that_fails_raises_nothing(
+def test_a_failing_stream_does_not_raise(
     stream: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
@@ -61,7 +61,7 @@ class Mute:
 @pytest.mark.parametrize(
     "value", ["\ud800", 2**70, b"\xff", {1: 2}, object(), Mute(), float("nan"), Path("a\udcff")]
 )
-def test_whatever_is_told_is_one_line_of_json(
+def test_every_log_entry_is_one_line_of_json(
     value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log("told", error=ValueError(value), value=value)
@@ -70,7 +70,7 @@ def test_whatever_is_told_is_one_line_of_json(
     assert event["event"] == "told" and event["error"].startswith("ValueError: ")
 
 
-def test_a_reader_that_waits_holds_nobody_up_and_is_told_what_it_missed() -> None:
+def test_a_slow_log_reader_delays_nothing_and_gets_the_count_of_lost_lines() -> None:
     gate, begun = threading.Event(), threading.Event()
     written = list[bytes]()
 
@@ -106,7 +106,7 @@ def test_lines_that_could_not_be_written_are_counted() -> None:
     assert json.loads(written[0])["count"] == 2 and written[1:] == [b"2\n"]
 
 
-def test_an_end_does_not_wait_for_a_reader_for_ever() -> None:
+def test_the_wait_for_a_slow_log_reader_is_bounded() -> None:
     gate = threading.Event()
     writer = Writer(lambda line: gate.wait(60), max_lines=1)
     for _ in range(3):
@@ -125,7 +125,7 @@ def library() -> Any:
     logger.handlers, logger.propagate = [], True
 
 
-def test_a_library_tells_a_few_records_of_a_kind_in_a_minute(
+def test_a_library_logs_few_records_of_a_kind_per_minute(
     library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger, now = library
@@ -144,7 +144,7 @@ def test_a_library_tells_a_few_records_of_a_kind_in_a_minute(
     assert left["left_out"] == 2049 - MAX_RECORDS and told["message"] == "no descriptor"
 
 
-def test_a_library_that_always_tells_something_else_is_limited_too(
+def test_a_library_with_ever_new_messages_is_limited(
     library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger, _ = library
@@ -153,7 +153,7 @@ def test_a_library_that_always_tells_something_else_is_limited_too(
     assert len(capsys.readouterr().err.splitlines()) == MAX_KINDS + MAX_RECORDS
 
 
-def test_a_record_whose_arguments_do_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_with_wrong_arguments_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     record = logging.LogRecord("a", logging.ERROR, "a.py", 1, "%d of %d", ("a",), None)
     JsonHandler().handle(record)
     assert json.loads(capsys.readouterr().err)["message"] == "%d of %d"
@@ -211,7 +211,7 @@ STREAMS: dict[str, Callable[[], int]] = {
 
 
 @pytest.mark.parametrize("stream", [*STREAMS, "it is closed"])
-def test_a_log_that_nobody_takes_ends_neither_following_nor_requests(
+def test_a_log_without_a_reader_stops_neither_watching_nor_requests(
     stream: str, artefact: Path, tmp_path: Path
 ) -> None:
     folder, port = tmp_path / "repository", free()
@@ -241,7 +241,7 @@ def test_a_log_that_nobody_takes_ends_neither_following_nor_requests(
             os.close(PIPES.pop())
 
 
-def test_a_closed_stream_s_number_is_given_to_no_connection(artefact: Path) -> None:
+def test_no_connection_gets_the_descriptor_of_a_closed_stream(artefact: Path) -> None:
     port = free()
     command = [sys.executable, "-m", "aoft_deploy.cli.serve", f"task={artefact}", "--threads", "1"]
     shell = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command, "--port", str(port)]

@@ -47,7 +47,7 @@ def refused(content: bytes, length: str | None = None, tensor: Tensor = FLOATS) 
 
 
 @pytest.mark.parametrize("form", ["flat", "nested", "binary", "binary without JSON length"])
-def test_a_batch_comes_in_every_form(form: str) -> None:
+def test_a_batch_is_parsed_from_every_form(form: str) -> None:
     length = None
     if form == "flat":
         content = body()
@@ -69,7 +69,7 @@ def test_binary_data_are_not_copied() -> None:
     assert np.shares_memory(images, np.frombuffer(content, np.uint8))
 
 
-def test_pixels_come_as_bytes_or_whole_numbers() -> None:
+def test_pixels_are_parsed_from_bytes_or_integers() -> None:
     pixels = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
     shape = {"name": "image", "datatype": "UINT8", "shape": [1, 2, 2, 3]}
     content, length = binary(pixels.tobytes(), **shape)
@@ -83,7 +83,7 @@ def test_pixels_come_as_bytes_or_whole_numbers() -> None:
     assert "whole numbers" in refused(content, tensor=PIXELS).message
 
 
-def test_what_the_caller_asks_is_read() -> None:
+def test_the_options_of_a_request_are_parsed() -> None:
     parameters = {"timeout": 1500, "binary_data_output": True, "priority": 1, "sequence_id": 0}
     request = parse_request(body(id="x", parameters=parameters), None, FLOATS)
     assert (request.id, request.timeout, request.binary) == ("x", 0.0015, True)
@@ -159,23 +159,23 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_request_is_refused_with_its_reason(name: str) -> None:
+def test_a_bad_request_is_refused_with_the_reason(name: str) -> None:
     content, words = BAD[name]
     assert words in refused(content).message
 
 
 @pytest.mark.parametrize("length", ["-1", "+5", " 5", "abc", "", "99999999999", "1" * 5000, "٣"])
-def test_a_bad_length_of_the_json_is_refused(length: str) -> None:
+def test_a_wrong_header_of_the_json_length_is_refused(length: str) -> None:
     assert "Inference-Header-Content-Length" in refused(body(), length).message
 
 
 @pytest.mark.parametrize("size", [10**12, -4, 95, 97, 96.0, True, "96"])
-def test_a_bad_binary_size_is_refused(size: Any) -> None:
+def test_a_wrong_binary_data_size_is_refused(size: Any) -> None:
     content, length = binary(VALUES.tobytes(), size)
     assert "binary_data_size" in refused(content, length).message
 
 
-def test_bytes_too_few_too_many_or_of_nobody_are_refused() -> None:
+def test_missing_or_extra_bytes_are_refused() -> None:
     for tail in (VALUES.tobytes()[:-1], VALUES.tobytes() + b"\0"):
         assert f"has {len(tail)} bytes" in refused(*binary(tail)).message
     text = body()
@@ -185,7 +185,7 @@ def test_bytes_too_few_too_many_or_of_nobody_are_refused() -> None:
     assert "not all finite" in refused(*binary(nan.tobytes())).message
 
 
-def test_too_much_json_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aoft_deploy.serving.protocol.messages.MAX_JSON", 100)
     assert refused(body()).status == 413
 
@@ -204,7 +204,7 @@ def asking(**changes: Any) -> InferRequest:
 LOGITS = [[0.25, -1.5, 3.0, 3.0], [1.0, 2.0, 0.0, -7.0]]
 
 
-def test_logits_go_as_json_or_as_bytes() -> None:
+def test_logits_are_sent_as_json_or_bytes() -> None:
     head, tail = answered(asking(id="é"), LOGITS)
     assert (head["model_name"], head["model_version"], head["id"]) == ("m", "1", "é")
     assert tail == b"" and head["outputs"] == [
@@ -215,7 +215,7 @@ def test_logits_go_as_json_or_as_bytes() -> None:
     assert np.array_equal(np.frombuffer(tail, "<f4").reshape(2, 4)[:, ::-1], LOGITS)
 
 
-def test_classes_go_as_score_index_label_best_first() -> None:
+def test_classes_are_formatted_as_score_index_label_best_first() -> None:
     expected = ["3.000000:2:c", "3.000000:3:d", "2.000000:1:b", "1.000000:0:zürich"]
     head, _ = answered(asking(top=2), LOGITS, ("zürich", "b", "c", "d"))
     output = head["outputs"][0]
@@ -250,7 +250,7 @@ JUNK = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_nothing_but_a_refusal_comes_of_a_distorted_request(data: st.DataObject) -> None:
+def test_a_corrupted_request_is_answered_or_refused(data: st.DataObject) -> None:
     whole: Any = orjson.loads(body(id="x", parameters={}, outputs=[{"name": "logits"}]))
     target: Any = data.draw(st.sampled_from([whole, whole["inputs"][0], whole["outputs"][0]]))
     key = data.draw(st.sampled_from(sorted(target)) | st.just("parameters"))
@@ -267,5 +267,5 @@ def test_nothing_but_a_refusal_comes_of_a_distorted_request(data: st.DataObject)
 
 @settings(max_examples=200, deadline=None)
 @given(content=st.binary(max_size=200), length=st.none() | st.text(max_size=5))
-def test_nothing_but_a_refusal_comes_of_bytes(content: bytes, length: str | None) -> None:
+def test_random_bytes_are_refused(content: bytes, length: str | None) -> None:
     refused(content, length)

@@ -48,7 +48,7 @@ ray.shutdown()
         ({"config": "/none.toml"}, "cannot be read as TOML"),
     ],
 )
-def test_bad_arguments_are_told(arguments: dict[str, str], words: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict[str, str], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         app(arguments)
 
@@ -92,7 +92,7 @@ def replicas() -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Ray is not made for this Python yet")
-def test_answers_stay_right_and_only_requests_on_the_killed_replica_fail(port: int) -> None:
+def test_killing_a_replica_fails_only_its_own_requests(port: int) -> None:
     def ask(connection: http.client.HTTPConnection, model: str) -> tuple[int, Any]:
         connection.request("POST", f"/v2/models/{model}/infer", BODY)
         response = connection.getresponse()

@@ -52,7 +52,7 @@ def form(files: list[bytes]) -> tuple[bytes, dict[str, str]]:
 
 
 @pytest.mark.parametrize("model", ["task", "pixels"])
-def test_pictures_are_answered_as_the_library_answers(
+def test_images_are_classified_like_in_the_library(
     served: Any, model: str, artefact: Path, pixel_artefact: Path, photos: list[Path]
 ) -> None:
     path = {"task": artefact, "pixels": pixel_artefact}[model]
@@ -70,7 +70,7 @@ def test_pictures_are_answered_as_the_library_answers(
         assert [p["label"] for p in answer] == [p.label for p in row[:2]]
 
 
-def test_tasks_of_a_fleet_are_models_those_of_its_store_too(
+def test_tasks_of_a_fleet_and_of_its_store_are_models(
     served: Any, fleet_artefact: Path, fleet_tasks: dict[str, Path], photos: list[Path]
 ) -> None:
     fleet = Fleet(fleet_artefact, store=fleet_tasks["pets"].parent, threads=1)
@@ -105,7 +105,7 @@ def test_requests_of_different_tasks_share_batches(served: Any) -> None:
         assert float(values[f'aoft_stage_seconds_count{{artefact="fleet",stage="{stage}"}}']) >= 200
 
 
-def test_a_request_has_an_id_in_its_answer_and_in_the_log(served: Any) -> None:
+def test_answer_and_log_contain_the_request_id(served: Any) -> None:
     for wanted, given in (("mine-1.a:b", True), ("not mine!", False), ("x" * 200, False)):
         headers = {"X-Request-Id": wanted}
         _, found, _ = served.ask("POST", "/v2/models/pets/infer", BODY, headers)
@@ -127,14 +127,14 @@ def test_the_server_needs_neither_torch_nor_timm_nor_other_engines(served: Any) 
     assert not any(f"/{name}/" in maps for name in ("torch", "openvino", "sklearn", "scipy"))
 
 
-def test_only_this_machine_is_listened_to(served: Any) -> None:
+def test_the_default_address_is_local(served: Any) -> None:
     process = psutil.Process(served.process.pid)
     listening = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     assert [(c.laddr.ip, c.laddr.port) for c in listening] == [("127.0.0.1", served.port)]
     assert not process.children()
 
 
-def test_a_connection_serves_many_requests_and_pipelined_ones(served: Any) -> None:
+def test_a_connection_serves_sequential_and_pipelined_requests(served: Any) -> None:
     request = b"POST /v2/models/pets/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=5) as connection:
         connection.sendall((request % len(BODY) + BODY) * 5)
@@ -159,7 +159,9 @@ def test_an_openvino_folder_is_served(
     assert server.stop() == 0
 
 
-def test_it_says_no_until_it_is_warm(serve: Callable[..., Any], artefact: Path) -> None:
+def test_requests_are_refused_until_the_engine_is_warm(
+    serve: Callable[..., Any], artefact: Path
+) -> None:
     server = serve(f"a={artefact}", f"b={artefact}", "--max-batch", 4096, ready=False)
     while "ready" not in {event["event"] for event in server.events}:
         status, headers, content = server.ask("POST", "/v2/models/a/infer", BODY)
@@ -259,7 +261,7 @@ def metric(server: Any, name: str) -> float:
     return float(value)
 
 
-def test_sigterm_lets_slow_requests_end_and_says_no_to_others(
+def test_sigterm_lets_slow_requests_end_and_refuses_others(
     serve: Callable[..., Any], artefact: Path, tmp_path: Path
 ) -> None:
     server = serve(artefact, made(tmp_path / "made.onnx", metadata_of(artefact)))
@@ -284,7 +286,7 @@ def test_sigterm_lets_slow_requests_end_and_says_no_to_others(
     assert server.process.wait(5) == 0 and server.event("drained")["lost"] == 0
 
 
-def test_idle_connections_and_half_sent_bodies_do_not_hold_the_end(
+def test_idle_connections_and_incomplete_bodies_do_not_delay_shutdown(
     serve: Callable[..., Any], artefact: Path
 ) -> None:
     server = serve(artefact)
@@ -312,7 +314,7 @@ def test_idle_connections_and_half_sent_bodies_do_not_hold_the_end(
         connection.close()
 
 
-def test_those_who_knock_on_do_not_hold_the_end(serve: Callable[..., Any], artefact: Path) -> None:
+def test_new_requests_do_not_delay_shutdown(serve: Callable[..., Any], artefact: Path) -> None:
     server = serve(artefact)
     head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
     stopped, knocked = threading.Event(), list[socket.socket]()
@@ -352,7 +354,7 @@ def test_sigterm_does_not_wait_for_an_engine_that_is_being_opened(
     assert "ended" in {event["event"] for event in server.events} and not server.session()
 
 
-def test_sigterm_waits_for_a_change_that_a_client_asked_for_no_longer_than_grace(
+def test_sigterm_waits_for_a_reload_for_the_grace_time_only(
     serve: Callable[..., Any], artefact: Path, slow: Path, tmp_path: Path
 ) -> None:
     folder, token = tmp_path / "repository", tmp_path / "token"
@@ -411,7 +413,9 @@ def test_after_sigkill_under_load_it_serves_again_on_the_same_port(
     assert again.stop() == 0
 
 
-def test_a_second_signal_ends_it_now(serve: Callable[..., Any], artefact: Path) -> None:
+def test_a_second_signal_ends_the_process_at_once(
+    serve: Callable[..., Any], artefact: Path
+) -> None:
     server = serve(artefact)
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=5)
     connection.sendall(
@@ -426,7 +430,9 @@ def test_a_second_signal_ends_it_now(serve: Callable[..., Any], artefact: Path) 
     connection.close()
 
 
-def test_a_signal_while_it_starts_ends_it(serve: Callable[..., Any], artefact: Path) -> None:
+def test_a_signal_during_the_start_ends_the_process(
+    serve: Callable[..., Any], artefact: Path
+) -> None:
     server = serve(artefact, ready=False)
     assert server.stop() == 0
 
@@ -438,7 +444,7 @@ def wait(until: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.05)
 
 
-def test_the_folder_is_followed_and_no_request_is_dropped_by_a_reload(
+def test_changed_files_are_reloaded_without_losing_a_request(
     serve: Callable[..., Any],
     artefact: Path,
     fleet_artefact: Path,
@@ -487,7 +493,7 @@ def test_the_folder_is_followed_and_no_request_is_dropped_by_a_reload(
     assert server.stop() == 0
 
 
-def test_engines_that_went_away_leave_no_thread(
+def test_closed_engines_leave_no_thread(
     serve: Callable[..., Any], artefact: Path, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
@@ -505,7 +511,7 @@ def test_engines_that_went_away_leave_no_thread(
     assert max(counts[10:]) <= max(counts[:10]) + 1
 
 
-def test_too_many_connections_are_told(serve: Callable[..., Any], artefact: Path) -> None:
+def test_too_many_connections_are_refused(serve: Callable[..., Any], artefact: Path) -> None:
     server = serve(artefact, "--max-connections", 10)
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(10)]
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
@@ -532,13 +538,13 @@ def test_the_keep_alive_time_is_a_setting(serve: Callable[..., Any], artefact: P
     assert server.stop() == 0
 
 
-def test_a_lone_client_waits_for_nothing(serve: Callable[..., Any], artefact: Path) -> None:
+def test_a_single_client_never_waits(serve: Callable[..., Any], artefact: Path) -> None:
     server = serve(artefact, "--max-wait", 10, "--timeout", 8)
     for _ in range(5):
         server.logits("task", IMAGES)  # which times out before the batch has waited long enough
 
 
-def test_health_is_told_in_the_protocol_s_form(served: Any) -> None:
+def test_health_has_the_form_of_the_protocol(served: Any) -> None:
     for address, wanted in {
         "/v2/health/live": {"live": True},
         "/v2/health/ready": {"ready": True},
@@ -550,9 +556,7 @@ def test_health_is_told_in_the_protocol_s_form(served: Any) -> None:
 
 
 @pytest.mark.parametrize("address", ["infer", "classify"])
-def test_an_answer_comes_in_an_encoding_that_is_accepted(
-    served: Any, address: str, photos: list[Path]
-) -> None:
+def test_an_answer_uses_an_accepted_encoding(served: Any, address: str, photos: list[Path]) -> None:
     batch = IMAGES[:1].repeat(16, 0)
     entry = {"name": "pixel_values", "datatype": "FP32", "shape": batch.shape}
     body = json.dumps({"inputs": [{**entry, "data": batch.ravel().tolist()}]}).encode()
@@ -574,9 +578,7 @@ def test_an_answer_comes_in_an_encoding_that_is_accepted(
     assert (status, encoding) == (406, None) and b"Accept-Encoding" in content
 
 
-def test_a_form_with_fields_and_several_members_of_gzip_is_answered(
-    served: Any, photos: list[Path]
-) -> None:
+def test_a_form_in_several_gzip_members_is_answered(served: Any, photos: list[Path]) -> None:
     photo = photos[0].read_bytes()
     wanted = served.ask("POST", "/v2/models/task/classify", photo)[2]
     body, headers = form([photo])

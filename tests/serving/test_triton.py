@@ -180,7 +180,7 @@ def test_statistics(client: Any, images: Any) -> None:
     assert "birds" in names
 
 
-def test_errors_are_told_as_the_client_expects(client: Any, images: Any) -> None:
+def test_errors_have_the_form_that_the_client_expects(client: Any, images: Any) -> None:
     with pytest.raises(InferenceServerException, match=r"\[404\] There is no model 'nobody'"):
         client.infer("nobody", given(images, True))
     with pytest.raises(InferenceServerException, match=r"\[404\] There is no version '2'"):
@@ -220,7 +220,7 @@ def test_the_repository(client: Any, images: Any, expected: Any) -> None:
         {"config": "{}", "files": {"file:1/model.onnx": b"content"}},
     ],
 )
-def test_load_takes_nothing_from_the_client(client: Any, load: dict[str, Any]) -> None:
+def test_load_accepts_no_parameters(client: Any, load: dict[str, Any]) -> None:
     with pytest.raises(InferenceServerException, match=r"\[400\] Load takes no parameters"):
         client.load_model("task", headers=ADMIN, **load)
     assert client.is_model_ready("task")

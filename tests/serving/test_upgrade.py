@@ -110,7 +110,7 @@ LAST = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 @pytest.mark.parametrize("offer", OFFERS)
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("packets", ["one", "head and body", "bytes"])
-def test_a_body_is_the_request_s_and_never_a_request(
+def test_a_body_after_an_offer_is_never_read_as_a_request(
     parser: str, offer: str, chunked: bool, packets: str
 ) -> None:
     first = request("/first", OFFERS[offer], INNER, chunked)
@@ -134,7 +134,7 @@ def test_a_body_is_the_request_s_and_never_a_request(
     cuts=st.lists(st.integers(0, 10_000), max_size=6),
     parser=st.sampled_from(PARSERS),
 )
-def test_offers_change_no_answer_however_the_stream_is_cut(
+def test_offers_change_no_answer_for_any_packet_boundaries(
     requests: list[tuple[str, bool, int]], cuts: list[int], parser: str
 ) -> None:
     data, wanted = b"", []
@@ -149,14 +149,14 @@ def test_offers_change_no_answer_however_the_stream_is_cut(
 
 
 @pytest.mark.parametrize("parser", PARSERS)
-def test_a_large_body_after_an_offer_comes_whole(parser: str) -> None:
+def test_a_large_body_after_an_offer_arrives_whole(parser: str) -> None:
     body = np.random.default_rng(0).bytes(700_000)
     first = request("/first", OFFERS["h2c"], body)
     assert talk(parser, [first, LAST]) == [(200, b"/first " + body), (200, b"/last ")]
 
 
 @pytest.mark.parametrize("parser", PARSERS)
-def test_hundreds_of_offers_in_one_packet_are_each_answered(parser: str) -> None:
+def test_hundreds_of_offers_in_one_packet_are_all_answered(parser: str) -> None:
     one = b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     assert len(talk(parser, [one * 900 + LAST])) == 901
 
@@ -228,7 +228,7 @@ def test_curl_that_offers_http_2_is_answered(served: Any, asked: Path, how: list
     assert rest == "" and right(served, first) and right(served, second)
 
 
-def test_curl_that_begins_with_http_2_is_told_that_it_is_not_spoken(served: Any) -> None:
+def test_curl_with_http_2_prior_knowledge_is_refused(served: Any) -> None:
     done = curl("--http2-prior-knowledge", f"http://127.0.0.1:{served.port}/v2/health/live")
     assert done.returncode in (16, 52, 56)  # another framing, no answer, the end of the stream
     assert done.stdout == " 0 000\n"

@@ -18,7 +18,7 @@ from aoft_deploy.serving.protocol.refusals import Refusal, shown
 from aoft_deploy.serving.repository.changes import ChangeTracker, Observation
 from aoft_deploy.serving.repository.models import Models
 from aoft_deploy.serving.repository.names import check_name, is_name, printable, without_paths
-from aoft_deploy.serving.repository.scan import CHECKPOINT, Scan, scan
+from aoft_deploy.serving.repository.scan import CHECKPOINT, Scan, check_readable, scan
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.threads import in_thread
 
@@ -178,7 +178,7 @@ class Repository:
         """Open a model; the caller holds the lock."""
         try:
             self._tracker.opening(name, await in_thread(signature, path))
-            await in_thread(_check_readable, path)
+            await in_thread(check_readable, path)
             if path.suffix == CHECKPOINT:
                 await self._models.add_task(name, path)
             else:
@@ -221,13 +221,3 @@ class Repository:
 
     def _scan(self) -> Scan:
         return scan(self._given, self._settings.repository)
-
-
-def _check_readable(path: Path) -> None:
-    """Try to open a file, since readers do not report missing permissions as such.
-
-    Raises:
-        OSError: The file cannot be opened.
-    """
-    if path.is_file():
-        path.open("rb").close()

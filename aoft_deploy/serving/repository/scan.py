@@ -13,7 +13,7 @@ from aoft_deploy.artefacts.protocols import TunedExporter
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.serving.repository.names import is_name, printable
 
-__all__ = ["CHECKPOINT", "Scan", "scan"]
+__all__ = ["CHECKPOINT", "Scan", "check_readable", "scan"]
 
 CHECKPOINT = ".ckpt"
 
@@ -68,6 +68,16 @@ def scan(given: Mapping[str, Path], folder: Path | None) -> Scan:
         else:
             _examine(found, path.stem, path)
     return found
+
+
+def check_readable(path: Path) -> None:
+    """Try to open a file, since readers do not report missing permissions as such.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    if path.is_file():
+        path.open("rb").close()
 
 
 def _examine(found: Scan, name: str, path: Path) -> None:

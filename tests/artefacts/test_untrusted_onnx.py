@@ -1,0 +1,78 @@
+"""Metadata of ONNX files that are damaged or refer to other files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aoft_deploy.artefacts.onnx_metadata import read_metadata
+from aoft_deploy.errors import CheckpointError
+
+
+def test_metadata_are_read_without_the_weights(artefact: Path) -> None:
+    assert read_metadata(artefact) == {
+        entry.key: entry.value for entry in onnx.load(artefact).metadata_props
+    }
+
+
+def outside(graph: onnx.GraphProto) -> None:
+    tensor = graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, location="../../../etc/passwd")
+    tensor.ClearField("raw_data")
+
+
+@pytest.mark.parametrize("place", ["graph", "attribute", "subgraph", "function", "sparse"])
+def test_an_onnx_file_with_external_data_is_refused(
+    artefact: Path, tmp_path: Path, place: str
+) -> None:
+    proto = onnx.load(artefact)
+    inner = onnx.GraphProto()
+    inner.initializer.append(proto.graph.initializer[0])
+    outside(inner)
+    if place == "graph":
+        outside(proto.graph)
+    elif place == "attribute":
+        node = proto.graph.node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    elif place == "subgraph":
+        node = proto.graph.node.add(op_type="If")
+        node.attribute.append(onnx.helper.make_attribute("then_branch", inner))
+    elif place == "function":
+        node = proto.functions.add(name="f").node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    else:
+        proto.graph.sparse_initializer.add().values.CopyFrom(inner.initializer[0])
+    path = tmp_path / "outside.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckpointError, match="keeps weights in other files"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_damaged_onnx_file_is_refused(artefact: Path, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(artefact.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="no ONNX model, or a damaged one"):
+        read_metadata(path)
+    with pytest.raises(CheckpointError, match="There is no file"):
+        read_metadata(tmp_path / "none.onnx")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_corrupted_onnx_file_is_read_or_refused(
+    data: st.DataObject, artefact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(artefact.read_bytes()[:4000])
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "distorted.onnx"
+    path.write_bytes(content)
+    try:
+        read_metadata(path)
+    except CheckpointError:
+        pass
