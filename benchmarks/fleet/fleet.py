@@ -1,17 +1,17 @@
-"""Many tasks in one batch, against everything else that is done for many tasks.
+"""Many tasks in one batch, compared with all other ways to serve many tasks.
 
-One run, in which all variants take turns, so that the machine's other work hits them alike. Medians
-of the time of one batch, each beside that of the merged model of a single task in the same runtime:
+All variants take turns in one run, so that other work of the machine affects them alike. The output
+is the median time of one batch, compared with a single task's merged model in the same runtime:
 
-* ``merged``       one task's merged model in ONNX Runtime: the limit
-* ``fleet``        ours in ONNX Runtime, every image with another one of the tasks
+* ``merged``       one task's merged model in ONNX Runtime: the upper bound
+* ``fleet``        this package's fleet in ONNX Runtime, the images spread over the tasks
 * ``merged int8``, ``fleet int8``: the same with the shared weights in 8 bits
-* ``merged openvino int8``, ``fleet openvino int8``: in OpenVINO, its ranges learnt from noise
-* ``sessions``     a merged model's session for each task, one image after the other
+* ``merged openvino int8``, ``fleet openvino int8``: in OpenVINO, calibrated with noise
+* ``sessions``     a session of a merged model for each task, one image after the other
 * ``LoraAdapter``  ONNX Runtime's own adapters (rank 8), switched before each image
 * ``torch merged``, ``torch fleet``, ``PEFT`` (rank 8 on qkv, ``adapter_names``) in PyTorch
 
-Then what a task costs: bytes, the time to add it from disk, and a session's for comparison.
+Then the cost of a task: its bytes, the time to add it from disk, and the time to open a session.
 
     python benchmarks/fleet/fleet.py --batches 1 8 16 32 --tasks 1 8 16 64
 """
@@ -77,7 +77,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """Images in a batch, and tasks among which they are spread evenly."""
+    """Number of images in a batch, and of tasks among which they are spread evenly."""
 
     batch: int
     tasks: int
@@ -88,7 +88,7 @@ class Case:
 
 
 def tuned_model(options: argparse.Namespace, folder: Path) -> TunedModel:
-    """A backbone of random weights, which are written to the folder, with the method's updates."""
+    """A backbone with random weights and the method's updates; writes the weights to the folder."""
     weights = folder / "backbone.safetensors"
     if not weights.exists():
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def tuned_model(options: argparse.Namespace, folder: Path) -> TunedModel:
 
 
 def randomise(tuned: TunedModel, seed: int) -> None:
-    """Put another task into the model."""
+    """Replace the model's task by a random one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.trained().values():
@@ -118,7 +118,7 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def session(path: Path | bytes, options: argparse.Namespace) -> Any:
-    """An ONNX Runtime session with the asked number of threads."""
+    """An ONNX Runtime session with the requested number of threads."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.threads
@@ -136,7 +136,7 @@ def peft_model(options: argparse.Namespace, adapters: int) -> Any:
 
 
 def adapter_session(options: argparse.Namespace, folder: Path) -> tuple[Any, list[Any]]:
-    """A graph whose LoRA matrices and head ONNX Runtime's adapters replace, and two adapters."""
+    """A graph with LoRA matrices and head as adapter inputs of ONNX Runtime, and two adapters."""
     base = peft_model(options, 1).base_model.model
     side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
     proto = trace(base, {"pixel_values": (torch.zeros(2, 3, side, side), "batch")}).proto
@@ -161,7 +161,7 @@ def adapter_session(options: argparse.Namespace, folder: Path) -> tuple[Any, lis
 
 
 class Rivals:
-    """Everything that is timed; what is not asked for is not made.
+    """All variants; each part is created when it is first used.
 
     Args:
         options: The command's.
@@ -176,7 +176,7 @@ class Rivals:
         self.adding: list[float] = []
         self.fleet = self.filled(self.exported_fleet("fleet.onnx"), self.adding)
         self.side = self.fleet.preprocessing.size
-        loaded = [session(self.merged_file, options) for _ in range(2)]  # the first warms up
+        loaded = [session(self.merged_file, options) for _ in range(2)]  # the first one warms up
         gc.collect()
         before, start = resident(), time.perf_counter()
         loaded.append(session(self.merged_file, options))
@@ -199,7 +199,7 @@ class Rivals:
         return export_fleet(self.checkpoints[:2], output, weights=self.weights, **how).path
 
     def filled(self, path: Path, seconds: list[float]) -> Fleet:
-        """A fleet to which the other tasks are added; how long each took is appended."""
+        """A fleet with the other tasks added; appends the time of each addition."""
         fleet = Fleet(path, threads=self.options.threads)
         for checkpoint in self.checkpoints[2:]:
             start = time.perf_counter()
@@ -209,7 +209,7 @@ class Rivals:
 
     @cached_property
     def noise(self) -> list[Path]:
-        """Pictures to learn ranges of activations from, and before them one to verify with."""
+        """Images for calibration, after one for verification."""
         folder = self.folder / "noise"
         folder.mkdir()
         rng = np.random.default_rng(0)
@@ -220,7 +220,7 @@ class Rivals:
 
     @property
     def in_int8(self) -> dict[str, Any]:
-        """How an artefact in 8 bits is exported; for the speed, not the answers."""
+        """Options for an 8-bit artefact, measured for its speed and not for its answers."""
         return {"precision": "int8", "images": self.noise[:1], "min_agreement": 0.0}
 
     @cached_property
@@ -248,7 +248,7 @@ class Rivals:
 
     @cached_property
     def lora(self) -> tuple[Any, list[Any]]:
-        """A session, and two adapters for it."""
+        """A session and two adapters for it."""
         return adapter_session(self.options, self.folder)
 
     @cached_property
@@ -284,7 +284,7 @@ class Rivals:
         return peft_model(self.options, max(self.options.tasks))
 
     def variants(self, case: Case, images: NDArray[np.float32]) -> dict[str, Callable[[], Any]]:
-        """What answers one batch, by name."""
+        """The functions that run one batch, by variant."""
         names, pixels = case.names(), torch.from_numpy(images)
         task = torch.arange(case.batch) % case.tasks
 
@@ -319,7 +319,7 @@ class Rivals:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -327,7 +327,7 @@ def resident() -> int:
 def timed(
     rivals: Rivals, cases: list[Case], options: argparse.Namespace
 ) -> dict[Case, dict[str, list[float]]]:
-    """Seconds of every variant in every case, all taking turns."""
+    """Measure every variant in every case in turn; return seconds."""
     side = rivals.side
     work = []
     for case in cases:
@@ -336,7 +336,7 @@ def timed(
         chosen = rivals.variants(case, images)
         if options.variants:
             chosen = {name: chosen[name] for name in options.variants}
-        if case.tasks > 1:  # these answer as fast however many tasks there are
+        if case.tasks > 1:  # the others do not depend on the number of tasks
             fixed = ("sessions", "LoraAdapter")
             if any(c.batch == case.batch and c.tasks < case.tasks for c in cases):
                 chosen = {
@@ -387,7 +387,7 @@ def table(seconds: dict[Case, dict[str, list[float]]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Time, print, and write the figures."""
+    """Measure, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--method", default="aoft-lora-star")

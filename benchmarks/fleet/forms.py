@@ -1,8 +1,9 @@
-"""A fleet of RLRR: a second product with every weight, or folding one task at a time.
+"""Two forms of an RLRR fleet: a second product with every weight, or folding one task at a time.
 
-A mixed batch costs RLRR a second product for each sample. Folding costs a pass over the weights for
-each task in the batch, and then runs that task's samples as a merged model would. Which is faster
-depends on the samples of one task in a batch: the crossing point. All variants take turns.
+In a mixed batch, RLRR needs a second product for each sample. Folding needs a pass over the weights
+for each task of the batch, and then runs that task's samples like a merged model. Which form is
+faster depends on the number of samples per task in a batch; this script finds the crossing point.
+All variants take turns.
 
     python benchmarks/fleet/forms.py --out benchmarks/results/fleet_forms.json
 """
@@ -28,7 +29,7 @@ from aoft_deploy.processors import processors
 
 
 def main() -> None:
-    """Time both forms, print and write the figures."""
+    """Measure both forms, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--method", default="rlrr")

@@ -1,19 +1,19 @@
-"""Tasks beyond memory: what a fleet's store, its paging and its memory cost.
+"""More tasks than memory: the cost of a fleet's store, of its paging and of its memory.
 
-Tasks have the sizes of a timm model's: their checkpoints are written by ``save``, and a file of
---tasks of them by ``pack``. Then, without running the model,
+Tasks have the size of those of a timm model: ``save`` writes their checkpoints, and ``pack`` writes
+a file of --tasks of them. Then, without running the model, the script measures
 
-* adding: a task from its checkpoint's file that is not in the system's cache;
-* memory: how the process grows with --resident tasks read from the packed file;
+* adding: a task from a checkpoint that is not in the system's cache;
+* memory: the growth of the process with --resident tasks read from the packed file;
 * switching: a request for a task that is in memory;
-* paging: requests of one task each, whose popularity follows Zipf's law (the k-th most popular task
-  is asked in proportion to k ** -exponent), against budgets. Popular tasks are in memory at the
-  start; --warm-up requests are not counted. Every read goes to the disk: the system's cache of
-  what was read is dropped at once. "best" is the hit rate of the most popular tasks alone.
+* paging: requests of one task each, whose popularity follows Zipf's law (the probability of the
+  k-th most popular task is proportional to k ** -exponent), for several budgets. Popular tasks are
+  in memory at the start; --warm-up requests are not counted. Every read goes to the disk: the
+  system's cache is dropped after each. "best" is the hit rate of the most popular tasks alone.
 
-The scratch folder needs the size of all tasks (18 GB at the defaults) and goes at the end.
+The scratch folder needs the size of all tasks (18 GB at the defaults) and is removed at the end.
 
-    python benchmarks/fleet/paging.py --out benchmarks/results/fleet_reads.json
+    python benchmarks/fleet/paging.py --out benchmarks/results/fleet_paging.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from aoft_deploy.fleet.task import TaskKind, TaskParameters, read_task
 
 
 class Generated:
-    """Tasks made from one, each marked with its number at both ends of its row and classifier."""
+    """Copies of one task, each with its number at both ends of its row and classifier."""
 
     def __init__(self, kind: TaskKind, task: TaskParameters, count: int) -> None:
         self.kind, self.task = kind, task
@@ -51,17 +51,17 @@ class Generated:
         return name in self.names
 
     def read(self, name: str) -> TaskParameters:
-        """Numbers of a task, as a ``TaskStore`` gives them."""
+        """Parameters of a task, for the protocol ``TaskStore``."""
         row, head = self.task.row.copy(), self.task.head.copy()
         row[[0, -1]] = head[[0, -1], [0, -1]] = int(name[5:])
         return TaskParameters(row, head, self.task.classes)
 
 
 class FromDisk(PackedTasks):
-    """A packed file of which the system keeps nothing in its cache."""
+    """A packed file that the system does not keep in its cache."""
 
     def read(self, name: str) -> TaskParameters:
-        """Numbers of a task, from the disk."""
+        """Parameters of a task, read from the disk."""
         task = super().read(name)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
         return task
@@ -120,7 +120,7 @@ def adding(paths: list[Path], kind: TaskKind) -> dict[str, float]:
 
 
 def holding(tasks: ResidentTasks, tables: TaskTables, name: str) -> float:
-    """Seconds until a task's slot is held; its numbers must be its own."""
+    """Hold a task, and check that its parameters are its own; return the seconds until then."""
     start = time.perf_counter()
     with tasks.holding([name]) as slots:
         seconds = time.perf_counter() - start
@@ -231,7 +231,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a table, write the figures."""
+    """Measure, print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--classes", type=int, default=10)

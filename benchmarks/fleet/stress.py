@@ -1,12 +1,12 @@
-"""A fleet under stress: every answer of many threads checked while tasks come, go and are paged.
+"""A fleet under stress: threads check every answer while tasks are added, removed and paged.
 
-On a small backbone, each of --tasks tasks has its merged model's answers of some images computed
-first. Then --threads threads send batches of --batch samples with tasks drawn at random from a
-packed file, a budget of a tenth of them, while one thread adds tasks by hand, removes them and
-exchanges what a name means. An answer is right if it is within 1e-4 of the merged model's answer of
-a task that the name meant at some moment of the request. A request is lost if it gets no answer, or
-is told that a name is unknown which was there from its begin to its end. Printed: answers wrong,
-requests lost, pagings, and the memory of the process at a half and at the end.
+On a small backbone, the answers of the merged model of each of --tasks tasks are computed first.
+Then --threads threads send batches of --batch samples with tasks drawn at random from a packed
+file, with a budget for a tenth of them, while one thread adds, removes and replaces tasks. An
+answer is right if it is within 1e-4 of the answer of the merged model of a task that had the name
+at some moment of the request. A request is lost if it gets no answer, or if a name that existed
+during the whole request is reported as unknown. The output: wrong answers, lost requests, pagings,
+and the memory of the process after half of the time and at the end.
 
     python benchmarks/fleet/stress.py --requests 100000
 """
@@ -44,7 +44,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def prepared(folder: Path, count: int, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Write tasks of two to nine classes; the merged models' answers, (images, classes) each."""
+    """Write tasks of two to nine classes; return the merged models' answers, (images, classes)."""
     weights, answers = folder / "backbone.safetensors", {}
     save_file(timm.create_model("aoft_vit_nano", num_classes=0, **SMALL).state_dict(), weights)
     for i in range(count):
@@ -66,7 +66,7 @@ def prepared(folder: Path, count: int, images: torch.Tensor) -> dict[str, np.nda
 
 
 class Meaning(NamedTuple):
-    """What a name meant: surely between ``seen`` and ``going``, perhaps in the time around."""
+    """A name's task: certainly between ``seen`` and ``going``, possibly shortly before or after."""
 
     task: str
     begin: float
@@ -76,7 +76,7 @@ class Meaning(NamedTuple):
 
 
 class Stress:
-    """Requests and changes that run beside each other, and what came of them."""
+    """Concurrent requests and changes, and their results."""
 
     def __init__(
         self, fleet: Fleet, answers: dict[str, np.ndarray], images: np.ndarray, folder: Path
@@ -89,7 +89,7 @@ class Stress:
         self.memory: list[int] = []
 
     def change(self) -> None:
-        """Add and remove tasks by hand, each name with another task's numbers every time."""
+        """Add and remove tasks; each name gets another task's parameters every time."""
         rng = np.random.default_rng(7)
         while not self.stop.is_set():
             name, task = str(rng.choice(self.given)), str(rng.choice(self.names))
@@ -106,7 +106,7 @@ class Stress:
             self.counts["changes"] += 1
 
     def ask(self, worker: int, requests: int, batch: int) -> None:
-        """Send requests and check what they give."""
+        """Send requests and check their answers."""
         rng, found = np.random.default_rng(worker), Counter[str]()
         for turn in range(requests):
             names = rng.choice(self.names, batch).tolist()
@@ -136,7 +136,7 @@ class Stress:
             self.counts.update(found)
 
     def right(self, answer: np.ndarray, name: str, image: int, start: float, end: float) -> bool:
-        """Whether it is that of a task which the name meant at some moment of the request."""
+        """Whether an answer is that of a task which had the name at some moment of the request."""
         spans = list(self.meant.get(name, [Meaning(name, start)]))
         options = [span.task for span in spans if span.begin <= end and span.end >= start]
         own = (self.answers[task][image] for task in options)
@@ -144,7 +144,7 @@ class Stress:
 
 
 def main() -> None:
-    """Run, print, and end with 1 where an answer was wrong or a request lost."""
+    """Run, print the results, and exit with 1 if an answer was wrong or a request was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=8)

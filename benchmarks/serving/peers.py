@@ -1,12 +1,12 @@
-"""aoft-serve beside LitServe, BentoML and Ray Serve: what the servers themselves cost.
+"""The overhead of aoft-serve, LitServe, BentoML and Ray Serve, compared on the same machine.
 
-All serve the same ONNX model, one linear map of 12 numbers to 10, so that nearly all of the time is
-the server's: with their own batching (``tiny``), and for the peers also without any model at all
-(``noop``), where aoft-serve still runs the model. Each peer lives in an environment of its own,
-made in --venvs where it is missing. wrk (Debian: apt install wrk) asks over 1 and 32 connections;
-in each round every server starts, is warmed, asked and ended. Printed are medians of rounds:
-requests a second, p50 and p99 in milliseconds, and microseconds of processor time of all the
-server's processes a request.
+All serve the same ONNX model, a linear map from 12 inputs to 10 outputs, so that nearly all of the
+time is overhead of the server: with their own batching (``tiny``), and for the peers also without a
+model (``noop``), where aoft-serve still runs the model. Each peer has its own virtual environment
+in --venvs, created if it is missing. wrk (Debian: apt install wrk) sends requests over 1 and 32
+connections. In each round every server is started, warmed up, measured and ended. The output is the
+median of the rounds: requests per second, p50 and p99 in milliseconds, and microseconds of
+processor time per request of all the server's processes.
 
     python benchmarks/serving/peers.py --venvs ~/.cache/peers --rounds 3
 """
@@ -60,7 +60,7 @@ end
 
 
 def environment(folder: Path, name: str) -> Path:
-    """Python of a peer's environment, made where it is missing."""
+    """The Python of a peer's environment, which is created if it is missing."""
     venv = folder / name.replace(" ", "-").lower()
     if not (venv / "made").exists():
         print(f"making {venv}", file=sys.stderr)
@@ -76,14 +76,14 @@ def environment(folder: Path, name: str) -> Path:
 
 
 def free_port() -> int:
-    """One that nobody listens to."""
+    """A port that is not in use."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
 def command(name: str, kind: str, model: Path, port: int, venvs: Path) -> tuple[list[str], Any]:
-    """How a server is started, and what is added to its environment."""
+    """The command that starts a server, and additional environment variables."""
     if name == "aoft-serve":
         words = [sys.executable, "-m", "aoft_deploy.cli.serve", f"m={model}", "--threads", "1"]
         return [*words, "--port", str(port)], {}
@@ -106,7 +106,7 @@ def command(name: str, kind: str, model: Path, port: int, venvs: Path) -> tuple[
 def served(
     name: str, kind: str, model: Path, venvs: Path, path: str, body: str
 ) -> Iterator[tuple[int, psutil.Process]]:
-    """A server that answers, ended with all its processes."""
+    """Context manager: a running server, ended with all its processes."""
     port = free_port()
     words, more = command(name, kind, model, port, venvs)
     process = subprocess.Popen(
@@ -153,7 +153,7 @@ def served(
 
 
 def processor_seconds(mother: psutil.Process) -> float:
-    """Of a process and all below it."""
+    """Processor time of a process and its descendants."""
     total = 0.0
     for process in [mother, *mother.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -175,7 +175,7 @@ def wrk(
 
 
 def one(name: str, kind: str, model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """One server in one round."""
+    """Measure one server in one round."""
     if name == "aoft-serve":
         path = "/v2/models/m/infer"
         tensor = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 2, 2], "data": DATA}
@@ -201,7 +201,7 @@ def one(name: str, kind: str, model: Path, options: argparse.Namespace) -> dict[
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all servers, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venvs", type=Path, required=True, help="folder for peers' environments")
     parser.add_argument("--rounds", type=int, default=3)

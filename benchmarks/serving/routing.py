@@ -1,17 +1,19 @@
-"""Which replica a request should go to where a million tasks are served by a thousand replicas.
+"""A simulation of routing: a million tasks on a thousand replicas.
 
-On paper: requests arrive at random, for tasks whose popularity follows Zipf's law; a replica
-answers one after the other and keeps the tasks that were asked last. Compared are ways that proxies
+Requests arrive at random, for tasks whose popularity follows Zipf's law. A replica answers one
+request after the other and keeps the most recently used tasks. The policies are those that proxies
 offer:
 
-* ``least of two``: of two replicas drawn at random, that with fewer requests;
+* ``least of two``: of two replicas drawn at random, the one with fewer requests;
 * ``hash``: a consistent hash of the task's name (HAProxy's ``balance hash``, Envoy's ring_hash);
-* ``bounded hash``: the same, passing over replicas that hold more than --factor times the mean of
-  requests (HAProxy's and Envoy's ``hash-balance-factor``; Mirrokni and others, arXiv 1608.01350).
+* ``bounded hash``: the same, but skipping replicas that hold more than --factor times the mean
+  number of requests (HAProxy's and Envoy's ``hash-balance-factor``; Mirrokni and others, arXiv
+  1608.01350).
 
-Half-way of the counted requests --die of the replicas end. Printed for each: how often the task was
-resident, for several sizes of a replica's memory; how long requests waited, in times of one
-request's own; and the hits in the last tenth before some replicas end and the first after.
+After half of the counted requests, --die of the replicas end. The output for each policy: how often
+the task was resident, for several sizes of a replica's memory; how long requests waited, in
+multiples of the time of one request; and the hit rates of the last tenth before replicas end and of
+the first tenth after.
 
     python benchmarks/serving/routing.py --out benchmarks/results/serving_routing.json
 """
@@ -32,11 +34,11 @@ from typing import Any
 import numpy as np
 
 POINTS = 100
-"""Of a replica on the ring of hashes."""
+"""Points of a replica on the ring of hashes."""
 
 
 class Ring:
-    """Replicas at many points of a circle; a task belongs to the next one."""
+    """Replicas at many points of a circle; a task belongs to the next point."""
 
     def __init__(self, replicas: int, rng: np.random.Generator) -> None:
         places = rng.random(replicas * POINTS)
@@ -45,19 +47,19 @@ class Ring:
         self.owners: list[int] = (order % replicas).tolist()
 
     def next(self, place: float) -> int:
-        """Number of the first point from a place on."""
+        """Index of the first point at or after a place."""
         return bisect(self.points, place) % len(self.points)
 
 
 class Memory:
-    """The tasks of one replica, for several sizes at once: each keeps those asked last."""
+    """The most recently used tasks of a replica, for several sizes of memory at once."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in sizes]
         self.sizes = sizes
 
     def ask(self, task: int) -> int:
-        """In how many of the sizes, from the largest on, the task is resident; now it is in all."""
+        """Use a task; return in how many of the sizes, from the largest on, it was resident."""
         hits = 0
         for kept, size in zip(self.kept, self.sizes, strict=True):
             if task in kept:
@@ -71,7 +73,7 @@ class Memory:
 
 
 def simulate(way: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One way, over all requests."""
+    """Simulate one policy for all requests."""
     rng = np.random.default_rng(options.seed)
     replicas, tasks, requests = options.replicas, options.tasks, options.requests
     weights = np.arange(1, tasks + 1) ** -options.zipf
@@ -79,9 +81,12 @@ def simulate(way: str, options: argparse.Namespace) -> dict[str, Any]:
     places = rng.random(tasks)
     ring, sizes = Ring(replicas, rng), sorted(options.resident, reverse=True)
     memories = [Memory(sizes) for _ in range(replicas)]
-    free, held = [0.0] * replicas, [0] * replicas  # when a replica is free; requests it has
+    free, held = (
+        [0.0] * replicas,
+        [0] * replicas,
+    )  # when each replica is free; its number of requests
     alive, living = [True] * replicas, list(range(replicas))
-    ends: list[tuple[float, int]] = []  # of requests under way
+    ends: list[tuple[float, int]] = []  # of requests in progress
     warm = requests // 2
     breaks = warm + (requests - warm) // 2
     window = (requests - warm) // 10
@@ -131,7 +136,7 @@ def simulate(way: str, options: argparse.Namespace) -> dict[str, Any]:
             number += 1
 
     def shares(counts: list[int]) -> dict[str, float]:
-        """Of hits, by size of the memory: a hit in a small one is a hit in every larger one."""
+        """Hit rates by size of memory; a hit in a small memory is a hit in all larger ones."""
         return {
             str(size): sum(counts[rank + 1 :]) / max(sum(counts), 1)
             for rank, size in enumerate(sizes)
@@ -150,7 +155,7 @@ def simulate(way: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Simulate, print, write."""
+    """Simulate all policies, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, default=1000)
     parser.add_argument("--tasks", type=int, default=1_000_000)

@@ -1,15 +1,15 @@
-"""aoft-serve beside the bare engine, on the same artefact and machine, in turn.
+"""aoft-serve compared with the bare engine, on the same artefact and machine, taking turns.
 
---artefact is a merged ONNX artefact that takes pixel_values, --fleet a fleet on the same backbone,
-to which --task is added --tasks times.
-In each round the engine alone in a process of its own, batch after batch, and the server under as
-many clients as fill two batches take turns of a few seconds, with one image a request: tensors as
-bytes, JPEGs, one task of the fleet, and all its tasks mixed. Printed are medians: images a second,
-from the end of one batch to the end of another, their share of the bare engine's just before, p50
-and p99 in milliseconds, and the server's processor time a request. At batch 1 one client alone, a
-bare socket, and the bare engine take turns, each twice, of which the second counts. added_p50 is
-the difference of their medians. around_p50 is the median of what a request took beside the engine's
-time in the server, whose process is not the bare engine's and may be faster or slower.
+--artefact is a merged ONNX artefact with the input pixel_values, --fleet a fleet on the same
+backbone, to which --task is added --tasks times. In each round, the engine alone and the server
+take turns of a few seconds: the engine in its own process, batch after batch; the server with as
+many clients as fill two batches, one image per request. The cases are tensors as bytes, JPEGs, one
+task of the fleet, and all its tasks mixed. The output is medians: images per second, from the end
+of one batch to the end of another, their share of the preceding turn of the bare engine, p50 and
+p99 in milliseconds, and the server's processor time per request. At batch 1 a single client, a bare
+socket and the bare engine take turns; each runs twice, and the second run counts. added_p50 is the
+difference of their medians. around_p50 is the median of a request's time without the engine's time
+in the server, whose process is not that of the bare engine and may be faster or slower.
 
     python benchmarks/serving/serving.py --artefact vitb.onnx --fleet fleet.onnx --task task.ckpt
 """
@@ -48,7 +48,7 @@ BARE = """
 import json, sys, time
 import numpy as np
 from pathlib import Path
-from aoft_deploy.artefacts.protocols import load_artefact
+from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.fleet.fleet import Fleet
 path, batch, seconds, tasks, threads, repository = json.loads(sys.argv[1])
 size = None
@@ -75,13 +75,13 @@ for _ in sys.stdin:
 
 
 class Load(NamedTuple):
-    """What clients saw.
+    """Measurements of the clients.
 
     Attributes:
-        rate: Images a second, between the ends of two batches.
-        milliseconds: Of each request.
-        cpu: Seconds of the server's processor time a request.
-        memory: Of the server's process at the end, in MB.
+        rate: Images per second, between the ends of two batches.
+        milliseconds: Duration of each request.
+        cpu: Seconds of the server's processor time per request.
+        memory: Memory of the server's process at the end, in MB.
         failed: Requests that were not answered with 200.
     """
 
@@ -115,11 +115,11 @@ class Server:
     def load(
         self, requests: list[tuple[str, bytes, dict[str, str]]], clients: int, seconds: float
     ) -> Load:
-        """Ask again and again with as many connections."""
+        """Send requests continuously over this many connections."""
         times: list[float] = []
         ends: list[float] = []
         failed = 0
-        begin = time.perf_counter() + 0.5 + 0.1 * seconds  # the batches settle first
+        begin = time.perf_counter() + 0.5 + 0.1 * seconds  # after the batches have settled
         end = begin + seconds
 
         def client(number: int) -> None:
@@ -153,7 +153,7 @@ class Server:
     def take_turns(
         self, requests: list[tuple[str, bytes, dict[str, str]]], alone: Callable[[], float], n: int
     ) -> tuple[list[float], list[float], list[float]]:
-        """Milliseconds of n requests and n runs of the bare engine, each the second of two.
+        """Milliseconds of n requests and n runs of the bare engine; of two runs each, the second.
 
         Third come those of the server's own engine, on which the requests waited.
         """
@@ -170,7 +170,7 @@ class Server:
         return served[1:], bare[1:], engine[1:]
 
     def computed(self) -> float:
-        """Seconds in the engine so far, of all models, as the server counts them."""
+        """Seconds of all models in the engine so far, from the server's metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         connection.request("GET", "/v2/models/stats")
         stats = json.loads(connection.getresponse().read())["model_stats"]
@@ -185,7 +185,7 @@ class Server:
 
 
 def whole(address: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """A request as it goes over the wire."""
+    """The bytes of a request."""
     lines = [f"POST {address} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -208,7 +208,7 @@ def asked(connection: socket.socket, request: bytes) -> float:
 
 
 def rate(ends: list[float], batch: int) -> float:
-    """Answers a second, of those that come in batches: from the first batch's end to the last's."""
+    """Answers per second, from the end of the first batch to the end of the last."""
     ends = sorted(ends)
     if len(ends) <= 2 * batch:
         raise SystemExit("Fewer than three batches were answered: give --seconds more.")
@@ -216,7 +216,7 @@ def rate(ends: list[float], batch: int) -> float:
 
 
 def tensors(model: str, size: int, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
-    """Requests of one image each, as bytes."""
+    """Requests with one image each, as bytes."""
     rng, found = np.random.default_rng(1), []
     for _ in range(count):
         image = rng.normal(size=(1, 3, size, size)).astype(np.float32)
@@ -229,7 +229,7 @@ def tensors(model: str, size: int, count: int) -> list[tuple[str, bytes, dict[st
 
 
 def jpegs(model: str, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
-    """Requests of one JPEG of 500 x 375 each, the size of ImageNet's median."""
+    """Requests with one JPEG of 500 x 375 each, the median size of ImageNet."""
     rng, found = np.random.default_rng(2), []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
@@ -240,7 +240,7 @@ def jpegs(model: str, count: int) -> list[tuple[str, bytes, dict[str, str]]]:
 
 
 class Bare:
-    """The engine alone, in a process that waits until it is asked."""
+    """The engine alone, in a process that runs on request."""
 
     def __init__(
         self, path: Path, options: argparse.Namespace, tasks: list[str], folder: str
@@ -254,7 +254,7 @@ class Bare:
         )
 
     def run(self) -> list[float]:
-        """Seconds of each batch of a while."""
+        """Run for some time; return the seconds of each batch."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -272,7 +272,7 @@ def rounds(
     size: int,
     folder: str,
 ) -> dict[str, list[dict[str, float]]]:
-    """All cases again and again."""
+    """Run all cases in turn."""
     threads = [] if options.threads is None else ["--threads", options.threads]
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
@@ -293,7 +293,7 @@ def rounds(
 
 
 def row(load: Load, own: float) -> dict[str, float]:
-    """What a while under load and one of the engine alone say."""
+    """Results of a turn under load and a turn of the engine alone."""
     ranked = sorted(load.milliseconds)
     return {
         "bare": own,
@@ -308,7 +308,7 @@ def row(load: Load, own: float) -> dict[str, float]:
 
 
 def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[str, float]:
-    """What the server adds to the time of one image."""
+    """The time that the server adds to that of one image."""
     image = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     server = Server(f"merged={options.artefact}", "--max-batch", 1, *threads)
     with Apart(partial(load_artefact, options.artefact, threads=options.threads)) as engine:
@@ -323,7 +323,7 @@ def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[
 
 
 def main() -> None:
-    """Run and print."""
+    """Run all cases, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--artefact", type=Path, required=True)
     parser.add_argument("--fleet", type=Path)

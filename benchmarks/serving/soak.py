@@ -1,14 +1,14 @@
-"""A server for a long time under load that misbehaves, and whether every answer was right.
+"""A soak test: a server under load and faulty clients for a long time; every answer is checked.
 
-aoft-serve with --fleet is first asked as fast as it answers, which gives its capacity; then at
-80 % of that for --seconds, then at 300 % for --overload seconds, each request at its own time
-whether or not earlier ones are answered; then it is told to end under load. Tasks are asked at
-random, and each answer is compared with the library's. One request in twenty is bad (no JSON, an
-unknown model, a wrong shape), another thread sends half of a request and resets the connection,
-another takes a task out and in. Printed for each phase: requests by status as the clients and as
-the server counted them, wrong answers, p50 and p99, how fast the excess was refused; and memory,
-file handles and threads, with memory's slope after the first quarter. Ends with 1 where something
-is not as it must be.
+aoft-serve with --fleet first gets requests as fast as it answers, which measures its capacity; then
+80 % of that for --seconds; then 300 % for --overload seconds, each request at its own time whether
+or not earlier ones are answered; then SIGTERM under load. Requests choose tasks at random, and each
+answer is compared with the library's. One request in twenty is bad (not JSON, an unknown model, a
+wrong shape), one thread sends half of a request and resets the connection, another removes and adds
+a task. The output for each phase: requests by status as counted by the clients and by the server,
+wrong answers, p50 and p99, and how fast the excess was refused; and memory, file descriptors and
+threads, with the slope of the memory after the first quarter. Exits with 1 if a requirement is
+violated.
 
     python benchmarks/serving/soak.py --fleet fleet.onnx --task task.ckpt --seconds 600
 """
@@ -39,26 +39,26 @@ from aoft_deploy.fleet.fleet import Fleet
 
 TOKEN = "a token of the soak test"
 DEADLINE = 10.0
-"""Seconds that the server gives a request."""
+"""The server's timeout for a request, in seconds."""
 
 
-class Seen:
-    """What clients saw in a phase."""
+class Measurements:
+    """Measurements of the clients in a phase."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.times: dict[str, list[float]] = {}
         self.late = 0.0
 
-    def add(self, other: Seen) -> None:
-        """What one client saw, to that of all."""
+    def add(self, other: Measurements) -> None:
+        """Add the measurements of one client."""
         self.counts.update(other.counts)
         for status, times in other.times.items():
             self.times.setdefault(status, []).extend(times)
         self.late = max(self.late, other.late)
 
     def milliseconds(self, status: str) -> dict[str, float]:
-        """Of the requests answered with a status."""
+        """Percentiles of the requests that were answered with a status."""
         times = sorted(self.times.get(status, []))
         if not times:
             return {}
@@ -68,7 +68,7 @@ class Seen:
 
 
 class Soak:
-    """One server, its clients and what they saw."""
+    """One server, its clients and their measurements."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -97,16 +97,16 @@ class Soak:
         self.draining = False
 
     def body(self, image: int) -> tuple[bytes, dict[str, str]]:
-        """A request with one image as bytes."""
+        """The body and headers of a request with one image as bytes."""
         array = self.images[image : image + 1]
         entry = {"name": "pixel_values", "datatype": "FP32", "shape": array.shape}
         entry["parameters"] = {"binary_data_size": array.nbytes}
         text = json.dumps({"inputs": [entry]}).encode()
         return text + array.tobytes(), {"Inference-Header-Content-Length": str(len(text))}
 
-    def client(self, seen: Seen, number: int, every: float, start: float) -> None:
-        """Ask until told to stop: every so many seconds, or at once where it is 0."""
-        rng, own = random.Random(number), Seen()
+    def client(self, seen: Measurements, number: int, every: float, start: float) -> None:
+        """Send requests until the phase ends, every ``every`` seconds or, if 0, without pause."""
+        rng, own = random.Random(number), Measurements()
         bodies = [self.body(i) for i in range(8)]
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         names, due = list(self.wanted), start
@@ -126,11 +126,11 @@ class Soak:
         self,
         connection: http.client.HTTPConnection,
         rng: random.Random,
-        own: Seen,
+        own: Measurements,
         names: list[str],
         bodies: list[tuple[bytes, dict[str, str]]],
     ) -> bool:
-        """One request; False where the server has gone as it should."""
+        """Send one request; False if the server has ended as expected."""
         name, image = rng.choice(names), rng.randrange(8)
         body, headers = bodies[image]
         allowed, path = {200, 429}, f"/v2/models/{name}/infer"
@@ -166,8 +166,8 @@ class Soak:
             own.counts["unexpected"] += 1
         return True
 
-    def abort(self, seen: Seen) -> None:
-        """Go away in the middle of requests."""
+    def abort(self, seen: Measurements) -> None:
+        """Reset connections in the middle of requests."""
         name = next(name for name in self.wanted if name != "churned")
         head = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\n\r\n{{"
         aborted = 0
@@ -184,8 +184,8 @@ class Soak:
         with self.lock:
             seen.counts["aborted"] += aborted
 
-    def churn(self, seen: Seen) -> None:
-        """Take a task out and in."""
+    def churn(self, seen: Measurements) -> None:
+        """Remove and add a task repeatedly."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
         changes = Counter[str]()
         while not self.stop.wait(0.1):
@@ -196,7 +196,7 @@ class Soak:
             seen.counts.update(changes)
 
     def status(self, method: str, path: str, headers: Any = None) -> str:
-        """Status of a small request."""
+        """Send a small request; return its status."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             connection.request(method, path, b"", headers or {})
@@ -207,7 +207,7 @@ class Soak:
             connection.close()
 
     def counted(self) -> Counter[str]:
-        """Requests by status as the server counted them."""
+        """Requests by status, from the server's metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
@@ -220,8 +220,8 @@ class Soak:
         return found
 
     def phase(self, name: str, seconds: float, rate: float, clients: int) -> dict[str, Any]:
-        """A load of as many requests a second, or of as many as are answered where it is 0."""
-        process, seen, before = psutil.Process(self.process.pid), Seen(), self.counted()
+        """Run a load of this many requests per second, or as many as are answered if it is 0."""
+        process, seen, before = psutil.Process(self.process.pid), Measurements(), self.counted()
         self.stop.clear()
         begin = time.monotonic() + 0.2
         workers = [
@@ -235,7 +235,7 @@ class Soak:
         for thread in workers:
             thread.start()
         samples = []
-        while (now := time.monotonic() - begin) < seconds or len(samples) < 8:  # two a quarter
+        while (now := time.monotonic() - begin) < seconds or len(samples) < 8:  # two per quarter
             memory = process.memory_info().rss
             samples.append((now, memory, process.num_fds(), process.num_threads()))
             time.sleep(min(0.5, seconds / 8))
@@ -244,8 +244,8 @@ class Soak:
             thread.join()
         time.sleep(0.2)
         counted = self.counted() - before
-        counted["200"] -= 1  # what was asked before
-        del counted["499"]  # who goes away is not told
+        counted["200"] -= 1  # the request for the previous count
+        del counted["499"]  # clients that disconnect do not see a status
         parts = np.array_split(np.array(samples, float), 4)
         later = np.concatenate(parts[1:])
         slope = 60 * float(np.polyfit(later[:, 0], later[:, 1], 1)[0]) / 2**20
@@ -271,8 +271,8 @@ class Soak:
         }
 
     def end(self) -> dict[str, Any]:
-        """SIGTERM under load."""
-        seen = Seen()
+        """Send SIGTERM under load."""
+        seen = Measurements()
         self.stop.clear()
         workers = [threading.Thread(target=self.client, args=(seen, i, 0.0, 0.0)) for i in range(8)]
         for thread in workers:
@@ -298,7 +298,7 @@ class Soak:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What is not as it must be."""
+    """The requirements that are violated."""
     steady, over, end = found["at 80 %"], found["at 300 %"], found["end"]
     wrong = [
         f"{name}: {key} is {phase[key]}"
@@ -322,7 +322,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Run, print, and end with 1 where something is not as it must be."""
+    """Run all phases, print the results, and exit with 1 if a requirement is violated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fleet", type=Path, required=True)
     parser.add_argument("--task", type=Path, required=True, help="checkpoint that comes and goes")
@@ -349,7 +349,7 @@ def main() -> None:
             found["end"] = soak.end()
         finally:
             soak.stop.set()
-            soak.process.kill()  # a server that outlives its script keeps its pipes open
+            soak.process.kill()  # otherwise the server would keep the script's pipes open
             soak.process.wait()
     found["faults"] = faults(found)
     print(json.dumps(found, indent=2))

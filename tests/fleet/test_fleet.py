@@ -1,4 +1,4 @@
-"""A live fleet: the right task answers, whatever comes and goes meanwhile."""
+"""A live fleet: the right task answers while others are added and removed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HALF = (0.5, 0.5, 0.5)
 def write(
     backbone_name: str, backbone_args: dict[str, Any], backbone_weights: Path
 ) -> Callable[..., Path]:
-    """Write a task's checkpoint, no number of which is at its start."""
+    """Write a task's checkpoint whose parameters all differ from their initial values."""
 
     def task(
         path: Path,
@@ -83,7 +83,7 @@ def tasks(write: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 def expected(
     tasks: dict[str, Path], images: NDArray[np.float32], backbone_weights: Path
 ) -> dict[str, NDArray[np.float32]]:
-    """Each task's merged model's logits of all images."""
+    """Logits of all images from each task's merged model."""
     answers = {}
     for name, path in tasks.items():
         merged = merge(open_checkpoint(path, BackboneSource(weights=backbone_weights))[0])
@@ -251,13 +251,16 @@ def test_a_checkpoint_that_does_not_fit_replaces_no_task(
 
 FLEETS: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], object], str]] = {
     "tasks nested too deeply": (lambda _, m: m.update(tasks="[" * 100_000), "is no fleet of aoft"),
-    "tasks that are none": (lambda _, m: m.update(tasks="7"), "is no fleet of aoft"),
+    "tasks that are not a list": (lambda _, m: m.update(tasks="7"), "is no fleet of aoft"),
     "a row nested too deeply": (lambda _, m: m.update(row="[" * 100_000), "is no fleet of aoft"),
-    "a task less": (lambda t, _: t.update(bank=t["bank"][:1]), "is no fleet of aoft"),
-    "a number that is nan": (lambda t, _: t["bank"].fill(np.nan), "'t0' has parameters that are"),
+    "a missing task": (lambda t, _: t.update(bank=t["bank"][:1]), "is no fleet of aoft"),
+    "a parameter that is nan": (
+        lambda t, _: t["bank"].fill(np.nan),
+        "'t0' has parameters that are",
+    ),
     "a classifier that is inf": (lambda t, _: t["heads"].fill(np.inf), "'t0' has parameters that"),
     "shorter rows": (lambda t, _: t.update(bank=t["bank"][:, :-1]), "'t0' has parameters of shape"),
-    "rows elsewhere": (lambda t, _: t["first"].fill(10**6), "'t0' has parameters of shape"),
+    "rows outside the table": (lambda t, _: t["first"].fill(10**6), "'t0' has parameters of shape"),
 }
 
 
@@ -355,7 +358,7 @@ def test_prefetched_tasks_are_in_memory(
     small = Fleet(artefact, store=stores["packed"], budget=room, threads=1)
     small.prefetch(["t2", "t3", "t5"])
     assert "t5" in small.tasks and "t2" not in small.tasks
-    small.remove("t5")  # nobody holds it any more
+    small.remove("t5")  # no request holds it any more
     assert small.residency.bytes <= room
 
 
@@ -370,7 +373,7 @@ def test_a_removed_task_of_the_store_does_not_answer_and_its_name_can_be_reused(
     with pytest.raises(SettingError, match="has a task 't2': remove it first"):
         fleet.add(tasks["t2"])
     for name in ("t0", "t2", "t3"):
-        if name != "t3":  # in memory before it goes
+        if name != "t3":  # load it into memory first
             fleet.predict(images[:1], ["t2"])
         fleet.remove(name)
         with pytest.raises(UnknownNameError, match=f"Unknown task '{name}'"):
@@ -394,7 +397,7 @@ def test_answers_stay_right_while_tasks_are_added_removed_replaced_and_paged(
     budget = room_for(Fleet(artefact, threads=1), 4 * [max(WIDTHS)])
     fleet = Fleet(artefact, store=stores["packed"], budget=budget, threads=1)
     stop, wrong, served = threading.Event(), list[str](), [0] * 8
-    meant: dict[str, list[tuple[float, float, str]]] = {"a": [], "b": []}  # from, until, whose
+    meant: dict[str, list[tuple[float, float, str]]] = {"a": [], "b": []}  # (from, until, task)
 
     def churn() -> None:
         rng = np.random.default_rng(7)
@@ -409,7 +412,7 @@ def test_answers_stay_right_while_tasks_are_added_removed_replaced_and_paged(
                 fleet.add(tasks[task], name)
 
     def own(name: str, start: float, end: float) -> list[str]:
-        """Whose numbers a name may have meant at some moment between."""
+        """The tasks that a name may have had at some moment of a period."""
         spans = list(meant.get(name, [(start, end, name)]))
         return [task for begin, until, task in spans if begin <= end and until >= start]
 
@@ -523,7 +526,7 @@ def test_a_task_is_replaced_atomically(
     fleet = Fleet(artefact, store=stores["packed"], threads=1)
     assert fleet.names == set(tasks) and "t7" in fleet and "t77" not in fleet
     before = fleet.residency.tasks
-    for name in ("t1", "t7", "t7", "new"):  # of the file, of the store, added, unknown
+    for name in ("t1", "t7", "t7", "new"):  # in the artefact, in the store, added, unknown
         fleet.add(tasks["t9"], name, replace=True)
         assert right(fleet.predict(images[:1], [name]), ["t9"], [0], expected)
     assert fleet.residency.tasks == before + 2 and "new" in fleet.names
@@ -568,7 +571,7 @@ def test_logits_and_classes_of_an_answer_are_of_the_same_version(
 
     def exchanging(chosen: Any, *rest: Any) -> Any:
         calls.append(len(chosen))
-        if len(calls) == 1:  # within the engine: what is held stays as it was
+        if len(calls) == 1:  # during the engine's run: the held version is kept
             fleet.add(versions[following], "task", replace=True)
         return run(chosen, *rest)
 

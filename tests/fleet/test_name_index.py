@@ -1,4 +1,4 @@
-"""Names of many tasks, found without an object for each."""
+"""An index of many task names without a Python object for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paging: the numbers under a name are that task's, whatever is read, evicted or removed."""
+"""Paging: a name always gives its own task's parameters, whatever is read, evicted or removed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def task(value: float, classes: int = 2) -> TaskParameters:
 
 
 class Store:
-    """Tasks ``0``, ``1`` … whose numbers are their names; counts what is read."""
+    """Tasks ``0``, ``1`` … whose parameters equal their names; counts reads."""
 
     kind = KIND
 
@@ -47,14 +47,14 @@ class Store:
 
 
 class Resident(ResidentTasks):
-    """With the numbers of what is held."""
+    """Resident tasks that can show the parameters of held tasks."""
 
     def __init__(self, room: int, store: Store | None = None) -> None:
         self.tables = TaskTables(6, 1, room * ROOM)
         super().__init__(self.tables, store)
 
     def values(self, *names: str) -> dict[str, float]:
-        """Value of each task held; all its numbers must be the same."""
+        """Value of each held task; all its parameters must be equal."""
         with self.holding(names) as held:
             return {name: self.value(task) for name, task in held.items()}
 

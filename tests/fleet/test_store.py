@@ -1,4 +1,4 @@
-"""Stores of tasks: a folder of checkpoints and a packed file give the same numbers."""
+"""Task stores: a folder of checkpoints and a packed file give the same parameters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write(path: Path, classes: Sequence[str] = ("x", "ü"), seed: int = 0, **cha
 
 @pytest.fixture
 def folder(tmp_path: Path) -> CheckpointFolder:
-    """Tasks as files and as folders, with things beside them that are no tasks."""
+    """Tasks as files and as folders, beside files that are not tasks."""
     root = tmp_path / "tasks"
     write(root / "cats.ckpt", seed=1)
     write(root / "dogs" / "model.ckpt", ["a", "b", "c"], seed=2)
@@ -222,7 +222,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 class Given:
-    """A store of numbers that are given."""
+    """A store of given parameters."""
 
     def __init__(self, tasks: dict[str, TaskParameters], kind: TaskKind = KIND) -> None:
         self.kind, self.tasks = kind, tasks
@@ -310,7 +310,7 @@ def test_a_file_truncated_while_it_is_open_raises_an_error(packed: Path) -> None
 
 
 def sealed(packed: Path, **changes: Any) -> Path:
-    """A packed file with another index, or another text of its first task, and right sums.
+    """Change a packed file's index or its first task, with valid checksums.
 
     Args:
         packed: The file.

@@ -1,4 +1,4 @@
-"""Memory of the tables: what the tasks in them need, whatever came and went."""
+"""The tables take as much memory as the tasks in them need, whatever was there before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application inside this process, as another server would run it."""
+"""The ASGI application, run in this process as another server would run it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SETTINGS = Settings(threads=1, follow=0, engine_timeout=0.2, max_batch=4)
 
 @asynccontextmanager
 async def living(application: Application) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application that was started, and is drained in the end."""
+    """A client of a started application, which is drained at the end."""
     inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     send: Any = outbox.put
     task = asyncio.create_task(application({"type": "lifespan"}, inbox.get, send))
     await inbox.put({"type": "lifespan.startup"})
-    told = await outbox.get()
-    assert told["type"] == "lifespan.startup.complete", told
+    message = await outbox.get()
+    assert message["type"] == "lifespan.startup.complete", message
     transport = httpx.ASGITransport(application)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
@@ -56,12 +56,12 @@ async def living(application: Application) -> AsyncIterator[httpx.AsyncClient]:
 
 def inside(
     given: list[tuple[str, Path]],
-    play: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
+    scenario: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
 ) -> None:
     async def run() -> None:
         service = Service(SETTINGS, given)
         async with living(Application(service)) as client:
-            await play(client, service)
+            await scenario(client, service)
         assert service.state == "draining"
 
     asyncio.run(run())
@@ -73,7 +73,7 @@ def asking(value: float = 0.5) -> dict[str, Any]:
 
 
 def test_another_asgi_server_can_run_the_application(artefact: Path) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         answers = await asyncio.gather(
             *(client.post("/v2/models/a/infer", json=asking(i / 20)) for i in range(20))
         )
@@ -87,7 +87,7 @@ def test_another_asgi_server_can_run_the_application(artefact: Path) -> None:
         assert (await client.get("/v2/models/a/ready")).status_code == 503
         assert (await client.get("/v2/health/live")).status_code == 200
 
-    inside([("a", artefact)], play)
+    inside([("a", artefact)], scenario)
 
 
 def test_a_failed_start_is_reported_to_the_asgi_server(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_failed_start_is_reported_to_the_asgi_server(tmp_path: Path) -> None:
 
 
 def test_a_stuck_model_is_not_ready_and_the_others_answer(artefact: Path) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         batcher: Any = service.models.artefacts["a"].batcher
         gate, run, stopped = threading.Event(), batcher._run, threading.Event()
 
@@ -134,13 +134,13 @@ def test_a_stuck_model_is_not_ready_and_the_others_answer(artefact: Path) -> Non
             await asyncio.sleep(0.01)
         assert (await client.post("/v2/models/a/infer", json=asking())).status_code == 200
 
-    inside([("a", artefact), ("b", artefact)], play)
+    inside([("a", artefact), ("b", artefact)], scenario)
 
 
 def test_an_internal_error_is_logged_and_answered_without_detail(
     artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         def broken(*_: str) -> None:
             raise RuntimeError("/secret/path")
 
@@ -151,7 +151,7 @@ def test_an_internal_error_is_logged_and_answered_without_detail(
             {"error": "The server failed on this request."},
         )
 
-    inside([("a", artefact)], play)
+    inside([("a", artefact)], scenario)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     (event,) = [event for event in events if event["event"] == "request failed"]
     assert "/secret/path" in event["error"] and "broken" in event["traceback"]
@@ -170,7 +170,7 @@ def test_two_artefacts_with_the_same_task_are_refused(fleet_artefact: Path, arte
 def test_too_many_images_are_refused_before_they_are_decoded(
     artefact: Path, photos: list[Path]
 ) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         gate = threading.Event()
         blockers = [asyncio.create_task(service.in_pool(gate.wait, 10)) for _ in range(256)]
         await asyncio.sleep(0)
@@ -181,11 +181,11 @@ def test_too_many_images_are_refused_before_they_are_decoded(
         answer = await client.post("/v2/models/a/classify", content=photos[0].read_bytes())
         assert answer.status_code == 200
 
-    inside([("a", artefact)], play)
+    inside([("a", artefact)], scenario)
 
 
 def test_answered_bodies_are_released(artefact: Path) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         pixels = np.zeros((2, 3, 16, 16), np.float32).tobytes()
         for content in (b"{}", pixels, json.dumps(asking()).encode()):
             for address in ("infer", "classify"):
@@ -193,11 +193,11 @@ def test_answered_bodies_are_released(artefact: Path) -> None:
                 await client.post(f"/v2/models/none/{address}", content=content)
         assert service.bodies.bytes == 0 and service.observations.in_flight == 0
 
-    inside([("a", artefact)], play)
+    inside([("a", artefact)], scenario)
 
 
 def until(true: Callable[[], bool]) -> Awaitable[None]:
-    """Wait for what must come."""
+    """Wait for a condition."""
 
     async def waiting() -> None:
         while not true():
@@ -207,7 +207,7 @@ def until(true: Callable[[], bool]) -> Awaitable[None]:
 
 
 class Gate:
-    """Stands in a batcher's engine: what comes to it waits until it is opened."""
+    """Blocks a batcher's engine until it is opened."""
 
     def __init__(self, batcher: Any) -> None:
         self.reached, self._opened, self._run = threading.Event(), threading.Event(), batcher._run
@@ -225,14 +225,14 @@ class Gate:
 
 def serving(
     given: list[tuple[str, Path]],
-    play: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
+    scenario: Callable[[httpx.AsyncClient, Service], Awaitable[None]],
     **settings: Any,
 ) -> None:
     async def run() -> None:
         options = {"threads": 1, "follow": 0, "max_batch": 4, "grace": 1.0, **settings}
         service = Service(Settings(**options), given)
         async with living(Application(service)) as client:
-            await play(client, service)
+            await scenario(client, service)
 
     asyncio.run(run())
 
@@ -247,7 +247,7 @@ def versions(
     classes: tuple[str, ...],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[tuple[Path, tuple[str, ...]]]:
-    """Two versions of a task: other numbers, and the same classes in another order."""
+    """Two versions of a task: different parameters, the same classes in different order."""
     folder, found = tmp_path_factory.mktemp("versions"), []
     for seed, step in ((21, 1), (22, -1)):
         path, ordered = folder / f"{seed}.ckpt", classes[::step]
@@ -285,7 +285,7 @@ def expected(path: Path, weights: Path, images: NDArray[np.float32]) -> NDArray[
 
 
 def many(images: NDArray[np.float32], top: int = 5) -> dict[str, Any]:
-    """A request for the names of the best classes of each image."""
+    """A request for the best classes of each image."""
     entry = {"name": "pixel_values", "datatype": "FP32", "shape": list(images.shape)}
     output = {"name": "logits", "parameters": {"classification": top}}
     return {"inputs": [{**entry, "data": images.ravel().tolist()}], "outputs": [output]}
@@ -313,7 +313,7 @@ def test_labels_belong_to_the_version_that_computed_the_logits(
     images = np.random.default_rng(5).normal(size=(6, 3, 16, 16)).astype(np.float32)
     photo = np.stack([PREPROCESSING(read_image(photos[0]))])
 
-    def owed(version: int, pictures: NDArray[np.float32]) -> list[list[str]]:
+    def expected_labels(version: int, pictures: NDArray[np.float32]) -> list[list[str]]:
         path, classes = versions[version]
         return [ranked_by(row, classes) for row in expected(path, backbone_weights, pictures)]
 
@@ -324,13 +324,13 @@ def test_labels_belong_to_the_version_that_computed_the_logits(
         return [[p["label"] for p in row] for row in answer.json()["predictions"]]
 
     given = images if address == "infer" else photo
-    assert owed(0, given) != owed(1, given)
+    assert expected_labels(0, given) != expected_labels(1, given)
     fleet = kind == "fleet"
     files = versions if fleet else merged_versions
     path = tmp_path / ("task.ckpt" if fleet else "task.onnx")
     shutil.copy(files[0][0], path)
 
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         models = service.models
         for version in (0, 1, 0, 1):
             other = 1 - version
@@ -338,12 +338,12 @@ def test_labels_belong_to_the_version_that_computed_the_logits(
             asked = asyncio.create_task(ask(client))
             await asyncio.to_thread(gate.reached.wait)
             shutil.copy(files[other][0], path)
-            await service.repository.load("task")  # between the engine and the names
+            await service.repository.load("task")  # after the engine, before the classes are read
             await gate.open()
-            assert await asked == owed(version, given)
-            assert await ask(client) == owed(other, given)
+            assert await asked == expected_labels(version, given)
+            assert await ask(client) == expected_labels(other, given)
 
-    serving([("fleet", fleet_artefact)] if fleet else [], play, repository=tmp_path)
+    serving([("fleet", fleet_artefact)] if fleet else [], scenario, repository=tmp_path)
 
 
 def test_a_request_that_runs_in_parts_is_answered_by_one_version(
@@ -355,7 +355,7 @@ def test_a_request_that_runs_in_parts_is_answered_by_one_version(
     images = np.random.default_rng(6).normal(size=(11, 3, 16, 16)).astype(np.float32)
     shutil.copy(versions[0][0], tmp_path / "task.ckpt")
 
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         fleet: Any = service.models.find("task").artefact.fleet
         run, rows = fleet._engine.run, list[int]()
 
@@ -369,9 +369,9 @@ def test_a_request_that_runs_in_parts_is_answered_by_one_version(
         path, classes = versions[0]
         logits = expected(path, backbone_weights, images)
         assert found == [ranked_by(row, classes) for row in logits]
-        assert rows == [4, 4, 3]  # max_batch still bounds what the engine computes at once
+        assert rows == [4, 4, 3]  # max_batch bounds each call of the engine
 
-    serving([("fleet", fleet_artefact)], play, repository=tmp_path)
+    serving([("fleet", fleet_artefact)], scenario, repository=tmp_path)
 
 
 def test_labels_stay_right_while_a_task_is_replaced_in_a_loop(
@@ -387,7 +387,7 @@ def test_labels_stay_right_while_a_task_is_replaced_in_a_loop(
         for path, classes in versions
     ]
 
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         done = False
 
         async def exchange() -> None:
@@ -409,7 +409,7 @@ def test_labels_stay_right_while_a_task_is_replaced_in_a_loop(
             done = True
             await changing
 
-    serving([("fleet", fleet_artefact)], play, repository=tmp_path)
+    serving([("fleet", fleet_artefact)], scenario, repository=tmp_path)
 
 
 def test_a_request_is_refused_if_its_model_was_replaced_by_one_with_another_input(
@@ -418,7 +418,7 @@ def test_a_request_is_refused_if_its_model_was_replaced_by_one_with_another_inpu
     path = tmp_path / "a.onnx"
     shutil.copy(artefact, path)
 
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         in_pool = service.in_pool
 
         async def exchanging(function: Any, *arguments: Any) -> Any:
@@ -428,7 +428,7 @@ def test_a_request_is_refused_if_its_model_was_replaced_by_one_with_another_inpu
             return found
 
         service.in_pool = exchanging  # type: ignore[method-assign, assignment]
-        large = many(np.zeros((40, 3, 16, 16), np.float32))  # read in a thread
+        large = many(np.zeros((40, 3, 16, 16), np.float32))  # parsed in a thread
         for address, content in (
             ("infer", json.dumps(large).encode()),
             ("classify", photos[0].read_bytes()),
@@ -439,7 +439,7 @@ def test_a_request_is_refused_if_its_model_was_replaced_by_one_with_another_inpu
             assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
             assert answer.json() == {"error": "The model 'a' was replaced: send the request again."}
 
-    serving([], play, repository=tmp_path)
+    serving([], scenario, repository=tmp_path)
 
 
 def test_an_image_is_refused_if_its_model_was_replaced_by_one_with_other_preprocessing(
@@ -451,7 +451,7 @@ def test_an_image_is_refused_if_its_model_was_replaced_by_one_with_other_preproc
     onnx.helper.set_model_props(proto, {**metadata, "preprocessing": json.dumps(changed)})
     shutil.copy(artefact, path)
 
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         in_pool = service.in_pool
 
         async def exchanging(function: Any, *arguments: Any) -> Any:
@@ -467,11 +467,11 @@ def test_an_image_is_refused_if_its_model_was_replaced_by_one_with_other_preproc
         service.in_pool = in_pool  # type: ignore[method-assign]
         assert (await client.post("/v2/models/a/classify", content=content)).status_code == 200
 
-    serving([], play, repository=tmp_path)
+    serving([], scenario, repository=tmp_path)
 
 
 def test_a_client_timeout_can_only_shorten_the_server_timeout(artefact: Path) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         gate = Gate(service.models.artefacts["a"].batcher)
         first = asyncio.create_task(client.post("/v2/models/a/infer", json=asking()))
         await asyncio.to_thread(gate.reached.wait)
@@ -493,14 +493,14 @@ def test_a_client_timeout_can_only_shorten_the_server_timeout(artefact: Path) ->
         await gate.open()
         assert (await first).status_code == 200
 
-    serving([("a", artefact)], play, timeout=1000.0)
+    serving([("a", artefact)], scenario, timeout=1000.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_are_refused_with_the_reason(
     artefact: Path, photos: list[Path], value: float
 ) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         batcher: Any = service.models.artefacts["a"].batcher
         run = batcher._run
 
@@ -518,15 +518,15 @@ def test_logits_that_are_not_finite_are_refused_with_the_reason(
         ):
             answer = await client.post(f"/v2/models/a/{address}", content=content)
             assert answer.status_code == 500
-            told = "The model's logits for this request are NaN or infinite."
-            assert answer.json() == {"error": told}
+            message = "The model's logits for this request are NaN or infinite."
+            assert answer.json() == {"error": message}
 
-    serving([("a", artefact)], play)
+    serving([("a", artefact)], scenario)
 
 
 @pytest.mark.parametrize("queue", [1, 64])
 def test_overload_is_refused_while_the_engine_is_busy(artefact: Path, queue: int) -> None:
-    async def play(client: httpx.AsyncClient, service: Service) -> None:
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         batcher = service.models.artefacts["a"].batcher
         gate = Gate(batcher)
         running = asyncio.create_task(client.post("/v2/models/a/infer", json=asking()))
@@ -546,4 +546,4 @@ def test_overload_is_refused_while_the_engine_is_busy(artefact: Path, queue: int
         images = np.stack([np.full((3, 16, 16), i / 200, np.float32) for i in range(queue)])
         np.testing.assert_allclose(found, load_artefact(artefact).run(images), atol=1e-5, rtol=0)
 
-    serving([("a", artefact)], play, queue=queue)
+    serving([("a", artefact)], scenario, queue=queue)

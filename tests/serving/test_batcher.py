@@ -1,4 +1,4 @@
-"""Requests come together in batches, each gets its own answer, and nobody waits for nothing."""
+"""Requests share batches, each gets its own answer, and none waits without need."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_returning_clients_share_a_batch() -> None:
     assert queue.take() == [0]
     for i in (1, 2, 3):
         queue.add(i, 1, 0.1)
-    queue.engine_free(1, 1.0)  # three wait, one asks again
+    queue.engine_free(1, 1.0)  # three wait, one is expected again
     assert queue.wait(1.0) == pytest.approx(0.01)
     queue.add(4, 1, 1.001)
     assert queue.wait(1.001) == 0.0
     assert queue.take() == [1, 2, 3, 4]
     queue.engine_free(4, 2.0)
-    queue.add(5, 1, 2.001)  # the others have gone home
+    queue.add(5, 1, 2.001)  # the other clients do not return
     assert queue.wait(2.001) == pytest.approx(0.01)
     assert queue.wait(2.012) == 0.0
     assert queue.take() == [5]
@@ -104,7 +104,7 @@ def test_every_request_runs_once_in_order_and_within_the_limits(
 
 
 class Engine:
-    """Answers each sample with its own value and its task's length; what it met is kept."""
+    """Answers with each sample's value and its task's length; records its calls."""
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
@@ -124,7 +124,7 @@ class Engine:
         ]
 
     async def blocked(self, subject: Batcher, *values: float) -> list[asyncio.Task[Answer]]:
-        """Requests: the first is in the engine, which waits, the others are in the queue."""
+        """Requests of which the first blocks in the engine and the others are queued."""
         self.gate.clear()
         running = asyncio.create_task(asked(subject, values[0]))
         await until(lambda: self.batches[-1:] == [[values[0]]])
@@ -134,7 +134,7 @@ class Engine:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait for what must come; a test that waits in vain is ended from outside."""
+    """Wait for a condition; the test's timeout ends a wait in vain."""
     while not true():
         await asyncio.sleep(0.001)
 
@@ -186,7 +186,7 @@ def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
 
 
 def test_a_request_larger_than_a_batch_runs_alone() -> None:
-    """So that the engine answers all of it by one version; in parts, if it likes."""
+    """The engine answers all of it with one version, and may run it in parts."""
 
     async def play(subject: Batcher, engine: Engine) -> None:
         engine.gate.clear()
@@ -232,7 +232,7 @@ def test_time_runs_out_in_the_queue_and_the_request_never_runs() -> None:
     async def play(subject: Batcher, engine: Engine) -> None:
         (first,) = await engine.blocked(subject, 1.0)
         with pytest.raises(Refusal, match="time for this request") as caught:
-            await asked(subject, 2.0, seconds=0.001)  # while the engine is still blocked
+            await asked(subject, 2.0, seconds=0.001)  # the engine is still blocked
         assert caught.value.status == 504 and not first.done()
         assert subject.waiting == 0
         engine.gate.set()
@@ -280,7 +280,7 @@ def test_a_hung_engine_fails_its_requests_and_is_used_again_later() -> None:
         assert never.value.status == 503
         engine.gate.set()
         await until(lambda: not subject.stuck)
-        subject._engine_seconds = math.inf  # from here on the test says when it is given up
+        subject._engine_seconds = math.inf  # from here on the test triggers the watchdog
         running, queued = await engine.blocked(subject, 5.0, 6.0)
         subject._time_out()
         for task, status in ((running, 504), (queued, 503)):
@@ -327,7 +327,7 @@ def test_queued_requests_are_answered_after_close_and_the_thread_ends() -> None:
 
 
 class Timeless(selectors.DefaultSelector):
-    """A selector that does not sleep: waiting is time that has passed."""
+    """A selector that does not sleep, but advances the clock instead."""
 
     now = 0.0
     waits: list[float]
@@ -340,7 +340,7 @@ class Timeless(selectors.DefaultSelector):
 
 
 def in_no_time(play: Callable[[Callable[[], float]], Coroutine[Any, Any, None]]) -> list[float]:
-    """Run with a clock that moves only when the event loop waits; how long it waited each time."""
+    """Run with a clock that advances only when the event loop waits; return the waits."""
     selector = Timeless()
     selector.waits = []
     loop = asyncio.SelectorEventLoop(selector)
@@ -382,7 +382,7 @@ def test_deadlines_do_not_wake_the_loop_before_they_are_due() -> None:
         for name in "abc":
             deadlines.add(name, 30.0, partial(called.append, name))
         await asyncio.sleep(20.0)
-        deadlines.add("d", 2.0, partial(called.append, "d"))  # earlier than those there are
+        deadlines.add("d", 2.0, partial(called.append, "d"))  # earlier than all others
         await asyncio.sleep(5.0)
         assert called == ["d"]
 

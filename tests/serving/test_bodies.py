@@ -63,7 +63,7 @@ def test_a_content_length_that_is_not_a_number_is_refused(length: str) -> None:
 
 
 def test_a_body_that_does_not_arrive_times_out() -> None:
-    bodies = Bodies(10, 100, 0.1)  # the client would send nothing for a minute
+    bodies = Bodies(10, 100, 0.1)  # the client sends nothing for a minute
     with pytest.raises(Refusal, match="did not arrive") as caught:
         read(bodies, receiving(b"ab", ends=False), "9")
     assert caught.value.status == 408 and caught.value.close and bodies.bytes == 0

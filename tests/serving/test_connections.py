@@ -1,4 +1,4 @@
-"""Connections of both HTTP parsers, in this process: headers that do not come, limits, the end."""
+"""Connections of both HTTP parsers, in this process: timeouts, limits and shutdown."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ OPENINGS = {
     "a byte of a second head": REQUEST + b"!" + b"G",
     "half of a body that nobody waits for": UPLOAD + b"!" + b"a" * 9,
 }
-"""What a client sends; where there is a ``!`` it waits for an answer."""
+"""What a client sends; at each ``!`` it waits for an answer."""
 
 MOST = 3
 KEEP_ALIVE = 75.0
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers without a look at the body."""
+    """Answers without reading the body."""
     headers = [(b"content-length", b"2")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"ok"})
@@ -51,7 +51,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(params=["httptools", "h11"])
 def listening(request: pytest.FixtureRequest) -> Any:
-    """A server of such connections: its port, and uvicorn's state of it."""
+    """A server with these connections: its port, and uvicorn's state."""
 
     @asynccontextmanager
     async def serving(most: int) -> Any:
@@ -89,14 +89,14 @@ def play(
 
 
 async def joined(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection that the server knows of."""
+    """A connection that the server has accepted."""
     streams = await asyncio.open_connection("127.0.0.1", port)
     await settled()
     return streams
 
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
-    """What came before the end of the stream."""
+    """Everything received before the end of the stream."""
     async with asyncio.timeout(60):
         return await reader.read()
 
@@ -193,7 +193,7 @@ def test_a_full_server_answers_health_checks_only(listening: Any) -> None:
             assert json.loads(found.partition(b"\r\n\r\n")[2]) == {"error": "Too many connections."}
             writer.close()
             await settled()
-        for reader, writer in held:  # those within the limit are as before
+        for reader, writer in held:  # those within the limit are unaffected
             writer.write(REQUEST)
             assert await reader.readuntil(b"ok")
         for _, writer in held:
@@ -231,7 +231,7 @@ def test_the_newest_connections_have_the_spare_places(listening: Any) -> None:
 
 
 def test_a_client_that_continues_to_send_receives_the_refusal(listening: Any) -> None:
-    """A socket that closes on unread bytes is reset, which takes the answer back."""
+    """A socket that is closed with unread bytes is reset, and the answer is lost."""
 
     async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
@@ -290,7 +290,7 @@ def test_shutdown_answers_clients_in_use_once_more_and_resets_none(listening: An
         ending = asyncio.create_task(end_connections(server))
         await settled()
         assert await ended(unused[0]) == b"" and await ended(late[0]) == b""
-        late[1].write(REQUEST)  # crosses with the end: neither answered nor reset
+        late[1].write(REQUEST)  # arrives during the shutdown: neither answered nor reset
         await settled()
         await clock.go(QUIET_SECONDS * 0.9)
         used[1].write(REQUEST)
@@ -349,7 +349,7 @@ def test_new_connections_are_dropped_while_established_ones_are_accepted() -> No
         drop_new_connections(bound)
         with socket.socket() as late:
             late.settimeout(0.3)
-            with pytest.raises(TimeoutError):  # neither made nor reset: it is asked for again
+            with pytest.raises(TimeoutError):  # neither accepted nor reset: the client tries again
                 late.connect(bound.getsockname())
         accepted, _ = bound.accept()
         early.sendall(b"hello")

@@ -1,4 +1,4 @@
-"""Connections as far as file descriptors go, and a server that answers while it has no place."""
+"""The number of connections that descriptors allow, and health checks of a full server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except Exception as error:
 
 
 def possible(wanted: int, soft: int, hard: int) -> tuple[str, str]:
-    """What a fresh process with these limits says, and its log."""
+    """Output and log of a new process with these limits."""
     shell = f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$0" -c "$1" "$2"'
     command = ["bash", "-c", shell, sys.executable, POSSIBLE, str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -34,8 +34,8 @@ def possible(wanted: int, soft: int, hard: int) -> tuple[str, str]:
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed() -> None:
-    told, log = possible(1024, 512, 4096)
-    count, soft, hard = map(int, told.split())
+    output, log = possible(1024, 512, 4096)
+    count, soft, hard = map(int, output.split())
     assert (count, hard, log) == (1024, 4096, "")
     assert 1024 + RESERVED < soft <= 1024 + RESERVED + 20
 
@@ -45,21 +45,21 @@ def test_a_sufficient_descriptor_limit_is_not_changed() -> None:
 
 
 def test_a_hard_limit_reduces_the_number_of_connections() -> None:
-    told, log = possible(1024, 512, 1024)
-    count, soft, hard = map(int, told.split())
+    output, log = possible(1024, 512, 1024)
+    count, soft, hard = map(int, output.split())
     assert soft == hard == 1024 and 1024 - RESERVED - 20 <= count < 1024 - RESERVED
     assert '"event":"fewer connections","wanted":1024' in log and f'"possible":{count}' in log
 
 
 def test_too_few_descriptors_are_refused() -> None:
-    told, _ = possible(10, 100, RESERVED)
-    assert told.startswith(f"SettingError This process may open {RESERVED} files, which leaves")
-    assert "(ulimit -n)" in told
+    output, _ = possible(10, 100, RESERVED)
+    assert output.startswith(f"SettingError This process may open {RESERVED} files, which leaves")
+    assert "(ulimit -n)" in output
 
 
 @pytest.fixture
 def many() -> Any:
-    """This process may have many connections meanwhile."""
+    """Allow this process many connections during a test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield

@@ -89,7 +89,7 @@ def test_the_order_of_encodings_agrees_with_werkzeug(asked: dict[str, int]) -> N
     theirs = werkzeug.http.parse_accept_header(header, werkzeug.datastructures.Accept)
     wanted = {name: theirs.quality(name) for name in ("gzip", "deflate", "identity")}
     if "identity" not in asked:
-        wanted["identity"] = 1e-9  # RFC 9110: taken, unless it is refused
+        wanted["identity"] = 1e-9  # RFC 9110: accepted unless it is refused
     try:
         found = acceptable(header)
     except Refusal:

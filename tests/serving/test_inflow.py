@@ -1,4 +1,4 @@
-"""Bodies that go straight to their place: what arrives is what was sent, however it was cut."""
+"""Bodies received into their buffer arrive as sent, for any packet boundaries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
 
 class Echo:
-    """Answers a request with what came of its body; by path it may give up early."""
+    """Answers a request with its body; on some paths it stops reading early."""
 
     def __init__(self, bodies: Bodies) -> None:
         self.bodies = bodies
@@ -37,7 +37,7 @@ class Echo:
         length = headers.get(b"content-length", b"").decode() or None
         inflow = scope.get(INFLOW)
         self.straight += inflow is not None
-        if scope["path"] == "/late":  # the body comes while nobody waits for it
+        if scope["path"] == "/late":  # the body arrives while nothing waits for it
             await asyncio.sleep(0.05)
         try:
             body = b"ignored"
@@ -60,7 +60,7 @@ class Echo:
 
 
 def talked(play: Play, bodies: Bodies | None = None) -> Echo:
-    """Run a client against the connections of a server."""
+    """Run a client against a server with these connections."""
     echo = Echo(bodies or Bodies(10**7, 10**8, 5.0))
 
     async def run() -> None:
@@ -228,7 +228,7 @@ def test_buffers_take_no_memory_before_bytes_arrive() -> None:
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    always = pages.exists() and "[always]" in pages.read_text()  # then a byte takes 2 MB
+    always = pages.exists() and "[always]" in pages.read_text()  # a byte then takes 2 MB
     before = resident()
     rooms = [buffer(64 * 2**20) for _ in range(32)]
     for room in rooms:
@@ -239,10 +239,10 @@ def test_buffers_take_no_memory_before_bytes_arrive() -> None:
 
 def test_an_exception_while_accounting_for_a_part_ends_the_wait() -> None:
     async def run() -> None:
-        inflow, told = Inflow(bytearray), list[int]()
+        inflow, sizes = Inflow(bytearray), list[int]()
 
         def arrived(size: int) -> None:
-            told.append(size)
+            sizes.append(size)
             if size == 3:
                 raise ValueError("three")
 
@@ -257,6 +257,6 @@ def test_an_exception_while_accounting_for_a_part_ends_the_wait() -> None:
         with pytest.raises(ValueError, match="three"):
             await waiting
         inflow.disconnected()  # nothing waits for it
-        assert told == [0, 2, 3] and bytes(room[:5]) == b"abcde"
+        assert sizes == [0, 2, 3] and bytes(room[:5]) == b"abcde"
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What is told never fails and never waits, whoever reads it or does not."""
+"""Logging never fails and never blocks, whether or not anybody reads the log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aoft_deploy.serving.log import MAX_KINDS, MAX_RECORDS, PERIOD_SECONDS, Json
 
 
 class Broken:
-    """A stream whose reader has gone."""
+    """A stream whose reader has ended."""
 
     def write(self, text: str) -> int:
         raise BrokenPipeError(32, "Broken pipe")
@@ -64,10 +64,10 @@ class Mute:
 def test_every_log_entry_is_one_line_of_json(
     value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log("told", error=ValueError(value), value=value)
+    log("example", error=ValueError(value), value=value)
     (line,) = capsys.readouterr().err.splitlines()
     event = json.loads(line)
-    assert event["event"] == "told" and event["error"].startswith("ValueError: ")
+    assert event["event"] == "example" and event["error"].startswith("ValueError: ")
 
 
 def test_a_slow_log_reader_delays_nothing_and_gets_the_count_of_lost_lines() -> None:
@@ -83,12 +83,12 @@ def test_a_slow_log_reader_delays_nothing_and_gets_the_count_of_lost_lines() -> 
     writer.put(b"0\n")
     assert begun.wait(60)
     for number in range(1, 9):
-        writer.put(b"%d\n" % number)  # returns, though nobody reads
+        writer.put(b"%d\n" % number)  # returns although nobody reads
     gate.set()
     writer.close(60)
     assert written[0] == b"0\n" and written[-1] == b"3\n"
-    (told,) = [json.loads(line) for line in written if line.startswith(b"{")]
-    assert (told["event"], told["count"]) == ("log lines lost", 5)
+    (event,) = [json.loads(line) for line in written if line.startswith(b"{")]
+    assert (event["event"], event["count"]) == ("log lines lost", 5)
 
 
 def test_lines_that_could_not_be_written_are_counted() -> None:
@@ -117,7 +117,7 @@ def test_the_wait_for_a_slow_log_reader_is_bounded() -> None:
 
 @pytest.fixture
 def library() -> Any:
-    """A library's logger that is told in JSON, and a clock that stands."""
+    """A library's logger with a JSON handler, and a clock that does not advance."""
     now = [0.0]
     logger = logging.getLogger("tests.library")
     logger.handlers, logger.propagate = [JsonHandler(lambda: now[0])], False
@@ -140,8 +140,8 @@ def test_a_library_logs_few_records_of_a_kind_per_minute(
     assert capsys.readouterr().err == ""
     now[0] += 0.001
     logger.error("no descriptor")
-    left, told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert left["left_out"] == 2049 - MAX_RECORDS and told["message"] == "no descriptor"
+    summary, event = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert summary["left_out"] == 2049 - MAX_RECORDS and event["message"] == "no descriptor"
 
 
 def test_a_library_with_ever_new_messages_is_limited(
@@ -188,7 +188,7 @@ def asked(port: int, method: str = "GET", path: str = "/v2/health/ready") -> int
 
 
 def slow_pipe() -> int:
-    """The end of a small pipe that nobody reads; the other end stays open."""
+    """The writing end of a small pipe that is open but not read."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     os.set_inheritable(reading, False)
@@ -225,9 +225,9 @@ def test_a_log_without_a_reader_stops_neither_watching_nor_requests(
     process = subprocess.Popen(command, stderr=target if target >= 0 else None)
     try:
         wait(lambda: asked(port) == 200)
-        for _ in range(60):  # more lines than a small pipe takes
+        for _ in range(60):  # more lines than a small pipe holds
             assert asked(port, "POST", "/v2/models/task/infer") == 200
-        (folder / "bad.onnx").write_bytes(b"junk")  # which following tells of
+        (folder / "bad.onnx").write_bytes(b"junk")  # which is logged
         (folder / "other.onnx").write_bytes(artefact.read_bytes())
         wait(lambda: asked(port, "POST", "/v2/models/other/infer") == 200)
         process.send_signal(signal.SIGTERM)

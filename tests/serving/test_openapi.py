@@ -1,4 +1,4 @@
-"""The server against its own description: never a failure of its own, never a hang."""
+"""Requests generated from the server's description neither fail nor hang the server."""
 
 from __future__ import annotations
 

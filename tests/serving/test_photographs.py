@@ -1,4 +1,4 @@
-"""A Vision Transformer at 224 pixels, photographs, many clients at once: every answer is right."""
+"""A Vision Transformer at 224 pixels answers concurrent clients with photographs correctly."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Two photographs, whole and in parts, as JPEG, PNG and WebP."""
+    """Two photographs and parts of them, as JPEG, PNG and WebP."""
     folder, found = Path(sklearn.__file__).parent / "datasets" / "images", []
     target = tmp_path_factory.mktemp("photographs")
     for name in ("china.jpg", "flower.jpg"):

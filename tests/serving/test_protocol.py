@@ -1,4 +1,4 @@
-"""Requests and answers of inference: bytes in, bytes out, and what is refused with which words."""
+"""Parsing inference requests, formatting answers, and refusing malformed requests."""
 
 from __future__ import annotations
 

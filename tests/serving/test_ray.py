@@ -79,7 +79,7 @@ def port(fleet_artefact: Path, artefact: Path, tmp_path: Path) -> Iterator[int]:
 
 
 def replicas() -> list[int]:
-    """Processes of this user that call themselves replicas of our deployment."""
+    """Processes of this user that are replicas of the deployment."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -96,7 +96,7 @@ def test_killing_a_replica_fails_only_its_own_requests(port: int) -> None:
     def ask(connection: http.client.HTTPConnection, model: str) -> tuple[int, Any]:
         connection.request("POST", f"/v2/models/{model}/infer", BODY)
         response = connection.getresponse()
-        content = response.read()  # of a request that failed: the proxy's own text
+        content = response.read()  # for a failed request, the proxy's text
         return response.status, json.loads(content) if response.status == 200 else content
 
     def logits(answer: Any) -> Any:
@@ -137,7 +137,7 @@ def test_killing_a_replica_fails_only_its_own_requests(port: int) -> None:
     for thread in threads:
         thread.join()
     assert found["wrong"] == 0 and found["right"] > 100
-    assert found["failed"] <= 8  # what was in flight, of eight clients
+    assert found["failed"] <= 8  # the requests in flight, of eight clients
     start = time.monotonic()
     while len(replicas()) < 2:
         assert time.monotonic() - start < 30

@@ -22,7 +22,7 @@ from aoft_deploy.serving.settings import Settings
 
 
 class Watched:
-    """Models whose looks and clock are the test's."""
+    """A service whose scans and clock are controlled by the test."""
 
     def __init__(self, folder: Path, *given: tuple[str, Path], **settings: Any) -> None:
         self.now = 0.0
@@ -31,7 +31,7 @@ class Watched:
         self.models, self.repository = self.service.models, self.service.repository
         self.repository._clock = lambda: self.now
 
-    async def looks(self, count: int = 2, seconds: float = 0.0) -> None:
+    async def scan(self, count: int = 2, seconds: float = 0.0) -> None:
         for _ in range(count):
             self.now += seconds
             await self.repository.update()
@@ -50,11 +50,11 @@ class Watched:
         return found
 
 
-def playing(play: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await play()
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def run_scenario() -> None:
+        await scenario()
 
-    asyncio.run(run())
+    asyncio.run(run_scenario())
 
 
 READY = ("READY", "")
@@ -69,25 +69,25 @@ def folder(tmp_path: Path) -> Path:
 def test_a_checkpoint_that_arrives_before_its_fleet_is_served_later(
     folder: Path, artefact: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path]
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         watched = Watched(folder, ("task", artefact))
         shutil.copy(fleet_tasks["zürich"], folder / "new.ckpt")
         await watched.repository.open_given()
         assert "no fleet is served that takes it" in (await watched.index())["new"][1]
         assert watched.repository.failed == {"new"}
         shutil.copy(fleet_artefact, folder / "fleet.onnx")
-        await watched.looks(3)  # no time passes: it is the fleet that lets it be tried again
+        await watched.scan(3)  # no time passes: the fleet triggers the retry
         assert (await watched.index()).items() >= {"new": READY, "pets": READY}.items()
         assert not watched.repository.failed and watched.models.find("new").task == "new"
         watched.models.close()
 
-    playing(play)
+    run(scenario)
 
 
 def test_a_file_is_retried_when_its_manifest_arrives(
     folder: Path, artefact: Path, pixel_artefact: Path
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         path, manifest = folder / "task.onnx", folder / "task.onnx.json"
         shutil.copy(artefact, path)
         shutil.copy(f"{artefact}.json", manifest)
@@ -95,17 +95,17 @@ def test_a_file_is_retried_when_its_manifest_arrives(
         await watched.repository.open_given()
         assert await watched.index() == {"task": READY}
         shutil.copy(pixel_artefact, path)
-        await watched.looks(2)
+        await watched.scan(2)
         state, reason = (await watched.index())["task"]
         assert state == "READY" and "was changed after its manifest" in reason
         assert watched.models.find("task").artefact.tensor.name == "pixel_values"
         shutil.copy(f"{pixel_artefact}.json", manifest)
-        await watched.looks(2)  # no time passes
+        await watched.scan(2)  # no time passes
         assert await watched.index() == {"task": READY}
         assert watched.models.find("task").artefact.tensor.name == "image"
         watched.models.close()
 
-    playing(play)
+    run(scenario)
 
 
 def test_a_failure_with_a_cause_outside_the_folder_is_retried(
@@ -114,35 +114,35 @@ def test_a_failure_with_a_cause_outside_the_folder_is_retried(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         shutil.copy(artefact, folder / "task.onnx")
         watched = Watched(folder)
         with monkeypatch.context() as patch:
             patch.setattr("aoft_deploy.serving.repository.models.open_artefact", no_memory)
             await watched.repository.open_given()
             for _ in range(3):
-                await watched.looks(1, seconds=100.0)
+                await watched.scan(1, seconds=100.0)
         assert await watched.index() == {
             "task": ("UNAVAILABLE", "task.onnx cannot be read (Cannot allocate memory).")
         }
-        await watched.looks(1)
+        await watched.scan(1)
         assert "UNAVAILABLE" in (await watched.index())["task"]
-        await watched.looks(1, seconds=100.0)
+        await watched.scan(1, seconds=100.0)
         assert await watched.index() == {"task": READY}
         watched.models.close()
 
     def no_memory(*arguments: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    playing(play)
-    told = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
-    assert told.count("model not loaded") == 1  # the reason was the same each time
+    run(scenario)
+    events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    assert events.count("model not loaded") == 1  # the reason was the same each time
 
 
 def test_an_unreadable_entry_does_not_affect_others(
     folder: Path, artefact: Path, fleet_artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         (folder / "loop.onnx").symlink_to("loop.onnx")
         (folder / "nothing.onnx").symlink_to("none")
         os.mkfifo(folder / "pipe.onnx")
@@ -158,18 +158,18 @@ def test_an_unreadable_entry_does_not_affect_others(
         before = await watched.answers("task")
         (folder / "task.onnx").unlink()
         (folder / "task.onnx").symlink_to("task.onnx")
-        await watched.looks(4)
+        await watched.scan(4)
         found = await watched.index()
         assert found["pets"] == READY and found["loop"] == loop
         assert found["task"][0] == "READY" and "symbolic links" in found["task"][1]
         assert await watched.answers("task") == before
         (folder / "loop.onnx").unlink()
         shutil.copy(artefact, folder / "loop.onnx")
-        await watched.looks(2)
+        await watched.scan(2)
         assert (await watched.index())["loop"] == READY
         watched.models.close()
 
-    playing(play)
+    run(scenario)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
     assert passed == {
@@ -177,23 +177,23 @@ def test_an_unreadable_entry_does_not_affect_others(
         "pipe.onnx": "it is neither a file nor a folder",
     }
     unseen = [e["entry"] for e in events if e["event"] == "cannot be examined"]
-    assert unseen == ["loop", "task"]  # once each
+    assert unseen == ["loop", "task"]  # logged once each
 
 
 def test_a_name_that_is_not_utf_8_is_skipped_and_logged(
     folder: Path, artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         for name in (b"\xff.onnx", b"\xe9t\xe9.json", b"\xfe"):
             (folder / os.fsdecode(name)).write_bytes(b"")
         shutil.copy(artefact, folder / "été.onnx")
         watched = Watched(folder)
         await watched.repository.open_given()
-        await watched.looks(3)
+        await watched.scan(3)
         assert await watched.index() == {"été": READY}
         watched.models.close()
 
-    playing(play)
+    run(scenario)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
     assert passed["\\udcff.onnx"] == "its name cannot be part of a URL: rename it"
@@ -203,7 +203,7 @@ def test_a_name_that_is_not_utf_8_is_skipped_and_logged(
 def test_names_of_a_store_that_are_not_utf_8_do_not_hide_the_others(
     folder: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path], tmp_path: Path
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         store = tmp_path / "store"
         store.mkdir()
         for name in (b"\xff.ckpt", b"good.ckpt"):
@@ -213,39 +213,39 @@ def test_names_of_a_store_that_are_not_utf_8_do_not_hide_the_others(
         assert set(await watched.index()) == {"pets", "birds", "good"}
         watched.models.close()
 
-    playing(play)
+    run(scenario)
 
 
 def test_a_missing_repository_unloads_nothing(
     folder: Path, artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         shutil.copy(artefact, folder / "task.onnx")
         watched = Watched(folder)
         await watched.repository.open_given()
         before = await watched.answers("task")
         folder.rename(folder.parent / "away")
-        await watched.looks(5)
+        await watched.scan(5)
         assert await watched.index() == {"task": READY}
         with pytest.raises(Refusal, match="the repository cannot be read"):
             await watched.repository.load("task")
-        folder.mkdir()  # a mount point whose folder is not mounted, for one look
-        await watched.looks(1)
+        folder.mkdir()  # an empty mount point, for one scan
+        await watched.scan(1)
         folder.rmdir()
         (folder.parent / "away").rename(folder)
-        await watched.looks(2)
+        await watched.scan(2)
         assert await watched.index() == {"task": READY}
         assert await watched.answers("task") == before
         (folder / "task.onnx").unlink()
-        await watched.looks(2)
+        await watched.scan(2)
         assert await watched.index() == {}
         watched.models.close()
 
-    playing(play)
+    run(scenario)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [e["event"] for e in events].count("model loaded") == 1
-    (told,) = [e for e in events if e["event"] == "cannot be examined"]
-    assert "cannot be read (No such file or directory)" in told["reason"]
+    (event,) = [e for e in events if e["event"] == "cannot be examined"]
+    assert "cannot be read (No such file or directory)" in event["reason"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "loop"])
@@ -262,7 +262,7 @@ def test_a_repository_that_is_not_a_folder_is_refused(kind: str, folder: Path) -
 def test_a_triton_model_is_skipped_with_the_reason(
     folder: Path, artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         (folder / "pets" / "1").mkdir(parents=True)
         shutil.copy(artefact, folder / "pets" / "1" / "model.onnx")
         (folder / "notes.txt").write_text("")
@@ -270,11 +270,11 @@ def test_a_triton_model_is_skipped_with_the_reason(
         shutil.copy(f"{artefact}.json", folder / "task.onnx.json")
         watched = Watched(folder)
         await watched.repository.open_given()
-        await watched.looks(2)
+        await watched.scan(2)
         assert await watched.index() == {"task": READY}
         watched.models.close()
 
-    playing(play)
+    run(scenario)
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     passed = {e["entry"]: e["reason"] for e in events if e["event"] == "skipped"}
     assert passed.keys() == {"pets", "notes.txt"}
@@ -292,7 +292,7 @@ from aoft_deploy.serving.repository.scan import check_readable
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 import aoft_exporters.onnx.exporter, onnxruntime
 if os.geteuid() == 0:
-    os.setuid(65534)  # nobody; root may read everything
+    os.setuid(65534)  # the user nobody, since root may read everything
 for reads in (read_metadata, check_unchanged, load_artefact, check_readable):
     try:
         reads(Path(sys.argv[1]))
@@ -316,7 +316,7 @@ def test_a_file_without_read_permission_is_not_reported_as_damaged(
 
 
 READINESS: dict[str, tuple[bool, list[str], int, int]] = {
-    # given artefacts, what the repository holds; ready without and with --strict
+    # an artefact given, the repository's files; status without and with --strict
     "nothing": (False, [], 200, 503),
     "a model": (False, ["task.onnx"], 200, 200),
     "a damaged one": (False, ["damaged.onnx"], 503, 503),
@@ -331,7 +331,7 @@ READINESS: dict[str, tuple[bool, list[str], int, int]] = {
 def test_a_server_is_ready_if_its_models_are_open(case: str, folder: Path, artefact: Path) -> None:
     given, names, loose, strict = READINESS[case]
 
-    async def play() -> None:
+    async def scenario() -> None:
         for name in names:
             if name == "triton":
                 (folder / name / "1").mkdir(parents=True)
@@ -347,13 +347,13 @@ def test_a_server_is_ready_if_its_models_are_open(case: str, folder: Path, artef
             assert watched.service.ready is (status == 200), (asked, watched.service.unready)
             watched.models.close()
 
-    playing(play)
+    run(scenario)
 
 
 def test_a_strict_server_becomes_ready_when_failed_models_are_repaired_or_removed(
     folder: Path, artefact: Path
 ) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         for name in ("task.onnx", "one.onnx", "two.onnx", "three.onnx"):
             (folder / name).write_bytes(
                 artefact.read_bytes()[: None if name == "task.onnx" else 99]
@@ -364,18 +364,20 @@ def test_a_strict_server_becomes_ready_when_failed_models_are_repaired_or_remove
         assert watched.service.unready == "without a model that failed at the start"
         (folder / "one.onnx").unlink()
         shutil.copy(artefact, folder / "two.onnx")
-        await watched.looks(2)
+        await watched.scan(2)
         assert watched.repository.failed == {"three"} and not watched.service.ready
         shutil.copy(artefact, folder / "three.onnx")
-        await watched.looks(2)
+        await watched.scan(2)
         assert watched.service.ready
-        (folder / "later.onnx").write_bytes(b"junk")  # a failure after the start is the index's
-        await watched.looks(2)
+        (folder / "later.onnx").write_bytes(
+            b"junk"
+        )  # failures after the start are only in the index
+        await watched.scan(2)
         assert watched.service.ready and (await watched.index())["later"][0] == "UNAVAILABLE"
         for path in list(folder.iterdir()):
             path.unlink()
-        await watched.looks(2)
+        await watched.scan(2)
         assert watched.service.unready == "without a model"
         watched.models.close()
 
-    playing(play)
+    run(scenario)

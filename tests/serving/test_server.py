@@ -1,4 +1,4 @@
-"""A server's life: starting, answering, following its files, draining, ending."""
+"""The life cycle of a server: starting, answering, watching files, draining, ending."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.images import read_image
 from aoft_deploy.fleet.fleet import Fleet
 
-psutil: Any = importlib.import_module("psutil")  # its types are partial
+psutil: Any = importlib.import_module("psutil")  # its type annotations are incomplete
 IMAGES = np.random.default_rng(4).normal(size=(2, 3, 16, 16)).astype(np.float32)
 
 
@@ -112,10 +112,10 @@ def test_answer_and_log_contain_the_request_id(served: Any) -> None:
         name = found["x-request-id"]
         assert (name == wanted) is given
 
-        def told(name: str = name) -> bool:
+        def ready(name: str = name) -> bool:
             return any(event.get("request") == name for event in served.events)
 
-        wait(told, 60)
+        wait(ready, 60)
         (event,) = [e for e in served.events if e.get("request") == name]
         assert (event["event"], event["status"], event["model"]) == ("request", 200, "pets")
         assert event["milliseconds"] > 0 and event["method"] == "POST"
@@ -174,7 +174,7 @@ def test_requests_are_refused_until_the_engine_is_warm(
 
 
 def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Thread]:
-    """Clients that keep their connections; what they get goes to ``server.found``.
+    """Clients with persistent connections; their answers go to ``server.found``.
 
     As all clients that keep connections do, they ask again on a new one where the old one has
     ended without a byte of an answer: the server may end what is not in use.
@@ -210,7 +210,7 @@ def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Th
 
 
 def load_logits(artefact: Path) -> Any:
-    """What an artefact answers in this process."""
+    """The answers of an artefact in this process."""
     return load_artefact(artefact, threads=1).run(IMAGES)
 
 
@@ -243,13 +243,13 @@ def test_sigterm_under_load_loses_no_request_and_leaves_nothing_behind(
 
 @pytest.fixture(scope="module")
 def slow(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact that takes a while for every batch, first when it is opened."""
+    """An artefact that is slow for every batch, also when it is opened."""
     path = tmp_path_factory.mktemp("slow") / "slow.onnx"
     return made(path, metadata_of(artefact), always=1000)
 
 
 def working(server: Any) -> None:
-    """Wait until an engine computes."""
+    """Wait until an engine is computing."""
     process = psutil.Process(server.process.pid)
     before = process.cpu_times().user
     wait(lambda: process.cpu_times().user > before + 1)
@@ -304,7 +304,7 @@ def test_idle_connections_and_incomplete_bodies_do_not_delay_shutdown(
     for connection in half:
         connection.sendall(head % 99 + b"{")
     wait(lambda: metric(server, "aoft_in_flight") == 51, 60)
-    assert server.stop() == 0  # though none of them ends by itself, and grace is long
+    assert server.stop() == 0  # although no client ends by itself, and the grace time is long
     assert server.event("drained")["lost"] == 0
     for connection in fresh + idle:
         assert connection.recv(1) == b""
@@ -319,17 +319,19 @@ def test_new_requests_do_not_delay_shutdown(serve: Callable[..., Any], artefact:
     head = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
     stopped, knocked = threading.Event(), list[socket.socket]()
 
-    def knock() -> None:  # each refusal is heard out for a second, and another comes meanwhile
+    def send_requests() -> (
+        None
+    ):  # each refused body is read for a second, during which more requests arrive
         with contextlib.suppress(OSError):
             while not stopped.wait(0.05):
                 knocked.append(socket.create_connection(("127.0.0.1", server.port), timeout=5))
                 knocked[-1].sendall(head)
 
-    knocking = threading.Thread(target=knock)
+    knocking = threading.Thread(target=send_requests)
     knocking.start()
     wait(lambda: len(knocked) > 10, 60)
     server.process.terminate()
-    assert server.process.wait(25) == 0  # grace is 30 seconds
+    assert server.process.wait(25) == 0  # the grace time is 30 seconds
     assert server.event("drained")["lost"] == 0
     stopped.set()
     knocking.join()
@@ -367,7 +369,7 @@ def test_sigterm_waits_for_a_reload_for_the_grace_time_only(
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.sendall(content + b"Authorization: Bearer 0123456789abcdef\r\n\r\n{}")
         working(server)
-        assert server.stop() == 0  # the loading would take longer
+        assert server.stop() == 0  # loading takes longer
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 503") and b'{"error":"The server has ended."}' in answer
     assert server.event("drained")["lost"] == 1 and not server.session()
@@ -534,14 +536,14 @@ def test_the_keep_alive_time_is_a_setting(serve: Callable[..., Any], artefact: P
                 assert piece, answer
                 answer += piece
             assert answer.startswith(b"HTTP/1.1 200")
-        assert connection.recv(4096) == b""  # long before the default of 75 seconds
+        assert connection.recv(4096) == b""  # well before the default of 75 seconds
     assert server.stop() == 0
 
 
 def test_a_single_client_never_waits(serve: Callable[..., Any], artefact: Path) -> None:
     server = serve(artefact, "--max-wait", 10, "--timeout", 8)
     for _ in range(5):
-        server.logits("task", IMAGES)  # which times out before the batch has waited long enough
+        server.logits("task", IMAGES)  # times out before the batch is due
 
 
 def test_health_has_the_form_of_the_protocol(served: Any) -> None:

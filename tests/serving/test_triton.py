@@ -1,4 +1,4 @@
-"""NVIDIA's own client, as it is, against a server process: every call that it has for HTTP."""
+"""NVIDIA's HTTP client against a server process: every call that it has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.fleet.fleet import Fleet
 
-triton: Any = importlib.import_module("tritonclient.http")  # has no types
+triton: Any = importlib.import_module("tritonclient.http")  # has no type annotations
 triton_aio: Any = importlib.import_module("tritonclient.http.aio")
 InferenceServerException: type[Exception] = importlib.import_module(
     "tritonclient.utils"
@@ -116,7 +116,7 @@ def test_pixels(client: Any, pixel_artefact: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_compression_both_ways(client: Any, algorithm: str, images: Any, expected: Any) -> None:
-    many = np.concatenate([images] * 30)  # an answer that is worth compressing
+    many = np.concatenate([images] * 30)  # an answer large enough to be compressed
     result = client.infer(
         "pets",
         given(many, True),

@@ -1,4 +1,4 @@
-"""Clients that offer another protocol are answered in HTTP/1.1, each request as if they had not."""
+"""Requests that offer another protocol are answered in HTTP/1.1 like all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from installed import program
 from aoft_deploy.serving.endpoints.application import Application
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
-from aoft_deploy.serving.transport.connections import connections
+from aoft_deploy.serving.transport.connections import connection_class
 
 OFFERS = {
     "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
@@ -36,7 +36,7 @@ PARSERS = ["httptools", "h11"]
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the path and what came of the body."""
+    """Answers with the path and the body that was received."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -49,10 +49,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 def talk(parser: str, parts: Sequence[bytes], application: Any = echo) -> list[tuple[int, bytes]]:
-    """Status and content of all that a server answers to some packets and the end after them."""
+    """Status and content of a server's answers to some packets and the end of the stream."""
 
     async def run() -> bytes:
-        make: Any = connections(parser, 100)
+        make: Any = connection_class(parser, 100)
         config = uvicorn.Config(application, http=make, log_config=None, lifespan="off", ws="none")
         config.load()
         state = uvicorn.server.ServerState()
@@ -76,7 +76,7 @@ def talk(parser: str, parts: Sequence[bytes], application: Any = echo) -> list[t
 
 
 class Kept(io.BytesIO):
-    """A stream that several answers are read from."""
+    """A stream from which several answers are read."""
 
     def makefile(self, mode: str) -> Kept:
         return self
@@ -86,7 +86,7 @@ class Kept(io.BytesIO):
 
 
 def answers(data: bytes) -> list[tuple[int, bytes]]:
-    """Read by Python's own client."""
+    """The answers, parsed by Python's own client."""
     stream, found = Kept(data), []
     while stream.tell() < len(data):
         response = http.client.HTTPResponse(stream)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def served(request: pytest.FixtureRequest, serve: Callable[..., Any], artefact: 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A request of 130 kB, which comes in several packets."""
+    """A request of 130 kB, which arrives in several packets."""
     path = tmp_path_factory.mktemp("asked") / "request.json"
     path.write_text(json.dumps({"inputs": [{**ENTRY, "data": IMAGES.ravel().tolist()}]}))
     return path
@@ -230,13 +230,17 @@ def test_curl_that_offers_http_2_is_answered(served: Any, asked: Path, how: list
 
 def test_curl_with_http_2_prior_knowledge_is_refused(served: Any) -> None:
     done = curl("--http2-prior-knowledge", f"http://127.0.0.1:{served.port}/v2/health/live")
-    assert done.returncode in (16, 52, 56)  # another framing, no answer, the end of the stream
+    assert done.returncode in (
+        16,
+        52,
+        56,
+    )  # curl's codes: framing error, empty reply, receive error
     assert done.stdout == " 0 000\n"
     served.check()
 
 
 def curl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What curl prints, and after each answer its version and status."""
+    """The output of curl, with version and status after each answer."""
     command = [program(["curl"], ["curl"]), "-sS", "--noproxy", "*", "--max-time", "60"]
-    told = ["-w", " %{http_version} %{http_code}\n"]
-    return subprocess.run([*command, *told, *arguments], capture_output=True, text=True)
+    options = ["-w", " %{http_version} %{http_code}\n"]
+    return subprocess.run([*command, *options, *arguments], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Requests to the servers of the tests of failures."""
+"""Requests that the tests of failures send."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def body(*inputs: Any, **rest: Any) -> bytes:
 def binary(
     size: int, tail: int, shape: Sequence[int] = (1, 3, 16, 16), **rest: Any
 ) -> tuple[bytes, dict[str, str]]:
-    """A request that says ``size`` bytes follow its JSON, where ``tail`` do."""
+    """A request that announces ``size`` bytes after its JSON and sends ``tail``."""
     image = entry(parameters={"binary_data_size": size}, shape=shape)
     del image["data"]
     text = json.dumps({"inputs": [image], **rest}).encode()

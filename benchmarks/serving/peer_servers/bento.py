@@ -15,7 +15,7 @@ PATH, KIND = os.environ["MODEL"], os.environ["KIND"]
 
 @bentoml.service(workers=1, logging={"access": {"enabled": False}}, traffic={"timeout": 30})
 class Model:
-    """The model, with BentoML's batching unless nothing is to be computed."""
+    """The model with BentoML's batching, or no computation at all."""
 
     def __init__(self) -> None:
         options = onnxruntime.SessionOptions()
@@ -26,7 +26,7 @@ class Model:
 
         @bentoml.api
         def predict(self, data: list[float]) -> list[float]:
-            """Nothing is computed."""
+            """Answer without computing anything."""
             return [0.0] * 10
 
     else:

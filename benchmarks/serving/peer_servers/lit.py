@@ -14,16 +14,16 @@ PATH, PORT, KIND = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 
 class Model(litserve.LitAPI):
-    """The model, with LitServe's batching unless nothing is to be computed."""
+    """The model with LitServe's batching, or no computation at all."""
 
     def setup(self, device):
-        """Open it."""
+        """Open the model."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(PATH, options)
 
     def decode_request(self, request):
-        """Numbers of a request."""
+        """Inputs of a request."""
         return np.asarray(request["data"], np.float32).reshape(3, 2, 2)
 
     def predict(self, x):
@@ -33,7 +33,7 @@ class Model(litserve.LitAPI):
         return self.session.run(None, {"pixel_values": np.asarray(x)})[0]
 
     def encode_response(self, output):
-        """JSON."""
+        """Convert logits to JSON."""
         return {"data": output.tolist()}
 
 

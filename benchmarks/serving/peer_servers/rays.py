@@ -18,7 +18,7 @@ PATH, PORT, KIND = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 @serve.deployment(max_ongoing_requests=256)
 class Model:
-    """The model, with Ray's batching unless nothing is to be computed."""
+    """The model with Ray's batching, or no computation at all."""
 
     def __init__(self, path: str, kind: str) -> None:
         options = onnxruntime.SessionOptions()
@@ -32,7 +32,7 @@ class Model:
         return self.session.run(None, {"pixel_values": images})[0].tolist()
 
     async def __call__(self, request: Request) -> dict[str, list[float]]:
-        """A request."""
+        """Answer a request."""
         row = json.loads(await request.body())["data"]
         return {"data": [0.0] * 10 if self.kind == "noop" else await self.batched(row)}
 

@@ -21,7 +21,7 @@ Where the rows of the survey of failures are tested, by their numbers:
 Differences from the survey:
 
     31              The test requests 400 TB, since some machines have the survey's 40 GB.
-    34              Files that are not images of a known kind (random bytes, HTML, SVG, PDF) get
+    34              Files that are not images of a recorded kind (random bytes, HTML, SVG, PDF) get
                     415, as HTTP specifies; a damaged image gets the survey's 400.
     38-40, 42       A command that refuses a file exits with 1; the survey's 2 means wrong usage.
 """
@@ -43,9 +43,9 @@ from failure_requests import (
 from made_model import answered, made, metadata_of
 
 ROOM = 20 * 2**20
-"""Bytes by which a server may have grown after any of the tests.
+"""Maximum growth of a server's memory in bytes after any of the tests.
 
-Nine MiB are the most that was seen: pieces of a MiB in which some object of Python's still lies.
+The maximum observed is nine MiB: blocks of a MiB that still contain some Python object.
 """
 
 
@@ -66,8 +66,8 @@ def repository(
     return folder
 
 
-def known(server: Any, **models: Any) -> Any:
-    """A warm server, with what it answers at first and what memory it takes."""
+def recorded(server: Any, **models: Any) -> Any:
+    """Record a server's answers and its memory once it is warm."""
     server.expected = {name: (each, server.logits(name, each)) for name, each in models.items()}
     for _ in range(50):
         server.logits("task", IMAGES)
@@ -90,14 +90,14 @@ def served(
     options += ["--max-pixels", 10**7, "--engine-timeout", 3]
     server = serve(f"task={artefact}", made_artefact, fleet_artefact, *options)
     assert np.allclose(server.logits("made", HARMLESS), answered(HARMLESS), atol=1e-4)
-    return known(server, task=IMAGES, made=HARMLESS)
+    return recorded(server, task=IMAGES, made=HARMLESS)
 
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def wire(request: pytest.FixtureRequest, serve: Callable[..., Any], artefact: Path) -> Any:
-    """A server on each HTTP parser, without a token."""
+    """A server without a token, once for each HTTP parser."""
     options = ["--http", request.param, "--body-timeout", 5, "--max-body", 4 * 2**20]
-    return known(serve(f"task={artefact}", *options), task=IMAGES)
+    return recorded(serve(f"task={artefact}", *options), task=IMAGES)
 
 
 @pytest.fixture(autouse=True)

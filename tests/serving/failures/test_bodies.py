@@ -41,11 +41,11 @@ def test_bad_compression_is_refused(served: Any) -> None:
 def test_a_body_that_is_too_large_is_refused(wire: Any) -> None:
     with wire.within(16 * 2**20):
         start = time.monotonic()
-        heard = raw(wire, [POST, b"Content-Length: 1000000000000\r\n\r\n{}"])
-        assert b" 413 " in heard.content and heard.ended and time.monotonic() - start < 3
+        response = raw(wire, [POST, b"Content-Length: 1000000000000\r\n\r\n{}"])
+        assert b" 413 " in response.content and response.ended and time.monotonic() - start < 3
         piece = b"10000\r\n" + bytes(65536) + b"\r\n"
-        heard = raw(wire, [POST, b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 80])
-        assert b" 413 " in heard.content and heard.ended
+        response = raw(wire, [POST, b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 80])
+        assert b" 413 " in response.content and response.ended
         assert wire.refused("POST", INFER, bytes(5 * 2**20))[0] == 413
 
 
@@ -54,8 +54,8 @@ def test_a_body_in_one_byte_chunks_is_read(wire: Any) -> None:
     for content, status in ((b" " * 100_000, b" 400 "), (body().rjust(100_000), b" 200 ")):
         chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n"
         with wire.within(16 * 2**20):
-            heard = raw(wire, [head, chunks], seconds=20)
-        assert status in heard.content and heard.ended
+            response = raw(wire, [head, chunks], seconds=20)
+        assert status in response.content and response.ended
 
 
 GOOD = body()
@@ -99,16 +99,18 @@ def test_ambiguous_requests_are_refused_and_nothing_after_them_is_read(
     wire: Any, name: str
 ) -> None:
     behind = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
-    heard = raw(wire, [POST + SMUGGLED[name] + behind])
-    assert heard.ended
-    assert heard.content == b"" or heard.content.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
-    assert heard.content.count(b"HTTP/1.1") <= 1
+    response = raw(wire, [POST + SMUGGLED[name] + behind])
+    assert response.ended
+    assert response.content == b"" or response.content.startswith(
+        (b"HTTP/1.1 400", b"HTTP/1.1 431")
+    )
+    assert response.content.count(b"HTTP/1.1") <= 1
 
 
 def test_the_parts_of_ambiguous_requests_are_valid_by_themselves(wire: Any) -> None:
     for content in (LENGTH_LINE + b"\r\n" + GOOD, CHUNKED + b"\r\n" + CHUNKS):
-        heard = raw(wire, [POST + b"Connection: close\r\n" + content])
-        assert heard.content.startswith(b"HTTP/1.1 200") and heard.ended
+        response = raw(wire, [POST + b"Connection: close\r\n" + content])
+        assert response.content.startswith(b"HTTP/1.1 200") and response.ended
 
 
 A_LINE = (b"a" * 65536, 4800)
@@ -122,22 +124,22 @@ ENDLESS = {
     "200,000 trailers": (POST + CHUNKED + b"\r\n" + CHUNKS[:-2], b"A: b\r\n" * 1000, 200),
     "a chunk's extension": (POST + CHUNKED + b"\r\n1;", *A_LINE),
 }
-"""What the head of a request begins with, and what then comes how often: up to 300 MB."""
+"""The start of a request, what follows, and how many times: up to 300 MB."""
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_headers_are_refused_and_do_not_delay_others(wire: Any, name: str) -> None:
     head, piece, count = ENDLESS[name]
     with wire.within(8 * 2**20), answering(wire) as seconds:
-        heard = raw(wire, [head, *repeat(piece, count), b"\r\n\r\n"])
-    assert heard.ended and heard.sent < 5 * 2**20
-    assert heard.content == b"" or heard.content.startswith(b"HTTP/1.1 4")
+        response = raw(wire, [head, *repeat(piece, count), b"\r\n\r\n"])
+    assert response.ended and response.sent < 5 * 2**20
+    assert response.content == b"" or response.content.startswith(b"HTTP/1.1 4")
     assert max(seconds) < 0.5
 
 
 @contextmanager
 def answering(server: Any) -> Iterator[list[float]]:
-    """Seconds that others wait meanwhile for the server to say that it is ready."""
+    """Context manager: seconds that health checks take meanwhile."""
     seconds, ended = list[float](), threading.Event()
 
     def ask() -> None:

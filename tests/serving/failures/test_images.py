@@ -85,7 +85,7 @@ def test_many_large_images_at_once_are_refused(served: Any) -> None:
 
 
 def odd(make: Callable[..., Image.Image]) -> dict[str, tuple[bytes, Image.Image]]:
-    """Pictures of unusual form, without loss, each with the plain one that it means."""
+    """Lossless images of unusual formats, each with the equivalent plain image."""
     plain = make(30, 20, seed=5)
     values = np.asarray(plain)
     grey = np.asarray(plain.convert("L"))
@@ -137,6 +137,6 @@ def test_unusual_images_are_classified_like_plain_ones(
         assert status == 200, name
         (found,) = json.loads(answer)["predictions"]
         probabilities = {p["label"]: p["probability"] for p in found}
-        owed = {p.label: p.probability for p in row}
-        assert probabilities == pytest.approx(owed, abs=1e-6), name
+        expected = {p.label: p.probability for p in row}
+        assert probabilities == pytest.approx(expected, abs=1e-6), name
     assert len({tuple(p.probability for p in row) for row in wanted}) > 6

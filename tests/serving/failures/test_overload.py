@@ -26,7 +26,7 @@ from made_model import answered, asking, harmless
 
 @pytest.fixture(scope="module")
 def second(served: Any) -> float:
-    """Millions of turns that take the made artefact about a second."""
+    """Millions of iterations that take the made artefact about a second."""
 
     def measured() -> float:
         start = time.monotonic()
@@ -38,7 +38,7 @@ def second(served: Any) -> float:
 
 @contextmanager
 def busy(served: Any, turns: float) -> Iterator[threading.Thread]:
-    """While the made artefact runs for so many millions of turns."""
+    """Context manager: keep the made artefact busy for this many millions of iterations."""
     blocker = threading.Thread(target=served.logits, args=("made", asking(turns=turns)))
     blocker.start()
     time.sleep(0.2)
@@ -49,7 +49,7 @@ def busy(served: Any, turns: float) -> Iterator[threading.Thread]:
 
 
 class Reply(NamedTuple):
-    """What came of a request: when its status came, after how many seconds, and what it says."""
+    """The answer to a request: the time of its status, its duration and its content."""
 
     status: int
     moment: float
@@ -58,15 +58,15 @@ class Reply(NamedTuple):
     content: bytes
 
     def right(self, image: Any) -> bool:
-        """Whether it holds the made artefact's logits of an image."""
+        """Whether it contains the made artefact's logits of an image."""
         data = json.loads(self.content)["outputs"][0]["data"]
         return np.allclose(data, answered(image), atol=1e-4)
 
 
 def at_once(served: Any, requests: Iterable[tuple[Any, dict[str, Any]]]) -> list[Reply]:
-    """What comes of requests to the made artefact that one thread sends at once.
+    """Send requests to the made artefact at once, from one thread.
 
-    Each has a connection of its own, which is there before.
+    Each request has its own connection, which is opened before.
     """
 
     def written(image: Any, rest: dict[str, Any]) -> bytes:
@@ -163,7 +163,7 @@ def test_a_hung_engine_times_out_and_recovers(served: Any, second: float) -> Non
     start = time.monotonic()
     (reply,) = at_once(served, [(asking(turns=1000 * second), {})])
     assert reply.status == 504 and reply.seconds > 2.9
-    while served.ask("GET", "/v2/models/made/ready")[0] != 200:  # the runtime is told to stop
+    while served.ask("GET", "/v2/models/made/ready")[0] != 200:  # the watchdog stops the runtime
         assert time.monotonic() - start < 60
         time.sleep(0.01)
 
@@ -176,7 +176,7 @@ def test_a_failed_allocation_of_the_engine_is_an_error(served: Any) -> None:
 
 
 def series(served: Any) -> int:
-    """How many numbers a scrape gets."""
+    """The number of values in the metrics."""
     lines = served.ask("GET", "/metrics")[2].decode().splitlines()
     return sum(not line.startswith("#") for line in lines)
 
@@ -200,10 +200,10 @@ def test_unknown_names_share_a_metric_label(served: Any) -> None:
 
 
 def test_errors_contain_no_paths_of_the_host(served: Any) -> None:
-    told = [
+    refusals = [
         served.refused("POST", "/v2/models/made/infer", body(entry(data=image.ravel().tolist())))
         for image in (asking(place=9), asking(room=1))
     ]
-    told.append(served.refused("POST", "/v2/models/task/classify", PNG[:60]))
-    told.append(served.refused("POST", INFER, b"\0" * 100))
-    assert not any("/" in message for _, message in told)
+    refusals.append(served.refused("POST", "/v2/models/task/classify", PNG[:60]))
+    refusals.append(served.refused("POST", INFER, b"\0" * 100))
+    assert not any("/" in message for _, message in refusals)

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def changed(server: Any, name: str, change: str = "load", content: Any = b"{}") -> tuple[int, str]:
-    """Status and sentence of a change of the repository that the token allows."""
+    """Change the repository with the token; return status and message."""
     address = f"/v2/repository/models/{name}/{change}"
     answer = server.ask("POST", address, content, ADMIN)
     return (200, "") if answer[0] == 200 else server.sentence(*answer)
@@ -56,7 +56,7 @@ def test_a_server_without_a_token_refuses_all_changes(wire: Any, change: str) ->
 
 @pytest.fixture(scope="module")
 def canary() -> Iterator[socket.socket]:
-    """A server that nobody should connect to."""
+    """A listening socket to which nothing may connect."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
@@ -81,7 +81,7 @@ def test_no_file_or_url_from_a_client_is_loaded(
     before = sorted(repository.parent.rglob("*"))
     host = f"127.0.0.1:{canary.getsockname()[1]}"
     content = json.dumps({"parameters": parameters}).replace("CANARY", host)
-    if parameters == []:  # as good as none
+    if parameters == []:  # the same as no parameters
         assert changed(served, "task", content=content)[0] == 200
     else:
         assert changed(served, "task", content=content)[0] == 400
@@ -150,11 +150,11 @@ def damaged(artefact: Path, path: Path, fault: str) -> None:
 
 
 def reason(served: Any, name: str) -> str:
-    """Why a model that is ready could not be exchanged, as the index tells."""
+    """The index's reason why a model that is ready could not be reloaded."""
     index = json.loads(served.ask("POST", "/v2/repository/index")[2])
-    (told,) = (entry for entry in index if entry["name"] == name)
-    assert told["state"] == "READY"
-    return str(told["reason"])
+    (found,) = (entry for entry in index if entry["name"] == name)
+    assert found["state"] == "READY"
+    return str(found["reason"])
 
 
 @pytest.mark.parametrize("fault", GRAPHS)
@@ -167,8 +167,8 @@ def test_a_bad_artefact_does_not_replace_a_good_one(
         before = served.logits("changing", IMAGES)
         status, message = changed(served, "changing")
         assert status == 400 and message.startswith("changing was not loaded: changing.onnx ")
-        told = reason(served, "changing")
-        assert message.endswith(told) and str(repository) not in told
+        fault_shown = reason(served, "changing")
+        assert message.endswith(fault_shown) and str(repository) not in fault_shown
         assert np.array_equal(served.logits("changing", IMAGES), before)
     finally:
         shutil.copy(artefact, path)
@@ -182,10 +182,10 @@ def test_a_server_with_a_bad_artefact_reports_it_and_exits(
     damaged(artefact, tmp_path / "bad.onnx", fault)
     command = [sys.executable, "-m", "aoft_deploy.cli.serve", "bad.onnx", "--port", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    *told, sentence = done.stderr.splitlines()
+    *logged, sentence = done.stderr.splitlines()
     assert done.returncode == 1 and sentence.startswith("error: bad.onnx ")
-    events = [json.loads(line)["event"] for line in told]
-    assert "ready" not in events and not any("Traceback" in line for line in told)
+    events = [json.loads(line)["event"] for line in logged]
+    assert "ready" not in events and not any("Traceback" in line for line in logged)
 
 
 def faulty_checkpoint(good: Path, path: Path, fault: str, other: Path) -> None:
@@ -237,8 +237,12 @@ def test_a_bad_checkpoint_does_not_replace_a_task(
     try:
         status, message = changed(served, name)
         assert status == 400 and message.startswith("zürich was not loaded: ")
-        told = reason(served, "zürich")
-        assert message.endswith(told) and "zürich.ckpt" in told and str(repository) not in told
+        fault_shown = reason(served, "zürich")
+        assert (
+            message.endswith(fault_shown)
+            and "zürich.ckpt" in fault_shown
+            and str(repository) not in fault_shown
+        )
         assert np.array_equal(served.logits(name, IMAGES), before)
     finally:
         shutil.copy(fleet_tasks["zürich"], path)
@@ -249,9 +253,9 @@ def test_any_exception_of_a_reader_is_reported(
     served: Any, repository: Path, fleet_artefact: Path
 ) -> None:
     proto = onnx.load(fleet_artefact)
-    for told in proto.metadata_props:
-        if told.key == "preprocessing":
-            told.value = "3"
+    for metadata in proto.metadata_props:
+        if metadata.key == "preprocessing":
+            metadata.value = "3"
     path = repository / "strange.onnx"
     path.write_bytes(without_digest(proto))
     status, message = changed(served, "strange")
