@@ -140,7 +140,7 @@ class ResidentTasks:
 
     @contextmanager
     def holding(self, names: Sequence[str]) -> Iterator[Mapping[str, HeldTask]]:
-        """Context manager: hold tasks in memory, read them first where necessary.
+        """Context manager: hold tasks in memory, after reading those that are missing.
 
         Args:
             names: One or more different names.

@@ -151,11 +151,11 @@ def sample(*values: float) -> NDArray[np.float32]:
 Ask = Callable[[Batcher, Engine], Coroutine[Any, Any, None]]
 
 
-def played(play: Ask, **options: Any) -> Engine:
+def run_scenario(scenario: Ask, **options: Any) -> Engine:
     async def run() -> Engine:
         engine = Engine()
         subject = batcher(engine, **options)
-        await asyncio.wait_for(play(subject, engine), 60)
+        await asyncio.wait_for(scenario(subject, engine), 60)
         assert subject.waiting == 0
         engine.gate.set()
         subject.close()
@@ -169,7 +169,7 @@ async def asked(subject: Batcher, value: float, task: str = "", seconds: float =
 
 
 def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         async def client(number: int) -> None:
             for turn in range(10):
                 rows = 1 + (number + turn) % 3
@@ -181,14 +181,14 @@ def test_each_request_gets_its_own_answer_from_mixed_batches() -> None:
 
         await asyncio.gather(*map(client, range(12)))
 
-    engine = played(play)
+    engine = run_scenario(scenario)
     assert max(map(len, engine.batches)) > 4 and max(map(len, engine.batches)) <= 8
 
 
 def test_a_request_larger_than_a_batch_runs_alone() -> None:
     """The engine answers all of it with one version, and may run it in parts."""
 
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         engine.gate.clear()
         values = [float(i) for i in range(20)]
         first = asyncio.create_task(asked(subject, -1.0))
@@ -201,11 +201,11 @@ def test_a_request_larger_than_a_batch_runs_alone() -> None:
         assert answer.logits.tolist() == [[value, 2] for value in values] and answer.rows == 20
         await asyncio.gather(first, last)
 
-    assert list(map(len, played(play).batches)) == [1, 20, 1]
+    assert list(map(len, run_scenario(scenario).batches)) == [1, 20, 1]
 
 
 def test_a_faulty_request_fails_alone() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         engine.poison = {3.0}
         first, *others = await engine.blocked(subject, 9, *range(8))
         engine.gate.set()
@@ -213,23 +213,23 @@ def test_a_faulty_request_fails_alone() -> None:
         found = await asyncio.gather(*others, return_exceptions=True)
         assert [isinstance(answer, RuntimeError) for answer in found] == [i == 3 for i in range(8)]
 
-    assert played(play).batches[1] == [float(i) for i in range(8)]
+    assert run_scenario(scenario).batches[1] == [float(i) for i in range(8)]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         first, *both = await engine.blocked(subject, 0.0, 1.0, value)
         engine.gate.set()
         await first
         answers = await asyncio.gather(*both, return_exceptions=True)
         assert isinstance(answers[0], Answer) and isinstance(answers[1], NotFiniteError)
 
-    played(play)
+    run_scenario(scenario)
 
 
 def test_time_runs_out_in_the_queue_and_the_request_never_runs() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         (first,) = await engine.blocked(subject, 1.0)
         with pytest.raises(Refusal, match="time for this request") as caught:
             await asked(subject, 2.0, seconds=0.001)  # the engine is still blocked
@@ -238,11 +238,11 @@ def test_time_runs_out_in_the_queue_and_the_request_never_runs() -> None:
         engine.gate.set()
         await first
 
-    assert played(play).batches == [[1.0]]
+    assert run_scenario(scenario).batches == [[1.0]]
 
 
 def test_a_cancelled_request_leaves_the_queue() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         first, gone = await engine.blocked(subject, 1.0, 2.0)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -251,11 +251,11 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
         engine.gate.set()
         await first
 
-    assert played(play).batches == [[1.0]]
+    assert run_scenario(scenario).batches == [[1.0]]
 
 
 def test_a_full_queue_refuses_at_once_with_retry_after() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         accepted = await engine.blocked(subject, *range(5))
         with pytest.raises(Refusal, match="Too many requests wait") as caught:
             await asked(subject, 9.0)
@@ -264,13 +264,13 @@ def test_a_full_queue_refuses_at_once_with_retry_after() -> None:
         engine.gate.set()
         await asyncio.gather(*accepted)
 
-    played(play, capacity=4)
+    run_scenario(scenario, capacity=4)
 
 
 def test_a_hung_engine_fails_its_requests_and_is_used_again_later() -> None:
     stopped = threading.Event()
 
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         (running,) = await engine.blocked(subject, 1.0)
         with pytest.raises(Refusal, match="did not answer in time") as late:
             await running
@@ -291,12 +291,12 @@ def test_a_hung_engine_fails_its_requests_and_is_used_again_later() -> None:
         await until(lambda: not subject.stuck)
         assert (await asked(subject, 4.0)).logits.tolist() == [[4.0, 0.0]]
 
-    batches = played(play, engine_seconds=0.05, stop=stopped.set).batches
+    batches = run_scenario(scenario, engine_seconds=0.05, stop=stopped.set).batches
     assert batches == [[1.0], [5.0], [4.0]]
 
 
 def test_the_first_request_of_each_task_in_a_batch_is_marked() -> None:
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         (first,) = await engine.blocked(subject, 0.0)
         tasks = [asyncio.create_task(asked(subject, 1.0, task)) for task in ("a", "b", "a")]
         await until(lambda: subject.waiting == 3)
@@ -306,13 +306,13 @@ def test_the_first_request_of_each_task_in_a_batch_is_marked() -> None:
         assert [answer.first for answer in answers] == [True, True, False]
         assert all(answer.rows == 3 and answer.queued > 0 for answer in answers)
 
-    played(play)
+    run_scenario(scenario)
 
 
 def test_queued_requests_are_answered_after_close_and_the_thread_ends() -> None:
     threads: list[threading.Thread] = []
 
-    async def play(subject: Batcher, engine: Engine) -> None:
+    async def scenario(subject: Batcher, engine: Engine) -> None:
         before = set(threading.enumerate())
         tasks = await engine.blocked(subject, *range(3))
         threads.extend(set(threading.enumerate()) - before)
@@ -320,7 +320,7 @@ def test_queued_requests_are_answered_after_close_and_the_thread_ends() -> None:
         engine.gate.set()
         assert [answer.logits[0, 0] for answer in await asyncio.gather(*tasks)] == [0, 1, 2]
 
-    played(play)
+    run_scenario(scenario)
     (thread,) = threads
     thread.join(60)
     assert not thread.is_alive()
@@ -339,21 +339,23 @@ class Timeless(selectors.DefaultSelector):
         return super().select(0)
 
 
-def in_no_time(play: Callable[[Callable[[], float]], Coroutine[Any, Any, None]]) -> list[float]:
+def run_with_fake_clock(
+    scenario: Callable[[Callable[[], float]], Coroutine[Any, Any, None]],
+) -> list[float]:
     """Run with a clock that advances only when the event loop waits; return the waits."""
     selector = Timeless()
     selector.waits = []
     loop = asyncio.SelectorEventLoop(selector)
     loop.time = lambda: selector.now  # type: ignore[method-assign]
     try:
-        loop.run_until_complete(play(loop.time))
+        loop.run_until_complete(scenario(loop.time))
     finally:
         loop.close()
     return selector.waits
 
 
 def test_deadlines_run_in_time_and_not_after_they_were_discarded() -> None:
-    async def play(now: Callable[[], float]) -> None:
+    async def scenario(now: Callable[[], float]) -> None:
         deadlines, called = Deadlines(), dict[str, float]()
         for name, seconds in (("a", 3.0), ("b", 3.0), ("c", 30.0), ("d", 1.0)):
             deadlines.add(name, seconds, partial(lambda own: called.update({own: now()}), name))
@@ -373,11 +375,11 @@ def test_deadlines_run_in_time_and_not_after_they_were_discarded() -> None:
         assert called["e"] == pytest.approx(10.5, abs=2 * TICK)
         assert "b" not in called
 
-    in_no_time(play)
+    run_with_fake_clock(scenario)
 
 
 def test_deadlines_do_not_wake_the_loop_before_they_are_due() -> None:
-    async def play(now: Callable[[], float]) -> None:
+    async def scenario(now: Callable[[], float]) -> None:
         deadlines, called = Deadlines(), list[str]()
         for name in "abc":
             deadlines.add(name, 30.0, partial(called.append, name))
@@ -386,5 +388,5 @@ def test_deadlines_do_not_wake_the_loop_before_they_are_due() -> None:
         await asyncio.sleep(5.0)
         assert called == ["d"]
 
-    waits = in_no_time(play)
+    waits = run_with_fake_clock(scenario)
     assert sum(waits) == pytest.approx(25.0) and len(waits) == 3

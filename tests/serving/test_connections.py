@@ -77,13 +77,13 @@ def listening(request: pytest.FixtureRequest) -> Any:
     return serving
 
 
-def play(
-    listening: Any, part: Callable[[int, Clock, Any, Any], Awaitable[None]], most: int = 100
+def run_scenario(
+    listening: Any, scenario: Callable[[int, Clock, Any, Any], Awaitable[None]], most: int = 100
 ) -> None:
     async def run() -> None:
         clock = Clock()
         async with listening(most) as (port, server, bound):
-            await part(port, clock, server, bound)
+            await scenario(port, clock, server, bound)
 
     asyncio.run(run())
 
@@ -108,7 +108,7 @@ DRIPS = ["half a head", "half a second head", "half of a body that nobody waits 
     ("name", "drips"), [*((name, False) for name in OPENINGS), *((name, True) for name in DRIPS)]
 )
 def test_a_connection_without_headers_times_out(listening: Any, name: str, drips: bool) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         first, waits, rest = OPENINGS[name].partition(b"!")
         writer.write(first)
@@ -126,11 +126,11 @@ def test_a_connection_without_headers_times_out(listening: Any, name: str, drips
         assert await ended(reader) == b""
         writer.close()
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_an_idle_connection_stays_for_the_keep_alive_time(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         for seconds in (2 * HEAD_SECONDS, HEAD_SECONDS / 2, 0, 2 * HEAD_SECONDS):
             writer.write(REQUEST[:9])
@@ -148,11 +148,11 @@ def test_an_idle_connection_stays_for_the_keep_alive_time(listening: Any) -> Non
         assert await ended(reader) == b""
         writer.close()
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_a_connection_reset_by_the_client_leaves_no_timer(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         writer.write(REQUEST)
         await reader.readuntil(b"ok")
@@ -167,14 +167,14 @@ def test_a_connection_reset_by_the_client_leaves_no_timer(listening: Any) -> Non
                 await settled()
         assert connection.timeout_keep_alive_task is None
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def test_a_full_server_answers_health_checks_only(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(MOST)]
         for reader, writer in held:
             writer.write(REQUEST)
@@ -205,11 +205,11 @@ def test_a_full_server_answers_health_checks_only(listening: Any) -> None:
         await reader.readuntil(b"ok")
         writer.close()
 
-    play(listening, part, MOST)
+    run_scenario(listening, scenario, MOST)
 
 
 def test_the_newest_connections_have_the_spare_places(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(MOST)]
         silent = [await joined(port) for _ in range(SPARE + 2)]
         for reader, _ in silent[:2]:
@@ -227,13 +227,13 @@ def test_the_newest_connections_have_the_spare_places(listening: Any) -> None:
         for _, other in [*held, *silent]:
             other.close()
 
-    play(listening, part, MOST)
+    run_scenario(listening, scenario, MOST)
 
 
 def test_a_client_that_continues_to_send_receives_the_refusal(listening: Any) -> None:
     """A socket that is closed with unread bytes is reset, and the answer is lost."""
 
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         reader, writer = await joined(port)
         writer.write(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
         await settled()
@@ -244,13 +244,13 @@ def test_a_client_that_continues_to_send_receives_the_refusal(listening: Any) ->
         writer.close()
         await writer.wait_closed()
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_the_wait_for_a_client_that_keeps_sending_is_bounded(
     listening: Any,
 ) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         connected = server.server_state.connections
         reader, writer = await joined(port)
@@ -273,11 +273,11 @@ def test_the_wait_for_a_client_that_keeps_sending_is_bounded(
                 await settled()
         assert LINGER_BYTES < sent < 20 * LINGER_BYTES and not connected
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_shutdown_answers_clients_in_use_once_more_and_resets_none(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         unused, used, late = [await joined(port) for _ in range(3)]
         for _, writer in (unused, used):
             writer.write(REQUEST)
@@ -305,11 +305,11 @@ def test_shutdown_answers_clients_in_use_once_more_and_resets_none(listening: An
         await ending
         assert not server.server_state.connections
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_shutdown_does_not_wait_for_clients_that_never_close(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         held = [await joined(port) for _ in range(5)]
         ending = asyncio.create_task(end_connections(server))
         for _ in range(30):
@@ -321,11 +321,11 @@ def test_shutdown_does_not_wait_for_clients_that_never_close(listening: Any) -> 
         for _, writer in held:
             writer.close()
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_connections_in_the_backlog_are_answered_when_the_socket_closes(listening: Any) -> None:
-    async def part(port: int, clock: Clock, server: Any, bound: Any) -> None:
+    async def scenario(port: int, clock: Clock, server: Any, bound: Any) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(bound.fileno())  # the server is busy
         waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
@@ -340,7 +340,7 @@ def test_connections_in_the_backlog_are_answered_when_the_socket_closes(listenin
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
 
-    play(listening, part)
+    run_scenario(listening, scenario)
 
 
 def test_new_connections_are_dropped_while_established_ones_are_accepted() -> None:

@@ -21,7 +21,7 @@ from aoft_deploy.serving.transport.bodies import Bodies
 from aoft_deploy.serving.transport.connections import connection_class
 from aoft_deploy.serving.transport.inflow import INFLOW, Disconnected, Inflow, buffer
 
-Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
+Scenario = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
 
 class Echo:
@@ -59,7 +59,7 @@ class Echo:
         await send({"type": "http.response.body", "body": body})
 
 
-def talked(play: Play, bodies: Bodies | None = None) -> Echo:
+def run_client(scenario: Scenario, bodies: Bodies | None = None) -> Echo:
     """Run a client against a server with these connections."""
     echo = Echo(bodies or Bodies(10**7, 10**8, 5.0))
 
@@ -76,7 +76,7 @@ def talked(play: Play, bodies: Bodies | None = None) -> Echo:
         server = await loop.create_server(protocol, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         async with asyncio.timeout(20):
-            await play(reader, writer)
+            await scenario(reader, writer)
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
@@ -121,18 +121,18 @@ def test_pipelined_requests_are_answered_for_any_packet_boundaries(
 ) -> None:
     sent = [noise(size, seed) for seed, size in enumerate(sizes)]
 
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for part in cut(b"".join(head(body, path) + body for body in sent), cuts):
             writer.write(part)
             await asyncio.sleep(0.001)
         for body in sent:
             assert await answer(reader) == (200, body)
 
-    talked(play)
+    run_client(scenario)
 
 
 def test_large_bodies_are_received_without_a_copy() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for seed in range(3):
             body = noise(1_000_000, seed)
             writer.write(head(body))
@@ -140,11 +140,11 @@ def test_large_bodies_are_received_without_a_copy() -> None:
             writer.write(body)
             assert await answer(reader) == (200, body)
 
-    assert talked(play).straight == 3
+    assert run_client(scenario).straight == 3
 
 
 def test_a_chunked_body_after_one_of_known_length() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(200_000)
         writer.write(head(body) + body)
         assert await answer(reader) == (200, body)
@@ -154,30 +154,30 @@ def test_a_chunked_body_after_one_of_known_length() -> None:
         writer.write(head(body) + body)
         assert await answer(reader) == (200, body)
 
-    talked(play)
+    run_client(scenario)
 
 
 def test_expect_100_continue_is_answered() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(100_000)
         writer.write(head(body, more="Expect: 100-continue\r\n"))
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         assert await answer(reader) == (200, body)
 
-    assert talked(play).straight == 1
+    assert run_client(scenario).straight == 1
 
 
 def test_a_disconnect_in_the_middle_of_a_body_is_noticed() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head(b"a" * 500_000) + b"a" * 300_000)
         await asyncio.sleep(0.1)
 
-    assert talked(play).outcomes == ["gone"]
+    assert run_client(scenario).outcomes == ["gone"]
 
 
 def test_the_total_size_of_arriving_bodies_is_limited() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(900_000)
         writer.write(head(body) + body)
         status, message = await answer(reader)
@@ -185,11 +185,11 @@ def test_the_total_size_of_arriving_bodies_is_limited() -> None:
         writer.write(head(b"next") + b"next")
         assert await answer(reader) == (200, b"next")
 
-    talked(play, Bodies(10**6, 500_000, 5.0))
+    run_client(scenario, Bodies(10**6, 500_000, 5.0))
 
 
 def test_a_slow_body_is_refused_and_the_rest_of_it_is_read() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = noise(300_000)
         writer.write(head(body) + body[:200_000])
         await asyncio.sleep(0.4)
@@ -198,18 +198,18 @@ def test_a_slow_body_is_refused_and_the_rest_of_it_is_read() -> None:
         writer.write(head(body) + body)
         assert await answer(reader) == (200, body)
 
-    talked(play, Bodies(10**6, 10**7, 0.2))
+    run_client(scenario, Bodies(10**6, 10**7, 0.2))
 
 
 def test_an_unread_body_does_not_reach_the_next_request() -> None:
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = head(b"evil") + noise(400_000)
         writer.write(head(body, "/ignore"))
         assert await answer(reader) == (200, b"ignored")
         writer.write(body + head(b"good") + b"good")
         assert await answer(reader) == (200, b"good")
 
-    talked(play)
+    run_client(scenario)
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 602_112, 5_000_000])

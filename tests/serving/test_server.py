@@ -176,8 +176,8 @@ def test_requests_are_refused_until_the_engine_is_warm(
 def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Thread]:
     """Clients with persistent connections; their answers go to ``server.found``.
 
-    As all clients that keep connections do, they ask again on a new one where the old one has
-    ended without a byte of an answer: the server may end what is not in use.
+    Like all such clients, they send a request again on a new connection if the old one ended
+    without a byte of an answer, since the server may close idle connections.
     """
     server.found = []
 

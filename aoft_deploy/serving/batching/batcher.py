@@ -1,4 +1,4 @@
-"""An engine that answers requests in batches, in a thread of its own.
+"""An engine that answers requests in batches, in its own thread.
 
 The queue belongs to the event loop; only whole batches go to the engine's thread. A request leaves
 the queue as soon as its time is up or its client disconnects. If a batch fails, its requests run

@@ -1,7 +1,7 @@
 """Connections above the limit, which answer only ``/v2/health``.
 
-A full server can thereby be told from a dead one. The newest connections have the spare places; the
-oldest of them is ended when another one arrives.
+Health checks can thereby distinguish a full server from a dead one. The newest connections have the
+spare places; the oldest of them is ended when another one arrives.
 """
 
 from __future__ import annotations
