@@ -3,9 +3,9 @@
 After SIGTERM, requests in progress are answered, for up to ``grace`` seconds. New requests, on old
 and on new connections, are answered with 503 and ``Connection: close``. When everything is
 answered, new connections are refused. Existing connections stay until an answer closes them or
-they are quiet for a second, and end with the end of the stream, not with a reset. If a client sends a
-request at that moment, its connection closes without a byte of an answer: the request was not
-processed, and can be sent again.
+they are quiet for a second. They end with the end of the stream, not with a reset. If a client
+sends a request at that moment, its connection closes without a byte of an answer: the request was
+not processed, and can be sent again.
 """
 
 from __future__ import annotations
