@@ -1,1 +1,1 @@
-"""The demo: many tasks on one backbone, live in a browser."""
+"""A demo in the browser: many tasks on one backbone."""

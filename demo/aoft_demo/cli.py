@@ -1,4 +1,4 @@
-"""aoft-demo: many tasks on one backbone, in a browser."""
+"""The command aoft-demo: many tasks on one backbone, in a browser."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """The command's parser."""
     options = argparse.ArgumentParser(
         prog="aoft-demo",
-        description="Show tasks on one backbone in a browser: classify, swap, look inside, train, "
-        "export. Nothing leaves this machine.",
+        description="Demonstrate many tasks on one backbone in a browser: classify, swap, look "
+        "inside, train and export. No data leaves this machine.",
     )
     add = options.add_argument
     add(
@@ -27,32 +27,38 @@ def parser() -> argparse.ArgumentParser:
         help="a fleet of aoft-export --fleet, model.ckpt files, or both; default: bundled tasks",
     )
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
-    add("--port", type=port, default=7860, metavar="P", help="0 takes a free one (7860)")
+    add(
+        "--port",
+        type=port,
+        default=7860,
+        metavar="P",
+        help="port to listen on; 0 takes a free one (7860)",
+    )
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="name by which a proxy on this machine asks for the page",
+        help="further host name that requests may use, such as that of a proxy on this machine",
     )
-    add("--backbone-weights", type=Path, metavar="FILE", help="the backbone's weights")
-    add("--examples", type=Path, metavar="DIR", help="pictures to offer; default: bundled ones")
-    add("--threads", type=positive, metavar="N", help="of the runtime; default: its own choice")
+    add("--backbone-weights", type=Path, metavar="FILE", help="file with the backbone's weights")
+    add("--examples", type=Path, metavar="DIR", help="example pictures; default: bundled ones")
+    add("--threads", type=positive, metavar="N", help="threads of the runtime; default: its choice")
     return options
 
 
 def port(text: str) -> int:
-    """A port, for ``type=``."""
+    """A port, for ``type=`` of an option."""
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
 
 
 def show(options: argparse.Namespace) -> None:
-    """Serve the page until a signal comes."""
-    from aoft_demo.server import running, serve
+    """Serve the page until a signal arrives."""
+    from aoft_demo.server import demo_server, serve
 
-    page = running(
+    server = demo_server(
         options.paths,
         host=options.host,
         port=options.port,
@@ -61,7 +67,7 @@ def show(options: argparse.Namespace) -> None:
         threads=options.threads,
         allowed_hosts=options.allow_host,
     )
-    serve(page)
+    serve(server)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The installed demo in a real browser: every flow, numbers against the library."""
+"""The installed demo in a real browser: every tab, with results compared to the library's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bombs import flat
 from browser import browser
+from demo_page import WAIT, DemoPage
 from PIL import Image
-from running_demo import Demo, bomb, install
+from running_demo import Demo, install
 
 from aoft_demo.actions.evidence import accuracies
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
-from aoft_demo.views.classify_tab import FRESH
+from aoft_demo.views.classify_tab import REMOVE_OLD_ANSWERS
 from aoft_deploy.artefacts.prediction import load_classifier, ranked
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
@@ -32,21 +34,20 @@ psutil: Any = importlib.import_module("psutil")  # its types are partial
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TASKS = [path.stem for path in bundled_checkpoints()]
 PICTURE = BUNDLED / "digits-7.png"
-WAIT = 120_000  # milliseconds that a busy machine may take
 TRAINING = 300_000
+"""Milliseconds to wait for a training on a busy machine."""
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables with which the wheel runs, as a user of pip has it."""
-    return install(tmp_path_factory.mktemp("wheel"))
+def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables with which the installed wheel runs."""
+    return install(root, tmp_path_factory.mktemp("wheel"))
 
 
 def start(folder: Path, installed: dict[str, str], *arguments: Path) -> Demo:
-    """The installed demo, with its working directory and temporary files away from the package."""
+    """Start the installed demo; its working directory and temporary files are elsewhere."""
     temporary, cwd = folder / "it's #1 é ?%41 tmp", folder / "cwd"
     temporary.mkdir()
     cwd.mkdir()
@@ -68,95 +69,25 @@ def chrome() -> Iterator[Any]:
         yield running
 
 
-class Visit:
-    """A browser tab at the demo, with all that it asked for and complained of."""
-
-    def __init__(self, chrome: Any, address: str, **context: Any) -> None:
-        from playwright.sync_api import expect
-
-        self.expect = expect
-        self.context = chrome.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(WAIT)
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(address)
-        self.ready()
-
-    def ready(self) -> None:
-        """The page knows its visitor's tasks."""
-        self.see("#tasks input")
-        self.shows("#head", re.compile(r"[1-9]\d* tasks"))
-
-    def see(self, selector: str) -> Any:
-        """The element, once it is there."""
-        self.page.wait_for_selector(selector)
-        return self.page.locator(selector)
-
-    def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name, exact=True).click()
-
-    def shows(self, selector: str, text: str | re.Pattern[str]) -> None:
-        self.expect(self.page.locator(selector)).to_contain_text(text, timeout=WAIT)
-
-    def told(self, text: str | re.Pattern[str]) -> None:
-        """A message about a fault has come."""
-        toast = self.page.locator(".toast-body").filter(has_text=text).first
-        self.expect(toast).to_be_visible(timeout=WAIT)
-
-    def choose(self, selector: str, name: str) -> None:
-        """Pick from a list by typing."""
-        field = self.page.locator(f"{selector} input")
-        field.fill(name)
-        field.press("Enter")
-        self.expect(field).to_have_value(name)
-
-    def upload(self, selector: str, *files: Path) -> None:
-        self.page.locator(f"{selector} input[type=file]").set_input_files([str(f) for f in files])
-
-    def answers(self) -> dict[str, dict[str, float]]:
-        return {
-            card.get_attribute("data-task"): {
-                row.get_attribute("data-label"): float(row.get_attribute("data-p"))
-                for row in card.locator(".line").all()
-            }
-            for card in self.page.locator("#answers .card").all()
-        }
-
-    def clear(self) -> None:
-        """Take the picture away, where there is one."""
-        button = self.page.get_by_label("Remove Image")
-        if button.count():
-            button.first.click()
-            self.shows("#answers", "Drop a picture")
-
-    def classify(self, picture: Path) -> dict[str, dict[str, float]]:
-        self.clear()
-        self.upload("#picture", picture)
-        self.see("#answers .card")
-        return self.answers()
-
-
 @pytest.fixture
-def visit(demo: Demo, chrome: Any) -> Iterator[Callable[..., Visit]]:
-    visits: list[Visit] = []
+def open_page(demo: Demo, chrome: Any) -> Iterator[Callable[..., DemoPage]]:
+    """Open the demo's page; in the end it must have no JavaScript error and no foreign request."""
+    pages: list[DemoPage] = []
 
-    def come(**context: Any) -> Visit:
-        visits.append(Visit(chrome, demo.address, **context))
-        return visits[-1]
+    def open_one(**context: Any) -> DemoPage:
+        pages.append(DemoPage(chrome, demo.address, **context))
+        return pages[-1]
 
-    yield come
-    for one in visits:
-        assert not one.complaints
-        foreign = [u for u in one.asked if not u.startswith((demo.address, "data:", "blob:"))]
+    yield open_one
+    for page in pages:
+        assert not page.errors
+        foreign = [u for u in page.requests if not u.startswith((demo.address, "data:", "blob:"))]
         assert not foreign
-        one.context.close()
+        page.context.close()
 
 
-def own_answers(task: str, picture: Path) -> dict[str, float]:
-    """The unmerged model's, by the library alone."""
+def library_answers(task: str, picture: Path) -> dict[str, float]:
+    """Probabilities of the unmerged model, computed by the library."""
     import torch
 
     checkpoint = BUNDLED / f"{task}.ckpt"
@@ -167,39 +98,39 @@ def own_answers(task: str, picture: Path) -> dict[str, float]:
     return dict(ranked(logits, read_checkpoint(checkpoint).classes, 4)[0])
 
 
-def test_classifying(visit: Callable[..., Visit]) -> None:
-    page = visit()
+def test_classifying(open_page: Callable[..., DemoPage]) -> None:
+    page = open_page()
     found = page.classify(PICTURE)
     assert set(found) == set(TASKS)
     for task in TASKS:
-        expected = own_answers(task, PICTURE)
+        expected = library_answers(task, PICTURE)
         assert found[task] == pytest.approx(expected, abs=2e-5)
-    page.shows("#answers .facts", re.compile(r"one pass, \d tasks.*per answer.*to switch to them"))
-    page.page.get_by_label("count", exact=True).uncheck()
-    page.expect(page.page.locator("#answers .card")).to_have_count(len(TASKS) - 1)
-    thumbnails = page.page.locator("#examples .thumbnail-item")
+    page.shows("#answers .facts", re.compile(r"one pass, \d tasks.*per task.*to switch tasks"))
+    page.playwright.get_by_label("count", exact=True).uncheck()
+    page.expect(page.find("#answers .card")).to_have_count(len(TASKS) - 1)
+    thumbnails = page.find("#examples .thumbnail-item")
     assert thumbnails.count() == len(list(BUNDLED.glob("*.png")))
-    for image in page.page.locator("#examples img").all():
+    for image in page.find("#examples img").all():
         page.expect(image).to_have_js_property("complete", True)
         assert image.evaluate("e => e.naturalWidth") > 0
     thumbnails.first.click()
     page.shows("[data-task=colour] .top", "green")
-    expected = own_answers("colour", sorted(BUNDLED.glob("*.png"))[0])
+    expected = library_answers("colour", sorted(BUNDLED.glob("*.png"))[0])
     assert page.answers()["colour"] == pytest.approx(expected, abs=2e-5)
-    page.page.locator("#tasks input").first.focus()
-    page.page.keyboard.press("Space")  # all, then none
-    page.expect(page.page.locator("#answers .card")).to_have_count(len(TASKS))
-    page.page.keyboard.press("Space")
+    page.find("#tasks input").first.focus()
+    page.playwright.keyboard.press("Space")  # choose all, then none
+    page.expect(page.find("#answers .card")).to_have_count(len(TASKS))
+    page.playwright.keyboard.press("Space")
     page.shows("#answers", "No task is chosen")
 
 
-def test_classifying_what_the_webcam_sees(visit: Callable[..., Visit], tmp_path: Path) -> None:
-    page = visit(permissions=["camera"])
-    page.page.get_by_label("Capture from camera").click()
-    page.page.get_by_text("Click to Access Webcam").click()
+def test_classifying_a_webcam_picture(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
+    page = open_page(permissions=["camera"])
+    page.playwright.get_by_label("Capture from camera").click()
+    page.playwright.get_by_text("Click to Access Webcam").click()
     page.see("#picture video")
-    page.page.wait_for_function("document.querySelector('#picture video').readyState === 4")
-    page.page.get_by_label("capture photo").click()
+    page.playwright.wait_for_function("document.querySelector('#picture video').readyState === 4")
+    page.playwright.get_by_label("capture photo").click()
     page.see("#answers .card")
     taken = page.context.request.get(page.see("#picture img").get_attribute("src"))
     (tmp_path / "taken").write_bytes(taken.body())
@@ -208,51 +139,51 @@ def test_classifying_what_the_webcam_sees(visit: Callable[..., Visit], tmp_path:
     found = page.answers()
     assert set(found) == set(TASKS)
     for task in TASKS:
-        assert found[task] == pytest.approx(own_answers(task, tmp_path / "taken"), abs=2e-5)
+        assert found[task] == pytest.approx(library_answers(task, tmp_path / "taken"), abs=2e-5)
 
 
-def test_the_main_tab_needs_no_scrolling_and_a_phone_no_sideways_one(
-    visit: Callable[..., Visit], tmp_path: Path
+def test_the_page_fits_a_desktop_window_and_the_width_of_a_phone(
+    open_page: Callable[..., DemoPage], tmp_path: Path
 ) -> None:
-    pictures = os.environ.get("AOFT_SCREENSHOTS")  # docs, to renew those of the README
+    pictures = os.environ.get("AOFT_SCREENSHOTS")  # set it to docs to update the screenshots
     folder = Path(pictures) if pictures else tmp_path
     size = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
     for scheme in ("light", "dark"):
-        page = visit(color_scheme=scheme)
+        page = open_page(color_scheme=scheme)
         page.classify(BUNDLED / "colour-green.png")
-        assert page.page.evaluate(size) == [1280, 800]
-        ink = page.page.locator(".card .top").first.evaluate("e => getComputedStyle(e).color")
+        assert page.playwright.evaluate(size) == [1280, 800]
+        ink = page.find(".card .top").first.evaluate("e => getComputedStyle(e).color")
         (red,) = re.findall(r"rgb\((\d+)", ink)
         assert (int(red) > 128) is (scheme == "dark")
-        page.page.mouse.move(640, 790)
-        page.page.screenshot(path=folder / f"demo-{scheme}.png")
-    page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+        page.playwright.mouse.move(640, 790)
+        page.playwright.screenshot(path=folder / f"demo-{scheme}.png")
+    page = open_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     page.classify(BUNDLED / "colour-green.png")
-    assert page.page.evaluate(size)[0] == 390
-    page.page.screenshot(path=folder / "demo-phone.png", full_page=True)
-    assert page.page.locator("#answers .card").first.bounding_box()["width"] > 250
+    assert page.playwright.evaluate(size)[0] == 390
+    page.playwright.screenshot(path=folder / "demo-phone.png", full_page=True)
+    assert page.find("#answers .card").first.bounding_box()["width"] > 250
 
 
-def test_swapping(visit: Callable[..., Visit], tmp_path: Path) -> None:
-    page, other = visit(), visit()
+def test_swapping(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
+    page, other = open_page(), open_page()
     page.tab("Swap")
-    rows = page.page.locator("#resident tbody tr")
+    rows = page.find("#resident tbody tr")
     page.expect(rows).to_have_count(len(TASKS))
     checkpoint = tmp_path / "model.ckpt"
     shutil.copyfile(BUNDLED / "digits.ckpt", checkpoint)
     page.upload("#upload", checkpoint)
     page.see("#upload .file-preview")
-    page.page.locator("#name input, #name textarea").fill("my digits")
-    page.page.locator("#add").click()
+    page.fill("#name", "my digits")
+    page.click("#add")
     page.shows("#verdict", "my digits joined the fleet with 10 classes")
     page.expect(rows).to_have_count(len(TASKS) + 1)
-    numbers = sum(p.numel() for p in load(checkpoint).trained().values())
-    row = page.page.locator("#resident [data-task='my digits']")
-    assert int(row.get_attribute("data-bytes")) == 4 * numbers
+    parameters = sum(p.numel() for p in load(checkpoint).trained().values())
+    row = page.find("#resident [data-task='my digits']")
+    assert int(row.get_attribute("data-bytes")) == 4 * parameters
     page.choose("#verify-name", "my digits")
-    page.page.locator("#verify").click()
-    page.shows("#verdict", "my digits: The answers agree.")
-    figures = page.page.locator("#verdict td").all_inner_texts()
+    page.click("#verify")
+    page.shows("#verdict", "my digits gives the same answers")
+    figures = page.find("#verdict td").all_inner_texts()
     merged, fleet, largest = (float(figures[i]) for i in (1, 3, 5))
     assert 0 < merged < 1e-4 * largest and 0 < fleet < 1e-4 * largest
     assert figures[7] == "16 of 16 pictures"
@@ -260,16 +191,16 @@ def test_swapping(visit: Callable[..., Visit], tmp_path: Path) -> None:
     page.tab("Classify")
     found = page.classify(PICTURE)
     assert found["my digits"] == found["digits"]
-    other.page.reload()
+    other.playwright.reload()
     other.ready()
     other.shows("#head", f"{len(TASKS)} tasks")
     page.tab("Swap")
-    page.page.locator("#remove").click()
-    page.shows("#verdict", "my digits has left")
+    page.click("#remove")
+    page.shows("#verdict", "my digits was removed")
     page.expect(rows).to_have_count(len(TASKS))
 
 
-CHOOSERS = (
+DROPDOWNS = (
     ("Swap", "#remove-name"),
     ("Swap", "#verify-name"),
     ("Inside", "#inside-task"),
@@ -277,18 +208,18 @@ CHOOSERS = (
 )
 
 
-def test_each_list_points_at_what_was_chosen_whatever_comes_and_goes(
-    visit: Callable[..., Visit], tmp_path: Path
+def test_each_dropdown_keeps_its_choice_while_tasks_come_and_go(
+    open_page: Callable[..., DemoPage], tmp_path: Path
 ) -> None:
-    page = visit()
+    page = open_page()
 
-    def point_at(*names: str) -> None:
-        for (tab, selector), name in zip(CHOOSERS, names, strict=True):
+    def chosen_are(*names: str) -> None:
+        for (tab, selector), name in zip(DROPDOWNS, names, strict=True):
             page.tab(tab)
-            page.expect(page.page.locator(f"{selector} input")).to_have_value(name)
+            page.expect(page.find(f"{selector} input")).to_have_value(name)
         page.tab("Swap")
 
-    point_at(*[TASKS[0]] * 4)
+    chosen_are(*[TASKS[0]] * 4)
     for tab, selector, name in (
         ("Inside", "#inside-task", "digits"),
         ("Export", "#export-task", "shape"),
@@ -300,130 +231,134 @@ def test_each_list_points_at_what_was_chosen_whatever_comes_and_goes(
     shutil.copyfile(BUNDLED / "shape.ckpt", tmp_path / "one more.ckpt")
     page.upload("#upload", tmp_path / "one more.ckpt")
     page.see("#upload .file-preview")
-    page.page.locator("#add").click()
+    page.click("#add")
     page.shows("#head", f"{len(TASKS) + 1} tasks")
-    point_at("count", "orientation", "digits", "shape")
-    page.page.locator("#remove").click()
-    page.shows("#verdict", "count has left")
+    chosen_are("count", "orientation", "digits", "shape")
+    page.click("#remove")
+    page.shows("#verdict", "count was removed")
     page.shows("#head", f"{len(TASKS)} tasks")
-    point_at("", "orientation", "digits", "shape")
-    page.page.locator("#remove").click()  # by a second click nothing goes that nobody chose
+    chosen_are("", "orientation", "digits", "shape")
+    page.click("#remove")  # a second click must not remove another task
     page.shows("#verdict [role=alert]", "Choose a task to remove first.")
     page.choose("#remove-name", "digits")
-    page.page.locator("#remove").click()
-    page.shows("#verdict", "digits has left")
-    point_at("", "orientation", "", "shape")
+    page.click("#remove")
+    page.shows("#verdict", "digits was removed")
+    chosen_are("", "orientation", "", "shape")
     page.tab("Inside")
-    page.page.locator("#look").click()
+    page.click("#look")
     page.shows("#inside [role=alert]", "Choose a task to look into first.")
-    page.page.reload()  # a new visitor, who has all that the demo began with
+    page.playwright.reload()  # a new session with all initial tasks
     page.ready()
     page.shows("#head", f"{len(TASKS)} tasks")
-    point_at(*[TASKS[0]] * 4)
+    chosen_are(*[TASKS[0]] * 4)
 
 
-def test_answers_go_with_their_picture(visit: Callable[..., Visit]) -> None:
-    page = visit()
+def test_answers_disappear_with_their_picture(open_page: Callable[..., DemoPage]) -> None:
+    page = open_page()
     page.classify(PICTURE)
     held: list[Any] = []
-    heard = threading.Event()
+    released = threading.Event()
 
     def hold(route: Any) -> None:
-        if heard.is_set():
+        if released.is_set():
             route.continue_()
         else:
             held.append(route)
 
-    page.page.route("**/queue/join*", hold)  # the server does not hear of what comes now
+    page.playwright.route("**/queue/join*", hold)  # delay the requests to the server
     page.upload("#picture", BUNDLED / "colour-red.png")
-    page.shows("#answers", "Looking at the picture")
-    page.expect(page.page.locator("#answers .card")).to_have_count(0)
-    heard.set()
+    page.shows("#answers", "Classifying the picture")
+    page.expect(page.find("#answers .card")).to_have_count(0)
+    released.set()
     for route in held:
         route.continue_()
     page.shows("[data-task=colour] .top", "red")
     assert page.answers()["colour"] == pytest.approx(
-        own_answers("colour", BUNDLED / "colour-red.png"), abs=2e-5
+        library_answers("colour", BUNDLED / "colour-red.png"), abs=2e-5
     )
 
     page.tab("Inside")
-    page.page.locator("#look").click()
+    page.click("#look")
     page.see("#inside .chart")
     page.see("#attention img")
     page.shows("#inside", f"Inside {TASKS[0]}")
     page.tab("Classify")
     page.classify(PICTURE)
     page.tab("Inside")
-    page.expect(page.page.locator("#attention img")).to_have_count(0)
+    page.expect(page.find("#attention img")).to_have_count(0)
     page.see("#inside .chart")
     page.choose("#inside-task", "digits")
-    page.shows("#inside", "Nothing looked at yet")
+    page.shows("#inside", "No task analysed yet")
 
 
-def test_an_answer_that_comes_late_is_not_shown_under_another_picture(
-    visit: Callable[..., Visit],
+def test_a_late_answer_is_not_shown_with_another_picture(
+    open_page: Callable[..., DemoPage],
 ) -> None:
-    page = visit()
+    page = open_page()
 
     def shown(picture: str | None, html: str) -> str:
-        told = None if picture is None else {"path": f"/tmp/x/uploads/{picture}/a.png"}
+        value = None if picture is None else {"path": f"/tmp/x/uploads/{picture}/a.png"}
         return str(
-            page.page.evaluate(f"([picture, html]) => ({FRESH})(picture, html)", [told, html])
+            page.playwright.evaluate(
+                f"([picture, html]) => ({REMOVE_OLD_ANSWERS})(picture, html)", [value, html]
+            )
         )
 
-    of_one, fault = '<div data-picture="one">cards</div>', '<div role="alert">fault</div>'
+    of_one, error = '<div data-picture="one">cards</div>', '<div role="alert">error</div>'
     assert shown("one", of_one) == of_one
-    assert "Looking at the picture" in shown("two", of_one)
+    assert "Classifying the picture" in shown("two", of_one)
     assert "Drop a picture" in shown(None, of_one)
     start = shown(None, of_one)
-    assert shown(None, start) == start and "Looking" in shown("one", start)
-    wait = shown("two", of_one)
-    assert shown("two", wait) == wait and shown("two", fault) == fault
+    assert shown(None, start) == start and "Classifying" in shown("one", start)
+    busy = shown("two", of_one)
+    assert shown("two", busy) == busy and shown("two", error) == error
 
 
-def test_looking_inside(visit: Callable[..., Visit]) -> None:
-    page = visit()
+def test_looking_inside(open_page: Callable[..., DemoPage]) -> None:
+    page = open_page()
     page.classify(PICTURE)
     page.tab("Inside")
-    page.page.locator("#look").click()
+    page.click("#look")
     page.see("#inside .chart")
-    task = page.page.locator("#inside-task input").input_value()
+    task = page.find("#inside-task input").input_value()
     expected = analyse_file(BUNDLED / f"{task}.ckpt")
     for kind in ("rows", "columns"):
-        cells = page.page.locator(f"[data-family='backbone, {kind}'] td").all_inner_texts()
+        cells = page.find(f"[data-family='backbone, {kind}'] td").all_inner_texts()
         assert cells[1] == f"{expected['angles'][kind]['mean']:.1f}°"
         assert cells[2] == f"{expected['angles'][kind]['sd']:.2f}°"
     for family in ("aoft-lora-star, down", "LoRA, up"):
-        assert page.page.locator(f"[data-family='{family}']").count() == 1
+        assert page.find(f"[data-family='{family}']").count() == 1
     ratios = [x["change_ratio"] for x in expected["layers"] if x["change_ratio"] is not None]
-    shown = page.page.locator("#inside .bars .value").all_inner_texts()
+    shown = page.find("#inside .bars .value").all_inner_texts()
     assert shown == [f"{ratio:.3f}" for ratio in ratios]
-    assert page.see("#attention img").get_attribute("alt").startswith("Where the class token")
+    assert (
+        page.see("#attention img").get_attribute("alt").startswith("Attention of the class token")
+    )
     page.tab("Evidence")
     best = max(accuracies(), key=lambda a: a.mean)
     page.shows("#measured", f"{100 * best.mean:.1f} ± {100 * best.half:.1f}")
 
 
-def test_training_and_exporting(visit: Callable[..., Visit], tmp_path: Path) -> None:
-    page = visit()
+def test_training_and_exporting(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
+    page = open_page()
     page.tab("Train")
-    page.page.get_by_label("My pictures").check()
+    page.playwright.get_by_label("My pictures").check()
     for number, (name, shade) in enumerate((("dark", 20), ("light", 220)), 1):
         files = []
         for i in range(8):
             files.append(tmp_path / f"{name}-{i}.png")
             noise = np.random.default_rng(10 * number + i).integers(0, 30, (32, 32, 3))
             png(files[-1], (shade + noise).astype(np.uint8))
-        page.page.locator(f"#class-{number} input, #class-{number} textarea").fill(name)
+        page.fill(f"#class-{number}", name)
         page.upload(f"#pictures-{number}", *files)
         page.see(f"#pictures-{number} .file-preview")
-    page.page.locator("#train-name input, #train-name textarea").fill("shades")
-    page.page.get_by_label("quick", exact=True).check()
-    page.page.locator("#train").click()
-    page.page.wait_for_selector("#curve polyline", timeout=TRAINING)
-    page.expect(page.page.locator("#curve")).to_contain_text("joined the fleet", timeout=TRAINING)
-    assert float(page.page.locator("#curve [data-test]").get_attribute("data-test")) == 1.0
-    with page.page.expect_download() as download:
+    page.fill("#train-name", "shades")
+    page.playwright.get_by_label("quick", exact=True).check()
+    page.click("#train")
+    page.playwright.wait_for_selector("#curve polyline", timeout=TRAINING)
+    page.expect(page.find("#curve")).to_contain_text("joined the fleet", timeout=TRAINING)
+    assert float(page.find("#curve [data-test]").get_attribute("data-test")) == 1.0
+    with page.playwright.expect_download() as download:
         page.see("#trained a").first.click()
     trained = tmp_path / "trained.ckpt"
     download.value.save_as(trained)
@@ -435,11 +370,11 @@ def test_training_and_exporting(visit: Callable[..., Visit], tmp_path: Path) -> 
 
     page.tab("Export")
     page.choose("#export-task", "shades")
-    page.page.locator("#export").click()
+    page.click("#export")
     page.shows("#exported", "shades is merged and verified")
     saved: dict[str, Path] = {}
     for link in page.see("#files a[download]").all():
-        with page.page.expect_download() as download:
+        with page.playwright.expect_download() as download:
             link.click()
         saved[Path(download.value.suggested_filename).suffix] = tmp_path / (
             "shades.onnx" + ".json" * download.value.suggested_filename.endswith(".json")
@@ -453,58 +388,58 @@ def test_training_and_exporting(visit: Callable[..., Visit], tmp_path: Path) -> 
     assert dict(answer) == pytest.approx(found, abs=2e-5)
 
 
-def training(demo: Demo) -> list[str]:
-    """What a training of the demo's has running, and lying about."""
+def training_traces(demo: Demo) -> list[str]:
+    """Commands and folders of the demo's trainings."""
     children = psutil.Process(demo.process.pid).children(recursive=True)
     running = [" ".join(child.cmdline()) for child in children]
     return [command for command in running if "cli.train" in command] + [
-        str(path) for path in demo.folder.glob("aoft-demo-*/visitor-*/training-*")
+        str(path) for path in demo.folder.glob("aoft-demo-*/session-*/training-*")
     ]
 
 
-def test_a_training_that_is_stopped_adds_nothing(demo: Demo, visit: Callable[..., Visit]) -> None:
-    page = visit()
+def test_a_stopped_training_adds_nothing(demo: Demo, open_page: Callable[..., DemoPage]) -> None:
+    page = open_page()
     page.tab("Train")
-    page.page.locator("#count input[type=number]").fill("60")
-    page.page.locator("#train-name input, #train-name textarea").fill("halted")
-    page.page.locator("#train").click()
-    page.page.wait_for_selector("#curve polyline", timeout=TRAINING)
-    assert len(training(demo)) == 2
-    page.page.locator("#stop").click()
+    page.find("#count input[type=number]").fill("60")
+    page.fill("#train-name", "halted")
+    page.click("#train")
+    page.playwright.wait_for_selector("#curve polyline", timeout=TRAINING)
+    assert len(training_traces(demo)) == 2
+    page.click("#stop")
     page.shows("#curve [role=alert]", "Training was stopped; nothing was added.")
-    assert training(demo) == []
+    assert training_traces(demo) == []
     page.shows("#head", f"{len(TASKS)} tasks")
     page.tab("Classify")
     assert set(page.classify(PICTURE)) == set(TASKS)
 
 
-def train(page: Visit, name: str, count: int) -> None:
-    """Press Train for pictures that the demo draws."""
+def train(page: DemoPage, name: str, count: int) -> None:
+    """Start a training with synthetic pictures."""
     page.tab("Train")
-    page.page.locator("#count input[type=number]").fill(str(count))
-    page.page.locator("#train-name input, #train-name textarea").fill(name)
-    page.page.locator("#train").click()
+    page.find("#count input[type=number]").fill(str(count))
+    page.fill("#train-name", name)
+    page.click("#train")
 
 
-def test_trainings_that_wait_can_be_stopped_and_those_who_leave_hold_up_nobody(
-    demo: Demo, visit: Callable[..., Visit]
+def test_waiting_trainings_can_be_stopped_and_closed_pages_do_not_block_the_queue(
+    demo: Demo, open_page: Callable[..., DemoPage]
 ) -> None:
-    first, second, third = visit(), visit(), visit()
+    first, second, third = open_page(), open_page(), open_page()
     train(first, "first", 800)
     first.shows("#curve", re.compile("Preparing|Starting|epochs"))
     for page in (second, third):
         train(page, "mine", 60)
-        page.shows("#curve", "Another training runs; yours begins when it ends")
-    second.page.locator("#stop").click()
+        page.shows("#curve", "Waiting for another training to finish")
+    second.click("#stop")
     second.shows("#curve [role=alert]", "Training was stopped; nothing was added.")
-    first.page.wait_for_selector("#curve polyline", timeout=TRAINING)
-    assert len(training(demo)) == 2
-    first.page.goto("about:blank")  # in the middle of its training
-    third.page.wait_for_selector("#curve polyline", timeout=TRAINING)
-    assert len(training(demo)) == 2  # its own
-    third.page.locator("#stop").click()
+    first.playwright.wait_for_selector("#curve polyline", timeout=TRAINING)
+    assert len(training_traces(demo)) == 2
+    first.playwright.goto("about:blank")  # closes the page during its training
+    third.playwright.wait_for_selector("#curve polyline", timeout=TRAINING)
+    assert len(training_traces(demo)) == 2  # those of the third page
+    third.click("#stop")
     third.shows("#curve [role=alert]", "Training was stopped; nothing was added.")
-    assert training(demo) == []
+    assert training_traces(demo) == []
     second.tab("Classify")
     assert set(second.classify(PICTURE)) == set(TASKS)
 
@@ -513,29 +448,29 @@ def png(path: Path, pixels: np.ndarray[Any, Any]) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def test_bad_uploads_are_told_and_leave_the_page_usable(
-    visit: Callable[..., Visit], make_checkpoint: Callable[..., Path], tmp_path: Path
+def test_unusable_uploads_are_reported_and_the_page_stays_usable(
+    open_page: Callable[..., DemoPage], make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    page = visit()
+    page = open_page()
     pictures = {
-        "text.png": (b"no picture at all", "text.png"),
+        "text.png": (b"not a picture", "text.png"),
         "cut.png": (PICTURE.read_bytes()[:900], "cut.png"),
-        "bomb.png": (bomb(), "bomb.png"),
+        "bomb.png": (flat(13_000, 13_000), "bomb.png"),
         "empty.png": (b"", "empty.png"),
     }
-    for name, (content, said) in pictures.items():
+    for name, (content, message) in pictures.items():
         (tmp_path / name).write_bytes(content)
         page.upload("#picture", tmp_path / name)
         page.see("#answers [role=alert]")
-        page.shows("#answers [role=alert]", said)
-        assert str(tmp_path) not in page.page.locator("#answers").inner_text()
-        assert "/" not in page.page.locator("#answers p").inner_text()
+        page.shows("#answers [role=alert]", message)
+        assert str(tmp_path) not in page.find("#answers").inner_text()
+        assert "/" not in page.find("#answers p").inner_text()
         page.clear()
     large = tmp_path / "large.png"
     with large.open("wb") as file:
         file.truncate(100_000_000)
     page.upload("#picture", large)
-    page.told(re.compile("exceed the maximum allowed size.*large.png"))
+    page.shows_message(re.compile("exceed the maximum allowed size.*large.png"))
     assert set(page.classify(PICTURE)) == set(TASKS)
     photograph = tmp_path / "photo.jpg"
     Image.open(PICTURE).convert("RGB").resize((8160, 6120)).save(photograph, quality=90)
@@ -550,33 +485,33 @@ def test_bad_uploads_are_told_and_leave_the_page_usable(
     (tmp_path / "text.ckpt").write_bytes(b"no checkpoint")
     (tmp_path / "cut.ckpt").write_bytes((BUNDLED / "digits.ckpt").read_bytes()[:20_000])
     shutil.copyfile(make_checkpoint("aoft-lora-star"), tmp_path / "other.ckpt")
-    for name, said in (
+    for name, message in (
         ("text.ckpt", "text.ckpt is no checkpoint"),
         ("cut.ckpt", "cut.ckpt is no checkpoint"),
         ("other.ckpt", "other.ckpt was trained on backbone weights"),
     ):
         page.upload("#upload", tmp_path / name)
         page.see("#upload .file-preview")
-        page.page.locator("#add").click()
-        page.shows("#verdict [role=alert]", said)
-        page.page.locator("#upload button[aria-label='Clear']").first.click()
+        page.click("#add")
+        page.shows("#verdict [role=alert]", message)
+        page.find("#upload button[aria-label='Clear']").first.click()
     (tmp_path / "large.ckpt").write_bytes(b"")
     with (tmp_path / "large.ckpt").open("wb") as file:
         file.truncate(100_000_000)
     page.upload("#upload", tmp_path / "large.ckpt")
-    page.told(re.compile("exceed the maximum allowed size.*large.ckpt"))
-    page.page.locator("#add").click()
+    page.shows_message(re.compile("exceed the maximum allowed size.*large.ckpt"))
+    page.click("#add")
     page.shows("#verdict [role=alert]", "Choose a model.ckpt first")
-    assert page.page.locator("#resident tbody tr").count() == len(TASKS)
+    assert page.find("#resident tbody tr").count() == len(TASKS)
     page.tab("Train")
-    page.page.locator("#train-name input, #train-name textarea").fill("digits")
-    page.page.locator("#train").click()
+    page.fill("#train-name", "digits")
+    page.click("#train")
     page.shows("#curve [role=alert]", "There is a task 'digits'")
     page.tab("Classify")
     assert set(page.classify(BUNDLED / "colour-red.png")) == set(TASKS)
 
 
-def test_fifty_tasks_are_as_usable(
+def test_fifty_tasks_are_usable(
     demo: Demo, chrome: Any, installed: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "tasks"
@@ -584,78 +519,77 @@ def test_fifty_tasks_are_as_usable(
     paths = [folder / f"task {i:02}.ckpt" for i in range(50 - len(TASKS))]
     for path in paths:
         shutil.copyfile(BUNDLED / "digits.ckpt", path)
-    (kept,) = Path(os.environ["AOFT_CACHE_DIR"], "demo").glob("*.onnx")  # which ``demo`` made
-    written = kept.stat().st_ino, kept.stat().st_mtime_ns
-    running = start(tmp_path, installed, kept, *paths)
+    (fleet,) = Path(os.environ["AOFT_CACHE_DIR"], "demo").glob("*.onnx")  # exported by ``demo``
+    before = fleet.stat().st_ino, fleet.stat().st_mtime_ns
+    running = start(tmp_path, installed, fleet, *paths)
     try:
-        page = Visit(chrome, running.address)
+        page = DemoPage(chrome, running.address)
         page.shows("#head", "50 tasks")
-        page.shows("#head", re.search(r"of [\d.]+ MB", demo_head(demo, chrome))[0])  # type: ignore[index]
+        page.shows("#head", re.search(r"of [\d.]+ MB", demo_header(demo, chrome))[0])  # type: ignore[index]
         page.classify(PICTURE)
-        page.page.locator("#tasks input").first.check()
-        page.expect(page.page.locator("#answers .card")).to_have_count(50, timeout=WAIT)
-        assert page.page.evaluate("document.documentElement.scrollHeight") == 800
+        page.find("#tasks input").first.check()
+        page.expect(page.find("#answers .card")).to_have_count(50, timeout=WAIT)
+        assert page.playwright.evaluate("document.documentElement.scrollHeight") == 800
         assert len({str(a) for n, a in page.answers().items() if n.startswith("task")}) == 1
-        page.shows("#answers .facts", "one pass, 50 tasks")
+        page.shows("#answers .facts", "for one pass, 50 tasks")
         swap_train_and_export_among_fifty(page, tmp_path)
-        assert not page.complaints
+        assert not page.errors
         page.context.close()
-        assert (
-            kept.stat().st_ino,
-            kept.stat().st_mtime_ns,
-        ) == written  # the fleet was not exported again
+        assert (fleet.stat().st_ino, fleet.stat().st_mtime_ns) == before  # not exported again
     finally:
         running.end()
 
 
-def demo_head(demo: Demo, chrome: Any) -> str:
-    """What the demo of the bundled tasks says at the top of its page."""
-    page = Visit(chrome, demo.address)
-    text = str(page.page.locator("#head").inner_text())
+def demo_header(demo: Demo, chrome: Any) -> str:
+    """The header of the page with the bundled tasks."""
+    page = DemoPage(chrome, demo.address)
+    text = str(page.find("#head").inner_text())
     page.context.close()
     return text
 
 
-def swap_train_and_export_among_fifty(page: Visit, tmp_path: Path) -> None:
-    """The other flows, with names that only some of the fifty have."""
+def swap_train_and_export_among_fifty(page: DemoPage, tmp_path: Path) -> None:
+    """Use the other tabs with some of the fifty tasks."""
     page.tab("Swap")
-    rows = page.page.locator("#resident tbody tr")
+    rows = page.find("#resident tbody tr")
     page.expect(rows).to_have_count(50)
     shutil.copyfile(BUNDLED / "shape.ckpt", tmp_path / "one more.ckpt")
     page.upload("#upload", tmp_path / "one more.ckpt")
     page.see("#upload .file-preview")
-    page.page.locator("#add").click()
+    page.click("#add")
     page.shows("#verdict", "one more joined the fleet with")
     page.expect(rows).to_have_count(51)
     page.choose("#verify-name", "task 07")
-    page.page.locator("#verify").click()
-    page.shows("#verdict", "The answers agree.")
+    page.click("#verify")
+    page.shows("#verdict", "task 07 gives the same answers")
     page.choose("#remove-name", "task 33")
-    page.page.locator("#remove").click()
-    page.shows("#verdict", "task 33 has left")
+    page.click("#remove")
+    page.shows("#verdict", "task 33 was removed")
     page.expect(rows).to_have_count(50)
 
     page.tab("Inside")
     page.choose("#inside-task", "task 21")
-    page.page.locator("#look").click()
+    page.click("#look")
     page.see("#inside .chart")
-    assert page.see("#attention img").get_attribute("alt").startswith("Where the class token")
+    assert (
+        page.see("#attention img").get_attribute("alt").startswith("Attention of the class token")
+    )
 
-    page.tab("Train")  # pictures that the demo draws
+    page.tab("Train")
     page.choose("#kind", "colour")
-    page.page.locator("#count input[type=number]").fill("60")
-    page.page.locator("#train-name input, #train-name textarea").fill("drawn")
-    page.page.get_by_label("quick", exact=True).check()
-    page.page.locator("#train").click()
-    page.expect(page.page.locator("#curve")).to_contain_text("joined the fleet", timeout=TRAINING)
-    accuracy = float(page.page.locator("#curve [data-test]").get_attribute("data-test"))
+    page.find("#count input[type=number]").fill("60")
+    page.fill("#train-name", "drawn")
+    page.playwright.get_by_label("quick", exact=True).check()
+    page.click("#train")
+    page.expect(page.find("#curve")).to_contain_text("joined the fleet", timeout=TRAINING)
+    accuracy = float(page.find("#curve [data-test]").get_attribute("data-test"))
     page.shows("#head", "51 tasks")
 
     page.tab("Export")
     page.choose("#export-task", "drawn")
-    page.page.locator("#export").click()
+    page.click("#export")
     page.shows("#exported", "drawn is merged and verified")
-    with page.page.expect_download() as download:
+    with page.playwright.expect_download() as download:
         page.see("#files a[download]").first.click()
     download.value.save_as(tmp_path / "drawn.onnx")
 

@@ -1,4 +1,4 @@
-"""A real browser for the tests: where Chromium is, and how it is got where it is missing."""
+"""A real browser for the tests: Chromium, installed if it is missing."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 from installed import program
 
 ARGUMENTS = (
-    "--no-sandbox",  # as root there is none
+    "--no-sandbox",  # root cannot use the sandbox
     "--disable-gpu-sandbox",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
-    "--use-fake-device-for-media-stream",  # a webcam that shows a pattern, and may be used
+    "--use-fake-device-for-media-stream",  # a webcam that shows a pattern
     "--use-fake-ui-for-media-stream",
 )
 
 
 def chromium() -> str:
-    """The program, or the one that CHROMIUM names."""
+    """Path of Chromium; the variable CHROMIUM overrides it."""
     names = [os.environ.get("CHROMIUM", ""), "chromium-browser", "google-chrome", "chromium"]
     return program(names, ["chromium", "fonts-dejavu-core"])
 
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Chromium without a window, for as long as the block runs."""
+    """Context manager: Chromium without a window."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

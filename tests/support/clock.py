@@ -1,4 +1,4 @@
-"""An event loop whose time passes when a test says so."""
+"""An event loop whose clock a test can advance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class Clock:
-    """Time of the running event loop: real, and ahead of it by what a test let pass."""
+    """Clock of the running event loop: the real time plus an offset that tests advance."""
 
     def __init__(self) -> None:
         loop, self.ahead = asyncio.get_running_loop(), 0.0
@@ -14,12 +14,12 @@ class Clock:
         loop.time = lambda: real() + self.ahead  # type: ignore[method-assign]
 
     async def go(self, seconds: float) -> None:
-        """Let time pass, and all that is due by then happen."""
+        """Advance the clock and run everything that is due."""
         self.ahead += seconds
         await settled()
 
 
 async def settled() -> None:
-    """Let bytes on this machine's own connections arrive, and what they start begin."""
-    for _ in range(20):  # each time sockets are looked at
+    """Let the event loop deliver what was sent on local connections and start its handlers."""
+    for _ in range(20):  # each iteration polls the sockets
         await asyncio.sleep(0)

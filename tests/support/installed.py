@@ -1,4 +1,4 @@
-"""Programs that tests need beside Python packages, installed with apt-get where one is missing."""
+"""Programs that the tests need, installed with apt-get if they are missing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def program(names: Sequence[str], packages: Sequence[str]) -> str:
     """Path of a program; a missing one is an error, not a skip.
 
     Args:
-        names: It may have; the first that is found is taken. Empty ones are passed over.
-        packages: Debian's, which bring it.
+        names: Names of the program; the first that exists is taken, and empty ones are ignored.
+        packages: Debian packages that contain it.
 
     Raises:
-        RuntimeError: It is missing, and cannot be installed.
+        RuntimeError: It is missing and cannot be installed.
     """
     if found := _found(names):
         return found

@@ -1,4 +1,4 @@
-"""The demo's command in a process of its own, and what to throw at it."""
+"""The command aoft-demo in a subprocess, and an HTTP client for it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import re
 import secrets
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Answer", "Demo", "Stranger", "bomb", "install", "told"]
-
-ROOT = Path(__file__).parents[2]
+__all__ = ["Answer", "Demo", "DemoClient", "install", "uploaded_file"]
 
 
-def install(folder: Path) -> dict[str, str]:
-    """Install this checkout's wheel in a folder, as pip does for a user; nobody may write there.
+def install(root: Path, folder: Path) -> dict[str, str]:
+    """Build the wheel of a checkout and install it with pip, with all files read-only.
+
+    Args:
+        root: The checkout.
+        folder: Folder for the wheel and the installed packages.
 
     Returns:
-        Variables with which Python finds it before the checkout.
+        Environment variables with which Python imports the installed packages.
     """
     site = folder / "site"
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "install"]
     options = ["--no-deps", "--no-index", "--no-compile", "--target", str(site), str(wheel)]
@@ -40,22 +40,22 @@ def install(folder: Path) -> dict[str, str]:
         if path.is_file():
             path.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
     variables = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
-    where = [sys.executable, "-c", "import aoft_demo, aoft_deploy; print(aoft_demo.__file__)"]
-    found = subprocess.run(
-        where, env={**os.environ, **variables}, cwd=folder, check=True, capture_output=True
+    print_path = [sys.executable, "-c", "import aoft_demo, aoft_deploy; print(aoft_demo.__file__)"]
+    done = subprocess.run(
+        print_path, env={**os.environ, **variables}, cwd=folder, check=True, capture_output=True
     )
-    assert Path(os.fsdecode(found.stdout.strip())).is_relative_to(site)
+    assert Path(os.fsdecode(done.stdout.strip())).is_relative_to(site)
     return variables
 
 
 class Demo:
-    """The command in a process, at ``address`` once it says so.
+    """The command in a subprocess; it serves ``address`` when the constructor returns.
 
     Args:
-        log: Where its output goes; temporary files lie beside.
-        arguments: Of the command.
-        cwd: Its working directory.
-        environment: Variables beside those of this process.
+        log: File for the command's output; temporary files are in the same folder.
+        arguments: Arguments of the command.
+        cwd: Working directory.
+        environment: Additional environment variables.
     """
 
     def __init__(
@@ -67,16 +67,17 @@ class Demo:
     ) -> None:
         command = [sys.executable, "-u", "-m", "aoft_demo.cli", *map(str, arguments)]
         command += ["--port", "0", "--threads", "1"]
-        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent), **(environment or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)}
+        variables.update(environment or {})
         self.log, self.folder, start = log, log.parent, time.monotonic()
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **own}, cwd=cwd
+                command, stdout=file, stderr=subprocess.STDOUT, env=variables, cwd=cwd
             )
-        self.address = self._address(300)
+        self.address = self._wait_for_address(300)
         self.seconds = time.monotonic() - start
 
-    def _address(self, seconds: float) -> str:
+    def _wait_for_address(self, seconds: float) -> str:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := re.search(r"is at (http://\S+)", self.log.read_text()):
@@ -86,7 +87,10 @@ class Demo:
         raise AssertionError(self.log.read_text())
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """As a supervisor does; Ctrl-C means the same, but is ignored below ``nohup`` and ``&``."""
+        """Stop the command as a supervisor does and return its exit code.
+
+        SIGTERM is the default, since processes started with ``nohup`` or ``&`` may ignore SIGINT.
+        """
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -97,45 +101,54 @@ class Demo:
 
 
 class Answer(NamedTuple):
-    """What came of an event of the page.
+    """Result of an event of the page.
 
     Attributes:
-        success: Whether its handler ran.
-        text: What it gave, or what is told of the fault.
+        success: Whether the handler ran.
+        text: The handler's output as JSON, or the error.
     """
 
     success: bool
     text: str
 
 
-class Stranger:
-    """Someone with an HTTP client; paths go out as they are given."""
+class DemoClient:
+    """An HTTP client of the demo; it sends paths unchanged.
 
-    def __init__(self, demo: Demo, folder: Path, home: Path, asked: Path) -> None:
-        self.demo, self.cwd, self.home, self._asked = demo, folder, home, asked
+    Args:
+        demo: The running demo.
+        cwd: The demo's working directory.
+        home: The demo's home directory.
+        network_log: File in which the demo logs its own network access, if it does.
+    """
+
+    def __init__(self, demo: Demo, cwd: Path, home: Path, network_log: Path) -> None:
+        self.demo, self.cwd, self.home, self._network_log = demo, cwd, home, network_log
         host, _, port = demo.address.removeprefix("http://").partition(":")
         self.host, self.port = host, int(port)
         self.session = secrets.token_hex(6)
         config = json.loads(self.ask("GET", "/config")[2])
         self.ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-        handled = [found for found in config["dependencies"] if found["backend_fn"]]
-        self.events = {tuple(t): found["id"] for found in handled for t in found["targets"]}
+        handled = [event for event in config["dependencies"] if event["backend_fn"]]
+        self.events = {tuple(t): event["id"] for event in handled for t in event["targets"]}
 
     @property
     def uploads(self) -> Path:
+        """The demo's folder of uploaded files."""
         (folder,) = self.demo.folder.glob("aoft-demo-*/uploads")
         return folder
 
     @property
-    def asked(self) -> list[str]:
-        """Whom the server asked on any network, without itself as it starts."""
+    def network_access(self) -> list[str]:
+        """The demo's network access, without that to its own address."""
         own = f"('127.0.0.1', {self.port})", "'127.0.0.1'", "b'127.0.0.1'"
-        lines = self._asked.read_text().splitlines() if self._asked.exists() else []
+        log = self._network_log
+        lines = log.read_text().splitlines() if log.exists() else []
         return [line for line in lines if not any(name in line for name in own)]
 
-    def forget(self) -> None:
-        """Whom it asked."""
-        self._asked.unlink(missing_ok=True)
+    def clear_network_log(self) -> None:
+        """Delete the log of the demo's network access."""
+        self._network_log.unlink(missing_ok=True)
 
     def ask(
         self,
@@ -144,39 +157,45 @@ class Stranger:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers in lower case, and content."""
+        """Send a request; return the status, the headers by lower-case names, and the content."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         try:
             named = any(name.lower() == "host" for name in headers or {})
             connection.putrequest(method, path, skip_host=named)
-            given = {"Content-Length": str(len(body))} if body is not None else {}
-            for name, value in {**given, **(headers or {})}.items():
+            length = {"Content-Length": str(len(body))} if body is not None else {}
+            for name, value in {**length, **(headers or {})}.items():
                 connection.putheader(name, value)
             connection.endheaders()
             try:
                 for start in range(0, len(body or b""), 65536):
                     connection.send((body or b"")[start : start + 65536])
-            except OSError:  # it has heard enough
+            except OSError:  # the server has closed the connection early
                 pass
             response = connection.getresponse()
-            found = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, found, response.read()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, received, response.read()
         finally:
             connection.close()
 
     def upload(self, name: str | bytes, content: bytes) -> tuple[int, str]:
-        """Status and what was told: the place of the file, or the fault."""
+        """Upload a file; return the status, and the file's path or the error."""
         raw = name if isinstance(name, bytes) else name.encode()
         body = (
             b'--x\r\nContent-Disposition: form-data; name="files"; filename="' + raw + b'"\r\n'
             b"Content-Type: application/octet-stream\r\n\r\n" + content + b"\r\n--x--\r\n"
         )
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        status, _, told = self.ask("POST", "/gradio_api/upload", body, headers)
-        return status, json.loads(told)[0] if status == 200 else told.decode()
+        status, _, answer = self.ask("POST", "/gradio_api/upload", body, headers)
+        return status, json.loads(answer)[0] if status == 200 else answer.decode()
 
     def call(self, part: str, event: str, *data: Any) -> Answer:
-        """Fire an event of the page and wait for what comes of it."""
+        """Fire an event of the page and wait for its result.
+
+        Args:
+            part: ``elem_id`` of the component.
+            event: Name of the event, such as ``click``.
+            data: Values of the event's inputs.
+        """
         for message in self.fire(part, event, *data):
             if message["msg"] == "process_completed":
                 return Answer(message["success"], json.dumps(message["output"]))
@@ -185,7 +204,7 @@ class Stranger:
         raise AssertionError("the event has not ended")
 
     def fire(self, part: str, event: str, *data: Any) -> Iterator[dict[str, Any]]:
-        """Fire an event of the page; the messages about it as they come."""
+        """Fire an event of the page; yield the server's messages. Arguments as for ``call``."""
         number = self.ids[part]
         join = {
             "data": data,
@@ -195,11 +214,11 @@ class Stranger:
         }
         headers = {"Content-Type": "application/json"}
         body = json.dumps(join).encode()
-        status, _, told = self.ask("POST", "/gradio_api/queue/join", body, headers)
+        status, _, answer = self.ask("POST", "/gradio_api/queue/join", body, headers)
         if status == 200:
             yield from self._messages()
         else:
-            yield {"msg": "refused", "output": told.decode()}
+            yield {"msg": "refused", "output": answer.decode()}
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=120)
@@ -211,30 +230,16 @@ class Stranger:
         finally:
             connection.close()
 
-    def classify(self, path: str, tasks: Any = ("digits",), **more: Any) -> Answer:
-        """Ask what is in a file that the page says was uploaded."""
-        return self.call("picture", "change", told(path, **more), list(tasks))
+    def classify(self, path: str, tasks: Any = ("digits",)) -> Answer:
+        """Classify a file as if the page had uploaded it."""
+        return self.call("picture", "change", uploaded_file(path), list(tasks))
 
     def memory(self) -> int:
-        """Bytes of the server's memory."""
+        """Resident memory of the demo in bytes."""
         pages = Path(f"/proc/{self.demo.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def told(path: str, **more: Any) -> dict[str, Any]:
-    """A file as a page tells of it."""
+def uploaded_file(path: str, **more: Any) -> dict[str, Any]:
+    """An uploaded file, as the page sends it in an event."""
     return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
-
-
-def bomb() -> bytes:
-    """A PNG of 21 KB whose pixels would take 170 MB and more."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checked = kind + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    side = 13_000
-    rows = zlib.compress(bytes((side // 8 + 2) * side), 9)
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -1,1 +1,1 @@
-"""What the page's tabs do, without a page."""
+"""The work behind each tab, independent of the page."""

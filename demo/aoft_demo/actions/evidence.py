@@ -1,4 +1,4 @@
-"""The project's measurements, read from benchmarks/results."""
+"""Measured results of the project, read from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from typing import Any
 __all__ = ["Accuracy", "Speed", "accuracies", "results_folder", "speeds"]
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's factor of a 95 % interval, by number of values."""
+"""Factor of Student's t for a 95 % confidence interval, by number of values."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A method on digits at 32 pixels, see benchmarks/accuracy/methods.py.
+    """Accuracy of a method on digits at 32 pixels; see benchmarks/accuracy/methods.py.
 
     Attributes:
-        method: Its name.
-        mean: Test accuracy, 0 to 1, over the seeds.
-        half: Half of its 95 % interval.
-        parameters: Numbers trained beside the classifier.
-        seeds: How many.
+        method: Name of the method.
+        mean: Mean test accuracy over the seeds, 0 to 1.
+        margin: Half width of the 95 % confidence interval.
+        parameters: Number of trained parameters, without the classifier.
+        seeds: Number of seeds.
     """
 
     method: str
     mean: float
-    half: float
+    margin: float
     parameters: int
     seeds: int
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A way to run ViT-B/16 on two CPU cores.
+    """Throughput of ViT-B/16 on two CPU cores, relative to a baseline.
 
     Attributes:
-        name: What ran.
-        ratio: Its throughput over that of what it is compared with.
-        against: What that is.
-        batch: Images in a batch.
+        name: What was measured, such as ``OpenVINO bf16``.
+        ratio: Throughput divided by that of the baseline.
+        baseline: Name of the baseline.
+        batch: Batch size.
     """
 
     name: str
     ratio: float
-    against: str
+    baseline: str
     batch: int
 
 
 def results_folder() -> Path | None:
-    """Where the results are: beside this file when installed, else in the checkout."""
-    here = Path(__file__).parents[1]
-    for folder in (here / "results", here.parents[1] / "benchmarks" / "results"):
+    """Folder of the results: in the installed package, else in the checkout; None if missing."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "results", package.parents[1] / "benchmarks" / "results"):
         if (folder / "methods.jsonl").is_file():
             return folder
     return None
 
 
 def accuracies() -> list[Accuracy]:
-    """Every method's accuracy, each seed with the rate that its validation images chose."""
+    """Accuracy of every method; empty if there are no results."""
     folder = results_folder()
     if folder is None:
         return []
@@ -76,31 +76,31 @@ def accuracies() -> list[Accuracy]:
 
 
 def _accuracy(name: str, seeds: dict[int, list[dict[str, Any]]]) -> Accuracy:
-    """The factor that did best on seed 0's validation images, over all seeds."""
+    """Accuracy over all seeds, at the learning-rate factor that validated best on seed 0."""
     best = max(seeds[0], key=lambda line: (line["val"], -line["val_loss"]))
-    same = [ls for lines in seeds.values() for ls in lines if ls["factor"] == best["factor"]]
-    values = [line["test"] for line in same]
-    half = 0.0
+    lines = [line for lines in seeds.values() for line in lines]
+    values = [line["test"] for line in lines if line["factor"] == best["factor"]]
+    margin = 0.0
     if len(values) > 1:
-        half = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return Accuracy(name, statistics.fmean(values), half, best["parameters"], len(values))
+        margin = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return Accuracy(name, statistics.fmean(values), margin, best["parameters"], len(values))
 
 
 def speeds() -> list[Speed]:
-    """Throughputs of engines at their largest batch, and of a fleet; empty if there are none."""
+    """Throughput of engines at the largest batch, and of fleets; empty if there are no results."""
     folder = results_folder()
     try:
         return [] if folder is None else [*_engines(folder), *_fleets(folder)]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # of another version of the benchmarks; the page opens without them
+        return []  # the files have another format; the page works without them
 
 
 def _engines(folder: Path) -> list[Speed]:
     rows = json.loads((folder / "engines.json").read_text("utf-8"))["rows"]
-    most = max(row["batch"] for row in rows)
-    largest = [row for row in rows if row["batch"] == most]
-    against = next(row["name"] for row in largest if row["ratio"] == 1)
-    return [Speed(row["name"], row["ratio"], against, most) for row in largest]
+    batch = max(row["batch"] for row in rows)
+    rows = [row for row in rows if row["batch"] == batch]
+    baseline = next(row["name"] for row in rows if row["ratio"] == 1)
+    return [Speed(row["name"], row["ratio"], baseline, batch) for row in rows]
 
 
 def _fleets(folder: Path) -> list[Speed]:

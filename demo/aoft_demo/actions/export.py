@@ -1,39 +1,61 @@
-"""Export of a task from the page."""
+"""Export of a session's task as a merged ONNX model."""
 
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
+from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import checkpoint_of
-from aoft_demo.tasks.visitors import Visitor
+from aoft_deploy.artefacts.verification import Report
 
-if TYPE_CHECKING:
-    from aoft_deploy.export.merged import Exported
-
-__all__ = ["export_task"]
+__all__ = ["ExportedTask", "export_task"]
 
 
-def export_task(visitor: Visitor, name: str, *, uint8: bool) -> Exported:
-    """A task's merged model with its manifest, among the visitor's files.
+@dataclass(frozen=True)
+class ExportedTask:
+    """An exported and verified task.
+
+    Attributes:
+        path: The ONNX file.
+        manifest: Its manifest.
+        size: Size of the ONNX file in bytes.
+        report: Comparison with the unmerged model.
+    """
+
+    path: Path
+    manifest: Path
+    size: int
+    report: Report
+
+
+def export_task(session: Session, name: str, *, uint8: bool) -> ExportedTask:
+    """Export a task's merged model with its manifest into the session's folder.
+
+    Args:
+        session: Session with the task.
+        name: Name of the task.
+        uint8: Whether the model takes pixels instead of normalised inputs.
 
     Raises:
-        AoftError: The task has no checkpoint, it was removed meanwhile, or its answers would
-            differ.
+        AoftError: The task has no checkpoint, it was removed in the meantime, or the exported
+            model's answers differ.
     """
     from aoft_deploy.export.merged import export_merged
 
-    folder = visitor.folder / "exports"
+    folder = session.folder / "exports"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with visitor.using(name) as task:
-            return export_merged(
+        with session.using(name) as task:
+            done = export_merged(
                 checkpoint_of(task, name),
                 folder / f"{name}.onnx",
                 uint8=uint8,
-                weights=visitor.stage.weights,
+                weights=session.shared.weights,
                 command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] * uint8)],
             )
+            return ExportedTask(done.path, done.manifest, done.size, done.report)
     finally:
-        if visitor.gone:  # its folder was removed while we wrote into it
-            shutil.rmtree(visitor.folder, ignore_errors=True)
+        if session.ended:  # the session's folder was removed during the export
+            shutil.rmtree(session.folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""The fleet that is shown, and each visitor's own tasks in it."""
+"""The shared fleet, the tasks of each session in it, and the queue of trainings."""

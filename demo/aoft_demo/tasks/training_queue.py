@@ -1,4 +1,4 @@
-"""Trainings: a process each, one at a time, and an end to each that anyone may bring about."""
+"""Trainings, each in its own subprocess, and the queue that runs one at a time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["MOST_WAITING", "Line", "Training"]
+__all__ = ["MAX_WAITING", "Training", "TrainingQueue"]
 
-MOST_WAITING = 12
-"""Trainings that may wait for their turn; each occupies a thread."""
+MAX_WAITING = 12
+"""Trainings that may wait; each one blocks a thread."""
 
 GRACE = 1.0
-"""Seconds in which a process may end by itself."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 class Training:
-    """One training, from the button to its end."""
+    """One training. Any thread may stop it."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -31,36 +31,43 @@ class Training:
 
     @property
     def stopped(self) -> bool:
-        """Whether someone has stopped it."""
+        """Whether the training was stopped."""
         return self._stopped.is_set()
 
-    def go_on(self) -> None:
-        """Do nothing, unless someone has stopped it.
+    def check_not_stopped(self) -> None:
+        """Raise an error if the training was stopped.
 
         Raises:
-            SettingError: Someone has.
+            SettingError: It was stopped.
         """
         if self.stopped:
             raise SettingError("Training was stopped; nothing was added.")
 
     def start(self, command: Sequence[str], log: Path) -> None:
-        """Start its process.
+        """Start the subprocess.
 
         Args:
             command: The program and its arguments.
-            log: Where its messages go.
+            log: File for the program's stderr.
 
         Raises:
-            SettingError: Someone has stopped it.
+            SettingError: The training was stopped.
         """
         with self._lock, log.open("wb") as file:
-            self.go_on()
+            self.check_not_stopped()
             self._process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
             )
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the process's end, no longer than some seconds; its exit code, None before."""
+        """Wait for the subprocess.
+
+        Args:
+            seconds: Longest wait.
+
+        Returns:
+            The exit code; None if the subprocess still runs.
+        """
         assert self._process is not None
         try:
             return self._process.wait(seconds)
@@ -68,7 +75,7 @@ class Training:
             return None
 
     def stop(self) -> None:
-        """End it: a process that runs has ended when this returns, and its children with it."""
+        """Stop the training; the subprocess and its children have ended when this returns."""
         self._stopped.set()
         with self._lock:
             process = self._process
@@ -82,33 +89,33 @@ class Training:
                 process.wait()
 
 
-class Line:
-    """Whose turn it is, of those who want to train."""
+class TrainingQueue:
+    """The order in which trainings run. Safe to use from any thread."""
 
     def __init__(self) -> None:
-        self._waiting: list[Training] = []
+        self._trainings: list[Training] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def place(self, training: Training) -> Iterator[None]:
-        """Stand in line while the block runs.
+    def entered(self, training: Training) -> Iterator[None]:
+        """Context manager: the training is in the queue.
 
         Raises:
-            SettingError: The line is too long.
+            SettingError: The queue is full.
         """
         with self._lock:
-            self._waiting = [other for other in self._waiting if not other.stopped]
-            if len(self._waiting) > MOST_WAITING:
-                raise SettingError(f"{MOST_WAITING} trainings are waiting: try again later.")
-            self._waiting.append(training)
+            self._trainings = [other for other in self._trainings if not other.stopped]
+            if len(self._trainings) > MAX_WAITING:
+                raise SettingError(f"{MAX_WAITING} trainings are waiting: try again later.")
+            self._trainings.append(training)
         try:
             yield
         finally:
             with self._lock:
-                self._waiting = [other for other in self._waiting if other is not training]
+                self._trainings = [other for other in self._trainings if other is not training]
 
     def is_first(self, training: Training) -> bool:
-        """Whether nobody stands before a training; those who were stopped do not count."""
+        """Whether the training is the first in the queue that was not stopped."""
         with self._lock:
-            first = next((other for other in self._waiting if not other.stopped), training)
+            first = next((other for other in self._trainings if not other.stopped), training)
         return first is training

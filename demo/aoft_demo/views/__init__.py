@@ -1,1 +1,1 @@
-"""How the page looks: tabs, cards, charts and notices."""
+"""The page: layout of the tabs, cards, charts and notices."""

@@ -1,4 +1,4 @@
-"""The tab Classify: a picture, the tasks that are asked, their answers side by side."""
+"""The tab Classify: a picture, the chosen tasks, and their answers side by side."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo.actions.classify import classify
-from aoft_demo.tasks.visitors import Visitors
+from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import cards, notices
-from aoft_demo.views.choosers import names_among
-from aoft_demo.views.failures import told
+from aoft_demo.views.failures import show_failures
+from aoft_demo.views.task_lists import valid_names
 
-__all__ = ["FIRST", "ClassifyTab", "classify_tab", "uploaded"]
+__all__ = ["FIRST", "REMOVE_OLD_ANSWERS", "ClassifyTab", "classify_tab"]
 
 FIRST = 6
-"""Tasks that are chosen at the beginning."""
+"""Number of tasks that are chosen at first."""
 
-START = cards.of_picture(
+START = cards.for_picture(
     notices.empty(
         "Drop a picture, or pick an example",
-        "Every chosen task answers about it at once, in one pass through the backbone.",
+        "All chosen tasks classify it in one pass through the backbone.",
     ),
     "",
 )
 
-FRESH = f"""(picture, html) => {{
+REMOVE_OLD_ANSWERS = f"""(picture, html) => {{
     const marked = /data-picture="([^"]*)"/.exec(html ?? "");
     const shown = picture ? picture.path.split("/").slice(-2, -1)[0] : "";
     if (!marked || marked[1] === shown) return html;
-    return picture ? {json.dumps(notices.wait("Looking at the picture …"))} : {json.dumps(START)};
+    return picture ? {json.dumps(notices.busy("Classifying the picture …"))} : {json.dumps(START)};
 }}"""
-"""Takes answers away whose picture is not there any more, in the browser, without delay."""
+"""JavaScript: replace answers that belong to another picture, without a request."""
 
 
 @dataclass(frozen=True)
 class ClassifyTab:
-    """What other tabs and the page need of it.
+    """Components that other tabs and the page use.
 
     Attributes:
-        picture: The picture's file.
+        picture: The picture.
         tasks: The chosen tasks.
     """
 
@@ -51,22 +51,9 @@ class ClassifyTab:
     tasks: gr.CheckboxGroup
 
 
-def uploaded(payload: Any) -> str | None:
-    """The uploaded file itself: we read pictures ourselves, and say what is wrong with them.
-
-    Gradio checks the place of files that call themselves uploaded; of others it is checked here.
-    """
-    if payload is None or payload.path is None:
-        return None
-    path, folder = Path(payload.path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
-    if not path.is_relative_to(folder):
-        raise gr.Error("This picture was not uploaded.", print_exception=False)
-    return str(path)
-
-
-def classify_tab(visitors: Visitors) -> ClassifyTab:
-    """Lay out the tab and connect it."""
-    names = list(visitors.stage.tasks)
+def classify_tab(sessions: SessionRegistry) -> ClassifyTab:
+    """Lay out the tab and connect its events."""
+    names, pictures = list(sessions.shared.tasks), list(sessions.shared.examples)
     with gr.Row(elem_id="classify", equal_height=False):
         with gr.Column(scale=5, min_width=300):
             picture = gr.Image(
@@ -77,9 +64,9 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
                 elem_id="picture",
                 buttons=[],
             )
-            picture.preprocess = uploaded  # type: ignore[method-assign]
+            picture.preprocess = _uploaded_path  # type: ignore[method-assign]
             gallery = gr.Gallery(
-                [str(path) for path in visitors.stage.examples],
+                [str(path) for path in pictures],
                 label="Examples",
                 show_label=False,
                 columns=12,
@@ -88,43 +75,45 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
                 elem_id="examples",
                 buttons=[],
                 interactive=False,
-                visible=bool(visitors.stage.examples),
+                visible=bool(pictures),
             )
             tasks = gr.CheckboxGroup(
                 names,
                 value=names[:FIRST],
-                label="Tasks to ask",
+                label="Tasks",
                 show_select_all=True,
                 elem_id="tasks",
             )
-            tasks.preprocess = names_among  # type: ignore[assignment, method-assign]
+            tasks.preprocess = valid_names  # type: ignore[assignment, method-assign]
         with gr.Column(scale=6, min_width=300):
             answers = gr.HTML(START, elem_id="answers")
 
-    def pick(event: gr.SelectData) -> str:
+    examples = [entry["image"]["path"] for entry in gallery.value or []]  # Gradio's own copies
+
+    def pick_example(event: gr.SelectData) -> str:
         return str(examples[int(event.index)])
 
     def answer(path: str | None, chosen: Sequence[str], request: gr.Request) -> str:
         if path is None:
             return START
-        return cards.of_picture(about(Path(path), chosen, request), Path(path).parent.name)
+        html = classified(Path(path), chosen, request)
+        return cards.for_picture(html, Path(path).parent.name)
 
-    @told("No answer")
-    def about(picture: Path, chosen: Sequence[str], request: gr.Request) -> str:
+    @show_failures("No answer")
+    def classified(file: Path, chosen: Sequence[str], request: gr.Request) -> str:
         if not chosen:
-            return notices.empty("No task is chosen", "Tick one below the picture.")
-        visitor = visitors.of(request.session_hash)
-        known = [name for name in chosen if name in visitor.tasks]
-        return cards.answer_cards(classify(visitor, picture, known))
+            return notices.empty("No task is chosen", "Choose at least one below the picture.")
+        session = sessions.get(request.session_hash)
+        known = [name for name in chosen if name in session.tasks]
+        return cards.answer_cards(classify(session, file, known))
 
-    examples = [entry["image"]["path"] for entry in gallery.value or []]  # Gradio's own copies
-    gallery.select(pick, outputs=picture, show_progress="hidden", api_visibility="private")
-    gr.on(  # before the next: the browser waits for one listener after the other
+    gallery.select(pick_example, outputs=picture, show_progress="hidden", api_visibility="private")
+    gr.on(  # before the next event: the browser runs an event's listeners one after the other
         [picture.change, answers.change],
         None,
         [picture, answers],
         answers,
-        js=FRESH,
+        js=REMOVE_OLD_ANSWERS,
         show_progress="hidden",
         api_visibility="private",
     )
@@ -139,3 +128,16 @@ def classify_tab(visitors: Visitors) -> ClassifyTab:
         api_visibility="private",
     )
     return ClassifyTab(picture, tasks)
+
+
+def _uploaded_path(payload: Any) -> str | None:
+    """The path of the uploaded file, in place of Gradio's own decoding.
+
+    Gradio checks the paths of files that are marked as uploaded; this checks all others.
+    """
+    if payload is None or payload.path is None:
+        return None
+    path, folder = Path(payload.path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
+    if not path.is_relative_to(folder):
+        raise gr.Error("This picture was not uploaded.", print_exception=False)
+    return str(path)

@@ -1,4 +1,4 @@
-"""Faults as one sentence on the page, without folders of this machine; the page stays usable."""
+"""Failures as one sentence on the page, without paths of the host."""
 
 from __future__ import annotations
 
@@ -14,61 +14,65 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from aoft_demo.views.notices import problem
+from aoft_demo.views.notices import failure
 from aoft_deploy.errors import AoftError
 
-__all__ = ["sentence", "told"]
+__all__ = ["failure_message", "show_failures"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FOLDERS = re.compile(r"(?<=')/(?:[^/']+/)+|(?<=\")/(?:[^/\"]+/)+|(?<![\w./])/(?:[^/\s'\"]+/)+")
-"""Folders before a file's name; those with spaces are known by the quotes around the whole."""
+"""Folders before a file name; a folder's name may contain spaces if the path is quoted."""
 
 
-def sentence(error: Exception) -> str:
-    """What to tell a visitor about a fault."""
+def failure_message(error: Exception) -> str:
+    """The message to show for an error; an unexpected error is logged with its traceback."""
     if isinstance(error, AoftError | NotImplementedError):
-        own = tempfile.gettempdir()
-        text = str(error).replace(f"{own}/", "/").replace(f"{own!r}"[1:-1] + "/", "/")
+        temporary = tempfile.gettempdir()
+        text = str(error)
+        for prefix in (temporary, repr(temporary)[1:-1]):
+            text = text.replace(f"{prefix}/", "/")
         return FOLDERS.sub("", " ".join(text.split()))
     traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk that the demo writes to is full: make room there, and try again."
-    return "This did not work, and the fault is ours; the page goes on. The log has the details."
+        return "The demo's disk is full: free some space and try again."
+    return "Something went wrong: this is a bug. You can continue; the log has the details."
 
 
-def told(title: str, place: int = 0, of: int = 1) -> Callable[[F], F]:
-    """A handler whose faults appear where its result would, and stay there.
+def show_failures(title: str, output: int = 0, outputs: int = 1) -> Callable[[F], F]:
+    """Decorator of a handler: show its errors in place of its result.
 
     Args:
-        title: What did not happen.
-        place: Which of the handler's outputs shows it.
-        of: Number of outputs; the others stay as they are.
+        title: Title of the message.
+        output: Index of the output that shows the message.
+        outputs: Number of outputs; the others keep their values.
     """
 
-    def card(error: Exception) -> Any:
-        shown = problem(title, sentence(error))
-        return shown if of == 1 else tuple(shown if i == place else gr.skip() for i in range(of))
+    def message(error: Exception) -> Any:
+        html = failure(title, failure_message(error))
+        if outputs == 1:
+            return html
+        return tuple(html if i == output else gr.skip() for i in range(outputs))
 
-    def wrap(function: F) -> F:
-        if inspect.isgeneratorfunction(function):
+    def decorate(handler: F) -> F:
+        if inspect.isgeneratorfunction(handler):
 
-            @functools.wraps(function)
+            @functools.wraps(handler)
             def generate(*arguments: Any) -> Iterator[Any]:
                 try:
-                    yield from function(*arguments)
+                    yield from handler(*arguments)
                 except Exception as error:
-                    yield card(error)
+                    yield message(error)
 
             return generate  # type: ignore[return-value]
 
-        @functools.wraps(function)
+        @functools.wraps(handler)
         def call(*arguments: Any) -> Any:
             try:
-                return function(*arguments)
+                return handler(*arguments)
             except Exception as error:
-                return card(error)
+                return message(error)
 
         return call  # type: ignore[return-value]
 
-    return wrap
+    return decorate

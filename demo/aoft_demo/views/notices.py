@@ -1,36 +1,38 @@
-"""Short notices of the page: empty, wait, problem, note and done."""
+"""Short notices as HTML; all texts are escaped."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["done", "empty", "note", "problem", "wait"]
+__all__ = ["busy", "empty", "failure", "note", "success", "verdict"]
 
 
 def empty(title: str, text: str) -> str:
-    """Nothing to show yet, and what to do about it."""
+    """Placeholder for a result: what is missing, and what to do."""
     return f'<div class="empty"><b>{escape(title)}</b><p>{escape(text)}</p></div>'
 
 
-def wait(text: str) -> str:
-    """Something is under way."""
+def busy(text: str) -> str:
+    """Placeholder while a result is computed."""
     return f'<div class="empty busy" role="status"><b>{escape(text)}</b></div>'
 
 
-def problem(title: str, text: str) -> str:
-    """What went wrong, where the result would be."""
+def failure(title: str, text: str) -> str:
+    """Message about a failure, in place of the result."""
     return f'<div class="empty bad" role="alert"><b>{escape(title)}</b><p>{escape(text)}</p></div>'
 
 
 def note(text: str) -> str:
-    """A quiet sentence."""
+    """Explanation in small print."""
     return f'<p class="note">{escape(text)}</p>'
 
 
-def done(name: str, text: str) -> str:
-    """Something about a task has succeeded."""
-    return f'<div class="said good" role="status"><b>{escape(name)}</b> {escape(text)}</div>'
+def success(name: str, text: str) -> str:
+    """Message about a task: an action succeeded."""
+    return verdict(name, text, good=True)
+
+
+def verdict(name: str, text: str, *, good: bool) -> str:
+    """Message about a task, in the colour of a good or a bad result."""
+    colour = "good" if good else "bad"
+    return f'<div class="verdict {colour}" role="status"><b>{escape(name)}</b> {escape(text)}</div>'

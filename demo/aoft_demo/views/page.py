@@ -1,4 +1,4 @@
-"""The page: its tabs, and what follows when a visitor's tasks change."""
+"""The page: its tabs, and the updates after a session's tasks have changed."""
 
 from __future__ import annotations
 
@@ -8,90 +8,93 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo.actions.evidence import accuracies, speeds
-from aoft_demo.actions.swap import residents
-from aoft_demo.tasks.visitors import Visitors
+from aoft_demo.actions.residents import residents
+from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import cards
-from aoft_demo.views.choosers import refreshed
 from aoft_demo.views.classify_tab import FIRST, classify_tab
 from aoft_demo.views.export_tab import export_tab
-from aoft_demo.views.failures import sentence
+from aoft_demo.views.failures import failure_message
 from aoft_demo.views.inside_tab import inside_tab
-from aoft_demo.views.swap_tab import resident_panel, swap_tab
+from aoft_demo.views.swap_tab import swap_tab
+from aoft_demo.views.task_lists import refreshed_dropdown
 from aoft_demo.views.train_tab import train_tab
 
 __all__ = ["Page", "build"]
 
 
 class Page(gr.Blocks):
-    """Blocks that tell each fault of a handler as a message on the page.
+    """Blocks that show every unexpected error of an event as a message.
 
-    Most handlers show their faults where their results would be. This is for what happens before
-    and after them, such as a file that Gradio does not take, and for those with nothing to show.
+    Most handlers show their errors in place of their results. This class covers the rest: errors
+    before and after a handler, such as a file that Gradio does not serve, and handlers without an
+    output.
     """
 
-    async def process_api(self, *arguments: Any, **more: Any) -> dict[str, Any]:
+    async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Run an event's handler; see ``gradio.Blocks``."""
         try:
-            return await super().process_api(*arguments, **more)
+            return await super().process_api(*arguments, **options)
         except gr.Error:
             raise
         except Exception as error:
-            raise gr.Error(sentence(error), print_exception=False) from error
+            raise gr.Error(failure_message(error), print_exception=False) from error
 
 
-def build(visitors: Visitors) -> gr.Blocks:
-    """The whole page."""
-    stage = visitors.stage
+def build(sessions: SessionRegistry) -> gr.Blocks:
+    """Build the page."""
     page = Page(
         title="aoft-demo", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     )
     with page:
-        head = gr.HTML(cards.header(stage, []), elem_id="head")
+        header = gr.HTML(cards.header(sessions.shared, []), elem_id="head")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Classify", id="classify"):
-                classify = classify_tab(visitors)
+                classify = classify_tab(sessions)
             with gr.Tab("Swap", id="swap"):
-                swap = swap_tab(visitors)
+                swap = swap_tab(sessions)
             with gr.Tab("Inside", id="inside"):
-                inside = inside_tab(visitors, classify.picture)
+                inside = inside_tab(sessions, classify.picture)
             with gr.Tab("Train", id="train"):
-                train = train_tab(visitors)
+                train = train_tab(sessions)
             with gr.Tab("Export", id="export"):
-                export = export_tab(visitors)
+                export = export_tab(sessions)
             with gr.Tab("Evidence", id="evidence"):
                 gr.HTML(cards.evidence_cards(accuracies(), speeds()), elem_id="measured")
-        choosers = [swap.remove, swap.check, inside.task, export.task]
 
         def refresh(
-            chosen: Sequence[str],
-            removed: str | None,
-            checked: str | None,
-            looked: str | None,
-            exported: str | None,
-            request: gr.Request,
+            request: gr.Request, chosen: Sequence[str], *dropdowns: str | None
         ) -> list[Any]:
-            visitor = visitors.of(request.session_hash)
-            names = list(visitor.tasks)
-            new = set(names) - visitor.shown if visitor.shown is not None else set()
-            begins = names[:FIRST] if visitor.shown is None else []
-            visitor.shown = set(names)
-            ticked = [name for name in names if name in new.union(chosen, begins)]
-            before = (removed, checked, looked, exported)
+            session = sessions.get(request.session_hash)
+            tasks = residents(session)
+            chosen = _chosen(session, chosen)
+            names = list(session.tasks)
             return [
-                cards.header(stage, residents(visitor)),
-                resident_panel(visitors, request.session_hash),
-                gr.CheckboxGroup(names, value=ticked),
-                *(refreshed(one, names) for one in before),
+                cards.header(sessions.shared, tasks),
+                cards.resident_card(sessions.shared, tasks),
+                gr.CheckboxGroup(names, value=chosen),
+                *(refreshed_dropdown(value, names) for value in dropdowns),
             ]
 
-        def leave(request: gr.Request) -> None:
-            visitors.leave(request.session_hash)
+        def end_session(request: gr.Request) -> None:
+            sessions.end(request.session_hash)
 
-        inputs = [classify.tasks, *choosers]
-        outputs = [head, swap.resident, *inputs]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        page.load(refresh, inputs, outputs, **quiet)
+        inputs = [classify.tasks, swap.remove, swap.verify, inside.task, export.task]
+        outputs = [header, swap.resident, *inputs]
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        page.load(refresh, inputs, outputs, **hidden)
         for event in (*swap.changes, *train.changes):
-            event.success(refresh, inputs, outputs, **quiet)
-        page.unload(leave)
+            event.success(refresh, inputs, outputs, **hidden)
+        page.unload(end_session)
     return page
+
+
+def _chosen(session: Session, chosen: Sequence[str]) -> list[str]:
+    """Tasks to choose after a change: those chosen before, and new ones; at first the first few."""
+    names = list(session.tasks)
+    if session.displayed is None:
+        also = set(names[:FIRST])
+    else:
+        also = set(names) - session.displayed
+    session.displayed = set(names)
+    return [name for name in names if name in also.union(chosen)]

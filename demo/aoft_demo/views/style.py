@@ -1,4 +1,4 @@
-"""How the page looks: system fonts, one accent, light and dark from the same names."""
+"""The page's theme and style sheet: system fonts, one accent colour, a light and a dark scheme."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import gradio as gr
 
 __all__ = ["CSS", "theme"]
 
+CSS = Path(__file__).with_name("style.css").read_text("utf-8")
+
 
 def theme() -> gr.themes.Base:
-    """Plain surfaces, fonts of the system, nothing fetched."""
+    """Gradio's base theme with our colours and the system's fonts; it downloads nothing."""
     return gr.themes.Base(
         primary_hue="teal",
         neutral_hue="slate",
@@ -31,6 +33,3 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="#0f766e",
         button_primary_text_color="#ffffff",
     )
-
-
-CSS = Path(__file__).with_name("style.css").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The tab Swap: tasks come and go while the page runs."""
+"""The tab Swap: add, remove and verify tasks while the fleet runs."""
 
 from __future__ import annotations
 
@@ -8,42 +8,40 @@ from typing import Any
 
 import gradio as gr
 
-from aoft_demo.actions.swap import residents, verify
-from aoft_demo.tasks.visitors import Visitors
+from aoft_demo.actions.verification import verify
+from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import cards, notices
-from aoft_demo.views.choosers import chooser
-from aoft_demo.views.failures import told
-from aoft_deploy.checkpoints.names import task_name
+from aoft_demo.views.failures import show_failures
+from aoft_demo.views.task_lists import task_dropdown
 from aoft_deploy.errors import CheckpointError, SettingError
 
-__all__ = ["SwapTab", "resident_panel", "swap_tab"]
+__all__ = ["SwapTab", "swap_tab"]
 
 
 @dataclass(frozen=True)
 class SwapTab:
-    """What the page needs of it.
+    """Components and events that the page uses.
 
     Attributes:
         resident: The table of tasks.
-        remove: Names to remove.
-        check: Names to verify.
-        changes: Events after which there are other tasks.
+        remove: The task to remove.
+        verify: The task to verify.
+        changes: Events that change the session's tasks.
     """
 
     resident: gr.HTML
     remove: gr.Dropdown
-    check: gr.Dropdown
+    verify: gr.Dropdown
     changes: list[Any]
 
 
-def swap_tab(visitors: Visitors) -> SwapTab:
-    """Lay out the tab and connect it."""
-    stage = visitors.stage
-    names = list(stage.tasks)
+def swap_tab(sessions: SessionRegistry) -> SwapTab:
+    """Lay out the tab and connect its events."""
+    names = list(sessions.shared.tasks)
     with gr.Row(elem_id="swap", equal_height=False):
         with gr.Column(scale=5, min_width=300):
             upload = gr.File(
-                label="Add a task: its model.ckpt",
+                label="Add a task from its model.ckpt",
                 file_types=[".ckpt", ".safetensors"],
                 height=120,
                 elem_id="upload",
@@ -54,54 +52,52 @@ def swap_tab(visitors: Visitors) -> SwapTab:
                 )
                 add = gr.Button("Add", variant="primary", elem_id="add", scale=1, min_width=90)
             with gr.Row(equal_height=True):
-                remove = chooser(names, label="Remove a task", elem_id="remove-name", scale=3)
-                drop = gr.Button("Remove", elem_id="remove", scale=1, min_width=90)
+                to_remove = task_dropdown(
+                    names, label="Remove a task", elem_id="remove-name", scale=3
+                )
+                remove = gr.Button("Remove", elem_id="remove", scale=1, min_width=90)
             with gr.Row(equal_height=True):
-                check = chooser(names, label="Verify a task", elem_id="verify-name", scale=3)
-                prove = gr.Button("Verify", elem_id="verify", scale=1, min_width=90)
+                to_verify = task_dropdown(
+                    names, label="Verify a task", elem_id="verify-name", scale=3
+                )
+                check = gr.Button("Verify", elem_id="verify", scale=1, min_width=90)
             verdict = gr.HTML(
                 notices.note(
-                    "Verify compares three ways to the same answers: the model before any merge, "
-                    "the merged one, and this fleet."
+                    "Verify compares a task's answers from the unmerged model, the merged model "
+                    "and this fleet."
                 ),
                 elem_id="verdict",
             )
         with gr.Column(scale=6, min_width=300):
             resident = gr.HTML(elem_id="resident")
 
-    @told("Not added", 2, of=3)
+    @show_failures("Not added", output=2, outputs=3)
     def add_task(path: str | None, typed: str, request: gr.Request) -> tuple[None, str, str]:
         if path is None:
             raise CheckpointError("Choose a model.ckpt first: drop it on the field above.")
-        visitor = visitors.of(request.session_hash)
         file = Path(path)
-        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else task_name(file))
-        task = visitor.add(file, chosen)
-        where = notices.done(chosen, f"joined the fleet with {len(task.classes)} classes.")
-        return None, "", where
+        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else name_of(file))
+        task = sessions.get(request.session_hash).add(file, chosen)
+        message = f"joined the fleet with {len(task.classes)} classes."
+        return None, "", notices.success(chosen, message)
 
-    @told("Not removed")
+    @show_failures("Not removed")
     def remove_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
             raise SettingError("Choose a task to remove first.")
-        visitors.of(request.session_hash).remove(chosen)
-        return notices.done(chosen, "has left; its room is free again.")
+        sessions.get(request.session_hash).remove(chosen)
+        return notices.success(chosen, "was removed.")
 
-    @told("Not verified")
+    @show_failures("Not verified")
     def verify_task(chosen: str | None, request: gr.Request) -> str:
         if not chosen:
             raise SettingError("Choose a task to verify first.")
-        visitor = visitors.of(request.session_hash)
-        return cards.agreement_card(chosen, verify(visitor, chosen))
+        session = sessions.get(request.session_hash)
+        return cards.agreement_card(chosen, verify(session, chosen))
 
-    plain: dict[str, Any] = {"api_visibility": "private"}
-    quick = {**plain, "show_progress": "hidden"}
+    private: dict[str, Any] = {"api_visibility": "private"}
+    quick = {**private, "show_progress": "hidden"}
     added = add.click(add_task, [upload, name], [upload, name, verdict], **quick)
-    removed = drop.click(remove_task, remove, verdict, **quick)
-    prove.click(verify_task, check, verdict, concurrency_limit=2, **plain)
-    return SwapTab(resident, remove, check, [added, removed])
-
-
-def resident_panel(visitors: Visitors, session: str | None) -> str:
-    """The table of a visitor's tasks."""
-    return cards.resident_card(visitors.stage, residents(visitors.of(session)))
+    removed = remove.click(remove_task, to_remove, verdict, **quick)
+    check.click(verify_task, to_verify, verdict, concurrency_limit=2, **private)
+    return SwapTab(resident, to_remove, to_verify, [added, removed])

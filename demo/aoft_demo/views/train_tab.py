@@ -1,4 +1,4 @@
-"""The tab Train: a task from a few pictures, which joins the fleet."""
+"""The tab Train: a new task from synthetic or uploaded pictures."""
 
 from __future__ import annotations
 
@@ -12,76 +12,53 @@ from typing import Any
 
 import gradio as gr
 
-from aoft_demo.actions import train as actions
+from aoft_demo.actions.train import EFFORTS, run_training, training_arguments
+from aoft_demo.actions.training_data import write_drawn_task, write_uploaded_pictures
+from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.tasks.training_queue import Training
-from aoft_demo.tasks.visitors import Visitor, Visitors
 from aoft_demo.views import cards, notices
-from aoft_demo.views.failures import told
+from aoft_demo.views.failures import show_failures
 from aoft_deploy.data.synthetic import task_names
 
-__all__ = ["TrainTab", "train_tab"]
+__all__ = ["DRAWN", "UPLOADED", "TrainTab", "train_tab"]
 
-DRAWN, OWN = "Drawn for you", "My pictures"
+DRAWN, UPLOADED = "Synthetic pictures", "My pictures"
 
 CLASSES = 4
+
+Outputs = tuple[Any, ...]
+"""Values of the panel and of the file."""
 
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What the page needs of it.
+    """Events that the page uses.
 
     Attributes:
-        changes: Events after which there are other tasks.
+        changes: Events that change the session's tasks.
     """
 
     changes: list[Any]
 
 
-def train_tab(visitors: Visitors) -> TrainTab:
-    """Lay out the tab and connect it."""
+def train_tab(sessions: SessionRegistry) -> TrainTab:
+    """Lay out the tab and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            source = gr.Radio([DRAWN, OWN], value=DRAWN, label="Pictures", elem_id="source")
-            with gr.Group(visible=True) as drawn:
-                with gr.Row():
-                    kind = gr.Dropdown(
-                        list(task_names()), value="shape", label="Of", elem_id="kind", scale=2
-                    )
-                    count = gr.Slider(
-                        60, 800, 300, step=20, label="How many", elem_id="count", scale=3
-                    )
-            rows: list[gr.Textbox | gr.File] = []
-            with gr.Group(visible=False, elem_id="classes") as own:
-                for number in range(1, CLASSES + 1):
-                    with gr.Row():
-                        rows.append(
-                            gr.Textbox(
-                                label=f"Class {number}",
-                                placeholder="a name" if number < 3 else "may stay empty",
-                                max_length=40,
-                                elem_id=f"class-{number}",
-                                scale=2,
-                                min_width=110,
-                            )
-                        )
-                        rows.append(
-                            gr.File(
-                                label="its pictures, 3 or more",
-                                file_count="multiple",
-                                file_types=["image"],
-                                height=84,
-                                elem_id=f"pictures-{number}",
-                                scale=3,
-                                min_width=150,
-                            )
-                        )
+            source = gr.Radio([DRAWN, UPLOADED], value=DRAWN, label="Data", elem_id="source")
+            with gr.Group(visible=True) as drawn, gr.Row():
+                kind = gr.Dropdown(
+                    list(task_names()), value="shape", label="Task", elem_id="kind", scale=2
+                )
+                count = gr.Slider(60, 800, 300, step=20, label="Pictures", elem_id="count", scale=3)
+            with gr.Group(visible=False, elem_id="classes") as uploaded:
+                classes = [part for number in range(CLASSES) for part in _class_row(number + 1)]
             with gr.Row():
                 name = gr.Textbox(
-                    "my task", label="Name of the task", max_length=40, elem_id="train-name"
+                    "my task", label="Name of the new task", max_length=40, elem_id="train-name"
                 )
-                effort = gr.Radio(
-                    list(actions.EFFORTS), value="normal", label="Effort", elem_id="effort"
-                )
+                effort = gr.Radio(list(EFFORTS), value="normal", label="Effort", elem_id="effort")
             with gr.Row():
                 train = gr.Button("Train", variant="primary", elem_id="train", scale=2)
                 stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
@@ -89,96 +66,106 @@ def train_tab(visitors: Visitors) -> TrainTab:
             panel = gr.HTML(
                 notices.empty(
                     "No training yet",
-                    "It takes about a minute on two cores. The new task joins the fleet when it "
-                    "is done, and its checkpoint can be downloaded here.",
+                    "Training takes about a minute on two cores. The new task then joins the "
+                    "fleet, and you can download its checkpoint here.",
                 ),
                 elem_id="curve",
             )
             file = gr.File(label="Checkpoint", interactive=False, visible=False, elem_id="trained")
 
-    @told("Not trained", 0, of=2)
-    def work(
-        where: str,
-        chosen: str,
-        number: float,
-        typed: str,
-        how: str,
-        *more: Any,
-    ) -> Iterator[tuple[Any, ...]]:
-        *given, request = more  # an annotation, which *more cannot have, would bring the request
-        visitor = visitors.of(request.session_hash)
-        with visitor.training(typed) as training, visitors.line.place(training):
-            if not visitors.line.is_first(training):
-                yield notices.wait("Another training runs; yours begins when it ends …"), gr.skip()
-            while not visitors.line.is_first(training):
-                training.go_on()
-                time.sleep(0.1)
-            pairs = list(zip(given[::2], given[1::2], strict=True))
-            groups = [(text, [Path(f) for f in files or []]) for text, files in pairs]
-
-            def write(data: Path) -> None:
-                if where == DRAWN:
-                    actions.write_task(chosen, int(number), len(visitor.tasks), data)
-                else:
-                    actions.write_pictures(groups, data, training.go_on)
-
-            yield from steps(visitor, training, write, how)
-
-    def steps(
-        visitor: Visitor, training: Training, write: Callable[[Path], None], how: str
-    ) -> Iterator[tuple[Any, ...]]:
-        folder = Path(tempfile.mkdtemp(prefix="training-", dir=visitor.folder))
-        try:
-            yield notices.wait("Preparing the pictures …"), gr.skip()
-            data, out = folder / "data", folder / "run"
-            write(data)
-            arguments, epochs = actions.plan(visitors.stage, data, out, how)
-            yield notices.wait("Starting to train …"), gr.File(visible=False)
-            for step in actions.run(arguments, out, epochs, training):
-                if step.checkpoint is not None:
-                    name, task = visitor.add_trained(training, step.checkpoint)
-                    kept = gr.File(str(task.checkpoint), visible=True)
-                    text = notices.done(name, "is trained and has joined the fleet.")
-                    yield text + cards.training_card(step), kept
-                elif step.lines:
-                    yield cards.training_card(step), gr.skip()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def halt(request: gr.Request) -> None:
-        visitors.of(request.session_hash).stop_trainings()
-
-    def choose(where: str) -> tuple[Any, Any]:
-        return gr.Group(visible=where == DRAWN), gr.Group(visible=where == OWN)
-
-    def begin(
-        where: str,
-        chosen: str,
-        number: float,
-        typed: str,
-        how: str,
-        n1: str,
-        f1: Any,
-        n2: str,
-        f2: Any,
-        n3: str,
-        f3: Any,
-        n4: str,
-        f4: Any,
+    @show_failures("Not trained", output=0, outputs=2)
+    def run(
         request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:
-        classes = (n1, f1, n2, f2, n3, f3, n4, f4)
-        yield from work(where, chosen, number, typed, how, *classes, request)
+        chosen_source: str,
+        chosen_kind: str,
+        pictures: float,
+        typed: str,
+        chosen_effort: str,
+        *uploads: Any,
+    ) -> Iterator[Outputs]:
+        session = sessions.get(request.session_hash)
 
-    plain: dict[str, Any] = {"api_visibility": "private"}
-    source.change(choose, source, [drawn, own], show_progress="hidden", **plain)
+        def write(data: Path) -> None:
+            if chosen_source == DRAWN:
+                write_drawn_task(chosen_kind, int(pictures), len(session.tasks), data)
+            else:
+                write_uploaded_pictures(_groups(uploads), data, training.check_not_stopped)
+
+        with session.training(typed) as training, sessions.queue.entered(training):
+            if not sessions.queue.is_first(training):
+                yield notices.busy("Waiting for another training to finish …"), gr.skip()
+            while not sessions.queue.is_first(training):
+                training.check_not_stopped()
+                time.sleep(0.1)
+            yield from _train(session, training, write, chosen_effort)
+
+    def stop_trainings(request: gr.Request) -> None:
+        sessions.get(request.session_hash).stop_trainings()
+
+    def show_source(chosen: str) -> tuple[Any, Any]:
+        return gr.Group(visible=chosen == DRAWN), gr.Group(visible=chosen == UPLOADED)
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    source.change(show_source, source, [drawn, uploaded], show_progress="hidden", **private)
     trained = train.click(
-        begin,
-        [source, kind, count, name, effort, *rows],
+        run,
+        [source, kind, count, name, effort, *classes],
         [panel, file],
-        concurrency_limit=None,  # they take turns, and can be stopped before theirs
+        concurrency_limit=None,  # our own queue orders them, and can stop one that waits
         show_progress="minimal",
-        **plain,
+        **private,
     )
-    stop.click(halt, show_progress="hidden", **plain)
+    stop.click(stop_trainings, show_progress="hidden", **private)
     return TrainTab([trained])
+
+
+def _class_row(number: int) -> tuple[gr.Textbox, gr.File]:
+    """Fields for one class of uploaded pictures: its name and its files."""
+    with gr.Row():
+        name = gr.Textbox(
+            label=f"Class {number}",
+            placeholder="name" if number < 3 else "optional",
+            max_length=40,
+            elem_id=f"class-{number}",
+            scale=2,
+            min_width=110,
+        )
+        files = gr.File(
+            label="Pictures, at least 3",
+            file_count="multiple",
+            file_types=["image"],
+            height=84,
+            elem_id=f"pictures-{number}",
+            scale=3,
+            min_width=150,
+        )
+    return name, files
+
+
+def _groups(uploads: tuple[Any, ...]) -> list[tuple[str, list[Path]]]:
+    """Names and files of the classes, from the values of all ``_class_row``."""
+    pairs = zip(uploads[::2], uploads[1::2], strict=True)
+    return [(name, [Path(file) for file in files or []]) for name, files in pairs]
+
+
+def _train(
+    session: Session, training: Training, write: Callable[[Path], None], effort: str
+) -> Iterator[Outputs]:
+    """Write the pictures, train, and add the task; yield what the page shows."""
+    folder = Path(tempfile.mkdtemp(prefix="training-", dir=session.folder))
+    try:
+        yield notices.busy("Preparing the pictures …"), gr.skip()
+        data, out = folder / "data", folder / "run"
+        write(data)
+        arguments, epochs = training_arguments(session.shared, data, out, effort)
+        yield notices.busy("Starting the training …"), gr.File(visible=False)
+        for progress in run_training(arguments, out, epochs, training):
+            if progress.checkpoint is not None:
+                name, task = session.add_trained(training, progress.checkpoint)
+                message = notices.success(name, "is trained and has joined the fleet.")
+                download = gr.File(str(task.checkpoint), visible=True)
+                yield message + cards.training_card(progress), download
+            elif progress.lines:
+                yield cards.training_card(progress), gr.skip()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

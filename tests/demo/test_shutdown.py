@@ -1,4 +1,4 @@
-"""How the demo ends: soon, with nothing of its visitors left, whatever they are doing."""
+"""The end of the demo: it comes soon and leaves no process and no file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running_demo import Demo, Stranger
+from running_demo import Demo, DemoClient
 
 from aoft_demo.tasks.shared_fleet import BUNDLED
+from aoft_demo.views.train_tab import DRAWN
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 
@@ -33,78 +34,78 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     running.end()
 
 
-def opened(stranger: Stranger, request: bytes) -> socket.socket:
-    """A connection with a request that does not end."""
-    connection = socket.create_connection((stranger.host, stranger.port))
+def connection_with(client: DemoClient, request: bytes) -> socket.socket:
+    """An open connection on which a request was sent."""
+    connection = socket.create_connection((client.host, client.port))
     connection.sendall(request)
     return connection
 
 
-def begun(stranger: Stranger) -> list[Any]:
-    """Processes of a training that has just begun; a thread goes on to follow it."""
+def start_training(client: DemoClient) -> list[Any]:
+    """Start a training, and return its processes; a thread receives its progress."""
     classes: list[Any] = ["", None] * 4
-    start = ("Drawn for you", "shape", 800, "endless", "normal", *classes)
-    drawn = threading.Event()
+    start = (DRAWN, "shape", 800, "endless", "normal", *classes)
+    curve_shown = threading.Event()
 
-    def follow() -> None:
+    def receive() -> None:
         try:
-            for message in stranger.fire("train", "click", *start):
+            for message in client.fire("train", "click", *start):
                 if "polyline" in json.dumps(message):
-                    drawn.set()
+                    curve_shown.set()
         except (OSError, http.client.HTTPException):
             pass  # the demo has ended
 
-    threading.Thread(target=follow, daemon=True).start()
-    assert drawn.wait(300), stranger.demo.log.read_text()
-    children: list[Any] = psutil.Process(stranger.demo.process.pid).children(recursive=True)
+    threading.Thread(target=receive, daemon=True).start()
+    assert curve_shown.wait(300), client.demo.log.read_text()
+    children: list[Any] = psutil.Process(client.demo.process.pid).children(recursive=True)
     return [child for child in children if "aoft_deploy.cli.train" in child.cmdline()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_nothing_is_left_of_visitors_who_are_in_the_middle_of_something(
+def test_a_signal_during_a_training_and_an_upload_leaves_nothing(
     demo: Demo, number: signal.Signals
 ) -> None:
-    stranger = Stranger(demo, demo.folder, demo.folder, demo.folder / "none")
-    assert stranger.upload("a.png", (BUNDLED / "digits-7.png").read_bytes())[0] == 200
-    path = f"/gradio_api/heartbeat/{stranger.session}"
-    heartbeat = opened(stranger, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    client = DemoClient(demo, demo.folder, demo.folder, demo.folder / "none")
+    assert client.upload("a.png", (BUNDLED / "digits-7.png").read_bytes())[0] == 200
+    path = f"/gradio_api/heartbeat/{client.session}"
+    heartbeat = connection_with(client, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     assert heartbeat.recv(15) == b"HTTP/1.1 200 OK"
-    training = begun(stranger)
+    training = start_training(client)
     assert len(training) == 1
-    half = opened(
-        stranger,
+    half_upload = connection_with(
+        client,
         b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000000\r\n"
         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
         b'Content-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n' + bytes(2**20),
     )
     demo.process.send_signal(number)
-    demo.process.send_signal(number)  # by someone impatient
-    assert demo.end() == 0  # a training that has epochs to go does not hold it
+    demo.process.send_signal(number)  # an impatient user
+    assert demo.end() == 0  # without waiting for the training
     assert not any(process.is_running() for process in training)
     assert {path.name for path in demo.folder.iterdir()} == {"log"}
     assert "Traceback" not in demo.log.read_text()
-    half.close()
+    half_upload.close()
     heartbeat.close()
 
 
-def test_an_export_that_computes_does_not_hold_the_end(demo: Demo) -> None:
-    stranger = Stranger(demo, demo.folder, demo.folder, demo.folder / "none")
-    asked = threading.Event()
+def test_a_running_export_does_not_delay_the_end(demo: Demo) -> None:
+    client = DemoClient(demo, demo.folder, demo.folder, demo.folder / "none")
+    started = threading.Event()
 
     def export() -> None:
         try:
-            for _ in stranger.fire("export", "click", "digits", False):
-                asked.set()
+            for _ in client.fire("export", "click", "digits", False):
+                started.set()
         except (OSError, http.client.HTTPException):
             pass
 
     threading.Thread(target=export, daemon=True).start()
-    assert asked.wait(120)
+    assert started.wait(120)
     assert demo.end() == 0
     assert {path.name for path in demo.folder.iterdir()} == {"log"}
 
 
-def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()
     command = [sys.executable, "-u", "-m", "aoft_demo.cli", "--port", "0"]

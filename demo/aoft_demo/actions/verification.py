@@ -1,0 +1,65 @@
+"""Comparison of a task's logits: unmerged model, merged model and fleet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.shared_fleet import checkpoint_of
+from aoft_deploy.artefacts.verification import random_pixels
+
+__all__ = ["Agreement", "verify"]
+
+IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Result of the comparison on built-in pictures.
+
+    Attributes:
+        images: Number of pictures.
+        largest: Largest logit, as a scale for the differences.
+        merged: Largest difference between a logit of the merged and of the unmerged model.
+        fleet: Largest difference between a logit of the fleet and of the unmerged model.
+        agreeing: Number of pictures for which all three predict the same class.
+    """
+
+    images: int
+    largest: float
+    merged: float
+    fleet: float
+    agreeing: int
+
+
+def verify(session: Session, name: str) -> Agreement:
+    """Compare the logits of a task: unmerged model, merged model and fleet.
+
+    Raises:
+        AoftError: The task has no checkpoint, it was removed in the meantime, or its backbone
+            cannot be created.
+    """
+    from aoft_deploy.checkpoints.opening import open_checkpoint
+    from aoft_deploy.export.merged import logits, normalised
+    from aoft_deploy.tuning.merging import merge
+
+    with session.using(name) as task:
+        path = checkpoint_of(task, name)
+        tuned, checkpoint = open_checkpoint(path, weights=session.shared.weights)
+        preprocessing = checkpoint.preprocessing
+        inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
+        unmerged = logits(tuned.eval(), inputs)
+        merged = logits(merge(tuned).eval(), inputs)
+        answers = session.shared.fleet.predict(inputs, [task.key] * IMAGES)
+        fleet = np.stack([answer.logits for answer in answers])
+    top = unmerged.argmax(1)
+    agreeing = (merged.argmax(1) == top) & (fleet.argmax(1) == top)
+    return Agreement(
+        images=IMAGES,
+        largest=float(np.abs(unmerged).max()),
+        merged=float(np.abs(merged - unmerged).max()),
+        fleet=float(np.abs(fleet - unmerged).max()),
+        agreeing=int(agreeing.sum()),
+    )

@@ -1,0 +1,37 @@
+"""Measured results of the project."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from aoft_demo.actions.evidence import accuracies, results_folder, speeds
+from aoft_demo.views import cards
+
+
+def test_the_figures_are_those_of_the_readme(root: Path) -> None:
+    readme = (root / "README.md").read_text("utf-8")
+    by_method = {a.method: a for a in accuracies()}
+    for method in ("LoRA, rank 8", "RLRR", "SSF"):
+        (line,) = re.findall(rf"^\| {method} \| ([\d.]+) ± ([\d.]+) \|", readme, re.M)
+        ours = by_method[method]
+        assert (f"{100 * ours.mean:.1f}", f"{100 * ours.margin:.1f}") == line
+    engines = json.loads((root / "benchmarks/results/engines.json").read_text())["rows"]
+    largest = max(row["batch"] for row in engines)
+    ratios = [row["ratio"] for row in engines if row["batch"] == largest]
+    assert [s.ratio for s in speeds()][: len(ratios)] == ratios
+    html = cards.evidence_cards(accuracies(), speeds())
+    assert "96.8 ± 0.7" in html and f"{max(ratios):.2f} ×" in html
+    assert f"batches of {largest}:" in html
+
+
+def test_missing_results_are_reported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = importlib.import_module("aoft_demo.actions.evidence")
+    assert results_folder() == root / "benchmarks" / "results"
+    monkeypatch.setattr(evidence, "__file__", "/nowhere/aoft_demo/actions/evidence.py")
+    assert results_folder() is None and accuracies() == [] and speeds() == []
+    assert "No measurements found" in cards.evidence_cards([], [])

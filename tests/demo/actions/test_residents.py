@@ -1,0 +1,25 @@
+"""The list of a session's tasks with their sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from aoft_demo.actions.residents import residents
+from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.shared_fleet import BUNDLED, SharedFleet
+from aoft_deploy.errors import SettingError, UnknownNameError
+
+
+def test_tasks_are_added_and_removed(session: Session, shared: SharedFleet) -> None:
+    before = shared.fleet.residency.bytes
+    session.add(BUNDLED / "digits.ckpt", "  my   digits ")
+    assert "my digits" in session.tasks and shared.fleet.residency.bytes > before
+    rows = {row.name: row for row in residents(session)}
+    assert rows["my digits"].bytes == rows["digits"].bytes
+    assert (rows["my digits"].origin, rows["digits"].origin) == ("added", "initial")
+    with pytest.raises(SettingError, match="There is a task 'my digits'"):
+        session.add(BUNDLED / "digits.ckpt", "my digits")
+    session.remove("my digits")
+    assert shared.fleet.residency.bytes == before
+    with pytest.raises(UnknownNameError, match="my digits"):
+        session.remove("my digits")

@@ -1,0 +1,150 @@
+"""A session: its tasks in the shared fleet, and what remains when it ends."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aoft_demo.actions.classify import classify
+from aoft_demo.tasks.session import MAX_TASKS, Session, task_name
+from aoft_demo.tasks.shared_fleet import BUNDLED
+from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+
+PICTURE = BUNDLED / "digits-7.png"
+
+
+@pytest.mark.parametrize("text", ["", " ", "../x", "a/b", "x" * 41, ".hidden", "a\0b", "<b>"])
+def test_invalid_names_are_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="A task's name has 1 to 40"):
+        task_name(text)
+
+
+def test_the_number_of_added_tasks_is_limited(session: Session) -> None:
+    for number in range(MAX_TASKS):
+        session.add(BUNDLED / "digits.ckpt", f"task {number}")
+    with pytest.raises(SettingError, match=f"You have added {MAX_TASKS} tasks, which is the limit"):
+        session.add(BUNDLED / "digits.ckpt", "one more")
+
+
+def test_unusable_checkpoints_are_refused(
+    session: Session, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="was trained on backbone weights"):
+        session.add(make_checkpoint("aoft-lora-star"), "other")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes((BUNDLED / "digits.ckpt").read_bytes()[:20_000])
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        session.add(cut, "cut")
+    assert session.tasks.keys() == session.shared.tasks.keys()
+
+
+def test_a_task_whose_copy_cannot_be_written_is_not_in_the_fleet(session: Session) -> None:
+    before = set(session.shared.fleet.names)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            session.add(BUNDLED / "digits.ckpt", "mine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(session.folder.iterdir())
+    assert set(session.shared.fleet.names) == before
+    assert session.tasks.keys() == session.shared.tasks.keys()
+
+
+def test_a_training_reserves_the_name_of_its_task(session: Session) -> None:
+    with session.training(" mine ") as training:
+        for again in (
+            lambda: session.add(BUNDLED / "digits.ckpt", "mine"),
+            start_training(session),
+        ):
+            with pytest.raises(SettingError, match="A task 'mine' is being trained"):
+                again()
+        name, task = session.add_trained(training, BUNDLED / "digits.ckpt")
+        assert (name, task.origin) == ("mine", "trained") and session.tasks["mine"] is task
+    with pytest.raises(SettingError, match="There is a task 'mine' already"):
+        start_training(session)()
+    session.remove("mine")
+    session.add(BUNDLED / "digits.ckpt", "mine")
+
+
+def start_training(session: Session) -> Callable[[], None]:
+    """A function that starts a training of the task ``mine``, which must be refused."""
+
+    def start() -> None:
+        with session.training("mine"):
+            raise AssertionError("two trainings have the same name")
+
+    return start
+
+
+def test_an_ended_session_adds_nothing(session: Session) -> None:
+    before = set(session.shared.fleet.names)
+    with session.training("learnt") as training:
+        session.end()
+        assert training.stopped
+        with pytest.raises(SettingError, match="Training was stopped"):
+            session.add_trained(training, BUNDLED / "digits.ckpt")
+    with pytest.raises(SettingError, match="This page has ended: reload it"):
+        session.add(BUNDLED / "digits.ckpt", "mine")
+    assert set(session.shared.fleet.names) == before
+    assert not session.folder.exists()
+
+
+def test_a_task_that_is_removed_while_in_use_is_reported_by_its_own_name(
+    session: Session,
+) -> None:
+    fleet = session.shared.fleet
+    size = fleet.preprocessing.size
+    session.add(BUNDLED / "digits.ckpt", "mine")
+    with (
+        pytest.raises(UnknownNameError, match=r"Unknown task 'mine'\. Known: colour") as refusal,
+        session.using("mine") as task,
+    ):
+        session.remove("mine")
+        fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
+    assert session.folder.name not in str(refusal.value)
+    session.add(BUNDLED / "digits.ckpt", "mine")
+    with (
+        pytest.raises(CheckpointError, match="Task 'mine' was replaced in the meantime: try"),
+        session.using("mine") as task,
+    ):
+        session.remove("mine")
+        session.add(BUNDLED / "colour.ckpt", "mine")
+        fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
+    with pytest.raises(ZeroDivisionError), session.using("digits"):
+        _ = 1 / 0
+
+
+def test_labels_and_logits_are_of_the_same_version_while_a_task_is_replaced(
+    session: Session,
+) -> None:
+    versions = {}
+    for name in ("digits", "colour"):
+        versions[name] = dict(classify(session, PICTURE, [name], top=20).predictions[name])
+    session.add(BUNDLED / "digits.ckpt", "mine")
+    ended = threading.Event()
+
+    def replace() -> None:
+        for i in range(60):
+            session.remove("mine")
+            session.add(BUNDLED / f"{('colour', 'digits')[i % 2]}.ckpt", "mine")
+        ended.set()
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    answered = 0
+    while not ended.is_set() or not answered:
+        try:
+            found = dict(classify(session, PICTURE, ["mine"], top=20).predictions["mine"])
+        except (UnknownNameError, CheckpointError) as error:
+            assert str(error).startswith(("Unknown task 'mine'.", "Task 'mine' was replaced"))
+            continue
+        answered += 1
+        assert any(found == pytest.approx(version, abs=1e-5) for version in versions.values())
+    replacing.join()

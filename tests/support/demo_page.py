@@ -1,0 +1,112 @@
+"""The demo's page in a browser tab, for tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["WAIT", "DemoPage"]
+
+WAIT = 120_000
+"""Milliseconds to wait on a busy machine."""
+
+
+class DemoPage:
+    """A browser tab with the demo's page; it records requests and JavaScript errors.
+
+    Args:
+        chrome: The browser.
+        address: The demo's address.
+        context: Options of Playwright's browser context.
+
+    Attributes:
+        context: Playwright's browser context.
+        playwright: Playwright's page.
+        requests: Addresses that the page requested.
+        errors: JavaScript errors.
+    """
+
+    def __init__(self, chrome: Any, address: str, **context: Any) -> None:
+        from playwright.sync_api import expect
+
+        self.expect = expect
+        self.context = chrome.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
+        self.playwright = self.context.new_page()
+        self.playwright.set_default_timeout(WAIT)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.playwright.on("request", lambda request: self.requests.append(request.url))
+        self.playwright.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.playwright.goto(address)
+        self.ready()
+
+    def ready(self) -> None:
+        """Wait until the page shows the session's tasks."""
+        self.see("#tasks input")
+        self.shows("#head", re.compile(r"[1-9]\d* tasks"))
+
+    def find(self, selector: str) -> Any:
+        """The elements of a selector, which may not exist yet."""
+        return self.playwright.locator(selector)
+
+    def see(self, selector: str) -> Any:
+        """Wait for an element and return it."""
+        self.playwright.wait_for_selector(selector)
+        return self.find(selector)
+
+    def tab(self, name: str) -> None:
+        """Switch to one of the demo's tabs."""
+        self.playwright.get_by_role("tab", name=name, exact=True).click()
+
+    def shows(self, selector: str, text: str | re.Pattern[str]) -> None:
+        """Wait until an element contains a text."""
+        self.expect(self.find(selector)).to_contain_text(text, timeout=WAIT)
+
+    def shows_message(self, text: str | re.Pattern[str]) -> None:
+        """Wait for one of Gradio's messages."""
+        toast = self.find(".toast-body").filter(has_text=text).first
+        self.expect(toast).to_be_visible(timeout=WAIT)
+
+    def choose(self, selector: str, name: str) -> None:
+        """Choose an entry of a dropdown by typing."""
+        field = self.find(f"{selector} input")
+        field.fill(name)
+        field.press("Enter")
+        self.expect(field).to_have_value(name)
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type into a text field."""
+        self.find(f"{selector} input, {selector} textarea").fill(text)
+
+    def click(self, selector: str) -> None:
+        """Click an element."""
+        self.find(selector).click()
+
+    def upload(self, selector: str, *files: Path) -> None:
+        """Upload files into a field."""
+        self.find(f"{selector} input[type=file]").set_input_files([str(f) for f in files])
+
+    def answers(self) -> dict[str, dict[str, float]]:
+        """The displayed probabilities, by task and class."""
+        return {
+            card.get_attribute("data-task"): {
+                row.get_attribute("data-label"): float(row.get_attribute("data-p"))
+                for row in card.locator(".line").all()
+            }
+            for card in self.find("#answers .card").all()
+        }
+
+    def clear(self) -> None:
+        """Remove the picture, if there is one."""
+        button = self.playwright.get_by_label("Remove Image")
+        if button.count():
+            button.first.click()
+            self.shows("#answers", "Drop a picture")
+
+    def classify(self, picture: Path) -> dict[str, dict[str, float]]:
+        """Upload a picture and wait for the answers."""
+        self.clear()
+        self.upload("#picture", picture)
+        self.see("#answers .card")
+        return self.answers()
