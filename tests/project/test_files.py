@@ -1,3 +1,5 @@
+"""Writing files: atomic replacement, permissions, JSON and digests."""
+
 from __future__ import annotations
 
 import hashlib
@@ -27,7 +29,7 @@ from aoft_deploy.files import (
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """A full disk: the system refuses to write a file beyond ``size`` bytes."""
+    """Context manager: simulate a full disk; a file cannot grow beyond ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -36,7 +38,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_file_appears_with_its_content_when_the_block_ends(tmp_path: Path) -> None:
+def test_the_file_appears_complete_at_the_end_of_the_block(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with replacing(path) as temporary:
         temporary.write_text("new")
@@ -47,7 +49,7 @@ def test_the_file_appears_with_its_content_when_the_block_ends(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_a_crash_in_the_block_leaves_the_old_content_and_nothing_else(
+def test_an_exception_in_the_block_leaves_only_the_old_file(
     tmp_path: Path, fault: type[BaseException]
 ) -> None:
     path = tmp_path / "a"
@@ -59,14 +61,14 @@ def test_a_crash_in_the_block_leaves_the_old_content_and_nothing_else(
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_crash_before_the_first_file_leaves_an_empty_folder(tmp_path: Path) -> None:
+def test_an_exception_without_an_old_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
 
 
-def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_block_that_writes_nothing_fails_and_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
     with pytest.raises(OutputError, match=r"Cannot write .*a: No such file or directory"):
@@ -76,7 +78,7 @@ def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_old_file(tmp_pat
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_fails_and_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
     with pytest.raises(OutputError, match=r"Cannot write .*a: File too large"):
@@ -86,13 +88,13 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     with replacing(tmp_path / "b" / "c" / "a") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "b" / "c" / "a").read_text() == "new"
 
 
-def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("old")
     with pytest.raises(OutputError, match=r"Cannot write into .*b: (File exists|Not a directory)"):
         with replacing(tmp_path / "b" / "a"):
@@ -101,13 +103,13 @@ def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
-def test_a_folder_that_takes_no_files_is_an_error() -> None:
+def test_an_unwritable_folder_is_an_error() -> None:
     with pytest.raises(OutputError, match="Cannot write into /proc"):
         with replacing(Path("/proc/a")):
             pass
 
 
-def test_a_folder_or_pipe_under_the_name_is_an_error_and_stays(tmp_path: Path) -> None:
+def test_a_folder_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
@@ -118,7 +120,7 @@ def test_a_folder_or_pipe_under_the_name_is_an_error_and_stays(tmp_path: Path) -
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with replacing(tmp_path / "link") as temporary:
@@ -128,7 +130,7 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     code = (
         "import os, sys; os.umask(int(sys.argv[1]))\n"
         "from pathlib import Path\n"
@@ -144,7 +146,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int, mode:
     assert stat.S_IMODE((tmp_path / "plain").stat().st_mode) == mode
 
 
-def test_writers_at_once_each_leave_a_whole_file(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_complete_files(tmp_path: Path) -> None:
     path = tmp_path / "a"
     contents = {f"{i}" * 50_000 for i in range(6)}
     seen: set[str] = set()
@@ -174,7 +176,7 @@ def test_writers_at_once_each_leave_a_whole_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_settle_gives_a_private_file_ordinary_permissions(tmp_path: Path) -> None:
+def test_settle_gives_a_private_file_default_permissions(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.touch(0o600)
     (tmp_path / "plain").touch()
@@ -182,14 +184,14 @@ def test_settle_gives_a_private_file_ordinary_permissions(tmp_path: Path) -> Non
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_writable_folder_is_gone_after_the_block(tmp_path: Path) -> None:
+def test_a_writable_folder_is_removed_after_the_block(tmp_path: Path) -> None:
     with writable_folder(tmp_path / "new") as folder:
         (folder / "a").write_text("text")
         assert folder.parent == tmp_path / "new"
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_json_round_trips(tmp_path: Path) -> None:
     value = {"classes": ["zürich", "日本"], "numbers": [1, 0.1, None, True]}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_bytes().decode("utf-8")
@@ -197,19 +199,19 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     assert "日本" in text
 
 
-def test_json_takes_file_names_that_are_no_text(tmp_path: Path) -> None:
+def test_json_keeps_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "a.json", {"name": name})
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"name": name}
     assert json_text([name, "é"]) == r'["caf\udce9", "é"]'
 
 
-def test_a_value_that_is_no_json_leaves_no_file(tmp_path: Path) -> None:
+def test_a_value_that_is_not_json_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(tmp_path / "a.json", {"a": object()})
     assert os.listdir(tmp_path) == []
 
 
-def test_the_digest_is_sha256_of_the_bytes(tmp_path: Path) -> None:
+def test_the_digest_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()

@@ -1,7 +1,7 @@
-"""A file that is half of one model and half of another is served by nobody.
+"""Files that are half of one model and half of another are never opened.
 
-``cp`` writes into the file that is there: until it ends, the first bytes are the new model's and
-the others the old one's, with the length of a whole file.
+``cp`` overwrites a file in place: until it ends, the first bytes are the new model's, the others
+the old one's, and the length is right.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ def written(
     backbone_weights: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., list[Path]]:
-    """Two artefacts of the same length, of other numbers, without manifests."""
+    """Function that exports two artefacts of equal length with different weights, no manifests."""
 
     def make(*options: str) -> list[Path]:
-        folder, found = tmp_path_factory.mktemp("two"), []
+        folder, artefacts = tmp_path_factory.mktemp("two"), []
         for seed in (31, 32):
             path = folder / f"{seed}.onnx"
             fleet = "--fleet" in options
             first = make_checkpoint("aoft-lora-star", seed=seed)
             checkpoint = folder / "task.ckpt"
             shutil.copy(first, checkpoint)
-            asked = ["--fleet" if fleet else "--merge", checkpoint, "-o", path]
-            asked += ["--backbone-weights", backbone_weights]
+            arguments = ["--fleet" if fleet else "--merge", checkpoint, "-o", path]
+            arguments += ["--backbone-weights", backbone_weights]
             rest = [option for option in options if option != "--fleet"]
-            assert export([*map(str, asked), *rest]) == 0
+            assert export([*map(str, arguments), *rest]) == 0
             manifest_path(path).unlink()
-            found.append(path)
-        assert len({path.stat().st_size for path in found}) == 1
-        assert found[0].read_bytes() != found[1].read_bytes()
-        return found
+            artefacts.append(path)
+        assert len({path.stat().st_size for path in artefacts}) == 1
+        assert artefacts[0].read_bytes() != artefacts[1].read_bytes()
+        return artefacts
 
     return make
 
@@ -79,9 +79,13 @@ def two_fleets(written: Callable[..., list[Path]]) -> list[Path]:
 
 
 def mixed(pair: list[Path], path: Path, place: float) -> Path:
-    """The second's bytes up to a place, and the first's from there.
+    """Write the start of the second file and the rest of the first.
 
-    A place below 1 is a fraction of where they differ, another so many bytes before the end.
+    Args:
+        pair: The two files.
+        path: The file to write.
+        place: Where the first file begins: below 1, a fraction of the range in which the files
+            differ; from 1, a number of bytes before the end.
     """
     old, new = (each.read_bytes() for each in pair)
     differ = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
@@ -97,7 +101,9 @@ def mixed(pair: list[Path], path: Path, place: float) -> Path:
 
 
 @pytest.mark.parametrize("place", [*FRACTIONS, 1, 30, 64, 66, 70, 90, 120, 400])
-def test_no_mixture_of_two_models_is_opened(place: float, two: list[Path], tmp_path: Path) -> None:
+def test_a_mixture_of_two_models_is_not_opened(
+    place: float, two: list[Path], tmp_path: Path
+) -> None:
     path = mixed(two, tmp_path / "task.onnx", place)
     with pytest.raises(CheckpointError):
         load_artefact(path, threads=1)
@@ -105,7 +111,7 @@ def test_no_mixture_of_two_models_is_opened(place: float, two: list[Path], tmp_p
 
 @pytest.mark.parametrize("place", FRACTIONS)
 @pytest.mark.parametrize("linked", [False, True])
-def test_nobody_opens_a_half_overwritten_model(
+def test_no_command_opens_a_half_overwritten_model(
     place: float,
     linked: bool,
     two: list[Path],
@@ -127,7 +133,7 @@ def test_nobody_opens_a_half_overwritten_model(
 
 
 @pytest.mark.parametrize("place", FRACTIONS)
-def test_nobody_opens_a_half_overwritten_fleet(
+def test_a_half_overwritten_fleet_is_not_opened(
     place: float, two_fleets: list[Path], tmp_path: Path
 ) -> None:
     path = mixed(two_fleets, tmp_path / "fleet.onnx", place)
@@ -139,7 +145,7 @@ def test_nobody_opens_a_half_overwritten_fleet(
 
 
 @pytest.mark.parametrize("options", [["--precision", "int8"], ["--precision", "fp16"]])
-def test_other_precisions_prove_themselves_too(
+def test_low_precision_artefacts_have_a_digest_too(
     options: list[str], written: Callable[..., list[Path]], photos: list[Path], tmp_path: Path
 ) -> None:
     images = ["--images", *map(str, photos), "--min-agreement", "0"]
@@ -150,7 +156,7 @@ def test_other_precisions_prove_themselves_too(
         load_artefact(mixed(pair, tmp_path / "task.onnx", 0.5))
 
 
-def test_a_triton_model_proves_itself(
+def test_a_triton_model_has_a_digest(
     checkpoint: Path, backbone_weights: Path, two: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "task"
@@ -166,8 +172,8 @@ def test_a_triton_model_proves_itself(
         load_artefact(output, threads=1)
 
 
-def test_the_digest_is_of_all_bytes_before_it(artefact: Path) -> None:
-    """By hashlib, chunk by chunk; and the file is still the model that onnx reads."""
+def test_the_digest_covers_all_bytes_before_it(artefact: Path) -> None:
+    """It is recomputed with hashlib, chunk by chunk, and onnx still reads the file."""
     content = artefact.read_bytes()
     (digest,) = (e.value for e in onnx.load(artefact).metadata_props if e.key == DIGEST)
     assert content.endswith(digest.encode())
@@ -184,14 +190,14 @@ def test_the_digest_is_of_all_bytes_before_it(artefact: Path) -> None:
 def test_a_change_of_any_chunk_changes_the_digest(size: int) -> None:
     content = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
     chunks = [hashlib.sha256(content[i : i + CHUNK]).digest() for i in range(0, size, CHUNK)]
-    found = digest_entry(content)
-    assert found.endswith(hashlib.sha256(b"".join(chunks)).hexdigest().encode())
+    entry = digest_entry(content)
+    assert entry.endswith(hashlib.sha256(b"".join(chunks)).hexdigest().encode())
     for place in {0, size // 2, size - 1} if size else ():
         other = content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :]
-        assert digest_entry(other) != found
+        assert digest_entry(other) != entry
 
 
-def test_a_file_from_before_the_digest_is_opened_as_it_is(artefact: Path, tmp_path: Path) -> None:
+def test_a_file_without_a_digest_is_opened(artefact: Path, tmp_path: Path) -> None:
     proto = onnx.load(artefact)
     onnx.helper.set_model_props(proto, metadata_of(artefact))
     onnx.save(proto, tmp_path / "old.onnx")
@@ -201,36 +207,36 @@ def test_a_file_from_before_the_digest_is_opened_as_it_is(artefact: Path, tmp_pa
 
 
 @pytest.mark.parametrize("added", ["before", "behind", "twice"])
-def test_bytes_that_the_digest_is_not_of_are_refused(
+def test_bytes_outside_of_the_digest_are_refused(
     added: str, artefact: Path, tmp_path: Path
 ) -> None:
     content, path = artefact.read_bytes(), tmp_path / "task.onnx"
     more = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key="a", value="b")])
     extra = more.SerializeToString()
-    whole = {
+    changed = {
         "before": extra + content,
         "behind": content + extra,
         "twice": content + digest_entry(content),
     }
-    path.write_bytes(whole[added])
+    path.write_bytes(changed[added])
     assert read_metadata(path)["classes"]
     with pytest.raises(CheckpointError, match=REFUSED):
         load_artefact(path)
 
 
 @pytest.mark.parametrize("cut", [1, 73, 2000])
-def test_a_file_that_is_truncated_while_it_is_read_is_an_error_and_not_the_end(
+def test_a_file_that_is_truncated_during_reading_is_an_error_and_no_crash(
     cut: int, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mapped file would end the process with SIGBUS."""
+    """Reading a memory-mapped file would end the process with SIGBUS."""
     path = tmp_path / "task.onnx"
     shutil.copy(artefact, path)
     fstat = os.fstat
 
     def truncating(file: int) -> os.stat_result:
-        found = fstat(file)
+        status = fstat(file)
         os.truncate(path, cut)
-        return found
+        return status
 
     with monkeypatch.context() as patch:
         patch.setattr("aoft_deploy.artefacts.onnx_metadata.os.fstat", truncating)
@@ -238,10 +244,10 @@ def test_a_file_that_is_truncated_while_it_is_read_is_an_error_and_not_the_end(
             checked_metadata(path)
 
 
-def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
+def test_a_file_that_is_replaced_during_opening_is_refused(
     two: list[Path], two_fleets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the names would be of one file, and the numbers of the other."""
+    """Otherwise the class names could be of one file and the weights of the other."""
     library: Any = __import__("onnxruntime")
     session = library.InferenceSession
 
@@ -259,11 +265,11 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
             patch.setattr(library, "InferenceSession", replacing)
             with pytest.raises(CheckpointError, match="was changed while it was opened"):
                 opened(path)
-            opened(path)  # it is the other now
+            opened(path)  # now it is the other file
 
 
 @pytest.mark.parametrize("what", ["content", "time", "replaced", "manifest", "folder"])
-def test_every_way_to_write_a_file_is_seen(what: str, artefact: Path, tmp_path: Path) -> None:
+def test_every_kind_of_change_is_noticed(what: str, artefact: Path, tmp_path: Path) -> None:
     path = tmp_path / "task.onnx"
     shutil.copy(artefact, path)
     if what == "folder":
@@ -279,9 +285,9 @@ def test_every_way_to_write_a_file_is_seen(what: str, artefact: Path, tmp_path: 
         elif what == "time":
             os.utime(path, ns=(0, 0))
         elif what == "replaced":
-            found = path.stat()
+            before = path.stat()
             shutil.copy(path, tmp_path / "new")
-            os.utime(tmp_path / "new", ns=(found.st_atime_ns, found.st_mtime_ns))
+            os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
             os.replace(tmp_path / "new", path)
         elif what == "manifest":
             manifest_path(path).write_text("{}")
@@ -290,7 +296,7 @@ def test_every_way_to_write_a_file_is_seen(what: str, artefact: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("beside", ["target", "link"])
-def test_a_link_finds_its_manifest(
+def test_a_symbolic_link_finds_its_manifest(
     beside: str, artefact: Path, two: list[Path], tmp_path: Path
 ) -> None:
     (tmp_path / "store").mkdir()
@@ -299,17 +305,17 @@ def test_a_link_finds_its_manifest(
     link.symlink_to("store/v1.onnx")
     shutil.copy(f"{artefact}.json", manifest_path(target if beside == "target" else link))
     check_unchanged(link)
-    shutil.copy(two[0], target)  # whole, but not what the manifest is of
+    shutil.copy(two[0], target)  # complete, but not the file of the manifest
     with pytest.raises(CheckpointError, match="was changed after its manifest"):
         check_unchanged(link)
     with pytest.raises(CheckpointError, match="was changed after its manifest"):
         load_artefact(link)
 
 
-def test_a_copy_in_slow_pieces_is_served_before_and_after_but_not_between(
+def test_a_slow_copy_is_opened_before_and_after_but_not_during(
     two: list[Path], tmp_path: Path
 ) -> None:
-    """The bytes go into the file that is there; after each piece somebody opens it."""
+    """The file is overwritten in place and opened after each piece."""
     path = tmp_path / "task.onnx"
     shutil.copy(two[0], path)
     x = np.random.default_rng(1).normal(size=(2, 3, 16, 16)).astype(np.float32)
@@ -321,21 +327,21 @@ def test_a_copy_in_slow_pieces_is_served_before_and_after_but_not_between(
     with path.open("r+b", buffering=0) as file:
         for start in range(0, len(after), step):
             file.write(after[start : start + step])
-            owed = answers.get(path.read_bytes())
-            if owed is None:
+            expected = answers.get(path.read_bytes())
+            if expected is None:
                 refused += 1
                 with pytest.raises(CheckpointError, match=REFUSED):
                     load_artefact(path, threads=1)
             else:
-                np.testing.assert_array_equal(load_artefact(path, threads=1).run(x), owed)
+                np.testing.assert_array_equal(load_artefact(path, threads=1).run(x), expected)
     assert refused > 4 and path.read_bytes() == after and not np.array_equal(old, new)
 
 
 def openvino_folders(
     fleet: bool, make_checkpoint: Callable[..., Path], weights: Path, folder: Path
 ) -> list[Path]:
-    """Two folders of other numbers, without manifests."""
-    found = []
+    """Two artefacts with different weights, without manifests."""
+    folders = []
     for seed in (41, 42):
         output = folder / f"{seed}.openvino"
         checkpoint = folder / "task.ckpt"
@@ -343,12 +349,12 @@ def openvino_folders(
         options = ["--fleet" if fleet else "--merge", checkpoint, "--to", "openvino", "-o", output]
         assert export([str(o) for o in [*options, "--backbone-weights", weights]]) == 0
         manifest_path(output).unlink()
-        found.append(output)
-    return found
+        folders.append(output)
+    return folders
 
 
 @pytest.mark.parametrize("fleet", [False, True])
-def test_an_openvino_folder_that_is_half_overwritten_is_not_opened(
+def test_a_half_overwritten_openvino_folder_is_not_opened(
     fleet: bool, make_checkpoint: Callable[..., Path], backbone_weights: Path, tmp_path: Path
 ) -> None:
     opened = Fleet if fleet else load_artefact
@@ -358,18 +364,18 @@ def test_an_openvino_folder_that_is_half_overwritten_is_not_opened(
     changed = [f for f in files if (old / f).read_bytes() != (new / f).read_bytes()]
     assert len(changed) > 1
     for name in changed:
-        whole = (old / name).read_bytes()
+        content = (old / name).read_bytes()
         shutil.copy(new / name, old / name)
         with pytest.raises(CheckpointError, match=REFUSED):
             opened(old)
-        (old / name).write_bytes(whole)
+        (old / name).write_bytes(content)
     opened(old)
     for name in files:
         shutil.copy(new / name, old / name)
-    opened(old)  # it is the new one now
+    opened(old)  # now all files are the new ones
 
 
-def test_an_openvino_model_that_runs_is_not_changed_with_its_files(
+def test_a_running_openvino_model_does_not_change_with_its_files(
     make_checkpoint: Callable[..., Path], backbone_weights: Path, tmp_path: Path
 ) -> None:
     old, new = openvino_folders(False, make_checkpoint, backbone_weights, tmp_path)

@@ -1,4 +1,4 @@
-"""What is written appears whole and on disk, or not at all, killed or without rights."""
+"""Output files are complete and on disk, or absent, also after SIGKILL or without permissions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 
 
 class Disk:
-    """What was forced to disk, and what took a name after that."""
+    """Records calls of fsync and rename; a file must be synced before it is renamed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.synced: dict[int, bytes] = {}
-        self.named: list[str] = []
+        self.renamed: list[str] = []
         self._sync, self._replace = os.fsync, os.replace
         monkeypatch.setattr(os, "fsync", self.fsync)
         monkeypatch.setattr(os, "replace", self.replace)
@@ -45,8 +45,8 @@ class Disk:
 
     def fsync(self, file: int) -> None:
         self._sync(file)
-        found = os.fstat(file)
-        self.synced[found.st_ino] = os.pread(file, found.st_size, 0)
+        status = os.fstat(file)
+        self.synced[status.st_ino] = os.pread(file, status.st_size, 0)
 
     def replace(self, source: Any, target: Any) -> None:
         source = Path(source)
@@ -54,7 +54,7 @@ class Disk:
             if path.is_file():
                 assert self.synced.get(path.stat().st_ino) == path.read_bytes(), path
         self._replace(source, target)
-        self.named.append(Path(target).name)
+        self.renamed.append(Path(target).name)
 
 
 @pytest.fixture
@@ -62,21 +62,21 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, disk: Disk) -> None:
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, disk: Disk) -> None:
     with replacing(tmp_path / "a") as temporary:
         temporary.write_text("new")
     write_json(tmp_path / "b.json", [1])
-    assert disk.named == ["a", "b.json"]
+    assert disk.renamed == ["a", "b.json"]
 
 
-def test_a_file_named_before_it_is_on_disk_would_be_seen(tmp_path: Path, disk: Disk) -> None:
+def test_a_rename_without_a_sync_would_be_noticed(tmp_path: Path, disk: Disk) -> None:
     (tmp_path / "a").write_text("new")
     with pytest.raises(AssertionError):
         (tmp_path / "a").replace(tmp_path / "b")
 
 
 @pytest.mark.parametrize("to", ["onnx", "timm", "peft", "triton"])
-def test_artefact_and_manifest_are_on_disk_before_they_take_their_names(
+def test_artefact_and_manifest_are_synced_before_they_are_renamed(
     to: str,
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
@@ -86,10 +86,10 @@ def test_artefact_and_manifest_are_on_disk_before_they_take_their_names(
     suffix = {"onnx": ".onnx", "timm": ".safetensors"}.get(to, "")
     output = tmp_path / f"task{suffix}"
     export_merged(make_checkpoint("lora"), output, to=to, weights=backbone_weights)
-    assert disk.named[-2:] == [f"{output.name}.json", output.name]
+    assert disk.renamed[-2:] == [f"{output.name}.json", output.name]
 
 
-def test_checkpoints_and_packed_tasks_are_on_disk_before_they_take_their_names(
+def test_checkpoints_and_packed_tasks_are_synced_before_they_are_renamed(
     make_tuned: Callable[..., TunedModel],
     classes: tuple[str, ...],
     fleet_artefact: Path,
@@ -102,21 +102,21 @@ def test_checkpoints_and_packed_tasks_are_on_disk_before_they_take_their_names(
     save_checkpoint(make_tuned(), tmp_path / "a", classes=classes, preprocessing=preprocessing)
     kind = Fleet(fleet_artefact, threads=1).kind
     pack(open_store(fleet_tasks["pets"].parent, kind), tmp_path / "tasks.pack")
-    assert disk.named == ["a", "tasks.pack"]
+    assert disk.renamed == ["a", "tasks.pack"]
 
 
-DYING = """
+KILLED = """
 import os, pathlib, signal, sys
-from aoft_deploy import export
 from aoft_deploy.cli.export import main
+from aoft_deploy.export import merged
 
 moment, renames = sys.argv.pop(1), []
 open_, replace = pathlib.Path.open, pathlib.Path.replace
 
-def die(*_, **__):
+def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Half:
+class HalfWritten:
     def __init__(self, file):
         self.file = file
 
@@ -129,35 +129,35 @@ class Half:
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         self.file.flush()
-        die()
+        kill()
 
 def opened(path, mode="r", *args, **options):
     file = open_(path, mode, *args, **options)
-    return Half(file) if mode == "wb" and path.suffix == ".onnx" else file
+    return HalfWritten(file) if mode == "wb" and path.suffix == ".onnx" else file
 
 def renamed(path, target):
     if path.name.startswith("task"):
         renames.append(path)
         if len(renames) == {"manifest": 1, "artefact": 2}.get(moment):
-            die()
+            kill()
     return replace(path, target)
 
 if moment == "writing":
     pathlib.Path.open = opened
 if moment == "verifying":
-    export.verify = die
+    merged.verify = kill
 pathlib.Path.replace = renamed
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def leftovers(folder: Path) -> set[str]:
-    """Names other than temporary ones."""
+    """Names of the files that are not temporary."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".aoft-")}
 
 
-def whole(artefact: Path) -> bool:
-    """Whether artefact and manifest are of each other."""
+def matches_manifest(artefact: Path) -> bool:
+    """Whether the manifest is that of the artefact."""
     manifest = json.loads(manifest_path(artefact).read_text("utf-8"))
     return bool(manifest["sha256"] == file_digest(artefact))
 
@@ -167,7 +167,7 @@ def whole(artefact: Path) -> bool:
     ("moment", "older"),
     [("writing", False), ("verifying", True), ("manifest", True), ("artefact", True)],
 )
-def test_an_export_killed_at_any_moment_leaves_no_part_of_an_artefact(
+def test_a_killed_export_leaves_no_partial_artefact(
     moment: str,
     older: bool,
     make_checkpoint: Callable[..., Path],
@@ -180,24 +180,24 @@ def test_an_export_killed_at_any_moment_leaves_no_part_of_an_artefact(
     before = output.read_bytes() if older else None
     options = ["--merge", make_checkpoint("rlrr"), "--backbone-weights", backbone_weights]
     words = [str(word) for word in (*options, "-o", output)]
-    process = subprocess.run([sys.executable, "-c", DYING, moment, *words], timeout=120)
+    process = subprocess.run([sys.executable, "-c", KILLED, moment, *words], timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".aoft-*"))
     assert (output.read_bytes() if output.exists() else None) == before
-    if moment == "artefact":  # the old artefact under the new manifest is not run
+    if moment == "artefact":  # the old artefact has the new manifest, and is refused
         assert leftovers(tmp_path) == names
         with pytest.raises(CheckpointError, match="was changed after its manifest"):
             load_artefact(output)
     else:
         assert leftovers(tmp_path) == (names if older else set())
-        assert not older or whole(output)
+        assert not older or matches_manifest(output)
     assert main(words) == 0
     assert leftovers(tmp_path) == names
-    assert whole(output) and load_artefact(output).info["method"] == "rlrr"
+    assert matches_manifest(output) and load_artefact(output).info["method"] == "rlrr"
 
 
 @pytest.mark.slow
-def test_an_export_killed_from_outside_leaves_nothing_but_temporary_names(
+def test_an_export_killed_by_another_process_leaves_only_temporary_files(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "task.onnx"
@@ -211,7 +211,7 @@ def test_an_export_killed_from_outside_leaves_nothing_but_temporary_names(
     assert process.wait() == -signal.SIGKILL
     assert leftovers(tmp_path) == set()
     assert main([str(word) for word in options]) == 0
-    assert whole(output)
+    assert matches_manifest(output)
 
 
 NOBODY = 65534
@@ -219,7 +219,7 @@ NOBODY = 65534
 
 @contextmanager
 def bound_by_permissions() -> Iterator[None]:
-    """As a user whom permissions bind; root they do not."""
+    """Context manager: run as an ordinary user, since root ignores permissions."""
     if os.geteuid() != 0:
         yield
         return
@@ -232,7 +232,7 @@ def bound_by_permissions() -> Iterator[None]:
 
 @pytest.fixture
 def readable(checkpoint: Path, backbone_weights: Path) -> Iterator[Path]:
-    """A folder that any user reads, with inputs, and in it a folder that nobody may write."""
+    """A folder with inputs that any user may read, and in it a folder that nobody may write."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -251,7 +251,7 @@ def readable(checkpoint: Path, backbone_weights: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["new", "old"])
 @pytest.mark.parametrize("to", ["onnx", "timm"])
-def test_a_folder_that_may_not_be_written_is_told_and_stays_as_it_was(
+def test_an_unwritable_folder_is_reported_and_unchanged(
     to: str, name: str, readable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     locked, suffix = readable / "locked", ".onnx" if to == "onnx" else ".safetensors"
@@ -271,7 +271,7 @@ def test_a_folder_that_may_not_be_written_is_told_and_stays_as_it_was(
     assert {path.read_text() for path in locked.iterdir()} == {"old"}
 
 
-def test_a_checkpoint_is_not_written_into_such_a_folder_either(
+def test_a_checkpoint_is_not_written_into_an_unwritable_folder(
     make_tuned: Callable[..., TunedModel], readable: Path
 ) -> None:
     task = read_checkpoint(readable / "model.ckpt")

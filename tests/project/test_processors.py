@@ -1,4 +1,4 @@
-"""How many processors a process may use: its affinity, and the quotas of its control groups."""
+"""Number of processors that a process may use: CPU affinity and quotas of control groups."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from aoft_deploy.processors import limited, processors
 
 @pytest.fixture(autouse=True)
 def eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of eight processors."""
+    """Simulate a machine with eight processors."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
 
 
 def machine(root: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path:
+    """Write the files of /proc and /sys that describe control groups; return their root."""
     for name, content in {
         "proc/self/cgroup": cgroup,
         "proc/self/mountinfo": mounts,
@@ -31,8 +32,8 @@ def machine(root: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path
     return root
 
 
-TWO = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
-ONE = (
+VERSION_2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+VERSION_1 = (
     "30 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
     "31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
     "32 30 0:28 {top} /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct\n"
@@ -55,7 +56,7 @@ ONE = (
     ],
 )
 def test_a_quota_of_version_2(tmp_path: Path, text: str, count: int) -> None:
-    root = machine(tmp_path, "0::/\n", TWO, {"sys/fs/cgroup/cpu.max": text})
+    root = machine(tmp_path, "0::/\n", VERSION_2, {"sys/fs/cgroup/cpu.max": text})
     assert processors(root) == count
 
 
@@ -68,15 +69,15 @@ def test_a_quota_of_version_2(tmp_path: Path, text: str, count: int) -> None:
         ({"x": "100000 100000"}, 8),
     ],
 )
-def test_the_smallest_quota_of_nested_groups(
+def test_the_smallest_quota_of_nested_groups_counts(
     tmp_path: Path, quotas: dict[str, str], count: int
 ) -> None:
     files = {f"sys/fs/cgroup/{name}/cpu.max": text for name, text in quotas.items()}
-    assert processors(machine(tmp_path, "0::/a/b/c\n", TWO, files)) == count
+    assert processors(machine(tmp_path, "0::/a/b/c\n", VERSION_2, files)) == count
 
 
-def test_a_container_sees_its_own_group_as_the_top_of_the_mount(tmp_path: Path) -> None:
-    mounts = TWO.replace("0:26 / ", "0:26 /docker/abc ")
+def test_the_mount_of_a_container_starts_at_its_own_group(tmp_path: Path) -> None:
+    mounts = VERSION_2.replace("0:26 / ", "0:26 /docker/abc ")
     root = machine(
         tmp_path, "0::/docker/abc/in\n", mounts, {"sys/fs/cgroup/in/cpu.max": "100000 50000"}
     )
@@ -106,16 +107,16 @@ def test_a_quota_of_version_1(
         "sys/fs/cgroup/memory/docker/abc/cpu.cfs_quota_us": "1",
         "sys/fs/cgroup/memory/docker/abc/cpu.cfs_period_us": "1",
     }
-    assert processors(machine(tmp_path, cgroup, ONE.format(top=top), files)) == count
+    assert processors(machine(tmp_path, cgroup, VERSION_1.format(top=top), files)) == count
 
 
-def test_a_mount_with_blanks_in_its_name(tmp_path: Path) -> None:
-    mounts = TWO.replace("/sys/fs/cgroup", r"/sys/the\040groups")
+def test_the_name_of_a_mount_may_contain_spaces(tmp_path: Path) -> None:
+    mounts = VERSION_2.replace("/sys/fs/cgroup", r"/sys/the\040groups")
     files = {"sys/the groups/cpu.max": "100000 100000"}
     assert processors(machine(tmp_path, "0::/\n", mounts, files)) == 1
 
 
-def test_a_system_without_control_groups_has_its_affinity(
+def test_without_control_groups_the_affinity_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert processors(tmp_path) == 8 and limited() in (None, processors())
@@ -127,15 +128,14 @@ def test_a_system_without_control_groups_has_its_affinity(
     assert processors(tmp_path) == 1
 
 
-def fresh(code: str, *before: str, environment: dict[str, str] | None = None) -> str:
-    """What a process of its own prints."""
+def output_of(code: str, *before: str) -> str:
+    """Output of Python code in a subprocess, started by the command ``before``."""
     done = subprocess.run(
         [*before, sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
-        env={name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
-        | (environment or {}),
+        env={name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"},
     )
     return done.stdout.strip()
 
@@ -151,19 +151,19 @@ public class Count {
 
 
 @pytest.mark.parametrize("before", [[], ["taskset", "-c", "0"]])
-def test_java_counts_the_same(tmp_path: Path, before: list[str]) -> None:
+def test_java_counts_the_same_number(tmp_path: Path, before: list[str]) -> None:
     java = program(["java"], ["openjdk-17-jdk-headless"])
     source = tmp_path / "Count.java"
     source.write_text(JAVA)
     done = subprocess.run([*before, java, str(source)], capture_output=True, text=True, check=True)
-    assert fresh(OURS, *before) == done.stdout.strip()
+    assert output_of(OURS, *before) == done.stdout.strip()
 
 
 GROUP = Path("/sys/fs/cgroup/cpu/aoft-tests")
 
 
-def test_java_counts_the_same_under_a_quota(tmp_path: Path) -> None:
-    """A real group where we may make one (root, version 1); else only that none was asked for."""
+def test_java_counts_the_same_number_under_a_quota(tmp_path: Path) -> None:
+    """Uses a real control group if this process may create one (root, version 1)."""
     java = program(["java"], ["openjdk-17-jdk-headless"])
     source = tmp_path / "Count.java"
     source.write_text(JAVA)
@@ -177,7 +177,7 @@ def test_java_counts_the_same_under_a_quota(tmp_path: Path) -> None:
             pass
         command = [*inside, java, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert fresh(OURS, *inside) == done.stdout.strip()
+        assert output_of(OURS, *inside) == done.stdout.strip()
         assert not inside or done.stdout.strip() == "1"
     finally:
         if inside:
@@ -195,10 +195,10 @@ print(Settings().decoders, engine._session.get_session_options().intra_op_num_th
 
 def test_threads_and_decoders_follow_the_affinity(artefact: Path) -> None:
     code = ENGINES.replace("PATH", repr(str(artefact)))
-    assert fresh(code, "taskset", "-c", "0") == "1 1"
+    assert output_of(code, "taskset", "-c", "0") == "1 1"
 
 
-def test_libraries_of_arithmetic_follow_the_affinity() -> None:
+def test_torch_follows_the_affinity() -> None:
     code = (
         "import argparse\n"
         "from aoft_deploy.cli.command import run\n"
@@ -207,17 +207,15 @@ def test_libraries_of_arithmetic_follow_the_affinity() -> None:
         "    print(torch.get_num_threads())\n"
         "run(argparse.ArgumentParser(), body, [])\n"
     )
-    assert fresh(code, "taskset", "-c", "0") == "1"
+    assert output_of(code, "taskset", "-c", "0") == "1"
 
 
-def test_nothing_else_counts_the_machine_s_processors() -> None:
-    """One place knows what a process may use; what it says of the machine is told elsewhere."""
-    root = Path(__file__).parents[2]
-    found = [
+def test_only_one_module_counts_processors(root: Path) -> None:
+    users = [
         str(path.relative_to(root))
         for folder in ("aoft_deploy", "exporters", "demo", "benchmarks", "tools")
         for path in (root / folder).rglob("*.py")
         if "os.cpu_count(" in path.read_text("utf-8")
         or "ThreadPoolExecutor()" in path.read_text("utf-8")
     ]
-    assert found == ["aoft_deploy/processors.py"]
+    assert users == ["aoft_deploy/processors.py"]

@@ -1,4 +1,4 @@
-"""The README's snippets run, its commands parse, and the quickstart prints what it promises."""
+"""The README: its snippets run, its commands parse, and the quickstart prints its output."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
 def commands() -> list[str]:
+    """The README's command lines of this project."""
     lines = (line for block in blocks("") for line in block.splitlines())
     return [line for line in lines if re.match(r"aoft-\w+ .*-|aoft-\w+ +\S+/", line)]
 
@@ -29,7 +31,7 @@ def test_python_snippets_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_there_are_snippets_to_run() -> None:
+def test_there_are_snippets_and_commands() -> None:
     assert blocks("python") and len(commands()) >= 8
 
 
@@ -37,26 +39,20 @@ def test_there_are_snippets_to_run() -> None:
 def test_commands_parse(line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)
     command = name.removeprefix("aoft-")
-    home = "aoft_demo.cli" if command == "demo" else f"aoft_deploy.cli.{command}"
-    module = importlib.import_module(home)
+    name = "aoft_demo.cli" if command == "demo" else f"aoft_deploy.cli.{command}"
+    module = importlib.import_module(name)
     module.parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)", README))
-def test_links_within_the_project_lead_somewhere(path: str) -> None:
+def test_links_to_files_of_the_project_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
 @pytest.mark.slow
-def test_the_quickstart_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "tools/quickstart.py",
-        "--epochs",
-        "2",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+def test_the_quickstart_prints_the_readmes_output(tmp_path: Path) -> None:
+    options = ["--epochs", "2", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "tools/quickstart.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     shown = README.partition("<!-- quickstart -->")[2].split("```")[1].splitlines()[2:]
     for line in shown:

@@ -1,6 +1,6 @@
-"""Every script of benchmarks/ and tools/ runs to its end on a tiny model.
+"""Every script of benchmarks/ and tools/ runs on a tiny model.
 
-A new script that stands in none of the tables here makes ``test_every_script_is_listed`` fail.
+A new script must be added to one of the tables here: see ``test_every_script_is_listed``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from types import ModuleType
 import numpy as np
 import onnx
 import pytest
+from checkout import ROOT
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "test_vit")
 ONCE = ("--rounds", "1")
 
@@ -95,32 +95,27 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("--instances", "1", "--batch", "4"),
     ),
 }
-"""Arguments of each script; ``{out}`` is where it writes its figures."""
+"""Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
     *("engines", "exporting", "fleet", "forms", "stress", "serving", "soak"),
     *("training_step", "methods", "coverage"),
 )
 
-ELSEWHERE = {
-    "benchmarks/export/coverage_page.py": "a module of coverage.py",
-    "benchmarks/export/families.py": "a module of coverage.py",
-    "benchmarks/export/torch_engines.py": "a module, which engines.py runs",
-    "benchmarks/serving/peers.py": "below",
-    "benchmarks/serving/peer_servers/bento.py": "below",
-    "benchmarks/serving/peer_servers/lit.py": "below",
-    "benchmarks/serving/peer_servers/rays.py": "below",
-    "tools/mutants.py": "it runs the tests",
-    "tools/pretraining/figures.py": "a module of train.py",
-    "tools/pretraining/model.py": "a module of train.py",
-    "tools/pretraining/scenes.py": "a module of train.py",
+NOT_IN_TABLE = {
+    "benchmarks/export/torch_engines.py": "a module of engines.py",
+    "benchmarks/serving/peers.py": "tested below",
+    "benchmarks/serving/peer_servers/bento.py": "tested below",
+    "benchmarks/serving/peer_servers/lit.py": "tested below",
+    "benchmarks/serving/peer_servers/rays.py": "tested below",
+    "tools/mutants.py": "it runs the tests itself",
     "tools/quickstart.py": "tests/project/test_readme.py",
 }
-"""Scripts that are not run by the table, and why."""
+"""Scripts that are not in the table, and why."""
 
 
 def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own."""
+    """Run a script in a subprocess."""
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=ROOT,
@@ -131,7 +126,7 @@ def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProces
 
 
 def imported(script: str) -> ModuleType:
-    """A script as a module."""
+    """Import a script as a module."""
     name = f"{Path(script).stem}_script"
     spec = importlib.util.spec_from_file_location(name, ROOT / script)
     assert spec is not None and spec.loader is not None
@@ -146,13 +141,13 @@ def test_every_script_is_listed() -> None:
         for folder in ("benchmarks", "tools")
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert found == set(RUNS) | set(ELSEWHERE)
-    assert not set(RUNS) & set(ELSEWHERE)
+    assert found == set(RUNS) | set(NOT_IN_TABLE)
+    assert not set(RUNS) & set(NOT_IN_TABLE)
 
 
 @pytest.fixture
-def given(artefact: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path]) -> dict[str, Path]:
-    """What scripts take that measure an artefact."""
+def inputs(artefact: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path]) -> dict[str, Path]:
+    """Artefacts and checkpoints, by their placeholders in the arguments."""
     return {"artefact": artefact, "fleet": fleet_artefact, "task": fleet_tasks["birds"]}
 
 
@@ -163,32 +158,31 @@ def given(artefact: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path]) ->
         for script in RUNS
     ],
 )
-def test_scripts_run_to_their_end(
-    script: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_scripts_run(script: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     words = RUNS[script]
-    given = request.getfixturevalue("given") if "{task}" in words else {}
+    files = request.getfixturevalue("inputs") if "{task}" in words else {}
     out = tmp_path / "figures.json"
-    done = run(script, *(w.format(out=out, folder=tmp_path, **given) for w in words))
-    judged_by_time = script == "benchmarks/serving/soak.py"
-    assert done.returncode == 0 or judged_by_time, done.stderr[-3000:]
+    done = run(script, *(w.format(out=out, folder=tmp_path, **files) for w in words))
+    depends_on_speed = script == "benchmarks/serving/soak.py"
+    assert done.returncode == 0 or depends_on_speed, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.stdout
     if "{out}" in words:
         assert out.stat().st_size > 2
-    if judged_by_time:
-        found = json.loads(out.read_text())
-        assert found["at 80 %"]["wrong"] == found["at 300 %"]["wrong"] == found["end"]["wrong"] == 0
-        assert (found["end"]["exit code"], found["end"]["tracebacks"]) == (0, 0)
+    if depends_on_speed:
+        results = json.loads(out.read_text())
+        end = results["end"]
+        assert results["at 80 %"]["wrong"] == results["at 300 %"]["wrong"] == end["wrong"] == 0
+        assert (end["exit code"], end["tracebacks"]) == (0, 0)
 
 
-def test_the_fleet_is_timed_beside_all_that_the_page_of_results_names() -> None:
+def test_the_fleet_benchmark_has_all_variants_of_the_published_results() -> None:
     script = imported("benchmarks/fleet/fleet.py")
     rows = json.loads((ROOT / "benchmarks/results/fleet_16.json").read_text())["rows"]
     assert {row["variant"] for row in rows} <= set(script.VARIANTS)
 
 
-def test_the_backbone_is_checked_by_a_probe() -> None:
+def test_the_pretrained_backbone_is_checked_with_linear_probes() -> None:
     done = run("tools/pretraining/train.py", "--check", "--images", "40")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -196,17 +190,17 @@ def test_the_backbone_is_checked_by_a_probe() -> None:
     assert all((row["train"], row["test"]) == (20, 20) for row in rows)
 
 
-def test_servers_are_compared_where_wrk_is_there_and_refused_where_not(tmp_path: Path) -> None:
+def test_the_comparison_of_servers_needs_wrk(tmp_path: Path) -> None:
     words = ["--venvs", str(tmp_path), "--peers", "--seconds", "1", *ONCE]
-    nowhere = run("benchmarks/serving/peers.py", *words, PATH=str(tmp_path))
-    assert (nowhere.returncode, nowhere.stdout) == (1, "")
-    assert nowhere.stderr == "wrk is not installed (Debian: apt install wrk).\n"
+    without_wrk = run("benchmarks/serving/peers.py", *words, PATH=str(tmp_path))
+    assert (without_wrk.returncode, without_wrk.stdout) == (1, "")
+    assert without_wrk.stderr == "wrk is not installed (Debian: apt install wrk).\n"
     if shutil.which("wrk"):
         done = run("benchmarks/serving/peers.py", *words)
         assert done.returncode == 0 and "aoft-serve, tiny" in done.stdout, done.stderr
 
 
-def test_a_peer_that_cannot_be_installed_is_named(
+def test_a_peer_that_cannot_be_installed_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = imported("benchmarks/serving/peers.py")
@@ -221,7 +215,7 @@ PEERS = {"lit": "litserve", "bento": "bentoml", "rays": "ray"}
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peers_script_says_what_it_lacks(peer: str, tmp_path: Path) -> None:
+def test_a_peers_script_reports_a_missing_package(peer: str, tmp_path: Path) -> None:
     (tmp_path / f"{PEERS[peer]}.py").write_text(f"raise ModuleNotFoundError('{PEERS[peer]}')")
     done = run(
         f"benchmarks/serving/peer_servers/{peer}.py",
@@ -246,12 +240,12 @@ def test_a_peers_script_says_what_it_lacks(peer: str, tmp_path: Path) -> None:
         if importlib.util.find_spec(PEERS[peer]) is not None
     ],
 )
-def test_a_peer_that_is_installed_answers_as_the_model_does(
+def test_an_installed_peer_gives_the_models_answers(
     peer: str, name: str, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = imported("benchmarks/serving/peers.py")
     monkeypatch.setattr(script, "environment", lambda folder, name: Path(sys.executable))
-    model = made(tmp_path / "tiny.onnx")
+    model = write_tiny_model(tmp_path / "tiny.onnx")
     data = [script.DATA] if nested else script.DATA
     body = json.dumps({"data": data})
     with script.served(name, "tiny", model, tmp_path, "/predict", body) as (port, _):
@@ -260,13 +254,13 @@ def test_a_peer_that_is_installed_answers_as_the_model_does(
         answer = json.loads(connection.getresponse().read())
         connection.close()
     image = np.array(script.DATA, np.float32).reshape(1, 3, 2, 2)
-    (wanted,) = ReferenceEvaluator(str(model)).run(None, {"pixel_values": image})
-    got = answer["data"] if isinstance(answer, dict) else answer
-    np.testing.assert_allclose(np.ravel(got), np.ravel(wanted), atol=1e-5)
+    (expected,) = ReferenceEvaluator(str(model)).run(None, {"pixel_values": image})
+    logits = answer["data"] if isinstance(answer, dict) else answer
+    np.testing.assert_allclose(np.ravel(logits), np.ravel(expected), atol=1e-5)
 
 
-def made(path: Path) -> Path:
-    """A linear map of 12 numbers to 10 as an ONNX file."""
+def write_tiny_model(path: Path) -> Path:
+    """Write an ONNX model: a linear map from 12 inputs to 10 logits."""
     weights = np.random.default_rng(0).normal(size=(12, 10)).astype(np.float32)
     graph = helper.make_graph(
         [

@@ -1,4 +1,4 @@
-"""Random numbers of the tests are the same in every run, alone and beside others."""
+"""The random numbers of a test do not depend on the tests that ran before."""
 
 from __future__ import annotations
 
@@ -12,43 +12,47 @@ import torch
 
 
 def numbers(seed: int) -> list[float]:
-    """What the three generators of a process give after a seed."""
+    """The first number of each global generator after a seed."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = random.Random(seed).random(), np.random.RandomState(seed).rand()
-    return [*drawn, float(torch.rand((), generator=generator))]
+    first = random.Random(seed).random(), np.random.RandomState(seed).rand()
+    return [*first, float(torch.rand((), generator=generator))]
 
 
 def drawn() -> list[float]:
-    """The next numbers of the process."""
+    """The next number of each global generator."""
     return [random.random(), np.random.rand(), float(torch.rand(()))]
 
 
 @pytest.fixture(scope="module")
-def of_the_fixture() -> list[float]:
+def module_numbers() -> list[float]:
     return drawn()
 
 
 @pytest.fixture(scope="session")
-def of_the_session() -> list[float]:
+def session_numbers() -> list[float]:
     return drawn()
 
 
-def test_a_fixture_draws_what_its_name_says(
-    of_the_fixture: list[float], request: pytest.FixtureRequest
+def test_the_numbers_of_a_fixture_depend_on_its_name(
+    module_numbers: list[float], request: pytest.FixtureRequest
 ) -> None:
-    assert of_the_fixture == numbers(zlib.crc32(b"tests/project/test_seeds.py::of_the_fixture[0]"))
+    assert module_numbers == numbers(zlib.crc32(b"tests/project/test_seeds.py::module_numbers[0]"))
 
 
-def test_a_fixture_of_the_session_draws_what_its_name_says(of_the_session: list[float]) -> None:
-    assert of_the_session == numbers(zlib.crc32(b"tests/project/test_seeds.py::of_the_session[0]"))
+def test_the_numbers_of_a_session_fixture_depend_on_its_name(session_numbers: list[float]) -> None:
+    assert session_numbers == numbers(
+        zlib.crc32(b"tests/project/test_seeds.py::session_numbers[0]")
+    )
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
-def test_a_test_draws_what_its_name_says(which: str, request: pytest.FixtureRequest) -> None:
+def test_the_numbers_of_a_test_depend_on_its_name(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     assert drawn() == numbers(zlib.crc32(request.node.nodeid.encode()))
 
 
-def test_a_models_weights_are_the_same_in_every_run(request: pytest.FixtureRequest) -> None:
+def test_the_weights_of_a_model_are_the_same_in_every_run(request: pytest.FixtureRequest) -> None:
     made = timm.create_model("test_vit", num_classes=2).get_parameter("head.weight")
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     again = timm.create_model("test_vit", num_classes=2).get_parameter("head.weight")
