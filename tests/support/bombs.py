@@ -1,4 +1,4 @@
-"""Small files that unpack to large pictures, texts or profiles, and what reading them costs."""
+"""Decompression bombs: small files of large pictures, texts or profiles, and the cost to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
+    """A chunk of a PNG."""
     check = zlib.crc32(kind + data)
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
@@ -25,7 +25,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, rows: bytes, *extra: bytes, depth: int = 1, kind: int = 0
 ) -> bytes:
-    """A PNG of packed rows, with further chunks before them."""
+    """A PNG of compressed rows, with further chunks before them."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     parts = [b"\x89PNG\r\n\x1a\n", head, *extra, chunk(b"IDAT", rows), chunk(b"IEND", b"")]
     return b"".join(parts)
@@ -33,19 +33,19 @@ def png(
 
 @cache
 def zeros(size: int) -> bytes:
-    """Packed zeros."""
+    """Compressed zeros."""
     pack, piece = zlib.compressobj(9), bytes(2**20)
     parts = [pack.compress(piece[: min(2**20, size - i)]) for i in range(0, size, 2**20)]
     return b"".join(parts) + pack.flush()
 
 
 def flat(width: int, height: int) -> bytes:
-    """A black picture of one bit a pixel; of the largest ones the rows do not reach the end."""
+    """A black PNG with one bit per pixel; the largest ones lack some of their rows."""
     return png(width, height, zeros(min((width + 7) // 8 + 1, 4096) * min(height, 16384)))
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """A JPEG whose header says that size."""
+    """A JPEG with this size in its header."""
     stream = io.BytesIO()
     Image.new("RGB", (16, 8)).save(stream, "JPEG")
     return stream.getvalue().replace(
@@ -54,7 +54,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def webp(width: int, height: int) -> bytes:
-    """A lossless WebP whose header says that size."""
+    """A lossless WebP with this size in its header."""
     stream = io.BytesIO()
     Image.new("RGB", (16, 16)).save(stream, "WEBP", lossless=True)
     data = bytearray(stream.getvalue())
@@ -65,7 +65,7 @@ def webp(width: int, height: int) -> bytes:
 
 
 def packed_beside(kind: bytes) -> bytes:
-    """A small PNG beside 200 MB of text or profile."""
+    """A small PNG with a chunk of 200 MB of text or colour profile."""
     return png(8, 8, zlib.compress(bytes(16)), chunk(kind, b"name\0\0" + zeros(200 * 10**6)))
 
 
@@ -78,22 +78,22 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "JPEG of 65500 x 65500": partial(jpeg, 65500, 65500),
     "WebP of 16384 x 16384": partial(webp, 16384, 16384),
 }
-"""Pictures of too many pixels."""
+"""Pictures with too many pixels."""
 
 BESIDE: dict[str, Callable[[], bytes]] = {
     f"200 MB of {kind.decode()}": partial(packed_beside, kind) for kind in (b"zTXt", b"iCCP")
 }
-"""Small pictures with much beside them."""
+"""Small pictures with large chunks of other data."""
 
 
 class Cost(NamedTuple):
-    """What became of a picture.
+    """Result and cost of reading a picture.
 
     Attributes:
-        status: Of its refusal; 200 where it was read.
-        message: Of its refusal.
-        seconds: Of the processor.
-        memory: Bytes that the process had for a moment more than before.
+        status: HTTP status of the refusal; 200 if the picture was read.
+        message: Message of the refusal.
+        seconds: CPU time.
+        memory: Peak of additional memory in bytes.
     """
 
     status: int
@@ -121,7 +121,7 @@ def peak():
 
 for path in map(Path, sys.argv[1:]):
     data, status, message = path.read_bytes(), 200, ""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = now(), time.process_time()
     try:
         decode_sample(data, prepare, 224, 10**6)
@@ -134,12 +134,18 @@ for path in map(Path, sys.argv[1:]):
 def costs(
     pictures: Mapping[str, bytes], folder: Path, warm: Mapping[str, bytes]
 ) -> dict[str, Cost]:
-    """Read pictures one after another in a process of its own, some good ones first."""
+    """Read pictures one after another in a subprocess.
+
+    Args:
+        pictures: Pictures to measure, by name.
+        folder: Folder for the files.
+        warm: Valid pictures to read first.
+    """
     paths = []
     for i, data in enumerate([*warm.values(), *pictures.values()]):
         paths.append(folder / str(i))
         paths[-1].write_bytes(data)
     command = [sys.executable, "-c", READER, *map(str, paths)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]
-    return {n: Cost(*cost) for n, cost in zip(pictures, found[len(warm) :], strict=True)}
+    results: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]
+    return {n: Cost(*cost) for n, cost in zip(pictures, results[len(warm) :], strict=True)}

@@ -1,4 +1,4 @@
-"""A model that goes wrong as the pixels of its images say, and a raw connection to its server."""
+"""A model whose images can make it fail, and raw connections to its server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from aoft_deploy.artefacts.onnx_metadata import DIGEST
 
 WEIGHTS = np.random.default_rng(0).normal(size=(768, 5)).astype(np.float32)
-SAYS = ("turns", "place", "room")
+FAULTS = ("turns", "place", "room")
+"""Names of the first pixels, which control the faults; see ``write_faulty_model``."""
 BODY = json.dumps(
     {
         "inputs": [
@@ -28,35 +29,44 @@ BODY = json.dumps(
         ]
     }
 ).encode()
-"""A request about one image, in the protocol's JSON."""
+"""A request with one image, in the protocol's JSON."""
 
 
-def asking(**said: float) -> Any:
-    """An image for the model of ``made``; without a word it is answered at once."""
+def asking(**faults: float) -> Any:
+    """An image that triggers faults of the model; without any, it is answered at once.
+
+    Args:
+        faults: Values for names of ``FAULTS``.
+    """
     image = np.zeros((1, 3, 16, 16), np.float32)
-    for name, value in said.items():
-        image[0, 0, 0, SAYS.index(name)] = value
+    for name, value in faults.items():
+        image[0, 0, 0, FAULTS.index(name)] = value
     return image
 
 
 def harmless(seed: int, count: int = 1) -> Any:
-    """Random images that ask for nothing."""
+    """Random images that trigger no fault."""
     images = np.random.default_rng(seed).normal(size=(count, 3, 16, 16)).astype(np.float32)
-    images[:, 0, 0, : len(SAYS)] = 0
+    images[:, 0, 0, : len(FAULTS)] = 0
     return images
 
 
 def answered(images: Any) -> Any:
-    """Logits that the model of ``made`` owes."""
+    """The model's logits of images that trigger no fault."""
     return images.reshape(len(images), -1) @ WEIGHTS
 
 
 def made(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
-    """An artefact whose pixels say what goes wrong.
+    """Write a model that fails if an image says so.
 
-    Of each image the first pixel's row says: [0] how many times a loop turns, in millions, beside
-    those that it ``always`` turns; [1] which row of a table of one row is looked up; [2] 10^14
-    floats to allocate, if not 0: more than any machine's address space.
+    The first pixels of an image control: [0] additional iterations of a loop, in millions; [1] the
+    index into a table with one row; [2] an allocation of this number times 10^14 floats, which is
+    more than any address space.
+
+    Args:
+        path: The ONNX file.
+        metadata: Metadata of the file.
+        always: Iterations of the loop for every batch, in millions.
     """
     body = helper.make_graph(
         [helper.make_node("Add", ["sum", "one"], ["more"])],
@@ -127,13 +137,13 @@ def made(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
 
 
 def metadata_of(artefact: Path) -> dict[str, str]:
-    """What an exported file says of itself but its digest, for another file to say too."""
+    """Metadata of an exported file, without the digest, for use in another file."""
     metadata = onnx.load(artefact).metadata_props
     return {entry.key: entry.value for entry in metadata if entry.key != DIGEST}
 
 
 def without_digest(proto: Any) -> bytes:
-    """A model as bytes that aoft-export did not write, so that something may be changed in it."""
+    """A model as bytes without the digest, so that changed content is accepted."""
     for entry in list(proto.metadata_props):
         if entry.key == DIGEST:
             proto.metadata_props.remove(entry)
@@ -142,12 +152,12 @@ def without_digest(proto: Any) -> bytes:
 
 
 class Heard(NamedTuple):
-    """What a connection came to.
+    """Result of a raw connection.
 
     Attributes:
-        content: All that the server sent.
-        sent: Bytes that it let us send.
-        ended: Whether it ended the connection.
+        content: All bytes from the server.
+        sent: Number of bytes that the server accepted.
+        ended: Whether the server closed the connection.
     """
 
     content: bytes
@@ -156,11 +166,17 @@ class Heard(NamedTuple):
 
 
 def raw(served: Any, parts: Iterable[bytes], seconds: float = 5) -> Heard:
-    """Send bytes until the server ends the connection, and take what it sends until the time is up.
+    """Send bytes on a raw connection and receive until the server closes it or the time is up.
 
-    A server that neither reads nor ends the connection is a ``TimeoutError``.
+    Args:
+        served: The server, with a ``port``.
+        parts: What to send.
+        seconds: Time limit of each send and receive.
+
+    Raises:
+        TimeoutError: The server neither reads nor closes the connection.
     """
-    found, sent, ended = b"", 0, False
+    received, sent, ended = b"", 0, False
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         connection.settimeout(seconds)
@@ -173,10 +189,10 @@ def raw(served: Any, parts: Iterable[bytes], seconds: float = 5) -> Heard:
             ended = True
         try:
             while piece := connection.recv(65536):
-                found += piece
+                received += piece
             ended = True
         except ConnectionError:
             ended = True
         except TimeoutError:
             pass
-    return Heard(found, sent, ended)
+    return Heard(received, sent, ended)

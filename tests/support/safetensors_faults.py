@@ -1,4 +1,4 @@
-"""Safetensors files with one fault of the header each; the rest is that of a good file."""
+"""Safetensors files with one fault each in the header of a valid file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DAMAGED = "is no checkpoint"
 
 
 def names(header: Header) -> list[str]:
-    """Of the tensors, in the order of their bytes."""
-    found = header.keys() - {"__metadata__"}
-    return sorted(found, key=lambda name: int(header[name]["data_offsets"][0]))
+    """Names of the tensors in the order of their data."""
+    tensors = header.keys() - {"__metadata__"}
+    return sorted(tensors, key=lambda name: int(header[name]["data_offsets"][0]))
 
 
 def overlap(header: Header) -> None:
@@ -71,7 +71,7 @@ def changed(change: Callable[[Header], object]) -> Callable[[bytes], bytes]:
 
 
 def twice(text: bytes) -> bytes:
-    """The first tensor's entry once more, its name spelt otherwise."""
+    """Repeat the first tensor's entry, with an escape sequence in its name."""
     name, entry = next((n, e) for n, e in json.loads(text).items() if n != "__metadata__")
     spelt = f"\\u{ord(name[0]):04x}{name[1:]}"
     return text.rstrip()[:-1] + f',"{spelt}":{json.dumps(entry)}}}'.encode()
@@ -99,11 +99,11 @@ FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "path of Windows": (changed(windows_path), r"tensor '..\\\\x', which is a path and no name"),
     "200,000 tensors": (changed(many), r"holds 2000\d\d tensors, but at most 10000 are read"),
 }
-"""From the text of a header to a faulty one, and what must be said of it."""
+"""Function from a header to a faulty one, and the expected message, for each fault."""
 
 
 def faulty(source: Path, target: Path, fault: str) -> Path:
-    """Copy a safetensors file with another header."""
+    """Copy a safetensors file and introduce a fault of ``FAULTS``."""
     data = source.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     text = FAULTS[fault][0](data[8 : 8 + length])
