@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from made_model import metadata_of
+from faulty_model import metadata_of
 from numpy.typing import NDArray
 from PIL import Image
 

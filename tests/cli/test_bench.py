@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from made_model import metadata_of
+from faulty_model import metadata_of
 from PIL import Image
 
 from aoft_deploy.cli.bench import main

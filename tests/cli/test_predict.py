@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from made_model import without_digest
+from faulty_model import without_digest
 from PIL import Image
 
 from aoft_deploy.cli.predict import main

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from made_model import metadata_of
+from faulty_model import metadata_of
 
 from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, unchanged
 from aoft_deploy.artefacts.onnx_metadata import (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_model import BODY
+from faulty_model import BODY
 
 from aoft_deploy.serving.log import MAX_KINDS, MAX_RECORDS, PERIOD_SECONDS, JsonHandler, Writer, log
 

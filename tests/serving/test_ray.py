@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_model import BODY
+from faulty_model import BODY
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.ray import app

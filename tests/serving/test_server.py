@@ -22,7 +22,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_model import BODY, answered, asking, harmless, made, metadata_of
+from faulty_model import (
+    BODY,
+    expected_logits,
+    faulty_images,
+    metadata_of,
+    plain_images,
+    write_faulty_model,
+)
 
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import load_artefact
@@ -245,7 +252,7 @@ def test_sigterm_under_load_loses_no_request_and_leaves_nothing_behind(
 def slow(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artefact that is slow for every batch, also when it is opened."""
     path = tmp_path_factory.mktemp("slow") / "slow.onnx"
-    return made(path, metadata_of(artefact), always=1000)
+    return write_faulty_model(path, metadata_of(artefact), always=1000)
 
 
 def working(server: Any) -> None:
@@ -264,10 +271,10 @@ def metric(server: Any, name: str) -> float:
 def test_sigterm_lets_slow_requests_end_and_refuses_others(
     serve: Callable[..., Any], artefact: Path, tmp_path: Path
 ) -> None:
-    server = serve(artefact, made(tmp_path / "made.onnx", metadata_of(artefact)))
-    images = [harmless(i) for i in range(12)]
+    server = serve(artefact, write_faulty_model(tmp_path / "made.onnx", metadata_of(artefact)))
+    images = [plain_images(i) for i in range(12)]
     start = time.monotonic()
-    server.logits("made", asking(turns=0.1))
+    server.logits("made", faulty_images(turns=0.1))
     second = 0.1 / (time.monotonic() - start)
     for image in images:
         image[0, 0, 0, 0] = second
@@ -282,7 +289,7 @@ def test_sigterm_lets_slow_requests_end_and_refuses_others(
         assert server.ask("GET", "/v2/health/live")[0] == 200
         assert not any(answer.done() for answer in asked)
         for answer, image in zip(asked, images, strict=True):
-            assert np.allclose(answer.result(), answered(image), atol=1e-4)
+            assert np.allclose(answer.result(), expected_logits(image), atol=1e-4)
     assert server.process.wait(5) == 0 and server.event("drained")["lost"] == 0
 
 

@@ -32,7 +32,7 @@ BODY = json.dumps(
 """A request with one image, in the protocol's JSON."""
 
 
-def asking(**faults: float) -> Any:
+def faulty_images(**faults: float) -> Any:
     """An image that triggers faults of the model; without any, it is answered at once.
 
     Args:
@@ -44,19 +44,19 @@ def asking(**faults: float) -> Any:
     return image
 
 
-def harmless(seed: int, count: int = 1) -> Any:
+def plain_images(seed: int, count: int = 1) -> Any:
     """Random images that trigger no fault."""
     images = np.random.default_rng(seed).normal(size=(count, 3, 16, 16)).astype(np.float32)
     images[:, 0, 0, : len(FAULTS)] = 0
     return images
 
 
-def answered(images: Any) -> Any:
+def expected_logits(images: Any) -> Any:
     """The model's logits of images that trigger no fault."""
     return images.reshape(len(images), -1) @ WEIGHTS
 
 
-def made(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
+def write_faulty_model(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
     """Write a model that fails if an image says so.
 
     The first pixels of an image control: [0] additional iterations of a loop, in millions; [1] the
@@ -125,7 +125,7 @@ def made(path: Path, metadata: dict[str, str], always: float = 0) -> Path:
     ]
     graph = helper.make_graph(
         nodes,
-        "made",
+        "write_faulty_model",
         [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 16, 16])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
@@ -151,7 +151,7 @@ def without_digest(proto: Any) -> bytes:
     return content
 
 
-class Heard(NamedTuple):
+class RawAnswer(NamedTuple):
     """Result of a raw connection.
 
     Attributes:
@@ -165,7 +165,7 @@ class Heard(NamedTuple):
     ended: bool
 
 
-def raw(served: Any, parts: Iterable[bytes], seconds: float = 5) -> Heard:
+def send_raw(served: Any, parts: Iterable[bytes], seconds: float = 5) -> RawAnswer:
     """Send bytes on a raw connection and receive until the server closes it or the time is up.
 
     Args:
@@ -195,4 +195,4 @@ def raw(served: Any, parts: Iterable[bytes], seconds: float = 5) -> Heard:
             ended = True
         except TimeoutError:
             pass
-    return Heard(received, sent, ended)
+    return RawAnswer(received, sent, ended)
