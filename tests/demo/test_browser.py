@@ -336,7 +336,7 @@ def test_looking_inside(open_page: Callable[..., DemoPage]) -> None:
     )
     page.tab("Evidence")
     best = max(accuracies(), key=lambda a: a.mean)
-    page.shows("#measured", f"{100 * best.mean:.1f} ± {100 * best.half:.1f}")
+    page.shows("#measured", f"{100 * best.mean:.1f} ± {100 * best.margin:.1f}")
 
 
 def test_training_and_exporting(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
@@ -578,7 +578,7 @@ def swap_train_and_export_among_fifty(page: DemoPage, tmp_path: Path) -> None:
     page.tab("Train")
     page.choose("#kind", "colour")
     page.find("#count input[type=number]").fill("60")
-    page.fill("#train-name", "drawn")
+    page.fill("#train-name", "synthetic")
     page.playwright.get_by_label("quick", exact=True).check()
     page.click("#train")
     page.expect(page.find("#curve")).to_contain_text("joined the fleet", timeout=TRAINING)
@@ -586,17 +586,17 @@ def swap_train_and_export_among_fifty(page: DemoPage, tmp_path: Path) -> None:
     page.shows("#head", "51 tasks")
 
     page.tab("Export")
-    page.choose("#export-task", "drawn")
+    page.choose("#export-task", "synthetic")
     page.click("#export")
-    page.shows("#exported", "drawn is merged and verified")
+    page.shows("#exported", "synthetic is merged and verified")
     with page.playwright.expect_download() as download:
         page.see("#files a[download]").first.click()
-    download.value.save_as(tmp_path / "drawn.onnx")
+    download.value.save_as(tmp_path / "synthetic.onnx")
 
     page.tab("Classify")
     answers = page.classify(BUNDLED / "colour-green.png")
-    assert set(answers) >= {"drawn", "one more", "task 07"} and "task 33" not in answers
-    classifier = load_classifier(tmp_path / "drawn.onnx", threads=1)
+    assert set(answers) >= {"synthetic", "one more", "task 07"} and "task 33" not in answers
+    classifier = load_classifier(tmp_path / "synthetic.onnx", threads=1)
     (answer,) = classifier.classify([read_image(BUNDLED / "colour-green.png")], 4)
-    assert answers["drawn"] == pytest.approx(dict(answer), abs=2e-5)
+    assert answers["synthetic"] == pytest.approx(dict(answer), abs=2e-5)
     assert accuracy > 1.5 / len(classifier.classes)

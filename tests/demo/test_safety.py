@@ -19,7 +19,7 @@ from running_demo import Answer, Demo, DemoClient, uploaded_file
 
 from aoft_demo.server import MAX_UPLOAD
 from aoft_demo.tasks.shared_fleet import BUNDLED
-from aoft_demo.views.train_tab import DRAWN, UPLOADED
+from aoft_demo.views.train_tab import SYNTHETIC, UPLOADED
 
 pytestmark = pytest.mark.slow
 
@@ -389,7 +389,7 @@ def test_values_outside_of_the_choices_are_refused(client: DemoClient) -> None:
     ):
         answer = client.call(part, "click", *data)
         assert refused(answer), (part, data)
-    good: list[Any] = [DRAWN, "shape", 60, "mine", "quick", *["", None] * 4]
+    good: list[Any] = [SYNTHETIC, "shape", 60, "mine", "quick", *["", None] * 4]
     for index, value in (
         (0, "Elsewhere"),
         (1, "nothing"),

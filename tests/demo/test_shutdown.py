@@ -19,7 +19,7 @@ import pytest
 from running_demo import Demo, DemoClient
 
 from aoft_demo.tasks.shared_fleet import BUNDLED
-from aoft_demo.views.train_tab import DRAWN
+from aoft_demo.views.train_tab import SYNTHETIC
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 
@@ -44,7 +44,7 @@ def connection_with(client: DemoClient, request: bytes) -> socket.socket:
 def start_training(client: DemoClient) -> list[Any]:
     """Start a training, and return its processes; a thread receives its progress."""
     classes: list[Any] = ["", None] * 4
-    start = (DRAWN, "shape", 800, "endless", "normal", *classes)
+    start = (SYNTHETIC, "shape", 800, "endless", "normal", *classes)
     curve_shown = threading.Event()
 
     def receive() -> None:

@@ -12,6 +12,14 @@ import aoft_deploy
 
 COMMANDS = ("bench", "export", "inspect", "predict", "serve", "train")
 
+EXPORTERS = (
+    "onnx.exporter",
+    "openvino.exporter",
+    "openvino.int8",
+    "pytorch.peft_exporter",
+    "pytorch.timm_exporter",
+)
+
 WITHOUT_TORCH = ("artefacts", "data", "fleet", "serving")
 """Rooms whose modules import neither torch nor timm."""
 
@@ -32,9 +40,7 @@ def test_the_package_imports_no_heavy_library() -> None:
 
 
 def test_the_exporters_import_no_heavy_library_but_numpy() -> None:
-    names = ("openvino.int8", "onnx.exporter", "openvino.exporter", "pytorch.peft_exporter")
-    names += ("pytorch.timm_exporter",)
-    script = "import " + ", ".join(f"aoft_exporters.{name}" for name in names)
+    script = "import " + ", ".join(f"aoft_exporters.{name}" for name in EXPORTERS)
     assert heavy_libraries(script) <= {"numpy"}
 
 

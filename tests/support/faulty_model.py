@@ -125,7 +125,7 @@ def write_faulty_model(path: Path, metadata: dict[str, str], always: float = 0) 
     ]
     graph = helper.make_graph(
         nodes,
-        "write_faulty_model",
+        "faulty",
         [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 16, 16])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],

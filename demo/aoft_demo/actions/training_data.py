@@ -1,4 +1,4 @@
-"""Folders of training pictures: drawn by the library, or uploaded."""
+"""Folders of training pictures: synthetic or uploaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aoft_deploy.data.folder_structure import part_of
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import DataError, SettingError
 
-__all__ = ["MAX_PICTURES", "MIN_PICTURES", "write_drawn_task", "write_uploaded_pictures"]
+__all__ = ["MAX_PICTURES", "MIN_PICTURES", "write_synthetic_task", "write_uploaded_pictures"]
 
 MIN_PICTURES, MAX_PICTURES = 3, 200
 """Pictures of each class."""
@@ -21,7 +21,7 @@ STORED = 512
 """Longest side of a stored picture in pixels."""
 
 
-def write_drawn_task(name: str, images: int, seed: int, root: Path) -> None:
+def write_synthetic_task(name: str, images: int, seed: int, root: Path) -> None:
     """Write the pictures of a synthetic task.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo.actions.train import EFFORTS, run_training, training_arguments
-from aoft_demo.actions.training_data import write_drawn_task, write_uploaded_pictures
+from aoft_demo.actions.training_data import write_synthetic_task, write_uploaded_pictures
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.tasks.training_queue import Training
@@ -21,9 +21,9 @@ from aoft_demo.views import cards, notices
 from aoft_demo.views.failures import show_failures
 from aoft_deploy.data.synthetic import task_names
 
-__all__ = ["DRAWN", "UPLOADED", "TrainTab", "train_tab"]
+__all__ = ["SYNTHETIC", "UPLOADED", "TrainTab", "train_tab"]
 
-DRAWN, UPLOADED = "Synthetic pictures", "My pictures"
+SYNTHETIC, UPLOADED = "Synthetic pictures", "My pictures"
 
 CLASSES = 4
 
@@ -46,8 +46,10 @@ def train_tab(sessions: SessionRegistry) -> TrainTab:
     """Lay out the tab and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            source = gr.Radio([DRAWN, UPLOADED], value=DRAWN, label="Data", elem_id="source")
-            with gr.Group(visible=True) as drawn, gr.Row():
+            source = gr.Radio(
+                [SYNTHETIC, UPLOADED], value=SYNTHETIC, label="Data", elem_id="source"
+            )
+            with gr.Group(visible=True) as synthetic, gr.Row():
                 kind = gr.Dropdown(
                     list(task_names()), value="shape", label="Task", elem_id="kind", scale=2
                 )
@@ -86,8 +88,8 @@ def train_tab(sessions: SessionRegistry) -> TrainTab:
         session = sessions.get(request.session_hash)
 
         def write(data: Path) -> None:
-            if chosen_source == DRAWN:
-                write_drawn_task(chosen_kind, int(pictures), len(session.tasks), data)
+            if chosen_source == SYNTHETIC:
+                write_synthetic_task(chosen_kind, int(pictures), len(session.tasks), data)
             else:
                 write_uploaded_pictures(_groups(uploads), data, training.check_not_stopped)
 
@@ -103,10 +105,10 @@ def train_tab(sessions: SessionRegistry) -> TrainTab:
         sessions.get(request.session_hash).stop_trainings()
 
     def show_source(chosen: str) -> tuple[Any, Any]:
-        return gr.Group(visible=chosen == DRAWN), gr.Group(visible=chosen == UPLOADED)
+        return gr.Group(visible=chosen == SYNTHETIC), gr.Group(visible=chosen == UPLOADED)
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    source.change(show_source, source, [drawn, uploaded], show_progress="hidden", **private)
+    source.change(show_source, source, [synthetic, uploaded], show_progress="hidden", **private)
     trained = train.click(
         run,
         [source, kind, count, name, effort, *classes],

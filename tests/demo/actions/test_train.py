@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aoft_demo.actions.train import EFFORTS, run_training, training_arguments
-from aoft_demo.actions.training_data import write_drawn_task
+from aoft_demo.actions.training_data import write_synthetic_task
 from aoft_demo.tasks.shared_fleet import SharedFleet, open_shared_fleet
 from aoft_demo.tasks.training_queue import Training
 from aoft_deploy.cli.train_options import parser
@@ -30,13 +30,13 @@ def shared(  # of random weights, in place of the bundled tasks
 def test_the_arguments_match_the_fleet_and_the_number_of_pictures(
     shared: SharedFleet, tmp_path: Path
 ) -> None:
-    write_drawn_task("shape", 60, 0, tmp_path / "data")
+    write_synthetic_task("shape", 60, 0, tmp_path / "data")
     arguments, epochs = training_arguments(shared, tmp_path / "data", tmp_path / "run", "normal")
     options = parser().parse_args(arguments)
     assert dict(options.set) == dict(shared.fleet.kind.settings)
     assert options.method == shared.fleet.kind.method and options.img_size == 16
     assert options.epochs == epochs == 40 and options.batch_size == 8
-    write_drawn_task("shape", 500, 0, tmp_path / "many")
+    write_synthetic_task("shape", 500, 0, tmp_path / "many")
     arguments, epochs = training_arguments(shared, tmp_path / "many", tmp_path / "run", "quick")
     assert epochs == EFFORTS["quick"] / 500
 
@@ -66,7 +66,7 @@ def test_a_running_training_can_be_stopped(tmp_path: Path, monkeypatch: pytest.M
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    write_drawn_task("shape", 60, 0, tmp_path / "data")
+    write_synthetic_task("shape", 60, 0, tmp_path / "data")
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     training = Training()
     steps = run_training(arguments, tmp_path / "run", 20, training)
@@ -79,7 +79,7 @@ def test_a_running_training_can_be_stopped(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_training_ends_when_its_iterator_is_closed(tmp_path: Path) -> None:
-    write_drawn_task("shape", 60, 0, tmp_path / "data")
+    write_synthetic_task("shape", 60, 0, tmp_path / "data")
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     training = Training()
     steps: Any = run_training(arguments, tmp_path / "run", 20, training)

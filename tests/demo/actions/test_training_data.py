@@ -11,7 +11,7 @@ from PIL import Image
 from aoft_demo.actions.training_data import (
     MAX_PICTURES,
     MIN_PICTURES,
-    write_drawn_task,
+    write_synthetic_task,
     write_uploaded_pictures,
 )
 from aoft_demo.tasks.training_queue import Training
@@ -70,11 +70,11 @@ def test_unusable_pictures_are_refused(
 
 
 def test_a_synthetic_task_is_that_of_the_library(tmp_path: Path) -> None:
-    write_drawn_task("shape", 30, 0, tmp_path / "data")
+    write_synthetic_task("shape", 30, 0, tmp_path / "data")
     splits = load_folder(tmp_path / "data")
     assert len(splits.train) == 30 and "triangle" in splits.classes
     with pytest.raises(UnknownNameError, match="task 'shapes'"):
-        write_drawn_task("shapes", 30, 0, tmp_path / "other")
+        write_synthetic_task("shapes", 30, 0, tmp_path / "other")
 
 
 def test_a_stopped_training_reads_no_more_pictures(tmp_path: Path) -> None:
