@@ -100,11 +100,11 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
 
 def test_classifying(open_page: Callable[..., DemoPage]) -> None:
     page = open_page()
-    found = page.classify(PICTURE)
-    assert set(found) == set(TASKS)
+    answers = page.classify(PICTURE)
+    assert set(answers) == set(TASKS)
     for task in TASKS:
         expected = library_answers(task, PICTURE)
-        assert found[task] == pytest.approx(expected, abs=2e-5)
+        assert answers[task] == pytest.approx(expected, abs=2e-5)
     page.shows("#answers .facts", re.compile(r"one pass, \d tasks.*per task.*to switch tasks"))
     page.playwright.get_by_label("count", exact=True).uncheck()
     page.expect(page.find("#answers .card")).to_have_count(len(TASKS) - 1)
@@ -132,14 +132,14 @@ def test_classifying_a_webcam_picture(open_page: Callable[..., DemoPage], tmp_pa
     page.playwright.wait_for_function("document.querySelector('#picture video').readyState === 4")
     page.playwright.get_by_label("capture photo").click()
     page.see("#answers .card")
-    taken = page.context.request.get(page.see("#picture img").get_attribute("src"))
-    (tmp_path / "taken").write_bytes(taken.body())
-    image = read_image(tmp_path / "taken")
+    photo = page.context.request.get(page.see("#picture img").get_attribute("src"))
+    (tmp_path / "photo").write_bytes(photo.body())
+    image = read_image(tmp_path / "photo")
     page.shows("#answers .facts", f"{image.width} × {image.height} pixels")
-    found = page.answers()
-    assert set(found) == set(TASKS)
+    answers = page.answers()
+    assert set(answers) == set(TASKS)
     for task in TASKS:
-        assert found[task] == pytest.approx(library_answers(task, tmp_path / "taken"), abs=2e-5)
+        assert answers[task] == pytest.approx(library_answers(task, tmp_path / "photo"), abs=2e-5)
 
 
 def test_the_page_fits_a_desktop_window_and_the_width_of_a_phone(
@@ -189,8 +189,8 @@ def test_swapping(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
     assert figures[7] == "16 of 16 pictures"
     page.choose("#remove-name", "my digits")
     page.tab("Classify")
-    found = page.classify(PICTURE)
-    assert found["my digits"] == found["digits"]
+    answers = page.classify(PICTURE)
+    assert answers["my digits"] == answers["digits"]
     other.playwright.reload()
     other.ready()
     other.shows("#head", f"{len(TASKS)} tasks")
@@ -365,8 +365,8 @@ def test_training_and_exporting(open_page: Callable[..., DemoPage], tmp_path: Pa
     assert read_checkpoint(trained).classes == ("dark", "light")
 
     page.tab("Classify")
-    found = page.classify(tmp_path / "light-0.png")["shades"]
-    assert max(found, key=lambda name: found[name]) == "light"
+    answers = page.classify(tmp_path / "light-0.png")["shades"]
+    assert max(answers, key=lambda name: answers[name]) == "light"
 
     page.tab("Export")
     page.choose("#export-task", "shades")
@@ -385,7 +385,7 @@ def test_training_and_exporting(open_page: Callable[..., DemoPage], tmp_path: Pa
     page.shows("#exported", f"{manifest['verification']['max_abs']:.1e}")
     classifier = load_classifier(saved[".onnx"], threads=1)
     (answer,) = classifier.classify([read_image(tmp_path / "light-0.png")], 2)
-    assert dict(answer) == pytest.approx(found, abs=2e-5)
+    assert dict(answer) == pytest.approx(answers, abs=2e-5)
 
 
 def training_traces(demo: Demo) -> list[str]:

@@ -295,15 +295,15 @@ def test_every_kind_of_change_is_noticed(what: str, artefact: Path, tmp_path: Pa
             (path / "1" / "model.onnx").write_bytes(b"bb")
 
 
-@pytest.mark.parametrize("beside", ["target", "link"])
+@pytest.mark.parametrize("manifest_of", ["target", "link"])
 def test_a_symbolic_link_finds_its_manifest(
-    beside: str, artefact: Path, two: list[Path], tmp_path: Path
+    manifest_of: str, artefact: Path, two: list[Path], tmp_path: Path
 ) -> None:
     (tmp_path / "store").mkdir()
     target, link = tmp_path / "store" / "v1.onnx", tmp_path / "task.onnx"
     shutil.copy(artefact, target)
     link.symlink_to("store/v1.onnx")
-    shutil.copy(f"{artefact}.json", manifest_path(target if beside == "target" else link))
+    shutil.copy(f"{artefact}.json", manifest_path(target if manifest_of == "target" else link))
     check_unchanged(link)
     shutil.copy(two[0], target)  # complete, but not the file of the manifest
     with pytest.raises(CheckpointError, match="was changed after its manifest"):

@@ -136,12 +136,12 @@ def imported(script: str) -> ModuleType:
 
 
 def test_every_script_is_listed() -> None:
-    found = {
+    scripts = {
         str(path.relative_to(ROOT))
         for folder in ("benchmarks", "tools")
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert found == set(RUNS) | set(NOT_IN_TABLE)
+    assert scripts == set(RUNS) | set(NOT_IN_TABLE)
     assert not set(RUNS) & set(NOT_IN_TABLE)
 
 

@@ -126,9 +126,9 @@ class Served:
         """
         assert self.process.poll() is None
         assert self.ask("GET", "/v2/health/ready")[0] == 200
-        whole, _, _ = self.log_file.read_bytes()[self._checked :].rpartition(b"\n")
-        self._checked += len(whole)
-        for line in whole.splitlines():
+        complete, _, _ = self.log_file.read_bytes()[self._checked :].rpartition(b"\n")
+        self._checked += len(complete)
+        for line in complete.splitlines():
             assert b"Traceback" not in line
             event = json.loads(line) if line else {"event": ""}
             assert event["event"] not in ("request failed", "library", "following files failed")

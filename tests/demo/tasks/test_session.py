@@ -141,10 +141,10 @@ def test_labels_and_logits_are_of_the_same_version_while_a_task_is_replaced(
     answered = 0
     while not ended.is_set() or not answered:
         try:
-            found = dict(classify(session, PICTURE, ["mine"], top=20).predictions["mine"])
+            answer = dict(classify(session, PICTURE, ["mine"], top=20).predictions["mine"])
         except (UnknownNameError, CheckpointError) as error:
             assert str(error).startswith(("Unknown task 'mine'.", "Task 'mine' was replaced"))
             continue
         answered += 1
-        assert any(found == pytest.approx(version, abs=1e-5) for version in versions.values())
+        assert any(answer == pytest.approx(version, abs=1e-5) for version in versions.values())
     replacing.join()

@@ -70,20 +70,20 @@ def test_an_error_outside_of_a_handler_is_shown_on_the_page(
 
     gr: Any = importlib.import_module("gradio")
 
-    async def messages() -> list[str]:
+    async def collect() -> list[str]:
         page = Page()
         with page:
             button = gr.Button()
             button.click(returns_foreign_file, None, gr.Image())
             button.click(raises, None, gr.HTML())
         page.has_launched = True
-        found = []
+        messages = []
         for number in page.fns:
             with pytest.raises(gr.Error) as refusal:
                 await page.process_api(number, [], request=None)
-            found.append(refusal.value.message)
-        return found
+            messages.append(refusal.value.message)
+        return messages
 
-    outside, inside = asyncio.run(messages())
+    outside, inside = asyncio.run(collect())
     assert "this is a bug" in outside and inside == "c.ckpt is bad."
     assert "InvalidPathError" in capsys.readouterr().err
