@@ -183,6 +183,7 @@ def _free_port(host: str, port: int) -> int:
         with socket.create_server((host, port)) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]  # Python adds the address in brackets
         raise OutputError(
-            f"Cannot listen on {host}:{port} ({error.strerror}): choose another `port`."
+            f"Cannot listen on {host}:{port} ({reason}): choose another `port`."
         ) from error
