@@ -93,9 +93,8 @@ def make_tuned(backbone_weights: Path) -> Callable[..., TunedModel]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in tuned.trained().items():
-                parameter.mul_(
-                    not name.startswith("head.")
-                )  # timm initialises it with another seed
+                if name.startswith("head."):  # timm initialises it with another seed
+                    parameter.zero_()
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return tuned.eval()
 
