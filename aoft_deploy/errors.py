@@ -7,6 +7,7 @@
     ├── AttachError         (TypeError)         a model that a method cannot attach to
     ├── BackboneError       (ValueError)        missing, wrong-shaped or foreign backbone weights
     ├── CheckpointError     (ValueError)        a file that is no checkpoint, or does not fit
+    ├── ArtefactError       (ValueError)        a file that is no artefact, or is damaged
     ├── DataError           (ValueError)        an image folder or list that cannot be used
     │   └── ImageError                          one image file that cannot be used
     ├── VerificationError   (ArithmeticError)   an artefact whose answers differ from the model's
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AoftError",
+    "ArtefactError",
     "AttachError",
     "BackboneError",
     "CheckpointError",
@@ -79,6 +81,10 @@ class BackboneError(AoftError, ValueError):
 
 class CheckpointError(AoftError, ValueError):
     """A file that is no checkpoint, is damaged, or does not fit the backbone."""
+
+
+class ArtefactError(AoftError, ValueError):
+    """A file or folder that is no artefact, is damaged, or was changed after its manifest."""
 
 
 class DataError(AoftError, ValueError):

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aoft_deploy import load
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import get_exporter
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec, InputSpec
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.cli import export as export_command
 from aoft_deploy.cli import predict as predict_command
@@ -82,7 +83,9 @@ def plain_backbone(path: Path, classes: int, size: int) -> None:
     """Export the backbone without training, with the same exporter."""
     model, _ = create_backbone(BACKBONE, num_classes=classes)
     half = (0.5, 0.5, 0.5)
-    get_exporter("onnx").export(model, path, Recipe(size, False, half, half, {}))
+    get_exporter("onnx").export(
+        model, path, ExportSpec(InputSpec(size, size, False, half, half), {})
+    )
 
 
 def report(out: Path, images: ImageList) -> list[tuple[str, str]]:
@@ -91,7 +94,7 @@ def report(out: Path, images: ImageList) -> list[tuple[str, str]]:
     x, labels = test_inputs(checkpoint, images)
     tuned, merged = load(checkpoint), load_classifier(artefact).engine
     plain_backbone(plain, tuned.num_classes, x.shape[-1])
-    untrained = get_exporter("onnx").load(plain)
+    untrained = get_exporter("onnx").load(plain, EngineOptions())
     with torch.inference_mode():
         before = tuned(torch.from_numpy(x)).numpy()
     after = merged.run(x)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.errors import AoftError
 
 __all__ = ["Apart"]

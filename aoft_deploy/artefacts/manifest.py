@@ -1,4 +1,4 @@
-"""The manifest beside an artefact, whether it is still of it, and whether files change."""
+"""The manifest beside an artefact: read, compared with the artefact, and kept from changing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.files import file_digest, folder_digest
+from aoft_deploy.texts import one_line
 
 __all__ = [
     "artefact_digest",
     "artefact_files",
+    "artefact_size",
     "check_unchanged",
     "manifest_path",
+    "read_manifest",
     "signature",
     "unchanged",
 ]
@@ -33,6 +37,11 @@ def artefact_files(artefact: Path) -> list[Path]:
     return sorted(path for path in artefact.rglob("*") if path.is_file())
 
 
+def artefact_size(artefact: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(path.stat().st_size for path in artefact_files(artefact))
+
+
 def artefact_digest(path: Path, names: Iterable[str] | None = None) -> str:
     """SHA-256 of a file, or of the named files of a folder; None names all."""
     if not path.is_dir():
@@ -42,38 +51,50 @@ def artefact_digest(path: Path, names: Iterable[str] | None = None) -> str:
     return folder_digest(path, names)
 
 
-def check_unchanged(artefact: Path) -> None:
-    """Whether an artefact is the one that its manifest is of; one without a manifest passes.
-
-    The manifest of a symbolic link's target counts, or else the one beside the link.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest's entries.
 
     Raises:
-        CheckpointError: It was changed, or it or the manifest cannot be read.
+        ArtefactError: It cannot be read, or is no manifest.
     """
-    whole = Path(os.path.realpath(artefact))
-    beside = [manifest_path(whole), manifest_path(artefact)]
-    manifest = next((path for path in beside if _is_there(path)), None)
-    if manifest is None or not _is_there(whole):
-        return
     try:
-        recorded = json.loads(manifest.read_text("utf-8"))["sha256"]
+        value = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise _unreadable(manifest, error) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{manifest} is no manifest of aoft-export.") from error
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is no JSON file ({one_line(error, 120)}).") from error
+    if not isinstance(value, dict) or not {"artefact", "sha256"} & set(value):
+        raise ArtefactError(f"{path} is no manifest of aoft-export.")
+    return value
+
+
+def check_unchanged(artefact: Path) -> None:
+    """Compare an artefact with the digest in its manifest; one without a manifest passes.
+
+    For a symbolic link, the manifest beside its target counts, or else the one beside the link.
+
+    Raises:
+        ArtefactError: It was changed, or it or the manifest cannot be read.
+    """
+    target = Path(os.path.realpath(artefact))
+    beside = [manifest_path(target), manifest_path(artefact)]
+    manifest = next((path for path in beside if _exists(path)), None)
+    if manifest is None or not _exists(target):
+        return
+    recorded = read_manifest(manifest).get("sha256")
     try:
-        found = artefact_digest(whole)
+        found = artefact_digest(target)
     except OSError as error:
         raise _unreadable(artefact, error) from error
     if recorded != found:
-        raise CheckpointError(
-            f"{artefact} was changed after its manifest {manifest.name} was written: "
-            "export it again; it is not run."
+        raise ArtefactError(
+            f"{artefact} was changed after its manifest {manifest.name} was written, so it is not "
+            "run: export it again."
         )
 
 
 def signature(artefact: Path) -> tuple[object, ...]:
-    """What changes when an artefact or its manifest is written anew, replaced, or opened to others.
+    """A value that differs once an artefact or its manifest is rewritten, replaced, or readable.
 
     Returns:
         Name, size in bytes, times of content and of permissions in ns, and inode of every file.
@@ -94,21 +115,21 @@ def signature(artefact: Path) -> tuple[object, ...]:
 
 @contextmanager
 def unchanged(artefact: Path) -> Iterator[None]:
-    """See that the files within the block are the same from its beginning to its end.
+    """Context manager: the files must not change between its beginning and its end.
 
     What is read in several steps is of one version then.
 
     Raises:
-        CheckpointError: A file was written or replaced meanwhile.
+        ArtefactError: A file was written or replaced meanwhile.
     """
     before = _signature(artefact)
     yield
     if _signature(artefact) != before:
-        raise CheckpointError(f"{artefact} was changed while it was opened: open it again.")
+        raise ArtefactError(f"{artefact} was changed while it was opened: open it again.")
 
 
 def _signature(artefact: Path) -> tuple[object, ...] | None:
-    """None where the artefact is not there or cannot be looked at: whoever opens it tells why."""
+    """None where the artefact cannot be read; opening it reports the reason."""
     try:
         return signature(artefact)
     except OSError:
@@ -132,8 +153,8 @@ def _below(folder: Path) -> Iterator[Path]:
                 yield from _below(folder / entry.name)
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something, also where that cannot be looked at."""
+def _exists(path: Path) -> bool:
+    """Whether a path exists, also where the system forbids to look."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -143,5 +164,5 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read ({error.strerror or error}).")
+def _unreadable(path: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(f"{path} cannot be read ({error.strerror or error}).")

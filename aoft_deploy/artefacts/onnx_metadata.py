@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.processors import processors
 
@@ -54,7 +54,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of an ONNX file, read without its weights.
 
     Raises:
-        CheckpointError: It is missing, cannot be read, is damaged, or keeps weights in other files.
+        ArtefactError: It is missing, cannot be read, is damaged, or keeps weights in other files.
     """
     return _read(path, whole=False)
 
@@ -63,7 +63,7 @@ def checked_metadata(path: Path) -> dict[str, str]:
     """Metadata of an ONNX file whose bytes are those that were written, if it says which.
 
     Raises:
-        CheckpointError: As ``read_metadata``; or it is half overwritten, or was changed.
+        ArtefactError: As ``read_metadata``; or it is half overwritten, or was changed.
     """
     return _read(path, whole=True)
 
@@ -86,15 +86,15 @@ def _read(path: Path, *, whole: bool) -> dict[str, str]:
     except (ValueError, IndexError) as error:
         told = foreign(path, "onnx")
         why = f": it {told}" if told else ""
-        raise CheckpointError(f"{path} is no ONNX model, or a damaged one{why}.") from error
+        raise ArtefactError(f"{path} is no ONNX model, or a damaged one{why}.") from error
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}.") from error
+        raise ArtefactError(f"There is no file {path}.") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise ArtefactError(f"{path} cannot be read ({error.strerror or error}).") from error
     if not alone:
-        raise CheckpointError(f"{path} keeps weights in other files: only single files are opened.")
+        raise ArtefactError(f"{path} keeps weights in other files: only single files are opened.")
     if not right:
-        raise CheckpointError(
+        raise ArtefactError(
             f"{path} is half overwritten, still being written, or was changed since aoft-export "
             "wrote it: copy or export it again."
         )

@@ -5,7 +5,6 @@ Needs neither torch nor timm, unless the artefact itself does.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.artefacts.protocols import Engine
+from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import (
-    CheckpointError,
-    SettingError,
-    UnknownNameError,
-    VerificationError,
-)
+from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError, VerificationError
 
-__all__ = ["Classifier", "Prediction", "check_classes", "load_classifier", "ranked"]
+__all__ = ["Classifier", "Prediction", "load_classifier", "ranked"]
 
 
 class Prediction(NamedTuple):
@@ -37,10 +32,10 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """An artefact with what it needs to answer about images.
+    """An artefact that classifies images.
 
     Attributes:
-        engine: What computes the logits.
+        engine: Computes the logits.
         classes: Class names, in the order of the logits.
         preprocessing: How an image becomes the engine's input.
         task: Index of the task in a fleet; None where the artefact holds a single one.
@@ -55,7 +50,7 @@ class Classifier:
         """Probability of every class, (batch, classes), for upright RGB images.
 
         Raises:
-            CheckpointError: The artefact does not answer with a logit for each class.
+            ArtefactError: The artefact does not answer with a logit for each class.
             VerificationError: A logit is not finite.
         """
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
@@ -66,7 +61,7 @@ class Classifier:
             tasks = np.full(len(images), self.task)
             logits = self.engine.run(batch, tasks)[:, : len(self.classes)]
         if logits.shape != (len(images), len(self.classes)):
-            raise CheckpointError(
+            raise ArtefactError(
                 f"The artefact answers with shape {logits.shape} for {len(images)} images and "
                 f"{len(self.classes)} classes: it was not written by aoft-export."
             )
@@ -91,7 +86,7 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     if broken.any():
         raise VerificationError(
             f"The artefact answers with {logits[broken][0]}, not with a number for each class: "
-            "export it with a higher --precision."
+            "export it with a higher `precision`."
         )
     odds = np.exp(logits - logits.max(1, keepdims=True))
     result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
@@ -108,68 +103,32 @@ def _best(
     return rows
 
 
-def check_classes(classes: Sequence[str], whose: str) -> None:
-    """Refuse a model of one output, whose softmax is 1 whatever the image.
-
-    Args:
-        classes: Its class names.
-        whose: What to call it.
-
-    Raises:
-        CheckpointError: There are fewer than two.
-    """
-    if len(classes) < 2:
-        named = f" ({classes[0]!r})" if classes else ""
-        raise CheckpointError(
-            f"{whose} has {len(classes) or 'no'} output{named}, but a classifier has 2 or more: "
-            "train it with a class for each answer, such as yes and no."
-        )
-
-
 def load_classifier(
-    path: Path,
-    task: str | None = None,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
+    path: Path, task: str | None = None, options: EngineOptions = EngineOptions()
 ) -> Classifier:
     """Open an exported artefact.
 
     Args:
         path: What aoft-export wrote.
         task: Name of a fleet's task; a single model has none.
-        engine: See ``load_artefact``.
-        threads: Likewise.
-        device: Likewise.
+        options: Runtime, threads and device.
 
     Raises:
-        CheckpointError: The file is no artefact, damaged, or lacks classes or preprocessing, or
-            has a single output.
+        ArtefactError: The file is no artefact, damaged, or lacks classes or preprocessing, or has a
+            single output.
         UnknownNameError: The fleet has no such task.
         SettingError: A fleet without a task named, or a single model with one.
     """
-    opened = load_artefact(path, engine=engine, threads=threads, device=device)
-    try:
-        preprocessing = Preprocessing.from_dict(json.loads(opened.info["preprocessing"]))
-        if "tasks" in opened.info:
-            tasks = {entry["name"]: entry["classes"] for entry in json.loads(opened.info["tasks"])}
-        else:
-            classes = tuple(json.loads(opened.info["classes"]))
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} names no classes and preprocessing: it was not written by aoft-export."
-        ) from error
-    if "tasks" not in opened.info:
+    engine = load_artefact(path, options)
+    info = ArtefactInfo(engine.info, str(path))
+    if not info.is_fleet:
         if task is not None:
-            raise SettingError(f"{path} holds a single task: leave the task out.")
-        check_classes(classes, str(path))
-        return Classifier(opened, classes, preprocessing)
+            raise SettingError(f"{path} holds a single task: leave `task` out.")
+        return Classifier(engine, info.classes, info.preprocessing)
+    tasks = info.tasks
     if task is None:
-        raise SettingError(f"{path} is a fleet of {len(tasks)} tasks: name one with --task.")
+        raise SettingError(f"{path} is a fleet of {len(tasks)} tasks: name one with `task`.")
     if task not in tasks:
         raise UnknownNameError("task", task, tasks)
-    check_classes(tasks[task], f"The task {task} of {path}")
-    return Classifier(opened, tuple(tasks[task]), preprocessing, list(tasks).index(task))
+    check_classes(tasks[task], f"The task {task} of {path}", ArtefactError)
+    return Classifier(engine, tasks[task], info.preprocessing, list(tasks).index(task))

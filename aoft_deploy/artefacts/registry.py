@@ -5,20 +5,24 @@ Exporters are found by the entry-point group ``aoft_deploy.exporters`` and never
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import entry_points
-from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
+from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine
+from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import check_unchanged, unchanged
-from aoft_deploy.artefacts.protocols import Engine, Exporter, FolderExporter
-from aoft_deploy.errors import CheckpointError, UnknownNameError
+from aoft_deploy.errors import ArtefactError, UnknownNameError
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["exporter_names", "get_exporter", "load_artefact", "load_fleet"]
-
+__all__ = [
+    "exporter_names",
+    "exporters",
+    "exporters_of",
+    "get_exporter",
+    "load_artefact",
+    "load_fleet",
+]
 
 GROUP = "aoft_deploy.exporters"
 
@@ -26,6 +30,12 @@ GROUP = "aoft_deploy.exporters"
 def exporter_names() -> tuple[str, ...]:
     """Names of the installed exporters, sorted."""
     return tuple(sorted(entry.name for entry in entry_points(group=GROUP)))
+
+
+def exporters() -> Iterator[Exporter]:
+    """The installed exporters."""
+    for entry in entry_points(group=GROUP):
+        yield cast(Exporter, entry.load())
 
 
 def get_exporter(name: str) -> Exporter:
@@ -40,67 +50,55 @@ def get_exporter(name: str) -> Exporter:
     raise UnknownNameError("exporter", name, exporter_names())
 
 
-def load_artefact(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-) -> Engine:
-    """An engine for an exported artefact: a file by its suffix, a folder by what it holds.
+def exporters_of(path: Path) -> list[Exporter]:
+    """The exporters whose artefacts look like ``path``, by its suffix or the files in it."""
+    return [exporter for exporter in exporters() if exporter.owns(path)]
 
-    Nothing falls back: what was asked for runs, or the error says what it lacks.
+
+def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
+    """An engine for an exported artefact.
 
     Args:
         path: What aoft-export wrote.
-        engine: Which runtime; None is the one that the artefact was verified with.
-        threads: Threads within a batch on a CPU; None lets the runtime choose.
-        device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
+        options: Runtime, threads and device.
 
     Raises:
-        CheckpointError: No exporter writes such files or folders, or this one is damaged, not the
-            one that the manifest beside it is of, or written while it is opened.
+        ArtefactError: No exporter writes such files or folders, or this one is damaged, was changed
+            after its manifest was written, or is changed while it is opened.
         UnknownNameError: The engine does not run such artefacts.
         SettingError: The engine cannot run this artefact, or not on that device.
         MissingExtraError: The runtime is not installed.
     """
-    exporter = _exporter_of(path)
-    if exporter is None:
-        raise CheckpointError(
-            f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export --merge "
-            "first."
+    found = exporters_of(path)
+    if not found:
+        raise ArtefactError(
+            f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export first."
         )
-    if engine is not None and engine not in exporter.ENGINES:
-        raise UnknownNameError(f"engine for {path.name}", engine, exporter.ENGINES)
+    exporter = found[0]
+    if options.engine is not None and options.engine not in exporter.engines:
+        raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):
         check_unchanged(path)
-        return exporter.load(path, engine=engine, threads=threads, device=device)
+        return exporter.load(path, options)
 
 
-def _exporter_of(path: Path) -> Exporter | None:
-    """The exporter that writes such files or folders."""
-    for entry in entry_points(group=GROUP):
-        exporter = cast(Exporter, entry.load())
-        marked = isinstance(exporter, FolderExporter) and isfile(path / exporter.MARKER)
-        if path.suffix == exporter.SUFFIX or marked:
-            return exporter
-    return None
+def load_fleet(path: Path, threads: int | None = None) -> FleetEngine:
+    """A fleet that reads its tasks' tables from the caller's memory.
 
-
-def load_fleet(path: Path, *, threads: int | None = None) -> Any:
-    """A fleet whose caller has the tasks' tables.
-
-    It has ``info``, ``tables`` and ``run(images, task, tables)``.
+    Args:
+        path: What aoft-export wrote.
+        threads: Threads within a batch; None lets the runtime choose.
 
     Raises:
-        CheckpointError: The artefact is no fleet, or of a kind whose tasks cannot change.
+        ArtefactError: The artefact is no fleet, or of a kind whose tasks cannot change.
     """
-    exporter: Any = _exporter_of(path)
-    if not hasattr(exporter, "load_fleet"):
-        raise CheckpointError(
-            f"{path} is no fleet whose tasks can change: export one with aoft-export --fleet --to "
-            "onnx or openvino."
-        )
-    with unchanged(path):
-        check_unchanged(path)
-        return exporter.load_fleet(path, threads=threads)
+    for exporter in exporters_of(path):
+        if exporter.fleet is not None and exporter.fleet.load is not None:
+            with unchanged(path):
+                check_unchanged(path)
+                return exporter.fleet.load(path, threads)
+    able = sorted(e.name for e in exporters() if e.fleet is not None and e.fleet.load is not None)
+    raise ArtefactError(
+        f"{path} is no fleet whose tasks can change: export the checkpoints as a fleet with "
+        f"`to` {' or '.join(able)}."
+    )

@@ -1,8 +1,7 @@
-"""Engines timed beside each other, and how much a machine can compute at most."""
+"""Engines timed in turn in one run, so that their ratios are fair."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.isolation import Apart
-from aoft_deploy.artefacts.protocols import Engine
-from aoft_deploy.errors import CheckpointError
 
 __all__ = ["Subject", "Timing", "inputs_for", "interleaved", "trusted"]
 
@@ -38,9 +37,8 @@ class Subject:
     @classmethod
     def of(cls, name: str, engine: Engine) -> Subject:
         """An engine with what its artefact says of itself."""
-        count = engine.info.get("flops", "")
-        known = int(count) if count.isdecimal() else None
-        return cls(name, engine, known, engine.info.get("precision", "fp32"))
+        info = ArtefactInfo(engine.info)
+        return cls(name, engine, info.flops, info.precision)
 
 
 @dataclass(frozen=True)
@@ -96,47 +94,44 @@ class Timing:
         }
 
 
-def inputs_for(engine: Engine, batch: int, size: int) -> tuple[NDArray[Any], ...]:
-    """Arguments of ``Engine.run``: random images, and of a fleet its tasks in turn.
+def inputs_for(engine: Engine, batch: int, size: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+    """Arguments of ``Engine.run``: random images, and the tasks of a fleet in turn.
 
     Raises:
-        CheckpointError: The fleet does not name its tasks.
+        ArtefactError: The fleet does not name its tasks.
     """
     rng = np.random.default_rng(0)
     if engine.takes_pixels:
-        images: NDArray[Any] = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+        images: NDArray[Any] = rng.integers(0, 256, (batch, *size, 3), np.uint8)
     else:
-        images = rng.standard_normal((batch, 3, size, size), np.float32)
+        images = rng.standard_normal((batch, 3, *size), np.float32)
     if not engine.takes_tasks:
         return (images,)
-    try:
-        tasks = len(json.loads(engine.info["tasks"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("The fleet does not name its tasks.") from error
+    tasks = len(ArtefactInfo(engine.info).tasks)
     return images, np.arange(batch, dtype=np.int64) % tasks
 
 
 def interleaved(
     subjects: Sequence[Subject],
     batches: Sequence[int],
-    size: int,
+    size: tuple[int, int],
     rounds: int,
     progress: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Time all subjects in turn, so that whatever else the machine does hits them alike.
+    """Time all subjects in turn, so that other load on the machine affects them alike.
 
-    Every other round goes the other way round. A turn is two runs, of which the second counts: the
-    first finds caches and page tables as another engine left them. Engines of one process disturb
-    each other too (see ``apart``): have each ``Apart``.
+    Every other round runs in reverse order. A turn is two runs, of which the second counts: the
+    first finds the caches of another engine. Engines in one process disturb each other too, so run
+    each in a subprocess with ``Apart``.
 
     Args:
         subjects: The ratios are those to the first.
         batches: Sizes.
-        size: Side of the square images, in pixels.
+        size: Height and width of the images.
         rounds: Times that each is run.
-        progress: Told the number of finished rounds.
-        clock: Seconds; an engine that is ``Apart`` has its own.
+        progress: Called with the number of finished rounds.
+        clock: Seconds; an engine in a subprocess has its own.
 
     Returns:
         By batch size, then subject.

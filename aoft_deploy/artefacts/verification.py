@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.errors import VerificationError
+from aoft_deploy.texts import one_line
 
 __all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verify"]
 
@@ -66,24 +67,29 @@ class Report:
         return asdict(self)
 
 
-def random_pixels(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
+def random_pixels(
+    count: int, height: int, width: int | None = None, *, seed: int = 0
+) -> NDArray[np.uint8]:
     """Images with structure at every scale, so that no layer sees mere noise.
 
     Args:
         count: Number of images.
-        size: Side in pixels.
+        height: In pixels.
+        width: Likewise; None is the height.
         seed: Seed of the random values.
 
     Returns:
-        uint8 [count, size, size, 3].
+        uint8 [count, height, width, 3].
     """
     generator = np.random.default_rng(seed)
-    picture = np.zeros((count, size, size, 3))
+    width = width or height
+    size = max(height, width)
+    picture = np.zeros((count, height, width, 3))
     cells = 1
     while cells <= size:
         noise = generator.uniform(-1, 1, (count, cells, cells, 3))
         repeat = -(-size // cells)
-        picture += noise.repeat(repeat, 1).repeat(repeat, 2)[:, :size, :size]
+        picture += noise.repeat(repeat, 1).repeat(repeat, 2)[:, :height, :width]
         cells *= 4
     low, high = picture.min((1, 2, 3), keepdims=True), picture.max((1, 2, 3), keepdims=True)
     pixels: NDArray[np.uint8] = np.rint(255 * (picture - low) / (high - low)).astype(np.uint8)
@@ -161,7 +167,7 @@ class Comparison:
                 f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
                 f"({self.agreeing} of {self.compared}) about {images} images, but at least "
                 f"{self.bar.min_agreement:.2%} is asked: nothing is written. Choose a higher "
-                "--precision, or lower --min-agreement."
+                "`precision`, or lower `min_agreement`."
             )
         return Report(
             images=images,
@@ -214,7 +220,7 @@ def _answers(candidate: Run, pixels: NDArray[np.uint8], size: int) -> NDArray[np
     try:
         return np.concatenate([candidate(batch) for batch in _batches(pixels, size)])
     except Exception as error:  # every runtime raises classes of its own
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise VerificationError(
             f"At batch size {size} the artefact does not run ({reason}): it is not written."
         ) from error

@@ -49,7 +49,7 @@ def load(
 
 def open_checkpoint(
     path: Path | str,
-    source: BackboneSource = BackboneSource(),  # noqa: B008  (a frozen value)
+    source: BackboneSource = BackboneSource(),
 ) -> tuple[TunedModel, Checkpoint]:
     """The tuned model of a checkpoint, and the checkpoint itself.
 

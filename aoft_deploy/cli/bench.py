@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -90,6 +89,7 @@ def _subjects(
     options: argparse.Namespace, threads: Sequence[int], engines: ExitStack
 ) -> list[Subject]:
     """Every artefact in every engine asked for, named as shortly as tells them apart."""
+    from aoft_deploy.artefacts.engine import EngineOptions
     from aoft_deploy.artefacts.isolation import Apart
     from aoft_deploy.artefacts.registry import load_artefact
     from aoft_deploy.artefacts.timing import Subject
@@ -99,9 +99,7 @@ def _subjects(
     for path in options.artefacts:
         for name in options.engines or [None]:
             for count in threads:
-                load = partial(
-                    load_artefact, path, engine=name, threads=count, device=options.device
-                )
+                load = partial(load_artefact, path, EngineOptions(name, count, options.device))
                 engine = engines.enter_context(Apart(load))
                 label = path.name if short else str(path)
                 label += f" {name}" if name else ""
@@ -110,27 +108,23 @@ def _subjects(
     return found
 
 
-def _size(subjects: Sequence[Subject]) -> int:
-    """Side of the images, the same for all.
+def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
+    """Height and width of the artefacts' images.
 
     Raises:
-        CheckpointError: An artefact does not tell.
-        SettingError: They differ.
+        ArtefactError: An artefact does not name its preprocessing.
+        SettingError: The sizes differ.
     """
-    from aoft_deploy.errors import CheckpointError, SettingError
+    from aoft_deploy.artefacts.description import ArtefactInfo
+    from aoft_deploy.errors import SettingError
 
-    sizes: dict[int, str] = {}
+    sizes: dict[tuple[int, int], str] = {}
     for subject in subjects:
-        try:
-            size = int(json.loads(subject.engine.info["preprocessing"])["size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{subject.name} names no preprocessing: it was not written by aoft-export."
-            ) from error
-        sizes.setdefault(size, subject.name)
+        found = ArtefactInfo(subject.engine.info, subject.name).preprocessing
+        sizes.setdefault((found.height, found.width), subject.name)
     if len(sizes) > 1:
-        told = ", ".join(f"{name} {size}" for size, name in sizes.items())
-        raise SettingError(f"Artefacts of different input sizes ({told}): time them apart.")
+        named = ", ".join(f"{name} {h} x {w}" for (h, w), name in sizes.items())
+        raise SettingError(f"Artefacts of different input sizes ({named}): time them separately.")
     return next(iter(sizes))
 
 

@@ -14,11 +14,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from aoft_deploy.errors import AoftError
 from aoft_deploy.processors import limited
 
-__all__ = ["add_engine_options", "positive", "run", "with_options"]
+if TYPE_CHECKING:
+    from aoft_deploy.artefacts.engine import EngineOptions
+
+__all__ = ["add_engine_options", "engine_options", "positive", "run", "with_options"]
 
 _PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
@@ -113,6 +117,13 @@ def add_engine_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
     )
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """The values of ``add_engine_options``."""
+    from aoft_deploy.artefacts.engine import EngineOptions
+
+    return EngineOptions(options.engine, options.threads, options.device)
 
 
 def _open_standard_streams() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.cli.command import run
+from aoft_deploy.cli.command import run, with_options
 
 if TYPE_CHECKING:
-    from aoft_deploy.export.merged import Exported
+    from aoft_deploy.artefacts.spec import BuildOptions
+    from aoft_deploy.export.publishing import Exported
 
 __all__ = ["main"]
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--overwrite",
         action="store_true",
-        help="of auto, which replaces nothing otherwise: replace the artefact of the chosen name",
+        help="of auto: replace the artefact of the chosen name",
     )
     options.add_argument(
         "--uint8",
@@ -65,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
     options.add_argument(
-        "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
+        "--backbone-weights",
+        dest="weights",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors, .pth, .bin or JAX .npz",
     )
     options.add_argument(
         "--images",
@@ -138,41 +143,13 @@ def parser() -> argparse.ArgumentParser:
 
 def export(options: argparse.Namespace) -> None:
     """Export and print the figures."""
-    if options.overwrite and (options.fleet or options.to != "auto"):
-        parser().error("--overwrite goes with --to auto: other exports replace a file as they are")
+    _check_usage(options)
     if options.fleet:
-        for name in ("uint8", "backbone", "refittable", "refit"):
-            if getattr(options, name):
-                parser().error(f"--{name} does not go with --fleet")
-        from aoft_deploy.artefacts.registry import get_exporter
-        from aoft_deploy.export.fleet import export_fleet
-
-        exported = export_fleet(
-            options.fleet,
-            options.output or Path(f"fleet{get_exporter(options.to).SUFFIX}"),
-            to=options.to,
-            form=options.form,
-            **_given(options),
-            **_built(options),
-        )
-    elif options.form != "auto":
-        parser().error("--form goes with --fleet")
+        exported = _fleet(options)
     elif options.to == "auto":
         exported = _fastest(options)
     else:
-        from aoft_deploy.export.merged import export_merged
-
-        exported = export_merged(
-            options.merge,
-            options.output,
-            to=options.to,
-            uint8=options.uint8,
-            backbone=options.backbone,
-            refittable=options.refittable,
-            refit=options.refit,
-            **_given(options),
-            **_built(options),
-        )
+        exported = _merged(options)
     _note_passed_over([*options.images, *options.calibrate])
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
@@ -186,21 +163,42 @@ def export(options: argparse.Namespace) -> None:
     if exported.left_in_float:
         print(f"left in float32: {', '.join(exported.left_in_float)}")
     if exported.device is None:
-        from aoft_deploy.artefacts.protocols import DeviceExporter
-        from aoft_deploy.artefacts.registry import get_exporter
-
-        engine = isinstance(get_exporter(options.to), DeviceExporter)
-        why = "this machine has no GPU that runs the engine"
-        more = "; the engine is compared with them when it is loaded"
-        if not engine:
-            why, more = f"no runtime on the CPU computes in {options.precision}", ""
-        figures = f"the figures are those of {exported.arithmetic}{more}"
-        print(f"NOT VERIFIED ON DEVICE: {why}, so {figures}")
+        print(_not_on_device(exported, options))
     print(f"manifest: {exported.manifest}")
 
 
+def _check_usage(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if options.overwrite and (options.fleet or options.to != "auto"):
+        parser().error("--overwrite goes with --to auto: other exports always replace a file")
+    refused: tuple[str, ...] = ()
+    if options.fleet:
+        refused += ("uint8", "backbone", "refittable", "refit")
+    elif options.to == "auto":
+        refused += ("precision", "opset", "batches", "compute_capability", "refittable", "refit")
+    for name in refused:
+        if getattr(options, name):
+            beside = "--fleet" if options.fleet else "--to auto"
+            parser().error(f"--{name.replace('_', '-')} does not go with {beside}")
+    if options.form != "auto" and not options.fleet:
+        parser().error("--form goes with --fleet")
+
+
+def _not_on_device(exported: Exported, options: argparse.Namespace) -> str:
+    """The notice on an artefact that this machine cannot run in its own precision."""
+    from aoft_deploy.artefacts.registry import get_exporter
+
+    figures = f"the figures are those of {exported.arithmetic}"
+    if get_exporter(options.to).device is None:
+        why = f"no runtime on the CPU computes in {options.precision}"
+    else:
+        why = "this machine has no GPU that runs the engine"
+        figures += "; the engine is compared with them when it is loaded"
+    return f"NOT VERIFIED ON DEVICE: {why}, so {figures}"
+
+
 def _note_passed_over(sources: Sequence[Path]) -> None:
-    """Say which files of folders were taken for no images."""
+    """Name the files in folders that are no images."""
     from aoft_deploy.data.listing import describe_skipped, image_files
 
     others = Counter[str]()
@@ -209,54 +207,82 @@ def _note_passed_over(sources: Sequence[Path]) -> None:
         print(f"note: {describe_skipped(others)}.", file=sys.stderr)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """What every export is told."""
+def _merged(options: argparse.Namespace) -> Exported:
+    from aoft_deploy.export.merged import export_merged
+
+    return export_merged(
+        options.merge,
+        options.output,
+        to=options.to,
+        precision=options.precision or "fp32",
+        uint8=options.uint8,
+        build=_build(options),
+        **_common(options),
+    )
+
+
+def _fleet(options: argparse.Namespace) -> Exported:
+    from aoft_deploy.artefacts.registry import get_exporter
+    from aoft_deploy.export.fleet import export_fleet
+
+    return export_fleet(
+        options.fleet,
+        options.output or Path(f"fleet{get_exporter(options.to).suffix}"),
+        to=options.to,
+        precision=options.precision or "fp32",
+        form=options.form,
+        build=_build(options),
+        **_common(options),
+    )
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of every export."""
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
+    from aoft_deploy.export.options import VerifyOptions
+
     return {
-        "weights": options.backbone_weights,
-        "force": options.force,
-        "images": options.images,
-        "calibrate": options.calibrate,
-        "min_agreement": options.min_agreement,
+        "backbone": BackboneSource(options.backbone, options.weights, options.force),
+        "verify": VerifyOptions(options.images, options.calibrate, options.min_agreement),
         "command": ["aoft-export", *(options.argv or [])],
     }
 
 
-def _built(options: argparse.Namespace) -> dict[str, Any]:
-    """What an export is told that does not choose for itself."""
-    return {
-        "precision": options.precision or "fp32",
-        "batches": tuple(options.batches) if options.batches else None,
-        "compute_capability": options.compute_capability,
-        "opset": options.opset,
-    }
+def _build(options: argparse.Namespace) -> BuildOptions:
+    from aoft_deploy.artefacts.spec import BuildOptions
+
+    return BuildOptions(
+        batches=tuple(options.batches) if options.batches else None,
+        compute_capability=options.compute_capability,
+        opset=options.opset,
+        refittable=options.refittable,
+        refit=options.refit,
+    )
 
 
 def _fastest(options: argparse.Namespace) -> Exported:
-    """Try every way, and say how each did."""
-    for name in ("precision", "opset", "batches", "compute_capability", "refittable", "refit"):
-        if getattr(options, name):
-            parser().error(f"--{name.replace('_', '-')} does not go with --to auto")
+    """Export every candidate, and print the outcome of each."""
     from aoft_deploy.export.fastest import BATCHES, Candidate, export_fastest
 
-    def told(candidate: Candidate) -> None:
-        print(f"tried {candidate.to} {candidate.precision}: {candidate.reason or 'answers hold'}")
+    def show(candidate: Candidate) -> None:
+        reason = with_options(candidate.reason, parser())
+        print(f"tried {candidate.to} {candidate.precision}: {reason or 'answers hold'}")
 
     exported, tried = export_fastest(
         options.merge,
         options.output,
         uint8=options.uint8,
-        backbone=options.backbone,
         overwrite=options.overwrite,
-        progress=told,
-        **_given(options),
+        progress=show,
+        **_common(options),
     )
     batches = " and ".join(map(str, BATCHES))
     for candidate in tried:
         if candidate.ratios:
             ratios = " and ".join(f"{ratio:.2f}×" for ratio in candidate.ratios)
             slow = " and ".join(map(str, candidate.slower_at))
-            told_slow = f"; slower than fp32 at batch {slow}: not chosen" if slow else ""
-            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}{told_slow}")
+            suffix = f"; slower than fp32 at batch {slow}: not chosen" if slow else ""
+            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}{suffix}")
     return exported
 
 

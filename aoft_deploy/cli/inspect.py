@@ -11,7 +11,7 @@ from typing import Any
 
 from aoft_deploy.cli.command import run
 
-__all__ = ["main"]
+__all__ = ["describe", "main"]
 
 SHOWN = 12
 """Entries of a long list or table that the text form shows."""
@@ -58,14 +58,24 @@ def inspect(options: argparse.Namespace) -> None:
         return
     if options.backbone or options.backbone_weights or options.force:
         parser().error("--backbone, --backbone-weights and --force need --plots")
-    from aoft_deploy.artefacts.inspection import inspect_file
-
-    description = inspect_file(options.file)
+    description = describe(options.file)
     if options.json:
         print(json.dumps(description, indent=2, ensure_ascii=False))
         return
     for key, value in description.items():
         print(f"{key.replace('_', ' '):18}{_text(value)}")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """An artefact by its exporter, or else a checkpoint."""
+    from aoft_deploy.artefacts.inspection import describe_artefact
+
+    description = describe_artefact(path)
+    if description is None:
+        from aoft_deploy.checkpoints.inspection import describe_checkpoint
+
+        description = describe_checkpoint(path)
+    return description
 
 
 def _analyse(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.cli.command import add_engine_options, positive, run
+from aoft_deploy.cli.command import add_engine_options, engine_options, positive, run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,13 +41,7 @@ def predict(options: argparse.Namespace) -> None:
     from aoft_deploy.data.images import read_image
     from aoft_deploy.errors import ImageError
 
-    classifier = load_classifier(
-        options.artefact,
-        options.task,
-        engine=options.engine,
-        threads=options.threads,
-        device=options.device,
-    )
+    classifier = load_classifier(options.artefact, options.task, engine_options(options))
     failures: list[AoftError] = []
     readable: list[tuple[Path, Image]] = []
     for path in options.images:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.errors import CheckpointError, ImageError, SettingError
 
 __all__ = ["Preprocessing"]
@@ -117,6 +118,16 @@ class Preprocessing:
         """Numbers, strings and lists that JSON stores exactly."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
+    @property
+    def height(self) -> int:
+        """Of the input, in pixels."""
+        return self.size
+
+    @property
+    def width(self) -> int:
+        """Of the input, in pixels."""
+        return self.size
+
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Convert an RGB image of any size into a normalised input.
 
@@ -126,9 +137,8 @@ class Preprocessing:
         Raises:
             ImageError: The image is not of mode ``RGB``.
         """
-        scaled = self.pixels(image).astype(np.float32) / np.float32(255)
-        mean, std = (np.asarray(triple, dtype=np.float32) for triple in (self.mean, self.std))
-        return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+        batch = normalised(self.pixels(image)[None], self.mean, self.std)
+        return np.asarray(batch[0], np.float32)
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Convert an RGB image of any size into pixels, for graphs with built-in normalisation.

@@ -9,17 +9,21 @@ from aoft_deploy._lazy import lazy_names
 if TYPE_CHECKING:
     from aoft_deploy.export.fastest import export_fastest
     from aoft_deploy.export.fleet import export_fleet
-    from aoft_deploy.export.merged import Exported, export_merged
+    from aoft_deploy.export.merged import export_merged
+    from aoft_deploy.export.options import VerifyOptions
+    from aoft_deploy.export.publishing import Exported
 
 __all__ = [
     "Exported",
+    "VerifyOptions",
     "export_fastest",
     "export_fleet",
     "export_merged",
 ]
 
 _HOMES = {
-    "Exported": "merged",
+    "Exported": "publishing",
+    "VerifyOptions": "options",
     "export_fastest": "fastest",
     "export_fleet": "fleet",
     "export_merged": "merged",

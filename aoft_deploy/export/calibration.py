@@ -1,4 +1,4 @@
-"""Images that an exporter learns ranges of activations from, never those it is judged on."""
+"""Images that an exporter learns ranges of activations from."""
 
 from __future__ import annotations
 
@@ -8,61 +8,53 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.protocols import CalibratedExporter, Exporter
+from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import SettingError
+from aoft_deploy.export.options import VerifyOptions
 
 __all__ = ["FEWEST", "MOST", "calibration_files", "calibration_pixels"]
 
 FEWEST, MOST = 16, 300
-"""Images to calibrate with; of more, so many are taken, spread evenly."""
+"""Numbers of images to calibrate with. Of more, an evenly spaced subset is used."""
 
 
-def calibration_files(
-    exporter: Exporter,
-    to: str,
-    precision: str,
-    sources: Sequence[Path],
-    judged: Sequence[Path] = (),
-) -> list[Path]:
+def calibration_files(exporter: Exporter, precision: str, verify: VerifyOptions) -> list[Path]:
     """Files to calibrate with; none where the exporter learns nothing from images.
 
     Args:
         exporter: The exporter.
-        to: Its name.
-        precision: One of its ``PRECISIONS``.
-        sources: Files, or folders of images.
-        judged: Files and folders whose images are judged on, and so left out.
+        precision: One of its precisions.
+        verify: Files or folders to calibrate with, and those that judge.
 
     Raises:
         SettingError: Images where they are not used, none where they are needed, or too few.
         ImageError: A folder holds no images.
     """
-    learns = isinstance(exporter, CalibratedExporter) and precision in exporter.CALIBRATED
-    if sources and not learns:
+    learns = precision in exporter.calibrated
+    if verify.calibrate and not learns:
         raise SettingError(
-            f"--precision {precision} of --to {to} learns nothing from images: leave --calibrate "
-            "out."
+            f"{precision} of {exporter.name} learns nothing from images: leave `calibrate` out."
         )
     if not learns:
         return []
-    if not sources:
+    if not verify.calibrate:
         raise SettingError(
-            f"--precision {precision} of --to {to} learns its ranges from images: give {FEWEST} or "
-            "more of the task's training images, or a folder of them, with --calibrate."
+            f"{precision} of {exporter.name} learns its ranges from images: give {FEWEST} or more "
+            "of the task's training images, or a folder of them, with `calibrate`."
         )
-    apart = {path.resolve() for path in image_files(judged)}
-    given = list({path.resolve(): path for path in image_files(sources)}.items())
-    files = [path for resolved, path in given if resolved not in apart]
+    judging = {path.resolve() for path in image_files(verify.images)}
+    given = {path.resolve(): path for path in image_files(verify.calibrate)}
+    files = [path for resolved, path in given.items() if resolved not in judging]
     if len(files) < FEWEST:
         raise SettingError(
-            f"--calibrate gives {len(files)} images that are not among --images, but {FEWEST} or "
+            f"`calibrate` gives {len(files)} images that are not among `images`, but {FEWEST} or "
             "more are needed: give others."
         )
-    taken = min(MOST, len(files))
-    return [files[i * len(files) // taken] for i in range(taken)]
+    count = min(MOST, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
 
 
 def calibration_pixels(

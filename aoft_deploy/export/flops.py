@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["flops_per_image"]
+from aoft_deploy.data.preprocessing import Preprocessing
+
+__all__ = ["flops_per_image", "flops_text"]
 
 PRODUCT = re.compile(
     r"(^|_)(mm|bmm|matmul|mv|dot|linear|trilinear|einsum|conv\w*|attention|mha|transformer|lstm|gru"
@@ -27,14 +29,21 @@ PRODUCT = re.compile(
 """In the name of an operator: it multiplies matrices, whether or not it is counted below."""
 
 
-def flops_per_image(model: nn.Module, size: int) -> int | None:
+def flops_text(model: nn.Module, preprocessing: Preprocessing) -> str | None:
+    """The arithmetic of an image as metadata; None where it is not known."""
+    count = flops_per_image(model, preprocessing.height, preprocessing.width)
+    return None if count is None else str(count)
+
+
+def flops_per_image(model: nn.Module, height: int, width: int | None = None) -> int | None:
     """Floating point operations of matrix products, convolutions and attention for one image.
 
     A multiplication and an addition count as two. ViT-B/16 at 224 pixels takes 35.1e9.
 
     Args:
         model: A plain model of normalised images; nothing is computed with it.
-        size: Side of the square input, in pixels.
+        height: Of the input, in pixels.
+        width: Likewise; None is the height.
 
     Returns:
         None where the model cannot be gone through without numbers, or runs an operator that may
@@ -44,7 +53,7 @@ def flops_per_image(model: nn.Module, size: int) -> int | None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _written_out(), counter:
-            model(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+            model(torch.zeros(1, 3, height, width or height, dtype=like.dtype, device=like.device))
     except Exception:  # fake tensors raise classes of their own, of many kinds
         return None
     return None if counter.unknown else counter.total or None

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.checkpoints.names import task_name
@@ -79,16 +80,17 @@ class Fleet:
         budget: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self._engine = load_fleet(Path(path), threads=threads)
-        tables, self._engine.tables = self._engine.tables, {}
+        self._engine = load_fleet(Path(path), threads)
+        tables, self._engine.tables = self._engine.tables, None
+        assert tables is not None
         try:
             described = json.loads(self._engine.info["tasks"])
             names = [str(task["name"]) for task in described]
             classes = [tuple(map(str, task["classes"])) for task in described]
-            self.kind = TaskKind.of_fleet(self._engine.info, tables["heads"].shape[1] - 1)
-            ends = tables["first"] + tables["count"]
-            heads = [tables["heads"][i:j] for i, j in zip(tables["first"], ends, strict=True)]
-            parameters = map(TaskParameters, tables["bank"], heads, classes)
+            self.kind = TaskKind.of_fleet(self._engine.info, tables.heads.shape[1] - 1)
+            ends = tables.first + tables.count
+            heads = [tables.heads[i:j] for i, j in zip(tables.first, ends, strict=True)]
+            parameters = map(TaskParameters, tables.bank, heads, classes)
             own = list(zip(names, parameters, strict=True))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no fleet of aoft-export ({error}).") from error
@@ -207,11 +209,10 @@ class Fleet:
             SettingError: The images have a wrong shape or do not match the tasks in number, or the
                 tasks added leave no room for one of the store.
         """
-        size = self.preprocessing.size
-        if images.shape != (len(tasks), 3, size, size):
+        shape = (len(tasks), 3, self.preprocessing.height, self.preprocessing.width)
+        if images.shape != shape:
             raise SettingError(
-                f"Images of shape {images.shape} for {len(tasks)} tasks: give "
-                f"({len(tasks)}, 3, {size}, {size})."
+                f"Images of shape {images.shape} for {len(tasks)} tasks: give {shape}."
             )
         answers: dict[int, TaskAnswer] = {}
         names = list(dict.fromkeys(tasks))
@@ -234,6 +235,6 @@ class Fleet:
         batch = images if len(chosen) == len(images) else images[chosen]
         task = np.array(slots, np.int64)
         columns = np.arange(self._tables.count[task].max(), dtype=np.int64)
-        tables = self._tables.arrays | {"columns": columns}
+        tables = FleetTables(**self._tables.arrays, columns=columns)
         logits: NDArray[np.float32] = self._engine.run(batch, task, tables)
         return logits

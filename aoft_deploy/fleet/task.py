@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.prediction import check_classes
+from aoft_deploy.artefacts.description import check_classes
 from aoft_deploy.checkpoints.file_format import parse_description, read_tensors
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import foreign

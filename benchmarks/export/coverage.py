@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from aoft_deploy import attach, merge
 from aoft_deploy.artefacts.registry import get_exporter
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec, InputSpec
 from aoft_deploy.errors import AttachError
 from aoft_deploy.tuning.backbones.identity import Backbone
 from aoft_deploy.tuning.methods import get_method, method_names
@@ -145,7 +145,8 @@ def onnx_difference(base: nn.Module, family: Family, method: str, **settings: An
     """Relative difference between the exported model in ONNX Runtime and the unmerged model."""
     tuned = tuned_model(copy.deepcopy(base), method, **settings)
     exporter = get_exporter("onnx")
-    recipe = Recipe(family.size, False, (0.0,) * 3, (1.0,) * 3, {})
+    images = InputSpec(family.size, family.size, False, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    recipe = ExportSpec(images, {})
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

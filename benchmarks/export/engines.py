@@ -28,18 +28,19 @@ import torch
 import torch_engines
 from torch import nn
 
+from aoft_deploy.artefacts.engine import Engine, EngineOptions
+from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.isolation import Apart
 from aoft_deploy.artefacts.machine import gemm_peaks, machine
-from aoft_deploy.artefacts.protocols import Engine
 from aoft_deploy.artefacts.registry import load_artefact
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import BuildOptions, Calibration, ExportSpec, InputSpec
 from aoft_deploy.artefacts.timing import Subject, interleaved, trusted
 from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.processors import processors
-from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.onnx.engine import OnnxEngine
-from aoft_exporters.openvino import exporter as openvino_exporter
+from aoft_exporters.onnx.exporter import EXPORTER as ONNX
+from aoft_exporters.openvino.exporter import EXPORTER as OPENVINO
 
 HALF = (0.5, 0.5, 0.5)
 Load = Callable[[], Engine]
@@ -89,15 +90,23 @@ class Variants:
         return partial(make, self.options.model, self.options.method, self.options.threads)
 
     def ours(
-        self, exporter: Any, precision: str, model: nn.Module | None = None, **more: Any
+        self, exporter: Exporter, precision: str, model: nn.Module | None = None, **more: Any
     ) -> Load:
         """An artefact of ours."""
-        learns = precision in getattr(exporter, "CALIBRATED", ())
+        learns = precision in exporter.calibrated
         pixels = random_pixels(self.options.calibration, self.size, seed=1) if learns else None
-        recipe = Recipe(self.size, False, HALF, HALF, {}, precision, pixels, **more)
-        name = f"{len(list(self.folder.iterdir()))}{exporter.SUFFIX}"
-        exporter.export(model or self.merged, self.folder / name, recipe)
-        return partial(load_artefact, self.folder / name, threads=self.options.threads)
+        spec = ExportSpec(
+            InputSpec(self.size, self.size, False, HALF, HALF),
+            {},
+            precision,
+            calibration=None if pixels is None else Calibration(pixels),
+            build=BuildOptions(**more),
+        )
+        name = f"{len(list(self.folder.iterdir()))}{exporter.suffix}"
+        exporter.export(model or self.merged, self.folder / name, spec)
+        return partial(
+            load_artefact, self.folder / name, EngineOptions(threads=self.options.threads)
+        )
 
     def nodes(self) -> dict[str, int]:
         """Nodes of each ONNX file that was written."""
@@ -113,13 +122,13 @@ VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
     "PyTorch": ("fp32", lambda v: v.torch(torch_engines.pytorch)),
     "torch.compile": ("fp32", lambda v: v.torch(torch_engines.compiled)),
     "PEFT, unmerged": ("fp32", lambda v: v.torch(torch_engines.peft)),
-    "onnxruntime fp32, plain backbone": ("fp32", lambda v: v.ours(onnx_exporter, "fp32", v.plain)),
-    "onnxruntime fp32": ("fp32", lambda v: v.ours(onnx_exporter, "fp32")),
-    "onnxruntime fp32, opset 20": ("fp32", lambda v: v.ours(onnx_exporter, "fp32", opset=20)),
-    "onnxruntime int8": ("int8", lambda v: v.ours(onnx_exporter, "int8")),
-    "openvino fp32": ("fp32", lambda v: v.ours(openvino_exporter, "fp32")),
-    "openvino bf16": ("bf16", lambda v: v.ours(openvino_exporter, "bf16")),
-    "openvino int8": ("int8", lambda v: v.ours(openvino_exporter, "int8")),
+    "onnxruntime fp32, plain backbone": ("fp32", lambda v: v.ours(ONNX, "fp32", v.plain)),
+    "onnxruntime fp32": ("fp32", lambda v: v.ours(ONNX, "fp32")),
+    "onnxruntime fp32, opset 20": ("fp32", lambda v: v.ours(ONNX, "fp32", opset=20)),
+    "onnxruntime int8": ("int8", lambda v: v.ours(ONNX, "int8")),
+    "openvino fp32": ("fp32", lambda v: v.ours(OPENVINO, "fp32")),
+    "openvino bf16": ("bf16", lambda v: v.ours(OPENVINO, "bf16")),
+    "openvino int8": ("int8", lambda v: v.ours(OPENVINO, "int8")),
 }
 FIRST = next(iter(VARIANTS))
 OPTIONAL = ("torch.compile", "openvino bf16")
@@ -160,7 +169,7 @@ def main() -> None:
                 Subject(name, stack.enter_context(Apart(load)), flops, VARIANTS[name][0])
                 for name, load in loads.items()
             ]
-            timings = interleaved(subjects, options.batches, size, options.rounds)
+            timings = interleaved(subjects, options.batches, (size, size), options.rounds)
         after = gemm_peaks(options.threads)
         measured = {n: max(peaks.get(n, 0.0), after.get(n, 0.0)) for n in peaks | after}
         peaks = trusted(measured, timings)

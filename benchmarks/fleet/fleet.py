@@ -42,7 +42,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.export.fleet import export_fleet
@@ -191,12 +193,16 @@ class Rivals:
     def exported(self, name: str, **how: Any) -> Path:
         """The first task's merged model."""
         output = self.folder / name
-        return export_merged(self.checkpoints[0], output, weights=self.weights, **how).path
+        return export_merged(
+            self.checkpoints[0], output, backbone=BackboneSource(weights=self.weights), **how
+        ).path
 
     def exported_fleet(self, name: str, **how: Any) -> Path:
         """A fleet of the first two tasks."""
         output = self.folder / name
-        return export_fleet(self.checkpoints[:2], output, weights=self.weights, **how).path
+        return export_fleet(
+            self.checkpoints[:2], output, backbone=BackboneSource(weights=self.weights), **how
+        ).path
 
     def filled(self, path: Path, seconds: list[float]) -> Fleet:
         """A fleet with the other tasks added; appends the time of each addition."""
@@ -238,7 +244,7 @@ class Rivals:
         """OpenVINO's, in 8 bits."""
         how = {"to": "openvino", "calibrate": self.noise[1:], **self.in_int8}
         path = self.exported("merged.openvino", **how)
-        return load_artefact(path, threads=self.options.threads)
+        return load_artefact(path, EngineOptions(threads=self.options.threads))
 
     @cached_property
     def fleet_openvino(self) -> Fleet:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from fleet import session, write_tasks
 
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.fleet.fleet import Fleet
@@ -43,11 +44,19 @@ def main() -> None:
         folder = Path(scratch)
         tasks, weights = write_tasks(options, folder), folder / "backbone.safetensors"
         merged = session(
-            export_merged(tasks[0], folder / "merged.onnx", weights=weights).path, options
+            export_merged(
+                tasks[0], folder / "merged.onnx", backbone=BackboneSource(weights=weights)
+            ).path,
+            options,
         )
         fleets = {
             form: Fleet(
-                export_fleet(tasks[:2], folder / f"{form}.onnx", weights=weights, form=form).path,
+                export_fleet(
+                    tasks[:2],
+                    folder / f"{form}.onnx",
+                    form=form,
+                    backbone=BackboneSource(weights=weights),
+                ).path,
                 threads=options.threads,
             )
             for form in ("mixed", "folded")

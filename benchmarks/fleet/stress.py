@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
 from aoft_deploy import attach, create_backbone, merge, save
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.export.fleet import export_fleet
@@ -61,7 +62,11 @@ def prepared(folder: Path, count: int, images: torch.Tensor) -> dict[str, np.nda
         save(tuned, path, classes=names, preprocessing=Preprocessing(16, 1.0, HALF, HALF))
         with torch.inference_mode():
             answers[path.stem] = merge(tuned)(images).numpy()
-    export_fleet([folder / "tasks" / "task-000.ckpt"], folder / "fleet.onnx", weights=weights)
+    export_fleet(
+        [folder / "tasks" / "task-000.ckpt"],
+        folder / "fleet.onnx",
+        backbone=BackboneSource(weights=weights),
+    )
     return answers
 
 

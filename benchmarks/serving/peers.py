@@ -35,7 +35,7 @@ import psutil
 import torch
 from torch import nn
 
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec, InputSpec
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_exporters.onnx import exporter
 
@@ -236,7 +236,7 @@ def main() -> None:
         preparation = Preprocessing(2, 1.0, half, half).to_dict()
         names = [str(i) for i in range(10)]
         told = {"classes": json.dumps(names), "preprocessing": json.dumps(preparation)}
-        exporter.export(net, model, Recipe(2, False, half, half, told))
+        exporter.export(net, model, ExportSpec(InputSpec(2, 2, False, half, half), told))
         for turn in range(options.rounds):
             for name, kind in subjects if turn % 2 == 0 else reversed(subjects):
                 rounds.setdefault(f"{name}, {kind}", []).append(one(name, kind, model, options))

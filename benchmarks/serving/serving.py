@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.isolation import Apart
 from aoft_deploy.artefacts.machine import machine
 from aoft_deploy.artefacts.registry import load_artefact
@@ -59,7 +60,7 @@ if tasks:
     names = (tasks * batch)[:batch]
     size, run = fleet.preprocessing.size, lambda images: fleet.predict(images, names)
 else:
-    engine = load_artefact(Path(path), threads=threads)
+    engine = load_artefact(Path(path), EngineOptions(threads=threads))
     size, run = json.loads(engine.info["preprocessing"])["size"], engine.run
 images = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
 run(images)
@@ -311,7 +312,9 @@ def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[
     """The time that the server adds to that of one image."""
     image = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     server = Server(f"merged={options.artefact}", "--max-batch", 1, *threads)
-    with Apart(partial(load_artefact, options.artefact, threads=options.threads)) as engine:
+    with Apart(
+        partial(load_artefact, options.artefact, EngineOptions(threads=options.threads))
+    ) as engine:
         served, alone, own = server.take_turns(
             tensors("merged", size, 8), lambda: engine.seconds(image), options.turns + 1
         )

@@ -94,7 +94,7 @@ def demo_server(
         from aoft_demo.tasks.session_registry import SessionRegistry
         from aoft_demo.tasks.shared_fleet import open_shared_fleet
         from aoft_demo.views.page import build
-        from aoft_deploy.data.images import image_files
+        from aoft_deploy.data.listing import image_files
 
         PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
         _refuse_downloads()

@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aoft_deploy.artefacts.inspection import inspect_file
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.cli.inspect import describe
+from aoft_deploy.errors import ArtefactError, CheckpointError
 from aoft_deploy.export.merged import export_merged
 
 
 def test_a_checkpoint_tells_its_task_and_counts_its_numbers(
     checkpoint: Path, classes: tuple[str, ...]
 ) -> None:
-    found = inspect_file(checkpoint)
+    found = describe(checkpoint)
     sizes = {name: tensor.numel() for name, tensor in load_file(checkpoint).items()}
     head = sum(size for name, size in sizes.items() if name.startswith("head."))
     assert found["kind"] == "checkpoint"
@@ -34,7 +35,7 @@ def test_a_checkpoint_tells_its_task_and_counts_its_numbers(
 
 
 def test_an_artefact_tells_its_graph_and_that_its_manifest_matches(artefact: Path) -> None:
-    found = inspect_file(artefact)
+    found = describe(artefact)
     assert found["kind"] == "ONNX artefact"
     assert found["opset"] == {"ai.onnx": 23}
     assert found["inputs"] == ["pixel_values float [batch, 3, 16, 16]"]
@@ -47,7 +48,7 @@ def test_an_artefact_tells_its_graph_and_that_its_manifest_matches(artefact: Pat
 
 def test_an_artefact_without_manifest_says_so(artefact: Path, tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(artefact.read_bytes())
-    found = inspect_file(tmp_path / "a.onnx")
+    found = describe(tmp_path / "a.onnx")
     assert found["manifest"] == "none"
     assert "verification" not in found
 
@@ -58,21 +59,21 @@ def test_an_artefact_changed_after_its_verification_says_so(artefact: Path, tmp_
     data[-1] ^= 0  # the same file first
     (tmp_path / "a.onnx").write_bytes(data)
     (tmp_path / "a.onnx.json").write_bytes(manifest)
-    assert inspect_file(tmp_path / "a.onnx")["manifest"] == "matches"
+    assert describe(tmp_path / "a.onnx")["manifest"] == "matches"
     import onnx
 
     model = onnx.load(artefact)
     model.producer_name = "somebody"
     onnx.save(model, tmp_path / "a.onnx")
-    assert "changed after it was verified" in inspect_file(tmp_path / "a.onnx")["manifest"]
+    assert "changed after it was verified" in describe(tmp_path / "a.onnx")["manifest"]
 
 
 def test_a_timm_artefact_tells_its_task(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "plain.safetensors"
-    export_merged(checkpoint, path, to="timm", weights=backbone_weights)
-    found = inspect_file(path)
+    export_merged(checkpoint, path, to="timm", backbone=BackboneSource(weights=backbone_weights))
+    found = describe(path)
     assert found["kind"] == "timm artefact"
     assert found["tensors"] == len(load_file(path))
     assert found["method"] == "rlrr"
@@ -81,13 +82,13 @@ def test_a_timm_artefact_tells_its_task(
 
 def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
-        inspect_file(tmp_path / "a.safetensors")
+    with pytest.raises(ArtefactError, match="is no safetensors file"):
+        describe(tmp_path / "a.safetensors")
 
 
 def test_a_manifest_is_shown_as_it_is(artefact: Path) -> None:
     path = artefact.with_name(artefact.name + ".json")
-    found = inspect_file(path)
+    found = describe(path)
     assert found == {"kind": "manifest", **json.loads(path.read_text("utf-8"))}
 
 
@@ -99,7 +100,7 @@ def test_a_published_file_counts_its_numbers(tmp_path: Path) -> None:
         "transformer.encoder.layer.0.attn.query.scale_line": torch.zeros(8, 1),
     }
     torch.save(state, tmp_path / "cifar  75.60.pth")
-    found = inspect_file(tmp_path / "cifar  75.60.pth")
+    found = describe(tmp_path / "cifar  75.60.pth")
     assert found["kind"] == "published RLRR checkpoint"
     assert found["sites"] == {"classifier": 27, "blocks.0.attn.qkv.q": 16}
     assert found["update_numbers"] == 16
@@ -107,7 +108,7 @@ def test_a_published_file_counts_its_numbers(tmp_path: Path) -> None:
 
 def test_the_description_is_json(checkpoint: Path, artefact: Path) -> None:
     for path in (checkpoint, artefact):
-        found = inspect_file(path)
+        found = describe(path)
         assert json.loads(json.dumps(found)) == found
 
 
@@ -131,14 +132,15 @@ def test_what_is_damaged_is_refused(
     name: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
-        inspect_file(tmp_path / name)
+    error = CheckpointError if name.endswith((".ckpt", ".pth")) else ArtefactError
+    with pytest.raises(error, match=message):
+        describe(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json", ""])
 def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no file"):
-        inspect_file(tmp_path / name)
+        describe(tmp_path / name)
 
 
 def test_odd_metadata_of_a_strangers_graph_are_shown_as_text(
@@ -150,6 +152,6 @@ def test_odd_metadata_of_a_strangers_graph_are_shown_as_text(
     odd = {"deep": "[" * 100_000, "long": "9" * 5000, "plain": "text"}
     onnx.helper.set_model_props(model, odd)
     onnx.save(model, tmp_path / "a.onnx")
-    found = inspect_file(tmp_path / "a.onnx")
+    found = describe(tmp_path / "a.onnx")
     assert {key: found[key] for key in odd} == odd
     assert list(contents(tmp_path)) == ["a.onnx"]

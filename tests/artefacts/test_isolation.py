@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.isolation import Apart
-from aoft_deploy.artefacts.protocols import Engine
 from aoft_deploy.artefacts.timing import Subject, interleaved
 from aoft_deploy.errors import AoftError, UnknownNameError
 
@@ -83,7 +83,7 @@ def test_the_process_ends_with_the_engine() -> None:
 
 def test_engines_apart_are_timed_where_they_run() -> None:
     with Apart(partial(Summing, 1.0)) as one, Apart(partial(Summing, 2.0)) as other:
-        timings = interleaved([Subject.of("1", one), Subject.of("2", other)], [1, 2], 4, 3)
+        timings = interleaved([Subject.of("1", one), Subject.of("2", other)], [1, 2], (4, 4), 3)
     assert [(t.subject.name, t.batch) for t in timings] == [("1", 1), ("2", 1), ("1", 2), ("2", 2)]
     assert all(0 < second < 60 for timing in timings for second in timing.seconds)
 

@@ -13,10 +13,11 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from aoft_deploy.artefacts.inspection import inspect_file
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact, load_fleet
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.predict import main as predict
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.fleet.fleet import Fleet
 
 REFUSED = "keeps weights in other files: only single files are opened"
@@ -85,10 +86,10 @@ def test_a_model_with_weights_elsewhere_is_refused(
     monkeypatch.chdir(path.parent)
     assert REFUSED in refused(predict, path, photos[0])
     for given in (path, Path(path.name)):
-        with pytest.raises(CheckpointError, match=REFUSED):
-            load_artefact(given, threads=1)
-        with pytest.raises(CheckpointError, match=REFUSED):
-            inspect_file(given)
+        with pytest.raises(ArtefactError, match=REFUSED):
+            load_artefact(given, EngineOptions(threads=1))
+        with pytest.raises(ArtefactError, match=REFUSED):
+            describe(given)
 
 
 @pytest.mark.parametrize("kind", ELSEWHERE)
@@ -99,7 +100,7 @@ def test_a_fleet_with_weights_elsewhere_is_refused(
     for folder in (path.parent, tmp_path / "outside"):
         monkeypatch.chdir(folder)  # where a model from memory looks for its weights
         for opened in (Fleet, load_fleet, load_artefact):
-            with pytest.raises(CheckpointError, match=REFUSED):
+            with pytest.raises(ArtefactError, match=REFUSED):
                 opened(path)
 
 
@@ -112,8 +113,8 @@ def test_a_model_of_a_triton_repository_with_weights_elsewhere_is_refused(
         os.replace(path.parent / file, tmp_path / "task" / "1" / file)
     (tmp_path / "task" / "1" / "task.onnx").rename(tmp_path / "task" / "1" / "model.onnx")
     (tmp_path / "task" / "config.pbtxt").write_text('backend: "onnxruntime"')
-    for opened in (load_artefact, inspect_file):
-        with pytest.raises(CheckpointError, match=REFUSED):
+    for opened in (load_artefact, describe):
+        with pytest.raises(ArtefactError, match=REFUSED):
             opened(tmp_path / "task")
 
 
@@ -123,5 +124,5 @@ def test_a_weight_that_stands_in_the_file_but_names_another_is_refused(
     proto = onnx.load(artefact)
     proto.graph.initializer[0].external_data.add(key="location", value="weights.bin")
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(tmp_path / "a.onnx")

@@ -16,7 +16,7 @@ from PIL import Image
 from aoft_deploy.artefacts.prediction import Classifier, Prediction, load_classifier, ranked
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, ImageError, VerificationError
+from aoft_deploy.errors import ArtefactError, ImageError, VerificationError
 from aoft_deploy.tuning.tuned_model import TunedModel
 
 
@@ -70,7 +70,7 @@ def test_top_is_at_most_the_number_of_classes() -> None:
 
 @pytest.mark.parametrize("logits", [[[1.0, 2.0]], [[1.0] * 4], [[1.0] * 3] * 2, [1.0, 2.0, 3.0]])
 def test_logits_of_another_shape_than_the_classes_are_refused(logits: object) -> None:
-    with pytest.raises(CheckpointError, match="The artefact answers with shape"):
+    with pytest.raises(ArtefactError, match="The artefact answers with shape"):
         classifier(logits).classify([IMAGE])
 
 
@@ -136,13 +136,15 @@ def test_an_artefact_without_classes_and_preprocessing_is_refused(
     metadata: dict[str, str | None], artefact: Path, tmp_path: Path
 ) -> None:
     path = doctored(artefact, tmp_path / "a.onnx", **metadata)
-    with pytest.raises(CheckpointError, match="names no classes and preprocessing"):
+    with pytest.raises(
+        ArtefactError, match=r"has no valid entry '(classes|preprocessing)' in its metadata"
+    ):
         load_classifier(path)
 
 
 def test_preprocessing_that_cannot_be_used_is_refused(artefact: Path, tmp_path: Path) -> None:
     path = doctored(artefact, tmp_path / "a.onnx", preprocessing=json.dumps({"size": 16}))
-    with pytest.raises(CheckpointError, match="Preprocessing has the keys size, expected"):
+    with pytest.raises(ArtefactError, match="Preprocessing has the keys size, expected"):
         load_classifier(path)
 
 
@@ -158,12 +160,10 @@ def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
 
 def test_a_single_model_of_one_output_is_refused_by_name(artefact: Path, tmp_path: Path) -> None:
     path = doctored(artefact, tmp_path / "age.onnx", classes=json.dumps(["age"]))
-    with pytest.raises(
-        CheckpointError, match=r"age\.onnx has 1 output \('age'\), but a classifier"
-    ):
+    with pytest.raises(ArtefactError, match=r"age\.onnx has 1 output \('age'\), but a classifier"):
         load_classifier(path)
     path = doctored(artefact, tmp_path / "none.onnx", classes="[]")
-    with pytest.raises(CheckpointError, match=r"none\.onnx has no output, but a classifier has 2"):
+    with pytest.raises(ArtefactError, match=r"none\.onnx has no output, but a classifier has 2"):
         load_classifier(path)
 
 
@@ -173,6 +173,6 @@ def test_a_fleets_task_of_one_output_is_refused_and_the_others_answer(
     tasks = json.loads(load_classifier(fleet_artefact, "pets").engine.info["tasks"])
     tasks[1]["classes"] = ["age"]
     path = doctored(fleet_artefact, tmp_path / "fleet.onnx", tasks=json.dumps(tasks))
-    with pytest.raises(CheckpointError, match=r"The task birds of .* has 1 output \('age'\)"):
+    with pytest.raises(ArtefactError, match=r"The task birds of .* has 1 output \('age'\)"):
         load_classifier(path, "birds")
     assert load_classifier(path, "pets").classify([read_image(photos[0])])

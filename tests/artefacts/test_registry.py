@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact, load_fleet
-from aoft_deploy.errors import CheckpointError, UnknownNameError
+from aoft_deploy.errors import ArtefactError, UnknownNameError
 
 
 def test_the_exporters_of_this_repository_are_found() -> None:
@@ -17,14 +17,14 @@ def test_the_exporters_of_this_repository_are_found() -> None:
 @pytest.mark.parametrize("name", exporter_names())
 def test_every_exporter_has_the_same_verbs(name: str) -> None:
     exporter = get_exporter(name)
-    assert exporter.SUFFIX.startswith(".")
-    assert 0 < exporter.TOLERANCE < 1
+    assert exporter.suffix.startswith(".")
+    assert 0 < exporter.tolerance < 1
     assert callable(exporter.export)
     assert callable(exporter.load)
 
 
 def test_no_two_exporters_write_the_same_suffix() -> None:
-    suffixes = [get_exporter(name).SUFFIX for name in exporter_names()]
+    suffixes = [get_exporter(name).suffix for name in exporter_names()]
     assert len(set(suffixes)) == len(suffixes)
 
 
@@ -41,13 +41,13 @@ def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model", "model.ONNX", "onnx"])
 def test_a_suffix_that_no_exporter_writes_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no artefact of aoft-export"):
+    with pytest.raises(ArtefactError, match="is no artefact of aoft-export"):
         load_artefact(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
 def test_an_artefact_that_does_not_exist_is_refused(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(CheckpointError, match=r"(There is no file|No such file)"):
+    with pytest.raises(ArtefactError, match=r"(There is no file|No such file)"):
         load_artefact(tmp_path / f"missing{suffix}")
 
 
@@ -69,8 +69,8 @@ def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
     content = bytearray(artefact.read_bytes())
     content[len(content) // 2] ^= 1
     artefact.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"f\.onnx was changed after its manifest f\.onnx"):
+    with pytest.raises(ArtefactError, match=r"f\.onnx was changed after its manifest f\.onnx"):
         opening(artefact)
     manifest.write_text("[]", "utf-8")
-    with pytest.raises(CheckpointError, match=r"f\.onnx\.json is no manifest of aoft-export"):
+    with pytest.raises(ArtefactError, match=r"f\.onnx\.json is no manifest of aoft-export"):
         opening(artefact)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.machine import gemm_peaks
 from aoft_deploy.artefacts.timing import Subject, Timing, inputs_for, interleaved, trusted
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 
 
 class Clock:
@@ -43,6 +43,9 @@ class Worker:
         return np.zeros((len(images), 1), np.float32)
 
 
+TASKS = '[{"name": "a", "classes": ["x", "y"]}, {"name": "b", "classes": ["x", "y"]}]'
+
+
 def idle(**info: str) -> Worker:
     return Worker(Clock(), [0.0], [], **info)
 
@@ -52,7 +55,7 @@ def test_subjects_take_turns_and_every_other_round_goes_back() -> None:
     clock = Clock()
     subjects = [Subject.of(n, Worker(clock, [1.0], order, name=n)) for n in "ab"]
     done: list[int] = []
-    interleaved(subjects, [1, 2], 4, 2, done.append, clock)
+    interleaved(subjects, [1, 2], (4, 4), 2, done.append, clock)
     once = ["a1", "b1", "a2", "b2"]
     turns = [turn for turn in once for _ in range(2)]
     assert order == once + turns + turns[::-1]
@@ -66,7 +69,7 @@ def test_medians_ratios_and_shares_are_those_of_the_rounds() -> None:
     fast = Worker(clock, [9.0, 8.0, 1.0, 8.0, 2.0, 8.0, 1.5], [], name="f", flops="1000")
     fast.info = {**fast.info, "precision": "int8"}
     subjects = [Subject.of("slow", slow), Subject.of("fast", fast)]
-    timings = interleaved(subjects, [2], 4, 3, clock=clock)
+    timings = interleaved(subjects, [2], (4, 4), 3, clock=clock)
     assert [timing.subject.name for timing in timings] == ["slow", "fast"]
     assert [timing.seconds for timing in timings] == [(4.0, 5.0, 30.0), (1.0, 2.0, 1.5)]
     assert timings[0].ratio == 1
@@ -100,13 +103,13 @@ def test_a_peak_that_an_engine_exceeds_is_no_limit() -> None:
 
 
 def test_inputs_are_in_the_engines_own_form() -> None:
-    (images,) = inputs_for(idle(pixels=""), 3, 8)
-    assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 3)
-    images, task = inputs_for(idle(tasks='["a", "b"]'), 3, 8)
-    assert images.dtype == np.float32 and images.shape == (3, 3, 8, 8)
+    (images,) = inputs_for(idle(pixels=""), 3, (8, 4))
+    assert images.dtype == np.uint8 and images.shape == (3, 8, 4, 3)
+    images, task = inputs_for(idle(tasks=TASKS), 3, (8, 4))
+    assert images.dtype == np.float32 and images.shape == (3, 3, 8, 4)
     assert task.tolist() == [0, 1, 0]
-    with pytest.raises(CheckpointError, match="does not name its tasks"):
-        inputs_for(idle(tasks="oops"), 1, 8)
+    with pytest.raises(ArtefactError, match="no valid entry 'tasks'"):
+        inputs_for(idle(tasks="oops"), 1, (8, 8))
 
 
 def products(clock: Clock, done: list[int], **rates: float) -> Any:

@@ -11,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import VerificationError
-from aoft_deploy.export.merged import bar_for, export_merged
+from aoft_deploy.export.merged import export_merged
+from aoft_deploy.export.options import VerifyOptions, bar_for
 
 Logits = NDArray[np.float32]
 Answer = Callable[[NDArray[Any], Logits], Any]
@@ -87,7 +91,7 @@ TOLERANCES = {
 def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
     to: str, largest: float
 ) -> None:
-    bar = bar_for(get_exporter(to), to, "fp32", 0.99, [])
+    bar = bar_for(get_exporter(to), "fp32", VerifyOptions())
     assert bar == Bar(TOLERANCES[to])
     allowed = TOLERANCES[to] * max(1.0, largest)
     expected = np.zeros((4, 3), np.float32)
@@ -106,7 +110,7 @@ def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
 def test_below_fp32_the_share_of_equal_top_classes_decides_to_the_image(
     agreeing: int, holds: bool
 ) -> None:
-    bar = bar_for(get_exporter("onnx"), "onnx", "int8", 0.99, [Path("photos")])
+    bar = bar_for(get_exporter("onnx"), "int8", VerifyOptions([Path("photos")]))
     expected = np.tile(np.array([[1, 0]], np.float32), (100, 1))
     answers = expected.copy()
     answers[agreeing:] = [0, 1e6]
@@ -196,28 +200,40 @@ def test_random_images_exist_at_every_size(size: int) -> None:
     assert random_pixels(2, size).shape == (2, size, size, 3)
 
 
-class FakeExporter:
-    """An exporter whose engine answers what a test wants, in place of ONNX Runtime."""
+class FakeEngine:
+    """An engine that answers what a test wants, and the verbs of its exporter."""
 
-    SUFFIX, TOLERANCE, PRECISIONS = ".onnx", 5e-5, ("fp32",)
-    ENGINES = ("onnxruntime",)
-    takes_pixels = False
+    takes_pixels = takes_tasks = False
+    device = "cpu"
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.info: dict[str, str] = {}
 
-    def export(self, model: torch.nn.Module, path: Path, recipe: Recipe) -> None:
+    def export(self, model: torch.nn.Module, path: Path, spec: ExportSpec) -> None:
         path.write_bytes(b"artefact")
         self.model = model
 
-    def load(self, path: Path) -> FakeExporter:
+    def load(self, path: Path, options: EngineOptions) -> FakeEngine:
         assert path.read_bytes() == b"artefact"
         return self
 
-    def run(self, images: NDArray[Any]) -> Any:
+    def run(self, images: NDArray[Any], task: NDArray[np.int64] | None = None) -> Any:
         with torch.no_grad():
             return self.answer(images, self.model(torch.from_numpy(images)).numpy())
+
+    def exporter(self) -> Exporter:
+        return Exporter(
+            name="onnx",
+            suffix=".onnx",
+            precisions=("fp32",),
+            engines=("onnxruntime",),
+            tolerance=5e-5,
+            export=self.export,
+            load=self.load,
+            describe=lambda path: None,
+            platform="fake",
+        )
 
 
 def always(value: float) -> Answer:
@@ -278,9 +294,13 @@ def test_a_wrong_artefact_is_refused_and_leaves_no_file(
     refused: Callable[..., str],
 ) -> None:
     answer, message = FAULTS[fault]
-    monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: FakeExporter(answer))
+    monkeypatch.setattr(
+        "aoft_deploy.export.merged.get_exporter", lambda name: FakeEngine(answer).exporter()
+    )
     with pytest.raises(VerificationError, match=message):
-        export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+        export_merged(
+            checkpoint, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
+        )
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.onnx").write_text("old")
     (tmp_path / "a.onnx.json").write_text("old")
@@ -291,9 +311,11 @@ def test_a_wrong_artefact_is_refused_and_leaves_no_file(
 def test_the_same_exporter_without_a_fault_is_accepted(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exporter = FakeExporter(lambda images, logits: logits)
+    exporter = FakeEngine(lambda images, logits: logits).exporter()
     monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: exporter)
-    exported = export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    exported = export_merged(
+        checkpoint, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert exported.report.agreement == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"a.onnx", "a.onnx.json"}
 
@@ -310,14 +332,18 @@ def test_an_artefact_without_the_merge_is_refused(
 ) -> None:
     base = timm.create_model(backbone_name, num_classes=5, **backbone_args).eval()
 
-    class Unmerged(FakeExporter):
-        def export(self, model: torch.nn.Module, path: Path, recipe: Recipe) -> None:
+    class Unmerged(FakeEngine):
+        def export(self, model: torch.nn.Module, path: Path, spec: ExportSpec) -> None:
             head = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
             base.load_state_dict(load_file(backbone_weights) | head)
-            super().export(base, path, recipe)
+            super().export(base, path, spec)
 
-    exporter = Unmerged(lambda images, logits: logits)
+    exporter = Unmerged(lambda images, logits: logits).exporter()
     monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: exporter)
     with pytest.raises(VerificationError, match="differ from the unmerged model's"):
-        export_merged(make_checkpoint(method), tmp_path / "a.onnx", weights=backbone_weights)
+        export_merged(
+            make_checkpoint(method),
+            tmp_path / "a.onnx",
+            backbone=BackboneSource(weights=backbone_weights),
+        )
     assert list(tmp_path.iterdir()) == []

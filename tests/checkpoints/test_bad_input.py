@@ -432,7 +432,7 @@ def test_a_disk_that_is_full_at_the_manifest_keeps_the_previous_files(
 
     output = tmp_path / "a.safetensors"
     output.write_text("old")
-    monkeypatch.setattr("aoft_deploy.export.merged.settle", full)
+    monkeypatch.setattr("aoft_deploy.export.publishing.settle", full)
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "timm"]
     line = refused(main, *options, "-o", output)
     assert line == f"Cannot write {output}: No space left on device."

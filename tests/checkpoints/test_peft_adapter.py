@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from safetensors_faults import FAULTS, faulty
 from torch import Tensor
 
-from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.errors import CheckpointError
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def test_half_precision_matrices_are_read(
 
 def test_inspect_describes_a_folder_of_peft(adapted: Callable[..., Tensor], tmp_path: Path) -> None:
     adapted(tmp_path / "a", use_rslora=True)
-    found = inspect_file(tmp_path / "a")
+    found = describe(tmp_path / "a")
     assert found["kind"] == "PEFT LoRA folder"
     assert found["ranks"] == {f"blocks.{i}.attn.qkv": 4 for i in range(2)}
     assert found["factors"]["blocks.0.attn.qkv"] == 8 / math.sqrt(4)
@@ -207,7 +207,7 @@ def test_a_missing_or_damaged_file_is_refused(
     with pytest.raises(CheckpointError, match=message):
         raise CheckpointError(line)
     with pytest.raises(CheckpointError, match=message):
-        inspect_file(copy)
+        describe(copy)
 
 
 @pytest.mark.parametrize("length", [3, 9, 200, 0.5, 0.999])

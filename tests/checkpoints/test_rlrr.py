@@ -396,7 +396,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(
     with pytest.raises(CheckpointError, match="is a pickle, which could run code"):
         read_checkpoint(path)
     with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
-        read_checkpoint_numbers(path, TaskKind("", "rlrr", {}, {}, (), WIDTH))
+        read_task(path, TaskKind("", "rlrr", {}, {}, (), WIDTH))
     message = "is no safetensors file" if path.suffix == ".safetensors" else "would run code"
     assert message in refused(inspect_main, path)
     assert not marker.exists()

@@ -144,7 +144,7 @@ def test_artefacts_of_different_sizes_are_refused(
     onnx.helper.set_model_props(model, props)
     onnx.save(model, tmp_path / "other.onnx")
     assert main([str(tmp_path / "other.onnx")]) == 1
-    assert "names no preprocessing" in capsys.readouterr().err
+    assert "no valid entry 'preprocessing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 from faulty_model import without_digest
 from PIL import Image
 
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.predict import main
 
 
@@ -63,7 +64,7 @@ def test_a_pixel_artefact_and_a_state_dict_answer_alike(
     from aoft_deploy.export.merged import export_merged
 
     state = tmp_path / "a.safetensors"
-    export_merged(checkpoint, state, to="timm", weights=backbone_weights)
+    export_merged(checkpoint, state, to="timm", backbone=BackboneSource(weights=backbone_weights))
     tables = []
     for path in (artefact, pixel_artefact, state):
         found = answers(capsys, path, *photos, "--top", "5")
@@ -215,7 +216,7 @@ def test_what_is_no_artefact_is_refused(
     assert "is no ONNX model, or a damaged one" in refused(main, tmp_path / "text.onnx", photos[0])
     (tmp_path / "a.safetensors").write_bytes(checkpoint.read_bytes())
     line = refused(main, tmp_path / "a.safetensors", photos[0])
-    assert "is no state dict of --to timm" in line
+    assert "is no state dict of the timm exporter" in line
 
 
 def test_an_image_whose_name_is_no_text_is_answered(
@@ -283,5 +284,5 @@ def test_an_answer_that_is_not_finite_never_leaves_and_takes_no_other_with_it(
     assert "white" not in out and "nan" not in out.lower() and "infinity" not in out.lower()
     assert err == (
         f"error: {whites[0]} has no answer. The artefact answers with {value}, not with a number "
-        "for each class: export it with a higher --precision. (1 more have no answer)\n"
+        "for each class: export it with a higher precision. (1 more have no answer)\n"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
-from aoft_deploy.cli.train import main, parser
-from aoft_deploy.cli.train_options import given_settings
+from aoft_deploy.cli.train import main
+from aoft_deploy.cli.train_options import given_settings, parser
 from aoft_deploy.data.folder import write_folder
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.training.settings import TrainingSettings

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import OutputError
@@ -196,7 +197,12 @@ def test_what_appears_while_candidates_are_made_is_not_replaced(
         (tmp_path / "task.onnx").write_text("precious")
 
     with pytest.raises(OutputError, match=r"task\.onnx exists"):
-        export_fastest(checkpoint, tmp_path / "task", progress=told, weights=backbone_weights)
+        export_fastest(
+            checkpoint,
+            tmp_path / "task",
+            progress=told,
+            backbone=BackboneSource(weights=backbone_weights),
+        )
     assert contents(tmp_path) == {"task.onnx": b"precious"}
 
 
@@ -291,8 +297,8 @@ def test_without_images_only_fp32_is_tried(
     reasons = {e["precision"]: e.get("left_out") for e in contents["chosen"]["among"]}
     assert reasons == {
         "fp32": None,
-        "int8": "needs --images to be judged on",
-        "bf16": "needs --images to be judged on",
+        "int8": "needs `images` to be judged on",
+        "bf16": "needs `images` to be judged on",
     }
 
 

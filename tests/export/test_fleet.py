@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, AttachError, SettingError, VerificationError
 from aoft_deploy.export.fleet import _verified, export_fleet
+from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_exporters.onnx import exporter
@@ -134,7 +136,9 @@ def test_a_fleet_is_mixed_or_folded_and_says_which(
     tmp_path: Path,
 ) -> None:
     tasks = [make_task(tmp_path, n, method, seed=i) for i, n in enumerate(CLASSES)]
-    exported = export_fleet(tasks, tmp_path / "f.onnx", weights=backbone_weights, form=form)
+    exported = export_fleet(
+        tasks, tmp_path / "f.onnx", form=form, backbone=BackboneSource(weights=backbone_weights)
+    )
     assert exporter.load(exported.path).info["form"] == expected
     assert json.loads(exported.manifest.read_text("utf-8"))["form"] == expected
 
@@ -143,7 +147,7 @@ def test_a_fleet_is_mixed_or_folded_and_says_which(
     ("options", "message"),
     [
         ({"form": "fast"}, "Unknown form of fleet 'fast'"),
-        ({"form": "folded", "precision": "int8"}, "Nothing can be folded into weights of int8"),
+        ({"form": "folded", "precision": "int8"}, "cannot be folded into weights of int8"),
     ],
 )
 def test_a_form_that_is_not_possible_is_refused(
@@ -158,7 +162,11 @@ def test_a_form_that_is_not_possible_is_refused(
     task = make_task(tmp_path, "one", "rlrr")
     with pytest.raises(AoftError, match=message):
         export_fleet(
-            [task], tmp_path / "f.onnx", weights=backbone_weights, images=[picture], **options
+            [task],
+            tmp_path / "f.onnx",
+            backbone=BackboneSource(weights=backbone_weights),
+            verify=VerifyOptions(images=[picture]),
+            **options,
         )
 
 
@@ -175,11 +183,13 @@ def test_what_cannot_be_mixed_becomes_a_folded_fleet_or_is_refused(tmp_path: Pat
         model, identity = create_backbone(name, num_classes=2, weights=weights, **small)
         tuned = attach(model, "aoft-lora", backbone=identity, seed=seed)
         save(tuned, path, classes=("a", "b"), preprocessing=Preprocessing(32, 1.0, half, half))
-    exported = export_fleet(tasks, tmp_path / "f.onnx", weights=weights)
+    exported = export_fleet(tasks, tmp_path / "f.onnx", backbone=BackboneSource(weights=weights))
     assert exporter.load(exported.path).info["form"] == "folded"
     assert exported.report.agreement == 1.0
     with pytest.raises(AttachError, match="read by its parent"):
-        export_fleet(tasks, tmp_path / "g.onnx", weights=weights, form="mixed")
+        export_fleet(
+            tasks, tmp_path / "g.onnx", form="mixed", backbone=BackboneSource(weights=weights)
+        )
 
 
 def test_aoft_predict_asks_for_a_task_and_uses_its_classes(
@@ -198,7 +208,7 @@ def test_aoft_predict_asks_for_a_task_and_uses_its_classes(
 
 
 def test_a_single_models_artefact_takes_no_task(artefact: Path) -> None:
-    with pytest.raises(SettingError, match="holds a single task: leave the task out"):
+    with pytest.raises(SettingError, match="holds a single task: leave `task` out"):
         load_classifier(artefact, "cats")
     with pytest.raises(SettingError, match="holds a single task"):
         exporter.load(artefact).run(np.zeros((1, 3, 16, 16), np.float32), np.array([0]))
@@ -272,13 +282,16 @@ def test_an_exporter_without_fleets_is_refused(
     make_task: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, "--fleet", make_task(tmp_path, "one", "rlrr"), "--to", "timm")
-    assert "--to timm writes no fleets: choose onnx or openvino" in line
+    assert "timm writes no fleets: choose onnx or openvino" in line
 
 
 class Mixed:
     """An engine that answers every image with the first task."""
 
-    def run(self, images: Any, task: Any) -> Any:
+    info: Mapping[str, str] = MappingProxyType({})
+    takes_pixels, takes_tasks, device = False, True, "cpu"
+
+    def run(self, images: Any, task: Any = None) -> Any:
         return np.repeat(images[:, :1], 2, 1) * 1.0
 
 
@@ -286,7 +299,8 @@ def test_a_fleet_that_mixes_up_tasks_is_not_written() -> None:
     inputs = np.arange(7, dtype=np.float32)[:, None]
     expected = [np.repeat(inputs, 2, 1), np.repeat(inputs, 2, 1) + 1]
     with pytest.raises(VerificationError, match=r"task 1's logits differ .* by 1\.00e"):
-        _verified(Mixed(), inputs, expected, Bar(5e-5))
+        _verified(Mixed(), inputs, expected, Bar(5e-5), (1, 8, 32))
     with pytest.raises(VerificationError, match="not finite"):
-        _verified(Mixed(), inputs, [inputs * np.nan], Bar(5e-5))
-    assert _verified(Mixed(), inputs, expected[:1], Bar(5e-5)).agreement == 1.0
+        _verified(Mixed(), inputs, [inputs * np.nan], Bar(5e-5), (1, 8, 32))
+    report = _verified(Mixed(), inputs, expected[:1], Bar(5e-5), (1, 8, 32))
+    assert report.agreement == 1.0

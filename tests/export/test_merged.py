@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
@@ -18,7 +19,7 @@ from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
-from aoft_deploy.export.merged import export_merged, manifest_path
+from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.methods import get_method
@@ -108,7 +109,9 @@ def test_the_artefact_stands_beside_the_checkpoint_where_no_name_is_given(
     make_checkpoint: Callable[..., Path], backbone_weights: Path
 ) -> None:
     checkpoint = make_checkpoint("linear")
-    exported = export_merged(checkpoint, to="timm", weights=backbone_weights)
+    exported = export_merged(
+        checkpoint, to="timm", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert exported.path == checkpoint.with_name("model.safetensors")
     assert exported.manifest == checkpoint.with_name("model.safetensors.json")
     assert exported.size == exported.path.stat().st_size
@@ -120,10 +123,14 @@ def test_a_second_export_replaces_the_first(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "deep" / "er" / "a.safetensors"
-    first = export_merged(checkpoint, output, to="timm", weights=backbone_weights)
+    first = export_merged(
+        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
+    )
     tensors = {name: tensor.clone() for name, tensor in load_file(output).items()}
     output.write_bytes(b"something else")
-    second = export_merged(checkpoint, output, to="timm", weights=backbone_weights)
+    second = export_merged(
+        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
+    )
     again = load_file(output)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert first.report == second.report
@@ -151,8 +158,14 @@ def test_pixels_are_refused_by_an_export_without_a_graph(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.safetensors"
-    with pytest.raises(SettingError, match="--uint8 needs a graph"):
-        export_merged(checkpoint, output, to="timm", uint8=True, weights=backbone_weights)
+    with pytest.raises(SettingError, match="`uint8` needs a graph"):
+        export_merged(
+            checkpoint,
+            output,
+            to="timm",
+            uint8=True,
+            backbone=BackboneSource(weights=backbone_weights),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,9 +185,11 @@ def test_no_input_is_overwritten(
     (tmp_path / "link.safetensors").symlink_to(weights)
     for output in (None, task, weights, tmp_path / "link.safetensors"):
         with pytest.raises(OutputError, match="is an input of this export"):
-            export_merged(task, output, to="timm", weights=weights)
+            export_merged(task, output, to="timm", backbone=BackboneSource(weights=weights))
     before = digest(weights)
-    export_merged(task, tmp_path / "new.safetensors", to="timm", weights=weights)
+    export_merged(
+        task, tmp_path / "new.safetensors", to="timm", backbone=BackboneSource(weights=weights)
+    )
     assert digest(weights) == before
 
 
@@ -220,7 +235,7 @@ def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any
 def test_a_model_of_one_output_is_refused_by_name_by_every_exporter(
     to: str, one_output: Path, backbone_weights: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    suffix = get_exporter(to).SUFFIX
+    suffix = get_exporter(to).suffix
     options: list[Any] = ["--merge", one_output, "--backbone-weights", backbone_weights, "--to", to]
     line = refused(main, *options, "-o", tmp_path / f"a{suffix}")
     assert line == (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aoft_deploy.artefacts.verification import Bar, verify
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.images import read_image
@@ -21,6 +22,7 @@ from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ImageError, VerificationError
 from aoft_deploy.export.merged import export_merged
+from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter
@@ -53,10 +55,9 @@ def test_int8_has_integer_weights_a_float_classifier_and_the_figures_in_its_mani
     exported = export_merged(
         checkpoint,
         output,
-        weights=backbone_weights,
         precision="int8",
-        images=[photos[0].parent],
-        min_agreement=0.5,
+        backbone=BackboneSource(weights=backbone_weights),
+        verify=VerifyOptions(images=[photos[0].parent], min_agreement=0.5),
     )
     manifest = json.loads(exported.manifest.read_text("utf-8"))
     assert manifest["precision"] == "int8"
@@ -83,11 +84,11 @@ def test_int8_without_images_and_agreement_below_the_bar_are_refused(
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
     options += ["-o", tmp_path / "a.onnx"]
     line = refused(main, *options, "--precision", "int8")
-    assert "judged by its answers about real images" in line
+    assert "judged by its answers to real images" in line
     line = refused(main, *options, "--precision", "int4")
-    assert "Unknown precision of --to onnx 'int4'. Did you mean int8?" in line
+    assert "Unknown precision of onnx 'int4'. Did you mean int8?" in line
     line = refused(main, *options, "--min-agreement", "99")
-    assert "--min-agreement is 99.0, but is a share from 0 to 1" in line
+    assert "--min-agreement is 99.0, but must be a share from 0 to 1" in line
     folder = tmp_path / "none"
     folder.mkdir()
     with pytest.raises(ImageError, match="There are no images in the folder"):
@@ -156,8 +157,11 @@ def test_int8_below_the_bar_is_refused_and_leaves_no_file(
     with torch.no_grad():
         bias[:2] += 20
         first = task.with_name("first.onnx")
-        told: dict[str, Any] = {"weights": backbone_weights, "precision": "int8"}
-        export_merged(saved(), first, images=photos, min_agreement=0, **told)
+        told: dict[str, Any] = {
+            "backbone": BackboneSource(weights=backbone_weights),
+            "precision": "int8",
+        }
+        export_merged(saved(), first, verify=VerifyOptions(images=photos, min_agreement=0), **told)
         x = np.stack([preprocessing(read_image(path)) for path in image_files(photos)])
         run = exporter.load(first).run  # in batches of 7, as in verification: each has its ranges
         logits = tuned(torch.from_numpy(x)).numpy(), np.concatenate([run(x[:7]), run(x[7:])])
@@ -215,7 +219,7 @@ def test_fp16_of_another_opset_than_its_own_is_refused(
         main, *options, "--opset", 23
     )
     line = refused(main, "--merge", checkpoint, "--opset", 17, "-o", tmp_path / "a.onnx")
-    assert "--opset 17 is nothing that --to onnx writes: take 23 or 20" in line
+    assert "opset 17 is not supported by onnx; supported: 23, 20" in line
     line = refused(main, "--merge", checkpoint, "--to", "timm", "--opset", 20)
-    assert "--opset 20 is nothing that --to timm writes: leave it out" in line
+    assert "opset 20 is not supported by timm; leave --opset out" in line
     assert not list(tmp_path.iterdir())

@@ -564,6 +564,7 @@ def test_logits_and_classes_of_an_answer_are_of_the_same_version(
     versions: list[Path],
     images: NDArray[np.float32],
     backbone_weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fleet = Fleet(artefact, threads=1)
     fleet.add(versions[0], "task")
@@ -575,7 +576,7 @@ def test_logits_and_classes_of_an_answer_are_of_the_same_version(
             fleet.add(versions[following], "task", replace=True)
         return run(chosen, *rest)
 
-    fleet._engine.run = exchanging
+    monkeypatch.setattr(fleet._engine, "run", exchanging)
     for version in (0, following):
         logits, classes = merged_answer(versions[version], images[:4], backbone_weights)
         answers = fleet.predict(images[:4], ["task"] * 4, rows=rows)

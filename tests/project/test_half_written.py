@@ -18,6 +18,7 @@ import onnx
 import pytest
 from faulty_model import metadata_of
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, unchanged
 from aoft_deploy.artefacts.onnx_metadata import (
     CHUNK,
@@ -106,7 +107,7 @@ def test_a_mixture_of_two_models_is_not_opened(
 ) -> None:
     path = mixed(two, tmp_path / "task.onnx", place)
     with pytest.raises(CheckpointError):
-        load_artefact(path, threads=1)
+        load_artefact(path, EngineOptions(threads=1))
 
 
 @pytest.mark.parametrize("place", FRACTIONS)
@@ -129,7 +130,7 @@ def test_no_command_opens_a_half_overwritten_model(
     with pytest.raises(CheckpointError, match=REFUSED):
         open_artefact("task", path, Settings(threads=1))
     with pytest.raises(CheckpointError, match=REFUSED):
-        load_artefact(path, engine="openvino")
+        load_artefact(path, EngineOptions(engine="openvino"))
 
 
 @pytest.mark.parametrize("place", FRACTIONS)
@@ -163,13 +164,13 @@ def test_a_triton_model_has_a_digest(
     options = ["--merge", checkpoint, "--to", "triton", "--backbone-weights", backbone_weights]
     assert export([str(option) for option in [*options, "-o", output]]) == 0
     manifest_path(output).unlink()
-    load_artefact(output, threads=1)
+    load_artefact(output, EngineOptions(threads=1))
     file = output / "1" / "model.onnx"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=REFUSED):
-        load_artefact(output, threads=1)
+        load_artefact(output, EngineOptions(threads=1))
 
 
 def test_the_digest_covers_all_bytes_before_it(artefact: Path) -> None:
@@ -202,7 +203,10 @@ def test_a_file_without_a_digest_is_opened(artefact: Path, tmp_path: Path) -> No
     onnx.helper.set_model_props(proto, metadata_of(artefact))
     onnx.save(proto, tmp_path / "old.onnx")
     x = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    old, new = load_artefact(tmp_path / "old.onnx", threads=1), load_artefact(artefact, threads=1)
+    old, new = (
+        load_artefact(tmp_path / "old.onnx", EngineOptions(threads=1)),
+        load_artefact(artefact, EngineOptions(threads=1)),
+    )
     np.testing.assert_array_equal(old.run(x), new.run(x))
 
 
@@ -319,7 +323,7 @@ def test_a_slow_copy_is_opened_before_and_after_but_not_during(
     path = tmp_path / "task.onnx"
     shutil.copy(two[0], path)
     x = np.random.default_rng(1).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    old, new = (load_artefact(each, threads=1).run(x) for each in two)
+    old, new = (load_artefact(each, EngineOptions(threads=1)).run(x) for each in two)
     before, after = (each.read_bytes() for each in two)
     answers = {before: old, after: new}
     step = len(after) // 12
@@ -331,9 +335,11 @@ def test_a_slow_copy_is_opened_before_and_after_but_not_during(
             if expected is None:
                 refused += 1
                 with pytest.raises(CheckpointError, match=REFUSED):
-                    load_artefact(path, threads=1)
+                    load_artefact(path, EngineOptions(threads=1))
             else:
-                np.testing.assert_array_equal(load_artefact(path, threads=1).run(x), expected)
+                np.testing.assert_array_equal(
+                    load_artefact(path, EngineOptions(threads=1)).run(x), expected
+                )
     assert refused > 4 and path.read_bytes() == after and not np.array_equal(old, new)
 
 
@@ -380,9 +386,9 @@ def test_a_running_openvino_model_does_not_change_with_its_files(
 ) -> None:
     old, new = openvino_folders(False, make_checkpoint, backbone_weights, tmp_path)
     x = np.random.default_rng(2).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    engine = load_artefact(old, threads=1)
+    engine = load_artefact(old, EngineOptions(threads=1))
     before = engine.run(x)
     for name in os.listdir(old):
         (old / name).write_bytes((new / name).read_bytes())
     np.testing.assert_array_equal(engine.run(x), before)
-    assert not np.array_equal(load_artefact(old, threads=1).run(x), before)
+    assert not np.array_equal(load_artefact(old, EngineOptions(threads=1)).run(x), before)

@@ -19,6 +19,7 @@ import pytest
 
 from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.checkpoint import save as save_checkpoint
 from aoft_deploy.cli.export import main
@@ -85,7 +86,9 @@ def test_artefact_and_manifest_are_synced_before_they_are_renamed(
 ) -> None:
     suffix = {"onnx": ".onnx", "timm": ".safetensors"}.get(to, "")
     output = tmp_path / f"task{suffix}"
-    export_merged(make_checkpoint("lora"), output, to=to, weights=backbone_weights)
+    export_merged(
+        make_checkpoint("lora"), output, to=to, backbone=BackboneSource(weights=backbone_weights)
+    )
     assert disk.renamed[-2:] == [f"{output.name}.json", output.name]
 
 
@@ -176,7 +179,9 @@ def test_a_killed_export_leaves_no_partial_artefact(
 ) -> None:
     output, names = tmp_path / "task.onnx", {"task.onnx", "task.onnx.json"}
     if older:
-        export_merged(make_checkpoint("linear"), output, weights=backbone_weights)
+        export_merged(
+            make_checkpoint("linear"), output, backbone=BackboneSource(weights=backbone_weights)
+        )
     before = output.read_bytes() if older else None
     options = ["--merge", make_checkpoint("rlrr"), "--backbone-weights", backbone_weights]
     words = [str(word) for word in (*options, "-o", output)]

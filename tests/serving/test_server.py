@@ -31,6 +31,7 @@ from faulty_model import (
     write_faulty_model,
 )
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.data.images import read_image
@@ -218,7 +219,7 @@ def clients(server: Any, count: int, stop: threading.Event) -> list[threading.Th
 
 def load_logits(artefact: Path) -> Any:
     """The answers of an artefact in this process."""
-    return load_artefact(artefact, threads=1).run(IMAGES)
+    return load_artefact(artefact, EngineOptions(threads=1)).run(IMAGES)
 
 
 def test_sigterm_under_load_loses_no_request_and_leaves_nothing_behind(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from made_model import harmless
+from faulty_model import plain_images
 from PIL import Image
 
 TOKEN = "a token of more than sixteen bytes"
@@ -23,7 +23,7 @@ POST = b"POST /v2/models/task/infer HTTP/1.1\r\nHost: a\r\n"
 
 IMAGES = np.random.default_rng(3).normal(size=(2, 3, 16, 16)).astype(np.float32)
 
-HARMLESS = harmless(4, 2)
+HARMLESS = plain_images(4, 2)
 
 
 def entry(**changes: Any) -> dict[str, Any]:

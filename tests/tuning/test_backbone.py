@@ -27,7 +27,7 @@ from aoft_deploy.errors import AoftError, BackboneError, CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
-from aoft_deploy.fleet.task import TaskKind, read_checkpoint_numbers
+from aoft_deploy.fleet.task import TaskKind, read_task
 from aoft_deploy.tuning.backbones.architecture import (
     architecture_label,
     first_difference,

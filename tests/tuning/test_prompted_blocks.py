@@ -16,11 +16,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from specs import export_spec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aoft_deploy import attach, merge
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.preprocessing import Preprocessing
@@ -221,7 +221,7 @@ def test_an_exported_graph_with_prompts_in_windows_gives_the_logits_of_the_tuned
 ) -> None:
     tuned, path = tune(made(name), method), tmp_path / "task.onnx"
     exporter = importlib.import_module("aoft_exporters.onnx.exporter")
-    exporter.export(merge(tuned), path, Recipe(SIDE, False, (0.0,) * 3, (1.0,) * 3, {}))
+    exporter.export(merge(tuned), path, export_spec(SIDE, False, (0.0,) * 3, (1.0,) * 3, {}))
     engine = exporter.load(path)
     for batch in (1, 2, 5):
         x = images(batch, dtype=torch.float32)

@@ -75,7 +75,7 @@ class Catalogue:
             {
                 "name": model.name,
                 "versions": [VERSION],
-                "platform": _platform(model),
+                "platform": model.artefact.platform,
                 "inputs": [
                     {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.full_shape}
                 ],
@@ -91,8 +91,8 @@ class Catalogue:
         return _json(
             {
                 "name": model.name,
-                "platform": _platform(model),
-                "backend": _platform(model).partition("_")[0],
+                "platform": model.artefact.platform,
+                "backend": model.artefact.platform.partition("_")[0],
                 "max_batch_size": settings.max_batch,
                 "input": [_tensor_config(tensor.name, tensor.datatype, tensor.shape)],
                 "output": [_tensor_config(OUTPUT, "FP32", (classes,))],
@@ -187,10 +187,6 @@ class Catalogue:
         if not isinstance(parameters, dict):
             raise Refusal(400, f"Parameters are {shown(parameters)}: give an object.")
         return parameters
-
-
-def _platform(model: Model) -> str:
-    return "onnxruntime_onnx" if model.artefact.path.suffix == ".onnx" else "openvino"
 
 
 def _tensor_config(name: str, datatype: str, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Inference:
             files = await service.in_pool(uploaded_files, body, content_type, max_files)
         else:
             files = [body]
-        arguments = (artefact.prepare, artefact.size, service.settings.max_pixels)
+        size = max(artefact.preprocessing.height, artefact.preprocessing.width)
+        arguments = (artefact.prepare, size, service.settings.max_pixels)
         left = call.start + service.settings.timeout - time.perf_counter()
         try:
             async with asyncio.timeout(left):

@@ -5,7 +5,6 @@ This is the only module of the server that opens engines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
-from aoft_deploy.artefacts.prediction import check_classes
-from aoft_deploy.artefacts.protocols import Engine
-from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.artefacts.registry import exporters_of, load_artefact
+from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.serving.batching.batcher import Batcher, Run
 from aoft_deploy.serving.protocol.tensors import DTYPES, Tensor
 from aoft_deploy.serving.settings import Settings
+from aoft_deploy.texts import one_line
 
 __all__ = ["Artefact", "open_artefact"]
 
@@ -37,9 +38,9 @@ class Artefact:
     Attributes:
         name: Its name in metrics; for a merged model also the model's name.
         path: The file or folder.
+        platform: Name of its format in the protocol.
         tensor: Its input.
         prepare: Converts an upright RGB image to one sample of the input.
-        size: Side of a sample in pixels.
         batcher: Its queue and engine.
         preprocessing: The preprocessing that ``prepare`` applies.
         classes: Classes of a merged model, in the order of its logits; empty for a fleet.
@@ -48,9 +49,9 @@ class Artefact:
 
     name: str
     path: Path
+    platform: str
     tensor: Tensor
     prepare: Callable[[Image], NDArray[Any]]
-    size: int
     batcher: Batcher
     preprocessing: Preprocessing
     classes: tuple[str, ...]
@@ -72,15 +73,15 @@ def open_artefact(
         observe: Called with name, rows and seconds of every batch.
 
     Raises:
-        CheckpointError: It is damaged, refers to other files, or gives malformed answers.
+        ArtefactError: It is damaged, refers to other files, or gives malformed answers.
         SettingError: It is a fleet, but the settings choose an engine or a device.
         MissingExtraError: Its engine's package is not installed.
     """
     info = read_metadata(path) if path.suffix == ".onnx" else None
     engine = None
     if info is None or "tasks" not in info:
-        chosen = {"engine": settings.engine, "device": settings.device}
-        engine = load_artefact(path, threads=settings.threads, **chosen)
+        options = EngineOptions(settings.engine, settings.threads, settings.device)
+        engine = load_artefact(path, options)
     fleet: Fleet | None = None
     if engine is None or engine.takes_tasks:
         engine = None
@@ -96,16 +97,13 @@ def open_artefact(
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
     else:
-        preprocessing, classes = _description(path, engine.info)
+        described = ArtefactInfo(engine.info, str(path))
+        preprocessing, classes = described.preprocessing, described.classes
         pixels, stop = engine.takes_pixels, getattr(engine, "stop", None)
         run = partial(_run_merged, engine, classes, settings.max_batch)
         tasks, width = [""], len(classes)
-    size = preprocessing.size
-    tensor = (
-        Tensor("image", "UINT8", (size, size, 3))
-        if pixels
-        else Tensor("pixel_values", "FP32", (3, size, size))
-    )
+    spec = InputSpec.of(preprocessing, pixels)
+    tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
     _warm_up(path, run, tensor, tasks, width, settings.max_batch)
     batcher = Batcher(
         run,
@@ -117,22 +115,8 @@ def open_artefact(
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing
-    return Artefact(name, path, tensor, prepare, size, batcher, preprocessing, classes, fleet)
-
-
-def _description(path: Path, info: Any) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Preprocessing and classes from an artefact's metadata."""
-    try:
-        preprocessing = Preprocessing.from_dict(json.loads(info["preprocessing"]))
-        classes = tuple(map(str, json.loads(info["classes"])))
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} names no classes and preprocessing: it was not written by aoft-export."
-        ) from error
-    check_classes(classes, str(path))
-    return preprocessing, classes
+    platform = exporters_of(path)[0].platform
+    return Artefact(name, path, platform, tensor, prepare, batcher, preprocessing, classes, fleet)
 
 
 def _run_merged(
@@ -152,10 +136,10 @@ def _warm_up(
         try:
             logits = np.stack([logits for logits, _ in run(batch, tasks * rows)])
         except Exception as error:  # each runtime has its own exceptions
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path} does not run ({reason}).") from error
+            reason = one_line(error, 160)
+            raise ArtefactError(f"{path} does not run ({reason}).") from error
         if logits.shape != (rows, width) or not np.isfinite(logits).all():
-            raise CheckpointError(
+            raise ArtefactError(
                 f"{path} gives logits of shape {logits.shape}, or not finite ones, for {rows} "
                 f"samples of {width} classes: it was not written by aoft-export."
             )

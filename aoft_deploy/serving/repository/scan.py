@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aoft_deploy.artefacts.manifest import signature
-from aoft_deploy.artefacts.protocols import TunedExporter
-from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.registry import exporters
 from aoft_deploy.serving.repository.names import is_name, printable
 
 __all__ = ["CHECKPOINT", "Scan", "check_readable", "scan"]
@@ -119,6 +118,5 @@ def _is_triton(path: Path) -> bool:
 
 def _suffixes() -> frozenset[str]:
     """Suffixes of checkpoints, and of artefacts that need no backbone."""
-    exporters = [get_exporter(name) for name in exporter_names()]
-    merged = {e.SUFFIX for e in exporters if not isinstance(e, TunedExporter)}
+    merged = {e.suffix for e in exporters() if e.updates is None}
     return frozenset(merged - {".safetensors"} | {CHECKPOINT})

@@ -41,11 +41,12 @@ def attention_map(session: Session, name: str, picture: Path) -> NDArray[np.floa
     """
     import torch
 
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
 
     with session.using(name) as task:
         path = checkpoint_of(task, name)
-        tuned, checkpoint = open_checkpoint(path, weights=session.shared.weights)
+        tuned, checkpoint = open_checkpoint(path, BackboneSource(weights=session.shared.weights))
     preprocessing = checkpoint.preprocessing
     pixels = preprocessing(read_picture(picture, preprocessing.size).image)
     model: Any = tuned.backbone

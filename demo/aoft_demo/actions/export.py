@@ -9,6 +9,7 @@ from pathlib import Path
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import checkpoint_of
 from aoft_deploy.artefacts.verification import Report
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 
 __all__ = ["ExportedTask", "export_task"]
 
@@ -52,8 +53,8 @@ def export_task(session: Session, name: str, *, uint8: bool) -> ExportedTask:
                 checkpoint_of(task, name),
                 folder / f"{name}.onnx",
                 uint8=uint8,
-                weights=session.shared.weights,
                 command=["aoft-export", "--merge", f"{name}.ckpt", *(["--uint8"] * uint8)],
+                backbone=BackboneSource(weights=session.shared.weights),
             )
             return ExportedTask(done.path, done.manifest, done.size, done.report)
     finally:

@@ -41,15 +41,18 @@ def verify(session: Session, name: str) -> Agreement:
         AoftError: The task has no checkpoint, it was removed in the meantime, or its backbone
             cannot be created.
     """
+    from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
-    from aoft_deploy.export.merged import logits, normalised
+    from aoft_deploy.data.normalisation import normalised
+    from aoft_deploy.export.verifying import logits
     from aoft_deploy.tuning.merging import merge
 
     with session.using(name) as task:
         path = checkpoint_of(task, name)
-        tuned, checkpoint = open_checkpoint(path, weights=session.shared.weights)
+        tuned, checkpoint = open_checkpoint(path, BackboneSource(weights=session.shared.weights))
         preprocessing = checkpoint.preprocessing
-        inputs = normalised(random_pixels(IMAGES, preprocessing.size), preprocessing)
+        pixels = random_pixels(IMAGES, preprocessing.height, preprocessing.width)
+        inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
         unmerged = logits(tuned.eval(), inputs)
         merged = logits(merge(tuned).eval(), inputs)
         answers = session.shared.fleet.predict(inputs, [task.key] * IMAGES)

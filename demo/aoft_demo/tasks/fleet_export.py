@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from aoft_deploy.artefacts.manifest import manifest_path
+from aoft_deploy.cache import cache_folder
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.files import file_digest
-from aoft_deploy.fleet.task import name_of
 
 __all__ = ["export_cached"]
 
@@ -35,17 +36,18 @@ def export_cached(checkpoints: Sequence[Path], folder: Path, weights: Path | Non
     if not (artefact.is_file() and manifest_path(artefact).is_file()):
         from aoft_deploy.export.fleet import export_fleet  # imports torch
 
-        export_fleet(checkpoints, artefact, weights=weights, command=["aoft-demo"])
+        export_fleet(
+            checkpoints, artefact, command=["aoft-demo"], backbone=BackboneSource(weights=weights)
+        )
     return artefact
 
 
 def _cache_folder() -> Path | None:
     """The cache; None if AOFT_CACHE_DIR is empty, or the folder cannot be written."""
-    configured = os.environ.get("AOFT_CACHE_DIR")
-    if configured == "":
+    cache = cache_folder()
+    if cache is None:
         return None
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aoft-deploy"
-    folder = Path(configured or default) / "demo"
+    folder = cache / "demo"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -59,7 +61,7 @@ def _key(checkpoints: Sequence[Path], weights: Path | None) -> str:
     for path in checkpoints:
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a checkpoint nor a fleet of aoft-export.")
-    parts = [f"{name_of(path)} {file_digest(path)}" for path in checkpoints]
+    parts = [f"{task_name(path)} {file_digest(path)}" for path in checkpoints]
     parts += [file_digest(weights)] if weights else []
     parts += [f"{package} {version(package)}" for package in PACKAGES]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

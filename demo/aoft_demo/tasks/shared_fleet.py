@@ -12,6 +12,7 @@ import numpy as np
 
 from aoft_demo.tasks.fleet_export import export_cached
 from aoft_deploy.artefacts.manifest import artefact_files, manifest_path
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
 
@@ -131,7 +132,7 @@ def bundled_checkpoints() -> list[Path]:
 
 def task_bytes(fleet: Fleet, classes: Sequence[str]) -> int:
     """Memory of a task in bytes: its updates, and weight and bias of each class, in float32."""
-    return 4 * (fleet.kind.numbers + len(classes) * (fleet.kind.width + 1))
+    return 4 * (fleet.kind.row_length + len(classes) * (fleet.kind.width + 1))
 
 
 def checkpoint_of(task: Task, name: str) -> Path:
@@ -154,7 +155,7 @@ def checkpoint_of(task: Task, name: str) -> Path:
 
 def _by_name(checkpoints: Sequence[Path]) -> dict[str, Path]:
     """Checkpoints by the names of their tasks."""
-    names = [name_of(path) for path in checkpoints]
+    names = [task_name(path) for path in checkpoints]
     for name in names:
         if names.count(name) > 1:
             raise CheckpointError(f"Two tasks are called {name!r}: rename a file or its folder.")

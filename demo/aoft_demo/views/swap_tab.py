@@ -13,6 +13,7 @@ from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import cards, notices
 from aoft_demo.views.failures import show_failures
 from aoft_demo.views.task_lists import task_dropdown
+from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError, SettingError
 
 __all__ = ["SwapTab", "swap_tab"]
@@ -76,7 +77,7 @@ def swap_tab(sessions: SessionRegistry) -> SwapTab:
         if path is None:
             raise CheckpointError("Choose a model.ckpt first: drop it on the field above.")
         file = Path(path)
-        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else name_of(file))
+        chosen = typed.strip() or (file.stem if file.name == "model.ckpt" else task_name(file))
         task = sessions.get(request.session_hash).add(file, chosen)
         message = f"joined the fleet with {len(task.classes)} classes."
         return None, "", notices.success(chosen, message)

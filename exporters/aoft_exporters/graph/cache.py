@@ -16,7 +16,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_deploy.files import replacing
 from aoft_exporters.graph.attention_lowering import lower
@@ -80,10 +80,9 @@ def _path(
     model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any]
 ) -> Path | None:
     """Where the graph of such a model is kept; None where nothing is to be kept."""
-    folder = os.environ.get("AOFT_CACHE_DIR")
-    if folder == "":
+    folder = cache_folder()
+    if folder is None:
         return None
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aoft-deploy"
     depends = {
         "kind": dict(kind),
         "model": str(model),
@@ -93,7 +92,7 @@ def _path(
         "code": _code(),
     }
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-    return (Path(folder) if folder else default) / f"{digest}.graph"
+    return folder / f"{digest}.graph"
 
 
 def _version(package: str) -> str:

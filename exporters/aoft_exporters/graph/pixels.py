@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.errors import AttachError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["pixel_model"]
 
 
-def pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
+def pixel_model(model: nn.Module, images: InputSpec) -> nn.Module:
     """The model on uint8 pixels, normalisation folded into a copy of its patch embedding."""
     import torch
     from torch import nn
@@ -22,13 +22,13 @@ def pixel_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(projection, nn.Conv2d) or any(projection.padding):
         raise AttachError(
-            f"--uint8 folds normalisation into an unpadded patch embedding, which "
-            f"{type(model).__name__} does not have: export without it."
+            "`uint8` folds normalisation into an unpadded patch embedding, which "
+            f"{type(model).__name__} does not have: leave it out."
         )
     model = copy.deepcopy(model)
     weight = projection.weight.detach().double()
-    mean = torch.tensor(recipe.mean, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(recipe.std, dtype=torch.float64).view(1, 3, 1, 1)
+    mean = torch.tensor(images.mean, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(images.std, dtype=torch.float64).view(1, 3, 1, 1)
     bias = -(weight * (mean / std)).sum((1, 2, 3))
     if projection.bias is not None:
         bias = bias + projection.bias.detach().double()

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError
 from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
 
@@ -56,14 +57,14 @@ def session(model: Path | bytes, threads: int | None, device: str, path: Path) -
         opened = ort.InferenceSession(model, options, asked)
         opened.get_inputs()[0]
     except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
-        raise CheckpointError(
+        raise ArtefactError(
             f"{path} is no ONNX model that can be run ({_reason(error)})."
         ) from error
     if opened.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
         raise SettingError(
             f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
             "the driver and CUDA's libraries are those that onnxruntime-gpu names, or take "
-            "--device cpu."
+            '`device="cpu"`.'
         )
     return opened
 
@@ -111,7 +112,7 @@ class OnnxEngine:
         device: ``cpu``, ``cuda`` or ``tensorrt``, and of several GPUs the number, as ``cuda:1``.
 
     Raises:
-        CheckpointError: The file is missing, names other files, or ONNX Runtime cannot read it.
+        ArtefactError: The file is missing, names other files, or ONNX Runtime cannot read it.
         SettingError: The device does not exist or does not start.
         MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
     """
@@ -168,7 +169,7 @@ def _task_count(info: Mapping[str, str], path: Path) -> int:
     try:
         return len(json.loads(info.get("tasks", "[]")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not name its tasks ({error}).") from error
+        raise ArtefactError(f"{path} does not name its tasks ({error}).") from error
 
 
 class OnnxFleet:
@@ -183,7 +184,7 @@ class OnnxFleet:
         threads: Threads within an operator; None lets ONNX Runtime choose.
 
     Raises:
-        CheckpointError: The file is missing, damaged, no fleet, or names other files.
+        ArtefactError: The file is missing, damaged, no fleet, or names other files.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -194,11 +195,13 @@ class OnnxFleet:
         try:
             proto = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf raises classes of its own
-            raise CheckpointError(f"{path} is no ONNX model ({error}).") from error
+            raise ArtefactError(f"{path} is no ONNX model ({error}).") from error
         stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
         if set(stored) != set(FLEET_TABLES):
-            raise CheckpointError(f"{path} is no fleet: export one with aoft-export --fleet.")
-        self.tables = {n: onnx.numpy_helper.to_array(i) for n, i in stored.items()}
+            raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
+        self.tables: FleetTables | None = FleetTables(
+            **{name: onnx.numpy_helper.to_array(tensor) for name, tensor in stored.items()}
+        )
         for name, axis in FLEET_TABLES.items():
             proto.graph.initializer.remove(stored[name])
             shape = [axis, *stored[name].dims[1:]]
@@ -210,10 +213,10 @@ class OnnxFleet:
         self,
         images: NDArray[np.float32],
         task: NDArray[np.int64],
-        tables: Mapping[str, NDArray[Any]],
+        tables: FleetTables,
     ) -> NDArray[np.float32]:
         """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
-        return _fleet_logits(self._session, images, task, tables, self.info)
+        return _fleet_logits(self._session, images, task, tables.by_name(), self.info)
 
 
 def _fleet_logits(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.engine import FleetTables
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_exporters.graph.low_precision import (
     LARGEST_FP16,
     emulated,
@@ -33,23 +34,23 @@ BATCH = 8
 
 
 def in_range(
-    proto: Any, recipe: Recipe, tables: Mapping[str, NDArray[Any]] | None = None
+    proto: Any, spec: ExportSpec, tables: FleetTables | None = None
 ) -> tuple[Any, list[str]]:
-    """The graph in the recipe's low precision.
+    """The graph in the spec's low precision.
 
     Args:
         proto: An ONNX model in float32, of a fleet with its tables as initialisers.
-        recipe: Precision, and the images to measure on; without images nothing is measured.
+        spec: Precision, and the images to measure on; without images nothing is measured.
         tables: The fleet's tables; None for a single model.
 
     Returns:
         The typed graph, and which of its products are in float32; see ``left_in_float``.
     """
-    low = typed(proto, recipe.precision)
-    if recipe.precision == "fp16" and recipe.judged is not None:
-        found = magnitudes(low, lambda: _feeds(recipe, tables))
+    low = typed(proto, spec.precision)
+    if spec.precision == "fp16" and spec.judged is not None:
+        found = magnitudes(low, lambda: _feeds(spec, tables))
         beyond = {name for name, largest in found.items() if not largest <= LARGEST_FP16 / HEADROOM}
-        low = typed(proto, recipe.precision, beyond) if beyond else low
+        low = typed(proto, spec.precision, beyond) if beyond else low
     return low, left_in_float(low)
 
 
@@ -92,19 +93,14 @@ def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> di
     return found
 
 
-def _feeds(
-    recipe: Recipe, tables: Mapping[str, NDArray[Any]] | None
-) -> Iterable[Mapping[str, NDArray[Any]]]:
+def _feeds(spec: ExportSpec, tables: FleetTables | None) -> Iterable[Mapping[str, NDArray[Any]]]:
     """The images in batches, of a fleet for one task after the other."""
-    from aoft_deploy.export.merged import normalised
-
-    assert recipe.judged is not None
-    for start in range(0, len(recipe.judged), BATCH):
-        pixels = recipe.judged[start : start + BATCH]
-        images = pixels if recipe.uint8 else normalised(pixels, recipe)
-        name = "image" if recipe.uint8 else "pixel_values"
+    assert spec.judged is not None
+    for start in range(0, len(spec.judged), BATCH):
+        pixels = spec.judged[start : start + BATCH]
+        images = spec.input.prepare(pixels)
         if tables is None:
-            yield {name: images}
+            yield {spec.input.name: images}
             continue
-        for task in range(len(tables["count"])):
-            yield {name: images, "task": np.full(len(images), task)}
+        for task in range(len(tables.count)):
+            yield {spec.input.name: images, "task": np.full(len(images), task)}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import limited
@@ -30,8 +31,8 @@ class TorchEngine:
     Args:
         model: It is moved to the device.
         info: Metadata.
-        threads: Threads within a batch on a CPU, of the whole process; None leaves them.
-        device: What PyTorch calls it; None is the CPU.
+        options: Threads are those of the whole process; None leaves them. The device has PyTorch's
+            name; None is the CPU.
 
     Raises:
         SettingError: There is no such device.
@@ -40,21 +41,21 @@ class TorchEngine:
     takes_pixels = False
     takes_tasks = False
 
-    def __init__(
-        self, model: nn.Module, info: Mapping[str, str], threads: int | None, device: str | None
-    ) -> None:
+    def __init__(self, model: nn.Module, info: Mapping[str, str], options: EngineOptions) -> None:
         import torch
 
         self.info = info
         try:
-            chosen = torch.device(device or "cpu")
+            chosen = torch.device(options.device or "cpu")
             self._model = model.to(chosen).eval()
         except (RuntimeError, AssertionError) as error:  # of CUDA: the latter where it is not built
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise SettingError(f"PyTorch cannot use the device {device!r} ({reason}).") from error
+            raise SettingError(
+                f"PyTorch cannot use the device {options.device!r} ({reason})."
+            ) from error
         index = f":{chosen.index or 0}" if chosen.type != "cpu" else ""
         self.device = f"{chosen.type}{index}"
-        threads = threads or limited()
+        threads = options.threads or limited()
         if threads is not None:
             torch.set_num_threads(threads)
         self._torch = torch

@@ -13,30 +13,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.exporter import Exporter, UpdateSupport
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import OutputError, SettingError
+from aoft_deploy.files import folder_digest
+from aoft_deploy.texts import decoded
 from aoft_exporters.pytorch.engine import TorchEngine
 
 if TYPE_CHECKING:
     from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["ENGINES", "MARKER", "PRECISIONS", "SUFFIX", "TAKES", "TOLERANCE", "export", "load"]
-
-SUFFIX = ".peft"
-MARKER = "adapter_config.json"
-TAKES = "tuned"
-TOLERANCE = 1e-5
-PRECISIONS = ("fp32",)
-ENGINES = ("torch",)
+__all__ = ["EXPORTER", "describe", "export", "load", "load_on"]
 
 
-def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
+def export(model: TunedModel, path: Path, spec: ExportSpec) -> None:
     """Write a tuned model's updates and classifier.
 
     Args:
         model: The model before any merge; it is not changed.
         path: Folder to make.
-        recipe: Input form and description of the task.
+        spec: Input form and description of the task.
 
     Raises:
         SettingError: ``uint8`` is asked, the method is no low-rank change of linear maps, or PEFT
@@ -49,15 +47,14 @@ def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
     from aoft_deploy.checkpoints.checkpoint import description
     from aoft_deploy.checkpoints.lora_factors import bypassed_layers, low_rank_factors
     from aoft_deploy.checkpoints.peft_adapter import CONFIG, PREFIX, WEIGHTS
-    from aoft_deploy.data.preprocessing import Preprocessing
 
-    if recipe.uint8:
-        raise SettingError("--uint8 needs a graph: export with --to onnx.")
+    if spec.input.uint8:
+        raise SettingError("`uint8` needs a graph: export to onnx with `to`.")
     factors = low_rank_factors(model)
-    for layer in bypassed_layers(model, recipe.size):
+    for layer in bypassed_layers(model, spec.input.height):
         raise SettingError(
             f"{type(model.backbone).__name__} reads the weight of {layer} without calling the "
-            "layer, so PEFT's LoRA would have no effect there: export with --to onnx."
+            "layer, so PEFT's LoRA would have no effect there: export to onnx with `to`."
         )
     tensors = {
         f"{PREFIX}{layer}.lora_{letter}.weight": matrix.float().contiguous()
@@ -67,9 +64,9 @@ def export(model: TunedModel, path: Path, recipe: Recipe) -> None:
     for name in model.classifier:
         tensors[PREFIX + name] = model.backbone.get_parameter(name).detach().float().contiguous()
     ranks = {layer: len(a) for layer, (a, _) in factors.items()}
-    classes = json.loads(recipe.metadata["classes"])
-    preprocessing = Preprocessing.from_dict(json.loads(recipe.metadata["preprocessing"]))
-    metadata = {"format": "pt", "aoft": description(model, classes, preprocessing)}
+    info = ArtefactInfo(spec.metadata)
+    text = description(model, info.classes, info.preprocessing)
+    metadata = {"format": "pt", "aoft": text}
     try:
         path.mkdir()
         config = json.dumps(_config(ranks, model.classifier), indent=2)
@@ -102,36 +99,78 @@ def _config(ranks: Mapping[str, int], classifier: list[str]) -> dict[str, Any]:
     }
 
 
-def load(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-    weights: Path | None = None,
-) -> TorchEngine:
+def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
+    """A folder merged into its backbone, with timm's weights.
+
+    Raises:
+        CheckpointError: The folder cannot be used, or does not name its backbone.
+        BackboneError: The backbone's weights cannot be loaded.
+        SettingError: There is no such device.
+    """
+    return _merged(path, None, options)
+
+
+def load_on(path: Path, weights: Path | None) -> TorchEngine:
     """A folder merged into its backbone.
 
     Args:
         path: The folder.
-        engine: ``torch``.
-        threads: Threads within a batch on a CPU; None lets PyTorch choose.
-        device: What PyTorch calls it; None is the CPU.
         weights: File with the backbone's weights; None takes timm's own.
 
     Raises:
-        CheckpointError: The folder cannot be used, or does not say which backbone it belongs to.
-        BackboneError: The backbone's weights cannot be had.
-        SettingError: There is no such device.
+        CheckpointError: The folder cannot be used, or does not name its backbone.
+        BackboneError: The backbone's weights cannot be loaded.
     """
+    return _merged(path, weights, EngineOptions())
+
+
+def _merged(path: Path, weights: Path | None, options: EngineOptions) -> TorchEngine:
     from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.checkpoints.opening import open_checkpoint
     from aoft_deploy.tuning.merging import merge
 
-    tuned, task = open_checkpoint(Path(path), BackboneSource(weights=weights))
-    info = {
-        "classes": json.dumps(list(task.classes)),
-        "preprocessing": json.dumps(task.preprocessing.to_dict()),
-        "backbone": json.dumps(task.backbone.to_dict()),
+    tuned, task = open_checkpoint(path, BackboneSource(weights=weights))
+    info = ArtefactInfo.of_model(
+        task.classes, task.preprocessing, tuned.method, tuned.settings, task.backbone.to_dict()
+    )
+    return TorchEngine(merge(tuned, in_place=True), info.texts, options)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Ranks, factors and sites of a LoRA folder, whoever wrote it.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds more than LoRA.
+    """
+    from aoft_deploy.checkpoints.inspection import describe_tensors
+    from aoft_deploy.checkpoints.peft_adapter import FILES, read_peft_folder
+
+    folder = read_peft_folder(path)
+    matrices = {f"head.{name}": tensor for name, tensor in folder.saved.items()}
+    for module, (a, b) in folder.pairs.items():
+        matrices |= {f"{module}.a": a, f"{module}.b": b}
+    written = decoded(folder.metadata.get("aoft", "{}"))
+    return {
+        "kind": "PEFT LoRA folder",
+        "bytes": sum((path / name).stat().st_size for name in FILES),
+        "sha256": folder_digest(path, FILES),
+        **(written if isinstance(written, dict) else {}),
+        "ranks": {module: len(a) for module, (a, _) in folder.pairs.items()},
+        "factors": {module: folder.config.scaling(module) for module in folder.pairs},
+        **describe_tensors(matrices),
     }
-    return TorchEngine(merge(tuned, in_place=True), info, threads, device)
+
+
+EXPORTER = Exporter(
+    name="peft",
+    suffix=".peft",
+    marker="adapter_config.json",
+    precisions=("fp32",),
+    engines=("torch",),
+    tolerance=1e-5,
+    export=export,
+    load=load,
+    describe=describe,
+    platform="pytorch",
+    updates=UpdateSupport(load_on),
+)

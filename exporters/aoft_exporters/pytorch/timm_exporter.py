@@ -5,28 +5,25 @@ Loads strictly into the unmodified architecture; nothing of this project is need
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.artefacts.spec import Recipe
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.exporter import Exporter
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
+from aoft_deploy.texts import one_line
 from aoft_exporters.pytorch.engine import TorchEngine
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ENGINES", "PRECISIONS", "SUFFIX", "TOLERANCE", "export", "load"]
-
-SUFFIX = ".safetensors"
-TOLERANCE = 5e-5
-PRECISIONS = ("fp32",)
-ENGINES = ("torch",)
+__all__ = ["EXPORTER", "describe", "export", "load"]
 
 
-def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
     """Write a plain model's state dict.
 
     Raises:
@@ -39,56 +36,83 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
 
     from aoft_deploy.tuning.prompted_blocks import Prompted
 
-    if recipe.uint8:
-        raise SettingError("--uint8 needs a graph: export with --to onnx.")
+    if spec.input.uint8:
+        raise SettingError("`uint8` needs a graph: export to onnx with `to`.")
     if any(isinstance(module, Prompted) for module in model.modules()):
         raise SettingError(
             "Prompts are tokens of the graph, which timm's architecture has no place for: export "
-            "with --to onnx."
+            "to onnx with `to`."
         )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     try:
-        save_file(tensors, path, metadata=dict(recipe.metadata))
+        save_file(tensors, path, metadata=dict(spec.metadata))
     except SafetensorError as error:
         raise OutputError(f"{path.name} could not be written ({error}).") from error
 
 
-def load(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-) -> TorchEngine:
-    """The architecture made by timm with the file's weights in it.
+def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
+    """The architecture made by timm, with the file's weights.
 
     Raises:
-        CheckpointError: The file cannot be read or does not say which architecture it is of.
+        ArtefactError: The file cannot be read or does not name its architecture.
         SettingError: There is no such device.
     """
     import timm
-    from safetensors import SafetensorError, safe_open
 
     from aoft_deploy.tuning.backbones.identity import Backbone
 
-    path = Path(path)
+    info = ArtefactInfo(_metadata(path), str(path))
     try:
-        with safe_open(path, "pt") as file:
-            info: Mapping[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        why = foreign(path, "safetensors") or str(error)
-        raise CheckpointError(f"{path} is no state dict of --to timm ({why}).") from error
-    try:
-        backbone = Backbone.from_dict(json.loads(info["backbone"]))
-        classes = json.loads(info["classes"])
+        backbone = Backbone.from_dict(info.backbone)
         model = timm.create_model(
             backbone.name,
             pretrained=False,
-            num_classes=len(classes),
+            num_classes=len(info.classes),
             checkpoint_path=str(path),
             **backbone.args,
         )
     except Exception as error:  # a doctored file makes timm raise anything
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path} is no state dict of --to timm ({reason}).") from error
-    return TorchEngine(model, info, threads, device)
+        reason = one_line(error, 160)
+        raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
+    return TorchEngine(model, info.texts, options)
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """Metadata of a state dict; None for a safetensors file that this exporter did not write.
+
+    Raises:
+        ArtefactError: It is no safetensors file.
+    """
+    from safetensors import safe_open
+
+    metadata = _metadata(path)
+    if "format" not in metadata:
+        return None
+    with safe_open(path, "np") as file:
+        tensors = len(file.keys())
+    return {"kind": "timm artefact", "tensors": tensors, **ArtefactInfo(metadata).entries()}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        found = foreign(path, "safetensors")
+        why = f": it {found}" if found else f" ({one_line(error, 160)})"
+        raise ArtefactError(f"{path} is no safetensors file{why}.") from error
+
+
+EXPORTER = Exporter(
+    name="timm",
+    suffix=".safetensors",
+    precisions=("fp32",),
+    engines=("torch",),
+    tolerance=5e-5,
+    export=export,
+    load=load,
+    describe=describe,
+    platform="pytorch",
+)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_exporters.tensorrt.library import Target, find_gpu
 from aoft_exporters.tensorrt.refit import mark
@@ -86,10 +87,8 @@ def _choices_kept(trt: Any, config: Any, target: Target) -> Iterator[None]:
 
 def _timing_path(target: Target) -> Path | None:
     """Where timings are kept for this version and GPU; None where nothing is to be kept."""
-    folder = os.environ.get("AOFT_CACHE_DIR")
-    gpu = find_gpu()
-    if folder == "" or gpu is None:
+    folder, gpu = cache_folder(), find_gpu()
+    if folder is None or gpu is None:
         return None
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aoft-deploy"
     name = f"tensorrt-{target.library.version}-{gpu.name}-{gpu.capability}.timing"
-    return (Path(folder) if folder else default) / name.replace(" ", "_").replace("/", "_")
+    return folder / name.replace(" ", "_").replace("/", "_")

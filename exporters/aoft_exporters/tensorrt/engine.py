@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.inputs import check_batch
-from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_exporters.tensorrt.library import Library
 from aoft_exporters.tensorrt.metadata import Metadata
 
@@ -40,7 +40,7 @@ class TensorrtEngine:
         cuda_graphs: Whether each size of batch is recorded once and replayed.
 
     Raises:
-        CheckpointError: TensorRT does not take the plan, with its reason.
+        ArtefactError: TensorRT does not take the plan, with its reason.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TensorrtEngine:
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 reason = " ".join(library.log.errors)[:200]
-                raise CheckpointError(f"TensorRT does not take the engine ({reason}).")
+                raise ArtefactError(f"TensorRT does not take the engine ({reason}).")
             for _ in range(lanes):
                 self._idle.put(_Lane(library, engine, metadata, cuda_graphs))
 
@@ -118,7 +118,7 @@ def checked(
     if not least <= len(images) <= most:
         raise SettingError(
             f"This engine was built for batches of {least} to {most} images, but got "
-            f"{len(images)}: split the batch, or export with other --batches."
+            f"{len(images)}: split the batch, or export with other `batches`."
         )
     feed = {name: np.ascontiguousarray(images)}
     if task is not None:

@@ -7,7 +7,7 @@ these answers there. It may so be built, with TensorRT-RTX, where no GPU is.
 
 Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_values`` float32
 [batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3], and for a fleet ``task`` int64
-[batch]; output ``logits`` float32 [batch, classes]. Batches are those of ``Recipe.batches``.
+[batch]; output ``logits`` float32 [batch, classes]. Batches are those of ``BuildOptions.batches``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from aoft_deploy.artefacts.spec import Recipe
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.artefacts.exporter import DeviceSupport, Exporter, FleetSupport
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError, VerificationError
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES
 from aoft_exporters.graph.low_precision import emulated
 from aoft_exporters.graph.tracing import plain_name
+from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.tensorrt import library as libraries
@@ -38,38 +41,29 @@ if TYPE_CHECKING:
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 
 __all__ = [
-    "BETWEEN",
-    "ENGINES",
-    "FORMS",
+    "EXPORTER",
+    "INTERMEDIATE",
     "MARKER",
-    "PRECISIONS",
-    "RANGED",
-    "SUFFIX",
-    "TOLERANCE",
+    "describe",
     "device",
     "export",
     "export_fleet",
     "load",
-    "stand_in",
+    "load_intermediate",
 ]
 
-SUFFIX = ".tensorrt"
 MARKER = "model.plan"
-BETWEEN = "graph.onnx"
+INTERMEDIATE = "graph.onnx"
 TOLERANCE = 1e-4
-PRECISIONS = ("fp32", "fp16", "bf16")
-FORMS = ("mixed",)
-RANGED = True
-ENGINES = ("tensorrt",)
 
 
-def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
     """Write a plain model as a folder with an engine.
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
         path: Folder to make.
-        recipe: Input form, normalisation, metadata, precision, batches, and the GPU to build for.
+        spec: Input form, normalisation, metadata, precision, batches, and the GPU to build for.
 
     Raises:
         MissingExtraError: TensorRT, TensorRT-RTX or ONNX Runtime is not installed.
@@ -78,32 +72,26 @@ def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
         VerificationError: Numbers leave the range of the precision.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
-    from aoft_exporters.onnx import exporter as onnx_exporter
-
     names = {plain_name(name) for name in model.state_dict()}
-    _write(path, recipe, names, lambda between, plain: onnx_exporter.export(model, between, plain))
+    _write(path, spec, names, lambda between, plain: onnx_exporter.export(model, between, plain))
 
 
-def export_fleet(
-    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
-) -> None:
+def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
     """Write a fleet's model and its tasks as a folder with an engine.
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
         path: Folder to make.
-        recipe: As for ``export``, without ``uint8``.
+        spec: As for ``export``, without ``uint8``.
         tables: As for the ONNX exporter; they become constants of the engine.
 
     Raises:
         AoftError: As ``export``.
     """
-    from aoft_exporters.onnx import exporter as onnx_exporter
-
-    names = {*(plain_name(name) for name in model.state_dict()), *tables}
+    names = {*(plain_name(name) for name in model.state_dict()), *FLEET_TABLES}
     _write(
         path,
-        recipe,
+        spec,
         names,
         lambda between, plain: onnx_exporter.export_fleet(model, between, plain, tables),
         tables,
@@ -112,61 +100,61 @@ def export_fleet(
 
 def _write(
     path: Path,
-    recipe: Recipe,
+    spec: ExportSpec,
     names: Collection[str],
-    write_graph: Callable[[Path, Recipe], None],
-    tables: Mapping[str, NDArray[Any]] | None = None,
+    write_graph: Callable[[Path, ExportSpec], None],
+    tables: FleetTables | None = None,
 ) -> None:
-    """Graph, plan and metadata; ``BETWEEN`` is what the plan computes, for ONNX Runtime."""
+    """Graph, plan and metadata; ``INTERMEDIATE`` is what the plan computes, for ONNX Runtime."""
     import onnx
 
-    target = libraries.target(recipe.compute_capability)
-    _check_refit(recipe)
+    target = libraries.target(spec.build.compute_capability)
+    _check_refit(spec)
     path.mkdir()
-    between = path / BETWEEN
-    write_graph(between, replace(recipe, precision="fp32", opset=20))
-    graph, low = onnx.load(between), recipe.precision != "fp32"
+    between = path / INTERMEDIATE
+    write_graph(between, replace(spec, precision="fp32", build=replace(spec.build, opset=20)))
+    graph, low = onnx.load(between), spec.precision != "fp32"
     _cast_pixels_first(graph.graph)
-    sample = Sample.of(graph, recipe)
+    sample = Sample.of(graph, spec)
     exact = sample.answers(OnnxEngine(between))
     if low:
-        graph, left = in_range(graph, recipe, tables)
-        told = {"left_in_float": json.dumps(left)} if left else {}
-        recipe = replace(recipe, metadata={**recipe.metadata, **told})
-        onnx.helper.set_model_props(graph, dict(recipe.metadata))
+        graph, left = in_range(graph, spec, tables)
+        texts = {"left_in_float": json.dumps(left)} if left else {}
+        spec = replace(spec, metadata={**spec.metadata, **texts})
+        onnx.helper.set_model_props(graph, dict(spec.metadata))
         onnx.save(emulated(graph), between)
     answers = sample.answers(OnnxEngine(between)) if low else exact
     sample = sample.answered(answers, exact, TOLERANCE)
-    weights = named_weights(graph, names) if recipe.refittable or recipe.refit else {}
+    weights = named_weights(graph, names) if spec.build.refittable or spec.build.refit else {}
     fixed = structure(graph, weights) if weights else ""
-    plan = _refitted(recipe, target, weights, fixed, sample)
+    plan = _refitted(spec, target, weights, fixed, sample)
     origin = "built" if plan is None else "refitted"
     if plan is None:
-        plan = build(graph.SerializeToString(), target, recipe.batches, list(weights))
+        plan = build(graph.SerializeToString(), target, spec.build.batch_range, list(weights))
     (path / MARKER).write_bytes(plan)
-    Metadata.of(plan, target, recipe, sample, fixed, origin).write(path / METADATA)
+    Metadata.of(plan, target, spec, sample, fixed, origin).write(path / METADATA)
 
 
-def _check_refit(recipe: Recipe) -> None:
+def _check_refit(spec: ExportSpec) -> None:
     """Refuse new weights, now or later, without the GPU that takes them.
 
     Raises:
         SettingError: There is none.
-        CheckpointError: What is to be refitted is no engine.
+        ArtefactError: What is to be refitted is no engine.
     """
-    if not recipe.refit and not recipe.refittable:
+    if not spec.build.refit and not spec.build.refittable:
         return
     if libraries.find_gpu() is None:
         raise SettingError(
             "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
-            "this machine has none: leave --refit and --refittable out."
+            "this machine has none: leave `refit` and `refittable` out."
         )
-    if recipe.refit and not (recipe.refit / MARKER).is_file():
-        raise CheckpointError(f"There is no folder {recipe.refit} with a {MARKER} to refit.")
+    if spec.build.refit and not (spec.build.refit / MARKER).is_file():
+        raise ArtefactError(f"There is no folder {spec.build.refit} with a {MARKER} to refit.")
 
 
 def _refitted(
-    recipe: Recipe,
+    spec: ExportSpec,
     target: libraries.Target,
     weights: Mapping[str, Any],
     fixed: str,
@@ -177,20 +165,28 @@ def _refitted(
     That is where the named one is of another graph, range, version or GPU, takes no new weights, or
     does not answer as it must once it has them.
     """
-    if recipe.refit is None:
+    if spec.build.refit is None:
         return None
-    old = Metadata.read(recipe.refit / METADATA)
-    plan = check_files(recipe.refit, old, (MARKER, METADATA))
-    ours = (fixed, recipe.batches, target.library.name, target.library.version, target.capability)
+    old = Metadata.read(spec.build.refit / METADATA)
+    plan = check_files(spec.build.refit, old, (MARKER, METADATA))
+    ours = (
+        fixed,
+        spec.build.batch_range,
+        target.library.name,
+        target.library.version,
+        target.capability,
+    )
     if ours != (old.structure, old.batches, old.library, old.version, old.capability):
         return None
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 
     try:
         plan = refitted(plan, target.library, weights)
-        new = Metadata.of(plan, target, recipe, sample, fixed, "refitted")
-        difference = sample.difference(TensorrtEngine(plan, new, target.library), recipe.batches)
-    except (OutputError, CheckpointError, RuntimeError):
+        new = Metadata.of(plan, target, spec, sample, fixed, "refitted")
+        difference = sample.difference(
+            TensorrtEngine(plan, new, target.library), spec.build.batch_range
+        )
+    except (OutputError, ArtefactError, RuntimeError):
         return None
     return plan if difference <= sample.allowed else None
 
@@ -217,17 +213,15 @@ def device(path: Path) -> str | None:
     return gpu.name if gpu and fits else None
 
 
-def stand_in(path: Path) -> OnnxEngine:
-    """What the engine computes, by ONNX Runtime on the CPU, while ``BETWEEN`` is there."""
-    return OnnxEngine(path / BETWEEN)
+def load_intermediate(path: Path) -> OnnxEngine:
+    """The graph that an engine was built from, in ONNX Runtime, while ``INTERMEDIATE`` exists."""
+    return OnnxEngine(path / INTERMEDIATE)
 
 
 def load(
     path: Path,
+    options: EngineOptions = EngineOptions(),
     *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
     lanes: int = 1,
     cuda_graphs: bool = True,
 ) -> TensorrtEngine:
@@ -235,32 +229,32 @@ def load(
 
     Args:
         path: What ``export`` wrote.
-        engine: ``tensorrt``; there is no other.
-        threads: None: a GPU has no threads to choose.
-        device: ``cuda`` or ``cuda:1`` …; None is the first GPU.
+        options: The device is ``cuda`` or ``cuda:1`` …; None is the first GPU. A GPU has no threads
+            to choose.
         lanes: Batches that are computed at once, each with buffers and a stream of its own.
         cuda_graphs: Whether each size of batch is recorded once and replayed.
 
     Raises:
-        CheckpointError: The folder is missing, damaged or changed since it was written, or is for
+        ArtefactError: The folder is missing, damaged or changed since it was written, or is for
             another GPU or version of TensorRT.
-        SettingError: Threads are asked for, or this machine has no such GPU.
+        SettingError: Threads are given, or this machine has no such GPU.
         VerificationError: The engine gives other answers here than the graph it was built from.
         MissingExtraError: The TensorRT that built the engine is not installed.
     """
-    path = Path(path)
     if not (path / MARKER).is_file():
-        raise CheckpointError(f"There is no folder {path} with a {MARKER}.")
+        raise ArtefactError(f"There is no folder {path} with a {MARKER}.")
     metadata = Metadata.read(path / METADATA)
     plan = check_files(path, metadata, (MARKER, METADATA))
-    if threads is not None:
-        raise SettingError(f"{path} runs on a GPU, which has no threads to choose: leave them out.")
-    index = _index(device)
+    if options.threads is not None:
+        raise SettingError(
+            f"{path} runs on a GPU, which has no threads to choose: leave `threads` out."
+        )
+    index = _index(options.device)
     gpu = None if index is None else libraries.find_gpu(index)
     if gpu is None or index is None:
         raise SettingError(
             f"{path} needs an NVIDIA GPU of compute capability {metadata.capability}, and this "
-            f"machine has none called {device or 'cuda'}: run it there, or export --to onnx."
+            f"machine has none called {options.device or 'cuda'}: run it there, or export to onnx."
         )
     library = libraries.library(metadata.library)
     metadata.check_here(path, library.version, gpu.capability)
@@ -282,3 +276,40 @@ def _index(device: str | None) -> int | None:
     """Number of a GPU; None where none is named."""
     kind, _, number = (device or "cuda").partition(":")
     return int(number or 0) if kind == "cuda" and (number or "0").isdecimal() else None
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What is recorded beside a plan, which is not opened.
+
+    Raises:
+        ArtefactError: It is missing or damaged.
+    """
+    metadata = Metadata.read(path / METADATA)
+    if not (path / MARKER).is_file():
+        raise ArtefactError(f"There is no {MARKER} in {path}.")
+    return {
+        "kind": "TensorRT artefact",
+        "batches": list(metadata.batches),
+        "library": metadata.library,
+        "version": metadata.version,
+        "capability": metadata.capability,
+        "origin": metadata.origin,
+        **ArtefactInfo(metadata.info).entries(),
+    }
+
+
+EXPORTER = Exporter(
+    name="tensorrt",
+    suffix=".tensorrt",
+    marker=MARKER,
+    precisions=("fp32", "fp16", "bf16"),
+    engines=("tensorrt",),
+    tolerance=TOLERANCE,
+    export=export,
+    load=load,
+    describe=describe,
+    platform="tensorrt_plan",
+    ranged=True,
+    fleet=FleetSupport(("mixed",), export_fleet),
+    device=DeviceSupport(INTERMEDIATE, device, load_intermediate),
+)

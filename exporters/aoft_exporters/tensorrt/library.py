@@ -120,7 +120,7 @@ def target(capability: str | None) -> Target:
     gpu, chosen = find_gpu(), library()
     if capability is None and gpu is None:
         raise SettingError(
-            "This machine has no NVIDIA GPU: name the one to build for with --compute-capability, "
+            "This machine has no NVIDIA GPU: name the one to build for with `compute_capability`, "
             f"one of {', '.join(_capabilities(chosen.module))}."
         )
     asked = capability or (gpu.capability if gpu else "")
@@ -128,7 +128,7 @@ def target(capability: str | None) -> Target:
         if gpu and asked != gpu.capability:
             raise SettingError(
                 f"tensorrt builds for this machine's GPU, of compute capability {gpu.capability}, "
-                f"not for {asked}: leave --compute-capability out."
+                f"not for {asked}: leave `compute_capability` out."
             )
     elif asked not in _capabilities(chosen.module):
         raise SettingError(

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.manifest import check_unchanged
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import random_pixels
-from aoft_deploy.errors import CheckpointError, VerificationError
+from aoft_deploy.errors import ArtefactError, VerificationError
 from aoft_deploy.files import json_text
 from aoft_exporters.tensorrt.library import Target
 
@@ -41,31 +42,33 @@ class Sample:
     """Built-in images and the answers that the graph gives about them.
 
     Attributes:
-        size: Side of the images.
+        size: Side of square images, or height and width of others.
         uint8: Whether they are given as pixels.
         tasks: Number of a fleet's tasks; 0 for a single model.
         logits: The graph's answers in the engine's precision; None stands for −inf.
         allowed: Largest difference that an engine may have.
     """
 
-    size: int
+    size: int | Sequence[int]
     uint8: bool
     tasks: int
     logits: Sequence[Sequence[float | None]] = ()
     allowed: float = 0.0
 
     @classmethod
-    def of(cls, graph: Any, recipe: Recipe) -> Sample:
+    def of(cls, graph: Any, spec: ExportSpec) -> Sample:
         """For a graph, without answers."""
         fleet = any(value.name == "task" for value in graph.graph.input)
-        tasks = len(json.loads(recipe.metadata["tasks"])) if fleet else 0
-        return cls(recipe.size, recipe.uint8, tasks)
+        tasks = len(ArtefactInfo(spec.metadata).tasks) if fleet else 0
+        height, width = spec.input.height, spec.input.width
+        return cls(height if height == width else [height, width], spec.input.uint8, tasks)
 
     def answers(
         self, engine: Runner, batches: tuple[int, int, int] = (1, 1, IMAGES)
     ) -> NDArray[np.float32]:
         """An engine's logits about the images, those of a fleet by different tasks."""
-        images: NDArray[Any] = random_pixels(IMAGES, self.size)
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        images: NDArray[Any] = random_pixels(IMAGES, height, width)
         if not self.uint8:
             scaled = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
             images = np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
@@ -95,7 +98,7 @@ class Sample:
         if not np.isfinite(answers[finite]).all():
             raise VerificationError(
                 "The logits are not finite in this precision, so nothing is written: choose "
-                "another --precision."
+                "another `precision`."
             )
         rounding = float(np.abs(answers[finite] - exact[finite]).max(initial=0))
         largest = max(1.0, float(np.abs(exact[finite]).max(initial=0)))
@@ -117,7 +120,7 @@ class Metadata:
     """What ``engine.json`` holds.
 
     Attributes:
-        info: Texts of the recipe: classes, preprocessing, backbone, method, precision.
+        info: Metadata: classes, preprocessing, backbone, method, precision.
         inputs: Type and shape of a sample of each input, the images' first.
         classes: Number of logits.
         batches: Smallest, usual and largest batch.
@@ -147,25 +150,22 @@ class Metadata:
         cls,
         plan: bytes,
         target: Target,
-        recipe: Recipe,
+        spec: ExportSpec,
         sample: Sample,
         structure: str = "",
         origin: str = "built",
     ) -> Metadata:
         """For a plan just built or refitted."""
-        side = recipe.size
         inputs: dict[str, tuple[str, tuple[int, ...]]] = {
-            "pixel_values": ("float32", (3, side, side))
+            spec.input.name: (spec.input.dtype, spec.input.shape)
         }
-        if recipe.uint8:
-            inputs = {"image": ("uint8", (side, side, 3))}
         if sample.tasks:
             inputs["task"] = ("int64", ())
         return cls(
-            info={**recipe.metadata, "precision": recipe.precision},
+            info={**spec.metadata, "precision": spec.precision},
             inputs=inputs,
             classes=len(sample.logits[0]),
-            batches=recipe.batches,
+            batches=spec.build.batch_range,
             library=target.library.name,
             version=target.library.version,
             capability=target.capability,
@@ -184,7 +184,7 @@ class Metadata:
         """Read what ``write`` wrote.
 
         Raises:
-            CheckpointError: The file is missing, damaged or another program's.
+            ArtefactError: The file is missing, damaged or another program's.
         """
         try:
             found = json.loads(path.read_text("utf-8"))
@@ -197,7 +197,7 @@ class Metadata:
             sample = Sample(**found.pop("sample"))
             return cls(inputs=inputs, batches=(least, usual, most), sample=sample, **found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
+            raise ArtefactError(
                 f"{path} does not say what the plan beside it is ({error!r:.80}): it was not "
                 "written by aoft-export, or is damaged."
             ) from error
@@ -206,17 +206,17 @@ class Metadata:
         """Refuse an engine of another version or GPU.
 
         Raises:
-            CheckpointError: It is one, with what it was built for.
+            ArtefactError: It is one, with what it was built for.
         """
         if version != self.version:
-            raise CheckpointError(
+            raise ArtefactError(
                 f"{path} was built with {self.library} {self.version}, but {version} is installed: "
                 "engines run in their own version alone, so install it or export again."
             )
         if capability != self.capability:
-            raise CheckpointError(
+            raise ArtefactError(
                 f"{path} was built for GPUs of compute capability {self.capability}, but this "
-                f"machine's has {capability}: export it with --compute-capability {capability}."
+                f"machine's has {capability}: export it with `compute_capability={capability}`."
             )
 
 
@@ -229,11 +229,11 @@ def check_files(path: Path, metadata: Metadata, files: tuple[str, str]) -> bytes
         files: Names of the plan and of the metadata.
 
     Raises:
-        CheckpointError: The plan is not the recorded one, or the manifest beside is of others.
+        ArtefactError: The plan is not the recorded one, or the manifest beside is of others.
     """
     plan = (path / files[0]).read_bytes()
     if hashlib.sha256(plan).hexdigest() != metadata.sha256:
-        raise CheckpointError(
+        raise ArtefactError(
             f"{path / files[0]} is not the plan that {files[1]} names: it was changed after it was "
             "written and is not run; export it again."
         )

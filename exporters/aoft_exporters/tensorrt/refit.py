@@ -56,7 +56,7 @@ def mark(library: Library, network: Any, config: Any, names: Collection[str]) ->
     config.set_flag(library.module.BuilderFlag.REFIT_INDIVIDUAL)
     for name in names:
         if not network.mark_weights_refittable(name):
-            raise OutputError(f"TensorRT does not know the weight {name}: leave --refittable out.")
+            raise OutputError(f"TensorRT does not know the weight {name}: leave `refittable` out.")
 
 
 def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes:

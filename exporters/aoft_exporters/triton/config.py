@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import SettingError
 
 __all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "write_config"]
@@ -23,88 +23,88 @@ class Word(NamedTuple):
     text: str
 
 
-def check_labels(recipe: Recipe) -> None:
+def check_labels(spec: ExportSpec) -> None:
     """Refuse classes that a file of one name a line cannot hold.
 
     Raises:
         SettingError: A name breaks the line.
     """
-    for name in _classes(recipe) or ():
+    for name in _classes(spec) or ():
         if "\n" in name or "\r" in name:
             raise SettingError(
                 f"The class {name!r} has a line break, but Triton's labels are one a line: rename "
-                "it, or export --to onnx."
+                "it, or export to onnx."
             )
 
 
-def write_config(folder: Path, recipe: Recipe, backend: str) -> None:
+def write_config(folder: Path, spec: ExportSpec, backend: str) -> None:
     """Write the configuration, and the labels of a single model or the tasks of a fleet.
 
     The model's name is left out: it is that of its folder, whatever that is called.
 
     Args:
         folder: The model's folder in a repository.
-        recipe: Input form, classes or tasks, and batches.
+        spec: Input form, classes or tasks, and batches.
         backend: Triton's name of what runs the model.
     """
-    text = "".join(f"{line}\n" for line in _lines(_config(recipe, backend)))
+    text = "".join(f"{line}\n" for line in _lines(_config(spec, backend)))
     (folder / CONFIG).write_text(text, "utf-8")
-    classes = _classes(recipe)
+    classes = _classes(spec)
     if classes is not None:
         (folder / LABELS).write_text("".join(f"{name}\n" for name in classes), "utf-8")
-    if "tasks" in recipe.metadata:
-        (folder / TASKS).write_text(recipe.metadata["tasks"] + "\n", "utf-8")
+    if ArtefactInfo(spec.metadata).is_fleet:
+        (folder / TASKS).write_text(spec.metadata["tasks"] + "\n", "utf-8")
 
 
-def _config(recipe: Recipe, backend: str) -> dict[str, Any]:
+def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
     """Fields of Triton's ``ModelConfig``. Shapes leave the batch out, since the batch is its own.
 
     ``task`` has one number a sample for clients, as Triton asks for at least one axis, and none for
     the model. Waiting for a preferred batch helps engines that are tuned for one alone.
     """
-    classes, fleet = _classes(recipe), "tasks" in recipe.metadata
-    wide = [len(task["classes"]) for task in json.loads(recipe.metadata["tasks"])] if fleet else []
+    info = ArtefactInfo(spec.metadata)
+    classes = _classes(spec)
+    widest = max(map(len, info.tasks.values())) if info.is_fleet else -1
     output = {
         "name": "logits",
         "data_type": Word("TYPE_FP32"),
-        "dims": [max(wide) if fleet else -1 if classes is None else len(classes)],
+        "dims": [widest if classes is None else len(classes)],
         **({} if classes is None else {"label_filename": LABELS}),
     }
-    side = recipe.size
-    pixels = {"data_type": Word("TYPE_FP32"), "dims": [3, side, side]}
-    if recipe.uint8:
-        pixels = {"data_type": Word("TYPE_UINT8"), "dims": [side, side, 3]}
-    inputs: dict[str, dict[str, Any]] = {"image" if recipe.uint8 else "pixel_values": pixels}
-    if fleet:
+    kind = Word("TYPE_UINT8" if spec.input.uint8 else "TYPE_FP32")
+    inputs: dict[str, dict[str, Any]] = {
+        spec.input.name: {"data_type": kind, "dims": list(spec.input.shape)}
+    }
+    if info.is_fleet:
         inputs["task"] = {"data_type": Word("TYPE_INT64"), "dims": [1]}
     reshape: dict[str, dict[str, Any]] = {"task": {"reshape": {"shape": []}}}
-    tuned = {"preferred_batch_size": [recipe.batches[1]]} if backend == "tensorrt" else {}
+    tuned = {"preferred_batch_size": [spec.build.batch_range[1]]} if backend == "tensorrt" else {}
     warm = [
         {"key": name, "value": {**tensor, "zero_data": True}} for name, tensor in inputs.items()
     ]
     told = ("preprocessing", "precision", "method")
     return {
         "backend": backend,
-        "max_batch_size": recipe.batches[2],
+        "max_batch_size": spec.build.batch_range[2],
         "input": [{"name": n, **tensor, **reshape.get(n, {})} for n, tensor in inputs.items()],
         "output": [output],
         "dynamic_batching": tuned,
         "model_warmup": [
             {"name": f"batch of {size}", "batch_size": size, "inputs": warm}
-            for size in sorted(set(recipe.batches))
+            for size in sorted(set(spec.build.batch_range))
         ],
         "parameters": [
-            {"key": key, "value": {"string_value": recipe.metadata[key]}}
+            {"key": key, "value": {"string_value": spec.metadata[key]}}
             for key in told
-            if key in recipe.metadata
+            if key in spec.metadata
         ],
     }
 
 
-def _classes(recipe: Recipe) -> list[str] | None:
+def _classes(spec: ExportSpec) -> list[str] | None:
     """Names of a single model's classes, if they are known."""
-    classes = json.loads(recipe.metadata.get("classes", "null"))
-    return None if classes is None else [str(name) for name in classes]
+    info = ArtefactInfo(spec.metadata)
+    return list(info.classes) if "classes" in info.texts else None
 
 
 def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:

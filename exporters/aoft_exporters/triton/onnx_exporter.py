@@ -7,15 +7,14 @@ and its own name the model's, so models come and go by one rename each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from aoft_deploy.artefacts.protocols import Engine
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetTables
+from aoft_deploy.artefacts.exporter import Emulation, FleetSupport
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.errors import ArtefactError
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx import exporter as onnx_exporter
@@ -26,90 +25,86 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = [
-    "EMULATED",
-    "ENGINES",
-    "FORMS",
-    "MARKER",
-    "OPSETS",
-    "PRECISIONS",
-    "RANGED",
-    "SUFFIX",
-    "TOLERANCE",
-    "emulation",
-    "export",
-    "export_fleet",
-    "load",
-]
+__all__ = ["EXPORTER", "MARKER", "emulation", "export", "export_fleet", "load"]
 
-SUFFIX = ".triton"
 MARKER = "1/model.onnx"
-TOLERANCE = onnx_exporter.TOLERANCE
-PRECISIONS = onnx_exporter.PRECISIONS
-EMULATED = onnx_exporter.EMULATED
-FORMS = ("mixed",)
-RANGED = True
-ENGINES = onnx_exporter.ENGINES
-OPSETS = (OPSET, ATTENTION_OPSET)
-"""The older first: servers are updated more rarely than clients."""
 
 
-def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
     """Write a plain model as a folder of a model repository.
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
         path: Folder to make.
-        recipe: Input form, normalisation, metadata, precision, and the largest batch.
+        spec: Input form, normalisation, metadata, precision, and the largest batch.
 
     Raises:
         SettingError: A class has a line break in its name.
         OutputError: The weights do not fit into a single ONNX file.
         AttachError: ``uint8`` is asked of a model without a plain patch embedding.
     """
-    check_labels(recipe)
-    file = _made(path)
-    onnx_exporter.export(model, file, replace(recipe, opset=recipe.opset or OPSET))
-    write_config(path, recipe, "onnxruntime")
+    check_labels(spec)
+    file = _new_version(path)
+    onnx_exporter.export(model, file, _of_old_opset(spec))
+    write_config(path, spec, "onnxruntime")
 
 
-def export_fleet(
-    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
-) -> None:
+def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
     """Write a fleet as a folder of a model repository.
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
         path: Folder to make.
-        recipe: As for ``export``, without ``uint8``.
-        tables: As for the ONNX onnx_exporter.
+        spec: As for ``export``, without ``uint8``.
+        tables: As for the ONNX exporter.
 
     Raises:
         AoftError: As ``export``.
     """
-    file = _made(path)
-    onnx_exporter.export_fleet(model, file, replace(recipe, opset=recipe.opset or OPSET), tables)
-    write_config(path, recipe, "onnxruntime")
+    file = _new_version(path)
+    onnx_exporter.export_fleet(model, file, _of_old_opset(spec), tables)
+    write_config(path, spec, "onnxruntime")
 
 
-def _made(path: Path) -> Path:
-    """The model's file in its version's folder."""
+def _new_version(path: Path) -> Path:
+    """Path of the model's file in version 1, whose folder is made."""
     file = path / MARKER
     file.parent.mkdir(parents=True)
     return file
 
 
 def emulation(path: Path) -> Engine:
-    """What the model in the folder computes where every result is rounded; see ``onnx``."""
+    """The model in the folder with every result rounded to its precision."""
     return onnx_exporter.emulation(path / MARKER)
 
 
-def load(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-) -> Engine:
-    """Open the model in the folder, as Triton would; see ``onnx.load``."""
-    return onnx_exporter.load(Path(path) / MARKER, engine=engine, threads=threads, device=device)
+def _of_old_opset(spec: ExportSpec) -> ExportSpec:
+    """With the older opset as the default: servers are updated more rarely than clients."""
+    return replace(spec, build=replace(spec.build, opset=spec.build.opset or OPSET))
+
+
+def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
+    """Open the model in the folder, as Triton would; see the ONNX exporter."""
+    return onnx_exporter.load(path / MARKER, options)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Operators and metadata of the model in the folder."""
+    if not (path / MARKER).is_file():
+        raise ArtefactError(f"{path} is a Triton model without {MARKER}.")
+    return {**onnx_exporter.describe(path / MARKER), "kind": "Triton artefact"}
+
+
+EXPORTER = replace(
+    onnx_exporter.EXPORTER,
+    name="triton",
+    suffix=".triton",
+    marker=MARKER,
+    export=export,
+    load=load,
+    describe=describe,
+    opsets=(OPSET, ATTENTION_OPSET),
+    ranged=True,
+    fleet=FleetSupport(("mixed",), export_fleet),
+    emulation=Emulation(("fp16",), emulation),
+)

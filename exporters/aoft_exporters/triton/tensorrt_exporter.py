@@ -7,13 +7,14 @@ serves them, and in the version of TensorRT that it comes with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.artefacts.exporter import DeviceSupport, FleetSupport
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import SettingError
 from aoft_exporters.tensorrt import exporter as tensorrt_exporter
 from aoft_exporters.tensorrt import library
@@ -26,94 +27,81 @@ if TYPE_CHECKING:
     from aoft_exporters.onnx.engine import OnnxEngine
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 
-__all__ = [
-    "BETWEEN",
-    "ENGINES",
-    "FORMS",
-    "MARKER",
-    "PRECISIONS",
-    "RANGED",
-    "SUFFIX",
-    "TOLERANCE",
-    "device",
-    "export",
-    "export_fleet",
-    "load",
-    "stand_in",
-]
+__all__ = ["EXPORTER", "describe", "device", "export", "export_fleet", "load", "load_intermediate"]
 
-SUFFIX = ".triton-tensorrt"
-MARKER = f"1/{tensorrt_exporter.MARKER}"
-BETWEEN = f"1/{tensorrt_exporter.BETWEEN}"
-TOLERANCE = tensorrt_exporter.TOLERANCE
-PRECISIONS = tensorrt_exporter.PRECISIONS
-FORMS = tensorrt_exporter.FORMS
-RANGED = True
-ENGINES = tensorrt_exporter.ENGINES
+VERSION = "1"
 
 
-def export(model: nn.Module, path: Path, recipe: Recipe) -> None:
+def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
     """Write a plain model as a folder of a model repository.
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
         path: Folder to make.
-        recipe: As for the TensorRT tensorrt_exporter.
+        spec: As for the TensorRT exporter.
 
     Raises:
         SettingError: A class has a line break in its name, or tensorrt-rtx alone is installed.
         AoftError: As the TensorRT exporter's ``export``.
     """
-    check_labels(recipe)
-    _write(path, recipe, lambda version: tensorrt_exporter.export(model, version, recipe))
+    check_labels(spec)
+    _write(path, spec, lambda version: tensorrt_exporter.export(model, version, spec))
 
 
-def export_fleet(
-    model: FleetModel, path: Path, recipe: Recipe, tables: Mapping[str, NDArray[Any]]
-) -> None:
+def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
     """Write a fleet as a folder of a model repository.
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
         path: Folder to make.
-        recipe: As for the TensorRT tensorrt_exporter.
-        tables: As for the ONNX tensorrt_exporter.
+        spec: As for the TensorRT exporter.
+        tables: As for the ONNX exporter.
 
     Raises:
         AoftError: As ``export``.
     """
-    _write(
-        path, recipe, lambda version: tensorrt_exporter.export_fleet(model, version, recipe, tables)
-    )
+    _write(path, spec, lambda version: tensorrt_exporter.export_fleet(model, version, spec, tables))
 
 
-def _write(path: Path, recipe: Recipe, write_plan: Callable[[Path], None]) -> None:
-    if library.target(recipe.compute_capability).library.name != "tensorrt":
+def _write(path: Path, spec: ExportSpec, write_plan: Callable[[Path], None]) -> None:
+    if library.target(spec.build.compute_capability).library.name != "tensorrt":
         raise SettingError(
             "Triton does not run plans of tensorrt-rtx: install tensorrt on a machine with the GPU "
-            "that serves, or export --to triton, which runs ONNX."
+            "that serves, or export to triton, which runs ONNX."
         )
     path.mkdir()
-    write_plan(path / "1")
-    write_config(path, recipe, "tensorrt")
+    write_plan(path / VERSION)
+    write_config(path, spec, "tensorrt")
 
 
 def device(path: Path) -> str | None:
     """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
-    return tensorrt_exporter.device(path / "1")
+    return tensorrt_exporter.device(path / VERSION)
 
 
-def stand_in(path: Path) -> OnnxEngine:
-    """What the engine computes, by ONNX Runtime on the CPU, while ``BETWEEN`` is there."""
-    return tensorrt_exporter.stand_in(path / "1")
+def load_intermediate(path: Path) -> OnnxEngine:
+    """The graph that the engine was built from, in ONNX Runtime on the CPU."""
+    return tensorrt_exporter.load_intermediate(path / VERSION)
 
 
-def load(
-    path: Path,
-    *,
-    engine: str | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-) -> TensorrtEngine:
-    """Open the plan in the folder on a GPU of this machine; see ``tensorrt.load``."""
-    return tensorrt_exporter.load(Path(path) / "1", engine=engine, threads=threads, device=device)
+def load(path: Path, options: EngineOptions = EngineOptions()) -> TensorrtEngine:
+    """Open the plan in the folder on a GPU of this machine; see the TensorRT exporter."""
+    return tensorrt_exporter.load(path / VERSION, options)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What is recorded beside the plan."""
+    return {**tensorrt_exporter.describe(path / VERSION), "kind": "Triton artefact with TensorRT"}
+
+
+EXPORTER = replace(
+    tensorrt_exporter.EXPORTER,
+    name="triton-tensorrt",
+    suffix=".triton-tensorrt",
+    marker=f"{VERSION}/{tensorrt_exporter.MARKER}",
+    export=export,
+    load=load,
+    describe=describe,
+    fleet=FleetSupport(("mixed",), export_fleet),
+    device=DeviceSupport(f"{VERSION}/{tensorrt_exporter.INTERMEDIATE}", device, load_intermediate),
+)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged
 from aoft_exporters.graph import cache
@@ -50,19 +51,30 @@ def test_a_second_task_of_a_backbone_is_exported_without_a_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = make_checkpoint("lora")
-    export_merged(first, tmp_path / "a.onnx", weights=backbone_weights)
+    export_merged(first, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights))
     assert len(list(kept.iterdir())) == 1
     monkeypatch.setattr(cache, "trace", never)
     for method in ("rlrr", "aoft-adapter"):  # merged, they are all the plain backbone
         other = make_checkpoint(method)
-        exported = export_merged(other, tmp_path / f"{method}.onnx", weights=backbone_weights)
+        exported = export_merged(
+            other, tmp_path / f"{method}.onnx", backbone=BackboneSource(weights=backbone_weights)
+        )
         assert exported.report.agreement == 1.0
     with pytest.raises(AssertionError, match="traced again"):
         prompts = make_checkpoint("vpt")
-        export_merged(prompts, tmp_path / "p.onnx", weights=backbone_weights)
+        export_merged(
+            prompts, tmp_path / "p.onnx", backbone=BackboneSource(weights=backbone_weights)
+        )
     with pytest.raises(AssertionError, match="traced again"):
-        export_merged(first, tmp_path / "u.onnx", weights=backbone_weights, uint8=True)
-    again = export_merged(first, tmp_path / "c.onnx", weights=backbone_weights)
+        export_merged(
+            first,
+            tmp_path / "u.onnx",
+            uint8=True,
+            backbone=BackboneSource(weights=backbone_weights),
+        )
+    again = export_merged(
+        first, tmp_path / "c.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert again.report.agreement == 1.0
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
 
@@ -94,9 +106,14 @@ def test_a_fleets_graph_is_kept_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = make_checkpoint("aoft-lora-star")
-    export_fleet([task], tmp_path / "a.onnx", weights=backbone_weights)
+    export_fleet([task], tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights))
     monkeypatch.setattr(cache, "trace", never)
-    assert export_fleet([task], tmp_path / "b.onnx", weights=backbone_weights).report.agreement == 1
+    assert (
+        export_fleet(
+            [task], tmp_path / "b.onnx", backbone=BackboneSource(weights=backbone_weights)
+        ).report.agreement
+        == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
@@ -130,11 +147,15 @@ def test_models_that_look_alike_do_not_share_a_graph_unless_they_are_named(kept:
 def test_a_damaged_kept_graph_is_traced_again(
     checkpoint: Path, backbone_weights: Path, kept: Path, tmp_path: Path
 ) -> None:
-    export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    export_merged(
+        checkpoint, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     file = next(kept.iterdir())
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    export_merged(checkpoint, tmp_path / "b.onnx", weights=backbone_weights)
+    export_merged(
+        checkpoint, tmp_path / "b.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert file.read_bytes() == whole
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
@@ -143,10 +164,14 @@ def test_nothing_is_kept_where_that_is_turned_off_or_not_possible(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AOFT_CACHE_DIR", "")
-    export_merged(checkpoint, tmp_path / "a.onnx", weights=backbone_weights)
+    export_merged(
+        checkpoint, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     (tmp_path / "file").touch()
     monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path / "file"))
-    export_merged(checkpoint, tmp_path / "b.onnx", weights=backbone_weights)
+    export_merged(
+        checkpoint, tmp_path / "b.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert exporter.load(tmp_path / "b.onnx").info == exporter.load(tmp_path / "a.onnx").info
     assert (tmp_path / "file").read_bytes() == b""
 

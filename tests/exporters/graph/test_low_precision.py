@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from specs import export_spec
 
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_exporters.graph.low_precision import (
@@ -30,7 +30,7 @@ from aoft_exporters.graph.low_precision import (
     low_results,
     typed,
 )
-from aoft_exporters.onnx import exporter
+from aoft_exporters.graph.models import plain_graph
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -220,8 +220,8 @@ def test_other_architectures_compute_what_pytorch_does_in_the_precision(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    recipe = Recipe(32, False, (0.5,) * 3, (0.5,) * 3, {})
-    low = typed(exporter.plain_graph(model, recipe), precision)
+    spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {})
+    low = typed(plain_graph(model, spec), precision)
     onnx.checker.check_model(low, full_check=True)
     x = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
     found = run(emulated(low), pixel_values=x)

@@ -16,10 +16,11 @@ import timm
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from specs import export_spec, with_build
 from torch import nn
 
-from aoft_deploy.artefacts.spec import Recipe
-from aoft_deploy.errors import AttachError, CheckpointError, OutputError
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.errors import ArtefactError, AttachError, OutputError
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.identity import identify
 from aoft_deploy.tuning.merging import merge
@@ -29,7 +30,7 @@ from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.engine import PROVIDERS, _providers
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RECIPE = Recipe(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
+SPEC = export_spec(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
 
 
 def inputs(batch: int, size: int = 16) -> NDArray[np.float32]:
@@ -167,7 +168,7 @@ def test_the_merge_adds_no_operator_to_the_plain_backbone(
     graph: Any, backbone_name: str, backbone_args: dict[str, Any], tmp_path: Path
 ) -> None:
     plain = timm.create_model(backbone_name, num_classes=5, **backbone_args)
-    exporter.export(randomised(plain), tmp_path / "plain.onnx", RECIPE)
+    exporter.export(randomised(plain), tmp_path / "plain.onnx", SPEC)
     other = onnx.load(tmp_path / "plain.onnx")
     assert operators(graph) == operators(other)
     assert len(graph.graph.node) == len(other.graph.node)
@@ -204,7 +205,7 @@ def test_onnx_runtimes_dynamic_quantiser_runs_on_the_artefact_of_opset_20(
     # In opset 23 it takes ONNX's operator Attention for one of its own.
     quantization: Any = importlib.import_module("onnxruntime.quantization")
     older, small = tmp_path / "older.onnx", tmp_path / "int8.onnx"
-    exporter.export(merged, older, replace(RECIPE, size=16, opset=20))
+    exporter.export(merged, older, with_build(SPEC, opset=20))
     quantization.quantize_dynamic(older, small)
     found = operators(onnx.load(small))
     assert found["MatMulInteger"] + found["DynamicQuantizeMatMul"] > 0
@@ -234,7 +235,7 @@ def test_pixels_work_on_a_patch_embedding_without_bias(tmp_path: Path) -> None:
     model = randomised(model)
     assert "patch_embed.proj.bias" not in model.state_dict()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    exporter.export(model, tmp_path / "clip.onnx", Recipe(32, True, MEAN, STD, {}))
+    exporter.export(model, tmp_path / "clip.onnx", export_spec(32, True, MEAN, STD, {}))
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     image = pixels(3, 32)
@@ -251,7 +252,7 @@ def test_pixels_are_refused_by_a_model_without_a_plain_patch_embedding(
     model = timm.create_model(name, num_classes=4)
     tuned = attach(model, "linear", backbone=identify(model))
     with pytest.raises(AttachError, match="folds normalisation into an unpadded patch embedding"):
-        exporter.export(merge(tuned), tmp_path / "a.onnx", Recipe(32, True, MEAN, STD, {}))
+        exporter.export(merge(tuned), tmp_path / "a.onnx", export_spec(32, True, MEAN, STD, {}))
     assert os.listdir(tmp_path) == []
 
 
@@ -262,8 +263,8 @@ def test_pixels_are_refused_by_a_padded_patch_embedding(tmp_path: Path) -> None:
             self.patch_embed = nn.Module()
             self.patch_embed.proj = nn.Conv2d(3, 8, 8, 8, padding=1)
 
-    with pytest.raises(AttachError, match="which Padded does not have: export without it"):
-        exporter.export(Padded(), tmp_path / "a.onnx", Recipe(32, True, MEAN, STD, {}))
+    with pytest.raises(AttachError, match="which Padded does not have: leave it out"):
+        exporter.export(Padded(), tmp_path / "a.onnx", export_spec(32, True, MEAN, STD, {}))
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", "16"), ("fp16", "8"), ("int8", "4")])
@@ -273,25 +274,27 @@ def test_more_weights_than_one_file_holds_in_any_form_are_refused_at_once(
     with torch.device("meta"):
         model = nn.Linear(2**16, 2**16)
     with pytest.raises(OutputError, match=rf"{size}\.0 GiB in {precision}, but one ONNX file"):
-        exporter.export(model, tmp_path / "a.onnx", replace(RECIPE, precision=precision))
+        exporter.export(model, tmp_path / "a.onnx", replace(SPEC, precision=precision))
 
 
-@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_the_limit_of_a_file_is_that_of_its_precision_to_the_byte(
     precision: str, merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(RECIPE, precision=precision)
-    exporter.export(merged, tmp_path / "a.onnx", recipe)
+    spec = replace(SPEC, precision=precision)
+    exporter.export(merged, tmp_path / "a.onnx", spec)
     tensors = [numpy_helper.to_array(t) for t in onnx.load(tmp_path / "a.onnx").graph.initializer]
     size = sum(tensor.nbytes for tensor in tensors)
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", size)
-    exporter.export(merged, tmp_path / "b.onnx", recipe)
+    exporter.export(merged, tmp_path / "b.onnx", spec)
     assert size < (tmp_path / "b.onnx").stat().st_size < 4 * size
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", size - 1)
-    lower = "" if precision == "int8" else "choose a lower --precision, or "
-    sentence = f"GiB in {precision}, but one ONNX file holds 2 GiB: {lower}export with --to openv"
+    lower = "" if precision == "int8" else "choose a lower `precision`, or "
+    sentence = (
+        f"GiB in {precision}, but one ONNX file holds 2 GiB: {lower}export to openvino or timm"
+    )
     with pytest.raises(OutputError, match=sentence):
-        exporter.export(merged, tmp_path / "c.onnx", recipe)
+        exporter.export(merged, tmp_path / "c.onnx", spec)
     assert not (tmp_path / "c.onnx").exists()
 
 
@@ -300,10 +303,12 @@ def test_what_does_not_fit_in_float32_fits_in_half_the_bytes_or_a_quarter(
 ) -> None:
     whole = sum(4 * tensor.numel() for tensor in merged.state_dict().values())
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 0.7 * whole)
-    with pytest.raises(OutputError, match="choose a lower --precision, or export with --to open"):
-        exporter.export(merged, tmp_path / "a.onnx", RECIPE)
+    with pytest.raises(
+        OutputError, match="choose a lower `precision`, or export to openvino or timm with"
+    ):
+        exporter.export(merged, tmp_path / "a.onnx", SPEC)
     for precision in ("fp16", "int8"):
-        exporter.export(merged, tmp_path / "a.onnx", replace(RECIPE, precision=precision))
+        exporter.export(merged, tmp_path / "a.onnx", replace(SPEC, precision=precision))
 
 
 def test_a_fleets_limit_counts_its_tasks_and_not_what_low_precision_saves(
@@ -312,16 +317,16 @@ def test_a_fleets_limit_counts_its_tasks_and_not_what_low_precision_saves(
     model = MixedModel(make_tuned("aoft-lora-star"))
     backbone = sum(4 * tensor.numel() for tensor in model.state_dict().values())
     columns = model.layout.row(make_tuned("aoft-lora-star").trained()).numel()
-    tables = {
-        "bank": np.zeros((backbone // (4 * columns), columns), np.float32),
-        "heads": np.zeros((5, 33), np.float32),
-        "first": np.zeros(1, np.int64),
-        "count": np.array([5]),
-        "columns": np.arange(5),
-    }
+    tables = FleetTables(
+        bank=np.zeros((backbone // (4 * columns), columns), np.float32),
+        heads=np.zeros((5, 33), np.float32),
+        first=np.zeros(1, np.int64),
+        count=np.array([5]),
+        columns=np.arange(5),
+    )
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 1.4 * backbone)
     with pytest.raises(OutputError, match=r"Backbone and tasks take .* in fp16, .*: export fewer"):
-        exporter.export_fleet(model, tmp_path / "a.onnx", replace(RECIPE, precision="fp16"), tables)
+        exporter.export_fleet(model, tmp_path / "a.onnx", replace(SPEC, precision="fp16"), tables)
 
 
 class Cuda:
@@ -347,7 +352,7 @@ def test_the_engine_tells_what_the_file_says(artefact: Path, pixel_artefact: Pat
     assert json.loads(engine.info["preprocessing"])["size"] == 16
     x = inputs(3)
     np.testing.assert_array_equal(engine.run(x), answer(artefact, x))
-    other = exporter.load(pixel_artefact, threads=1)
+    other = exporter.load(pixel_artefact, EngineOptions(threads=1))
     assert other.takes_pixels
     np.testing.assert_allclose(
         other.run(pixels(3)), answer(pixel_artefact, pixels(3)), atol=1e-6, rtol=0
@@ -359,13 +364,13 @@ def test_a_truncated_artefact_is_refused(kept: float, artefact: Path, tmp_path: 
     data = artefact.read_bytes()
     path = tmp_path / "a.onnx"
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(CheckpointError, match="is no ONNX model, or a damaged one"):
+    with pytest.raises(ArtefactError, match="is no ONNX model, or a damaged one"):
         exporter.load(path)
 
 
 def test_a_missing_artefact_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "a.onnx", tmp_path):
-        with pytest.raises(CheckpointError, match="There is no file"):
+        with pytest.raises(ArtefactError, match="There is no file"):
             exporter.load(path)
 
 
@@ -376,7 +381,7 @@ def test_a_graph_without_inputs_is_refused(tmp_path: Path) -> None:
     graph = helper.make_graph([node], "constant", [], [result])
     opset = helper.make_opsetid("", 20)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "a.onnx")
-    with pytest.raises(CheckpointError, match="is no ONNX model that can be run"):
+    with pytest.raises(ArtefactError, match="is no ONNX model that can be run"):
         exporter.load(tmp_path / "a.onnx")
 
 
@@ -388,9 +393,9 @@ def test_a_whole_vit_b_16_is_exact_and_costs_nothing(tmp_path: Path) -> None:
         plain.get_parameter("head.weight").normal_(0, 0.04)  # logits of about 1
     tuned = attach(plain, "rlrr", backbone=identify(plain)).eval()
     path = tmp_path / "b16.onnx"
-    recipe = Recipe(224, False, MEAN, STD, {})
-    exporter.export(merge(tuned), path, recipe)
-    engine = exporter.load(path, threads=2)
+    spec = export_spec(224, False, MEAN, STD, {})
+    exporter.export(merge(tuned), path, spec)
+    engine = exporter.load(path, EngineOptions(threads=2))
     for batch in (1, 2, 7):
         x = inputs(batch, 224)
         expected, logits = logits_of(tuned, x), engine.run(x)
@@ -399,7 +404,7 @@ def test_a_whole_vit_b_16_is_exact_and_costs_nothing(tmp_path: Path) -> None:
         assert (logits.argmax(1) == expected.argmax(1)).all()
     for depth in (1, 2):
         shallow = timm.create_model("vit_base_patch16_224", num_classes=100, depth=depth)
-        exporter.export(randomised(shallow), tmp_path / f"{depth}.onnx", recipe)
+        exporter.export(randomised(shallow), tmp_path / f"{depth}.onnx", spec)
     whole = operators(onnx.load(path))
     one, two = (operators(onnx.load(tmp_path / f"{depth}.onnx")) for depth in (1, 2))
     block = {name: two[name] - one[name] for name in two}

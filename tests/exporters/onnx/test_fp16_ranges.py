@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
+from specs import export_spec
 
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
+from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.export.fleet import export_fleet
-from aoft_deploy.export.merged import export_merged, normalised
+from aoft_deploy.export.merged import export_merged
+from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.merging import merge
@@ -75,7 +79,7 @@ def massive(
 def inputs_of(photos: list[Path]) -> NDArray[np.float32]:
     preprocessing = Preprocessing(16, crop_pct=0.9, mean=MEAN, std=STD)
     pixels = [preprocessing.pixels(read_image(path)) for path in image_files(photos)]
-    return normalised(np.stack(pixels), preprocessing)
+    return normalised(np.stack(pixels), MEAN, STD)
 
 
 def unmerged(tuned: TunedModel, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -92,8 +96,10 @@ def reference(proto: Any, **feed: NDArray[Any]) -> NDArray[np.float32]:
     return logits
 
 
-def nothing_left_in_float(proto: Any, recipe: Recipe, tables: Any = None) -> tuple[Any, list[str]]:
-    return typed(proto, recipe.precision), []
+def nothing_left_in_float(
+    proto: Any, spec: ExportSpec, tables: Any = None
+) -> tuple[Any, list[str]]:
+    return typed(proto, spec.precision), []
 
 
 def test_the_case_is_real_in_half_precision_and_hidden_in_float32(
@@ -157,7 +163,7 @@ def test_a_graph_that_overflows_is_refused_by_every_exporter_and_leaves_no_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert {n for n in exporter_names() if "fp16" in get_exporter(n).PRECISIONS} == {
+    assert {n for n in exporter_names() if "fp16" in get_exporter(n).precisions} == {
         "onnx",
         "tensorrt",
         "triton",
@@ -167,8 +173,13 @@ def test_a_graph_that_overflows_is_refused_by_every_exporter_and_leaves_no_file(
     for module in ("onnx", "tensorrt"):
         monkeypatch.setattr(f"aoft_exporters.{module}.exporter.in_range", nothing_left_in_float)
     output = tmp_path / ("a.onnx" if to == "onnx" else "a")
-    told: dict[str, Any] = {"to": to, "weights": weights, "precision": "fp16", "images": photos}
-    told |= {"compute_capability": "8.9"} if to == "tensorrt" else {}
+    told: dict[str, Any] = {
+        "to": to,
+        "backbone": BackboneSource(weights=weights),
+        "precision": "fp16",
+        "verify": VerifyOptions(photos),
+    }
+    told |= {"build": BuildOptions(compute_capability="8.9")} if to == "tensorrt" else {}
     with pytest.raises(VerificationError, match=r"finite values are expected|are not finite in"):
         if fleet:
             export_fleet([checkpoint], output, **told)
@@ -183,7 +194,13 @@ def test_a_fleet_keeps_in_float32_what_one_of_its_tasks_overflows(
     tasks = [massive(f"task {seed}", seed=seed) for seed in range(3)]
     path = tmp_path / "fleet.onnx"
     checkpoints = [checkpoint for checkpoint, _, _ in tasks]
-    exported = export_fleet(checkpoints, path, weights=tasks[0][1], precision="fp16", images=photos)
+    exported = export_fleet(
+        checkpoints,
+        path,
+        precision="fp16",
+        backbone=BackboneSource(weights=tasks[0][1]),
+        verify=VerifyOptions(images=photos),
+    )
     assert exported.left_in_float == (FC1, FC2)
     assert exported.device is None
     manifest = json.loads(exported.manifest.read_text("utf-8"))
@@ -206,10 +223,9 @@ def test_a_product_that_the_last_of_the_tasks_alone_overflows_stays_in_float32(
         exported = export_fleet(
             [checkpoint for checkpoint, _, _ in tasks[:count]],
             tmp_path / f"{count}.onnx",
-            weights=tasks[0][1],
             precision="fp16",
-            images=photos,
-            min_agreement=0.5,
+            backbone=BackboneSource(weights=tasks[0][1]),
+            verify=VerifyOptions(images=photos, min_agreement=0.5),
         )
         left.append(set(exported.left_in_float))
     assert left[0] == {FC1, FC2}
@@ -227,10 +243,9 @@ def test_the_figures_are_those_of_the_rounded_arithmetic(
     exported = export_merged(
         checkpoint,
         path,
-        weights=backbone_weights,
         precision="fp16",
-        images=photos,
-        min_agreement=0.5,
+        backbone=BackboneSource(weights=backbone_weights),
+        verify=VerifyOptions(images=photos, min_agreement=0.5),
     )
     x = inputs_of(photos)
     exact = unmerged(make_tuned("rlrr"), x)
@@ -262,12 +277,11 @@ def test_a_manifest_says_which_arithmetic_its_figures_are_of(
 ) -> None:
     exported = export_merged(
         checkpoint,
-        tmp_path / f"a{get_exporter(to).SUFFIX}",
+        tmp_path / f"a{get_exporter(to).suffix}",
         to=to,
-        weights=backbone_weights,
         precision=precision,
-        images=photos,
-        min_agreement=0.5,
+        backbone=BackboneSource(weights=backbone_weights),
+        verify=VerifyOptions(images=photos, min_agreement=0.5),
     )
     manifest = json.loads(exported.manifest.read_text("utf-8"))
     assert manifest["verification"]["arithmetic"] == exported.arithmetic == arithmetic
@@ -298,10 +312,10 @@ def eye(scale: float) -> NDArray[np.float32]:
     return scale * np.eye(1, dtype=np.float32)
 
 
-def recipe(*pixels: int) -> Recipe:
+def spec(*pixels: int) -> ExportSpec:
     """For images of one pixel; 255 is 1."""
     judged = np.array(pixels, np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
-    return Recipe(1, False, (0,) * 3, (1,) * 3, {}, "fp16", judged=judged)
+    return export_spec(1, False, (0,) * 3, (1,) * 3, {}, "fp16", judged=judged)
 
 
 @pytest.mark.parametrize("factor", [0.999, 1.001])
@@ -309,7 +323,7 @@ def test_what_comes_within_the_headroom_of_the_end_of_the_range_stays_in_float32
     factor: float,
 ) -> None:
     end = factor * LARGEST_FP16 / HEADROOM
-    proto, left = in_range(maps(eye(end), eye(1e-3), eye(1)), recipe(0, 255, 3))
+    proto, left = in_range(maps(eye(end), eye(1e-3), eye(1)), spec(0, 255, 3))
     assert left == (["w0", "w1"] if factor > 1 else [])
     kinds = {i.name: i.data_type for i in proto.graph.initializer}
     low = TensorProto.FLOAT if factor > 1 else TensorProto.FLOAT16
@@ -320,14 +334,14 @@ def test_every_image_is_measured_and_negative_results_count() -> None:
     for place in range(20):
         pixels = [1] * 20
         pixels[place] = 255
-        _, left = in_range(maps(eye(-6e4), eye(1e-3), eye(1)), recipe(*pixels))
+        _, left = in_range(maps(eye(-6e4), eye(1e-3), eye(1)), spec(*pixels))
         assert left == ["w0", "w1"]
-    assert in_range(maps(eye(-6e4), eye(1e-3), eye(1)), recipe(*[1] * 20))[1] == []
+    assert in_range(maps(eye(-6e4), eye(1e-3), eye(1)), spec(*[1] * 20))[1] == []
 
 
 def test_images_three_times_as_strong_as_those_measured_do_not_overflow() -> None:
     for weight in (2.1e4, 1.6e4):
-        proto, left = in_range(maps(eye(weight), eye(1e-3), eye(1)), recipe(255))
+        proto, left = in_range(maps(eye(weight), eye(1e-3), eye(1)), spec(255))
         assert left == (["w0", "w1"] if weight > 2e4 else [])
         x = np.full((1, 3, 1, 1), 3, np.float32)
         found = reference(proto, pixel_values=x)
@@ -335,7 +349,7 @@ def test_images_three_times_as_strong_as_those_measured_do_not_overflow() -> Non
 
 
 def test_inputs_beyond_the_range_keep_the_first_map_in_float32() -> None:
-    far = Recipe(1, False, (0,) * 3, (1e-6,) * 3, {}, "fp16", judged=recipe(255).judged)
+    far = export_spec(1, False, (0,) * 3, (1e-6,) * 3, {}, "fp16", judged=spec(255).judged)
     proto, left = in_range(maps(eye(1e-6), eye(1), eye(1)), far)
     assert left == ["w0"]
     x = np.full((1, 3, 1, 1), 1e6, np.float32)
@@ -367,8 +381,8 @@ def test_magnitudes_are_those_of_float32_under_the_names_of_the_float_graph() ->
 
 def test_without_images_or_in_bf16_nothing_is_measured() -> None:
     proto = maps(eye(5e4), eye(3e4), eye(1))
-    alone = Recipe(1, False, (0,) * 3, (1,) * 3, {}, "fp16")
-    wide = Recipe(1, False, (0,) * 3, (1,) * 3, {}, "bf16", judged=recipe(255).judged)
+    alone = export_spec(1, False, (0,) * 3, (1,) * 3, {}, "fp16")
+    wide = export_spec(1, False, (0,) * 3, (1,) * 3, {}, "bf16", judged=spec(255).judged)
     for each in (alone, wide):
         low, left = in_range(proto, each)
         assert left == []

@@ -13,9 +13,9 @@ import timm
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from specs import export_spec
 from torch import nn
 
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.int8 import quantised
 
@@ -49,8 +49,8 @@ def small(architecture: str, classes: int = 5) -> nn.Module:
 
 
 def exported(model: nn.Module, path: Path, precision: str) -> Any:
-    recipe = Recipe(32, False, (0.5,) * 3, (0.5,) * 3, {"classes": "[]"}, precision)
-    exporter.export(model, path, recipe)
+    spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {"classes": "[]"}, precision)
+    exporter.export(model, path, spec)
     return onnx.load(path)
 
 

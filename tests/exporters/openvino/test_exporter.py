@@ -19,25 +19,29 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from specs import export_spec
 from torch import nn
 
-from aoft_deploy.artefacts.inspection import inspect_file
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import get_exporter, load_artefact
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
 from aoft_deploy.export.calibration import MOST, calibration_files
 from aoft_deploy.export.merged import export_merged
+from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.openvino import exporter
-from aoft_exporters.openvino.exporter import MARKER
+from aoft_exporters.openvino.engine import OpenvinoEngine, load
+from aoft_exporters.openvino.files import MARKER
 
 BIN = "openvino_model.bin"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RECIPE = Recipe(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
+SPEC = export_spec(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
 
 
 def inputs(batch: int) -> NDArray[np.float32]:
@@ -97,11 +101,9 @@ def int8(
         checkpoint,
         tmp_path_factory.mktemp("int8") / "task",
         to="openvino",
-        weights=backbone_weights,
         precision="int8",
-        images=[photos[0].parent],
-        calibrate=[many],
-        min_agreement=0.8,
+        backbone=BackboneSource(weights=backbone_weights),
+        verify=VerifyOptions(images=[photos[0].parent], calibrate=[many], min_agreement=0.8),
     )
     return exported.path
 
@@ -113,7 +115,7 @@ def test_the_artefact_gives_the_unmerged_logits(
     x = inputs(batch)
     expected = logits_of(make_tuned("rlrr"), x)
     assert np.ptp(expected) > 0.5
-    logits = exporter.load(folder, threads=1).run(x)
+    logits = load(folder, EngineOptions(threads=1)).run(x)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=5e-5, rtol=0)
 
@@ -135,16 +137,16 @@ def test_no_path_of_the_exporting_machine_is_in_the_artefact(folder: Path) -> No
 
 
 def test_threads_and_arithmetic_are_those_asked_for(folder: Path, int8: Path) -> None:
-    engine = exporter.load(folder, threads=1)
+    engine = load(folder, EngineOptions(threads=1))
     assert (engine.threads, engine.arithmetic) == (1, "f32")
-    assert exporter.load(folder, threads=2).threads == 2
-    assert exporter.load(int8).arithmetic == "f32"
+    assert load(folder, EngineOptions(threads=2)).threads == 2
+    assert load(int8).arithmetic == "f32"
 
 
 def test_the_artefact_is_found_by_suffix_and_by_its_marker(folder: Path, int8: Path) -> None:
     for path in (folder, int8):
         engine = load_artefact(path)
-        assert isinstance(engine, exporter.OpenvinoEngine)
+        assert isinstance(engine, OpenvinoEngine)
         assert engine.info["format"] == "aoft-deploy/1"
 
 
@@ -152,12 +154,12 @@ def test_the_metadata_come_back_unchanged(
     merged: nn.Module, folder: Path, classes: tuple[str, ...], tmp_path: Path
 ) -> None:
     strange = {"classes": '["日本", "a\\"<&>\'", " b\\n"]', "empty": "", "number": "1.50"}
-    recipe = Recipe(16, False, MEAN, STD, strange)
-    exporter.export(merged, tmp_path / "a", recipe)
-    found = dict(exporter.load(tmp_path / "a").info)
+    spec = export_spec(16, False, MEAN, STD, strange)
+    exporter.export(merged, tmp_path / "a", spec)
+    found = dict(load(tmp_path / "a").info)
     assert re.fullmatch("[0-9a-f]{64}", found.pop("files_sha256"))
     assert found == {**strange, "precision": "fp32"}
-    info = exporter.load(folder).info
+    info = load(folder).info
     assert json.loads(info["classes"]) == list(classes)
     assert json.loads(info["preprocessing"])["size"] == 16
     assert (info["method"], info["precision"]) == ("rlrr", "fp32")
@@ -166,9 +168,9 @@ def test_the_metadata_come_back_unchanged(
 def test_the_same_input_gives_the_same_files(merged: nn.Module, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     for precision in ("fp32", "int8"):
-        recipe = Recipe(16, False, MEAN, STD, {"a": "b"}, precision, pixels)
+        spec = export_spec(16, False, MEAN, STD, {"a": "b"}, precision, pixels)
         for name in "xy":
-            exporter.export(merged, tmp_path / f"{precision}{name}", recipe)
+            exporter.export(merged, tmp_path / f"{precision}{name}", spec)
         for file in (BIN, MARKER):
             first, second = ((tmp_path / f"{precision}{n}" / file).read_bytes() for n in "xy")
             assert first == second
@@ -180,9 +182,9 @@ def test_the_pixel_graph_takes_images_and_agrees(
     path = tmp_path / "pixels.openvino"
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "openvino"]
     assert main([*map(str, options), "-o", str(path), "--uint8"]) == 0
-    engine = exporter.load(path)
+    engine = load(path)
     assert engine.takes_pixels
-    assert not exporter.load(folder).takes_pixels
+    assert not load(folder).takes_pixels
     pictures = [Image.open(photo).convert("RGB") for photo in photos]
     exact, found = (load_classifier(p).probabilities(pictures) for p in (folder, path))
     np.testing.assert_allclose(found, exact, atol=2e-5, rtol=0)
@@ -220,7 +222,7 @@ def test_int8_keeps_the_answers_and_its_classifier_in_float(
     assert manifest["verification"]["agreement"] >= 0.8
     assert manifest["verification"]["real_images"] == 9
     x = normalised(pixels_of(many))
-    expected, logits = logits_of(make_tuned("rlrr"), x), exporter.load(int8).run(x)
+    expected, logits = logits_of(make_tuned("rlrr"), x), load(int8).run(x)
     assert 1e-4 < np.abs(logits - expected).max() < 0.1 * np.ptp(expected)
     core: Any = importlib.import_module("openvino").Core()
     nodes = core.read_model(int8 / MARKER).get_ops()
@@ -270,24 +272,24 @@ def test_layers_that_cost_top_classes_stay_in_float(many: Path, tmp_path: Path) 
     expected = logits_of(model, x)
     wanted, found = expected.argmax(1), {}
     for name, asked in (("rough", 0.0), ("finer", 0.95)):
-        recipe = Recipe(16, False, MEAN, STD, {}, "int8", pixels, min_agreement=asked)
-        exporter.export(model, tmp_path / name, recipe)
-        engine = exporter.load(tmp_path / name)
+        spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels, min_agreement=asked)
+        exporter.export(model, tmp_path / name, spec)
+        engine = load(tmp_path / name)
         logits = engine.run(x)
         found[name] = float((logits.argmax(1) == wanted).mean()), np.square(logits - expected).sum()
     assert found["rough"][0] < 0.95 <= found["finer"][0]
     assert found["finer"][1] < 0.5 * found["rough"][1]
     left = json.loads(engine.info["left_in_float"])
     assert left and len(set(left)) == len(left)
-    assert "left_in_float" not in exporter.load(tmp_path / "rough").info
+    assert "left_in_float" not in load(tmp_path / "rough").info
 
 
 def test_where_no_choice_of_layers_suffices_all_stay_in_int8(
     merged: nn.Module, many: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(16, False, MEAN, STD, {}, "int8", pixels_of(many), min_agreement=1.1)
-    exporter.export(merged, tmp_path / "a", recipe)
-    assert "left_in_float" not in exporter.load(tmp_path / "a").info
+    spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels_of(many), min_agreement=1.1)
+    exporter.export(merged, tmp_path / "a", spec)
+    assert "left_in_float" not in load(tmp_path / "a").info
 
 
 def test_int8_of_pixels_is_calibrated_with_pixels(
@@ -295,8 +297,8 @@ def test_int8_of_pixels_is_calibrated_with_pixels(
 ) -> None:
     pixels = pixels_of(many)
     expected = logits_of(merged, normalised(pixels))
-    exporter.export(merged, tmp_path / "a", Recipe(16, True, MEAN, STD, {}, "int8", pixels))
-    logits = exporter.load(tmp_path / "a").run(pixels)
+    exporter.export(merged, tmp_path / "a", export_spec(16, True, MEAN, STD, {}, "int8", pixels))
+    logits = load(tmp_path / "a").run(pixels)
     assert np.abs(logits - expected).max() < 0.1 * np.ptp(expected)
 
 
@@ -338,14 +340,14 @@ def test_bf16_runs_in_bf16_or_is_refused_by_name(
             text.replace('<precision value="fp32"', '<precision value="bf16"')
         )
         with pytest.raises(SettingError, match=r"The processor \(.+\) does not compute in bf16"):
-            exporter.load(other)
+            load(other)
         return
     assert main([str(option) for option in options]) == 0
-    assert exporter.load(tmp_path / "a").arithmetic == "bf16"
+    assert load(tmp_path / "a").arithmetic == "bf16"
 
 
 def test_many_threads_get_their_own_answers(folder: Path) -> None:
-    engine = exporter.load(folder, threads=1)
+    engine = load(folder, EngineOptions(threads=1))
     batches = [inputs(1 + i % 9) for i in range(200)]
     alone = [engine.run(batch) for batch in batches[:9]]
     with ThreadPoolExecutor(8) as pool:
@@ -355,7 +357,7 @@ def test_many_threads_get_their_own_answers(folder: Path) -> None:
 
 
 def test_an_answer_is_not_overwritten_by_the_next(folder: Path) -> None:
-    engine = exporter.load(folder)
+    engine = load(folder)
     first = engine.run(inputs(2))
     kept = first.copy()
     engine.run(-inputs(2))
@@ -375,7 +377,7 @@ def test_an_answer_is_not_overwritten_by_the_next(folder: Path) -> None:
 )
 def test_other_images_are_refused(images: NDArray[Any], folder: Path) -> None:
     with pytest.raises(SettingError, match=r"takes float32 \[batch, 3, 16, 16\], but got"):
-        exporter.load(folder).run(images)
+        load(folder).run(images)
 
 
 @pytest.mark.parametrize("file", [BIN, MARKER])
@@ -390,7 +392,7 @@ def test_a_truncated_artefact_is_refused(
         )
         (tmp_path / name).write_bytes(data[:end])
     with pytest.raises(CheckpointError, match="is no OpenVINO model") as error:
-        exporter.load(tmp_path)
+        load(tmp_path)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -405,19 +407,19 @@ def test_an_onnx_file_with_weights_elsewhere_is_refused_before_openvino_opens_th
     tensor.ClearField("raw_data")
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(CheckpointError, match="keeps weights in other files"):
-        load_artefact(tmp_path / "a.onnx", engine="openvino")
+        load_artefact(tmp_path / "a.onnx", EngineOptions(engine="openvino"))
 
 
 def test_aoft_inspect_tells_what_the_artefact_holds(folder: Path, int8: Path) -> None:
-    found = inspect_file(int8)
+    found = describe(int8)
     assert (found["kind"], found["precision"], found["method"]) == (
         "OpenVINO artefact",
         "int8",
         "rlrr",
     )
-    assert found["manifest"] == inspect_file(folder)["manifest"] == "matches"
+    assert found["manifest"] == describe(folder)["manifest"] == "matches"
     assert found["operators"]["FakeQuantize"] > 5
-    assert found["bytes"] < inspect_file(folder)["bytes"]
+    assert found["bytes"] < describe(folder)["bytes"]
 
 
 @pytest.mark.parametrize("file", [BIN, MARKER])
@@ -426,14 +428,14 @@ def test_aoft_inspect_refuses_a_damaged_artefact(file: str, folder: Path, tmp_pa
     (tmp_path / BIN).write_bytes((folder / BIN).read_bytes())
     (tmp_path / BIN).unlink() if file == BIN else (tmp_path / MARKER).write_text("<net>")
     with pytest.raises(CheckpointError, match="is no OpenVINO model"):
-        inspect_file(tmp_path)
+        describe(tmp_path)
 
 
 def test_a_missing_artefact_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.openvino").write_text("")
     for path in (tmp_path, tmp_path / "a.openvino", tmp_path / "none.openvino"):
         with pytest.raises(CheckpointError, match=r"There is no folder .* with an openvino_model"):
-            exporter.load(path)
+            load(path)
 
 
 def test_another_programs_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -443,7 +445,7 @@ def test_another_programs_model_is_refused(folder: Path, tmp_path: Path) -> None
         before, _, rest = text.partition(start)
         (tmp_path / MARKER).write_text(before + rest.partition(end)[2])
         with pytest.raises(CheckpointError, match="was not written by aoft-export"):
-            exporter.load(tmp_path)
+            load(tmp_path)
 
 
 def test_a_graph_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -451,7 +453,7 @@ def test_a_graph_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path
     text = (folder / MARKER).read_text("utf-8")
     (tmp_path / MARKER).write_text(text.replace('type="MatMul"', 'type="NoSuchOperator"'))
     with pytest.raises(CheckpointError):
-        exporter.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("package", ["openvino", "nncf"])
@@ -460,15 +462,15 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     pixels = np.zeros((16, 16, 16, 3), np.uint8)
-    recipe = Recipe(16, False, MEAN, STD, {}, "int8", pixels)
+    spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels)
     with pytest.raises(MissingExtraError, match=rf"{package} is .* 'aoft-deploy\[openvino\]'"):
-        exporter.export(merged, tmp_path / "a", recipe)
+        exporter.export(merged, tmp_path / "a", spec)
     assert not (tmp_path / "a").exists()
 
 
 def test_int8_without_a_recipe_of_images_is_refused(merged: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="needs a recipe with images to calibrate with"):
-        exporter.export(merged, tmp_path / "a", Recipe(16, False, MEAN, STD, {}, "int8"))
+    with pytest.raises(SettingError, match="needs a spec with images to calibrate with"):
+        exporter.export(merged, tmp_path / "a", export_spec(16, False, MEAN, STD, {}, "int8"))
 
 
 def test_calibration_is_refused_where_it_is_missing_unused_or_too_small(
@@ -504,9 +506,9 @@ def test_judged_images_are_not_calibrated_with_and_many_are_thinned(
 ) -> None:
     openvino = get_exporter("openvino")
     judged = sorted(many.iterdir())[::2]
-    files = calibration_files(openvino, "openvino", "int8", [many, many], judged)
+    files = calibration_files(openvino, "int8", VerifyOptions(judged, [many, many]))
     assert files == sorted(many.iterdir())[1::2]
     for i in range(3 * MOST):
         (tmp_path / f"{i:04}.png").touch()
-    files = calibration_files(openvino, "openvino", "int8", [tmp_path])
+    files = calibration_files(openvino, "int8", VerifyOptions(calibrate=[tmp_path]))
     assert [path.name for path in files] == [f"{i:04}.png" for i in range(0, 3 * MOST, 3)]

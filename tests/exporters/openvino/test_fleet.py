@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.opening import open_checkpoint
@@ -69,7 +70,7 @@ def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
     fleet: Path, tasks: list[Path], backbone_weights: Path
 ) -> None:
     x, task = images(7), np.array([2, 0, 1, 1, 0, 2, 2])
-    engine = load_artefact(fleet, threads=1)
+    engine = load_artefact(fleet, EngineOptions(threads=1))
     assert engine.takes_tasks and engine.device == "cpu"
     logits = engine.run(x, task)
     expected = [unmerged(path, backbone_weights, x) for path in tasks]
@@ -96,7 +97,7 @@ def test_a_live_fleet_takes_the_folder(
 
 
 def test_threads_that_ask_at_once_get_their_own_answers(fleet: Path) -> None:
-    engine = load_artefact(fleet, threads=1)
+    engine = load_artefact(fleet, EngineOptions(threads=1))
     x = images(3)
     alone = [engine.run(x, np.full(3, task)) for task in range(3)]
     wrong: list[int] = []

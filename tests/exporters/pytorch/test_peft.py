@@ -17,19 +17,20 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from specs import export_spec
 from torch import nn
 
-from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import load_artefact
-from aoft_deploy.artefacts.spec import Recipe
+from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.inspect import main as inspect_main
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.errors import ArtefactError, CheckpointError, OutputError, SettingError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
@@ -138,7 +139,7 @@ def test_the_full_circle_ends_where_it_began(
         expected = make_tuned("aoft-lora-star")(X).numpy()
     np.testing.assert_allclose(load_artefact(last).run(X.numpy()), expected, atol=1e-5, rtol=0)
     classes = json.loads(load_artefact(last).info["classes"])
-    assert classes == inspect_file(folder)["classes"]
+    assert classes == describe(folder)["classes"]
 
 
 def test_q_and_v_stand_beside_each_other_in_their_fused_layer(folder: Path) -> None:
@@ -198,18 +199,20 @@ def test_the_manifest_stands_beside_the_folder_and_holds_its_digest(folder: Path
 def test_the_manifest_of_an_export_from_a_folder_holds_the_folders_digest(
     folder: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
-    exported = export_merged(folder, tmp_path / "a.onnx", weights=backbone_weights)
+    exported = export_merged(
+        folder, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
+    )
     manifest = json.loads(exported.manifest.read_text("utf-8"))
     assert manifest["checkpoint"] == {
         "name": "model.peft",
-        "sha256": inspect_file(folder)["sha256"],
+        "sha256": describe(folder)["sha256"],
     }
 
 
 def test_inspect_describes_the_folder(
     folder: Path, classes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = inspect_file(folder)
+    found = describe(folder)
     assert found["kind"] == "PEFT LoRA folder"
     assert found["ranks"] == {"blocks.0.attn.qkv": 16}
     assert found["factors"] == {"blocks.0.attn.qkv": 1.0}
@@ -226,13 +229,13 @@ def test_inspect_tells_a_changed_folder(folder: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for path in folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    assert inspect_file(copy)["manifest"] == "none"
+    assert describe(copy)["manifest"] == "none"
     manifest = folder.with_name("model.peft.json").read_text("utf-8")
     (tmp_path / "a.json").write_text(manifest, "utf-8")
-    assert inspect_file(copy)["manifest"] == "matches"
+    assert describe(copy)["manifest"] == "matches"
     config = copy / "adapter_config.json"
     config.write_text(config.read_text("utf-8") + "\n", "utf-8")
-    assert "was changed" in inspect_file(copy)["manifest"]
+    assert "was changed" in describe(copy)["manifest"]
 
 
 @pytest.mark.parametrize("method", REFUSED)
@@ -258,7 +261,7 @@ def test_pixels_as_input_are_refused(
 ) -> None:
     options = ["--merge", make_checkpoint("lora"), "--backbone-weights", backbone_weights]
     line = refused(main, *options, "--to", "peft", "--uint8", "-o", tmp_path / "a")
-    assert "--uint8 needs a graph: export with --to onnx" in line
+    assert "--uint8 needs a graph: export to onnx with --to" in line
 
 
 def small(name: str, **args: Any) -> nn.Module:
@@ -278,10 +281,10 @@ SWIN: dict[str, Any] = {
 }
 
 
-def recipe(model: nn.Module, size: int) -> Recipe:
+def spec(model: nn.Module, size: int) -> ExportSpec:
     preprocessing = Preprocessing(size, crop_pct=0.9, mean=HALF, std=HALF)
     texts = {"classes": '["a", "b", "c"]', "preprocessing": json.dumps(preprocessing.to_dict())}
-    return Recipe(size, False, HALF, HALF, texts)
+    return export_spec(size, False, HALF, HALF, texts)
 
 
 def test_a_layer_that_timm_does_not_call_is_refused_since_peft_would_skip_it(
@@ -297,7 +300,7 @@ def test_a_layer_that_timm_does_not_call_is_refused_since_peft_would_skip_it(
         assert torch.equal(adapted(x), before)  # PEFT leaves it out without a word
         assert not torch.equal(adapted.merge_and_unload()(x), before)
     with pytest.raises(SettingError, match=r"Beit reads the weight of blocks\.0\.attn\.qkv with"):
-        exporter.export(tuned, tmp_path / "a", recipe(tuned, 32))
+        exporter.export(tuned, tmp_path / "a", spec(tuned, 32))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,7 +325,7 @@ def test_other_models_round_trip_through_peft(
     tuned = attach(model, "aoft-lora-star", rank=3, targets=targets).eval()
     for parameter in tuned.trained().values():
         parameter.add_(0.2 * torch.randn_like(parameter))
-    exporter.export(tuned, tmp_path / "a", recipe(tuned, size))
+    exporter.export(tuned, tmp_path / "a", spec(tuned, size))
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     assert (tuned(x) - before).abs().max() > 0.01
     torch.testing.assert_close(adapted(x), tuned(x), atol=1e-5, rtol=0)
@@ -331,7 +334,7 @@ def test_other_models_round_trip_through_peft(
 def test_a_convolution_is_refused(tmp_path: Path) -> None:
     tuned = attach(small("resnet10t", img_size=None), "aoft-lora", rank=2)
     with pytest.raises(SettingError, match=r"conv\S* is a Conv2d, where LoRA has another form"):
-        exporter.export(tuned, tmp_path / "a", recipe(tuned, 32))
+        exporter.export(tuned, tmp_path / "a", spec(tuned, 32))
 
 
 def test_an_existing_folder_is_refused_unless_it_is_empty(
@@ -350,7 +353,7 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(
     (tmp_path / "link").symlink_to(empty)
     for taken in (full, file):
         line = refused(main, *options, "-o", taken)
-        assert f"{taken} exists and is no empty folder: name a new one with -o" in line
+        assert f"{taken} exists and is no empty folder: give a new name with --output" in line
     for odd in (tmp_path / "link", tmp_path / "empty" / ".."):
         assert "cannot become a folder" in refused(main, *options, "-o", odd)
     assert main([*map(str, options), "-o", str(empty)]) == 0
@@ -367,7 +370,7 @@ def test_a_manifest_name_that_is_taken_by_a_folder_is_refused(
     (tmp_path / "a.json").mkdir()
     options = ["--merge", make_checkpoint("lora"), "--backbone-weights", backbone_weights]
     line = refused(main, *options, "--to", "peft", "-o", tmp_path / "a")
-    assert "a.json exists and is no file: name another folder with -o" in line
+    assert "a.json exists and is no file: give another name with --output" in line
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
@@ -378,7 +381,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))  # the config fits, the rest not
     try:
         with pytest.raises(OutputError, match="a could not be written"):
-            exporter.export(tuned, tmp_path / "a", recipe(tuned, 16))
+            exporter.export(tuned, tmp_path / "a", spec(tuned, 16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -390,7 +393,8 @@ def test_a_folder_on_file_weights_is_no_artefact_to_run_by_itself(folder: Path) 
 
 @pytest.mark.parametrize("name", ["", "adapters", "missing.peft"])
 def test_a_folder_without_adapter_is_no_artefact(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"(is no artefact of aoft-export|There is no file)"):
+    error = CheckpointError if name.endswith(".peft") else ArtefactError
+    with pytest.raises(error, match=r"(is no artefact of aoft-export|There is no file)"):
         load_artefact(tmp_path / name)
 
 
@@ -443,7 +447,9 @@ def test_the_folder_may_be_given_as_the_present_one(
     folder: Path, backbone_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    exported = export_merged(Path("."), to="timm", weights=backbone_weights)
+    exported = export_merged(
+        Path("."), to="timm", backbone=BackboneSource(weights=backbone_weights)
+    )
     assert exported.path == folder.with_name("model.safetensors")
     manifest = json.loads(exported.manifest.read_text("utf-8"))
     assert manifest["checkpoint"]["name"] == "model.peft"

@@ -11,17 +11,17 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from specs import export_spec
 
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.pytorch import timm_exporter as exporter
 
 HALF = (0.5, 0.5, 0.5)
-RECIPE = Recipe(16, False, HALF, HALF, {})
+SPEC = export_spec(16, False, HALF, HALF, {})
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +115,23 @@ def test_the_exported_model_is_not_changed(
 ) -> None:
     model = merge(make_tuned("rlrr"))
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    exporter.export(model, tmp_path / "a.safetensors", RECIPE)
+    exporter.export(model, tmp_path / "a.safetensors", SPEC)
     after = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 def test_pixels_as_input_are_refused(make_tuned: Callable[..., TunedModel], tmp_path: Path) -> None:
-    recipe = Recipe(16, True, HALF, HALF, {})
-    with pytest.raises(SettingError, match="--uint8 needs a graph: export with --to onnx"):
-        exporter.export(merge(make_tuned()), tmp_path / "a.safetensors", recipe)
+    spec = export_spec(16, True, HALF, HALF, {})
+    with pytest.raises(SettingError, match="`uint8` needs a graph: export to onnx"):
+        exporter.export(merge(make_tuned()), tmp_path / "a.safetensors", spec)
 
 
 def test_a_file_that_cannot_be_written_is_refused(
     make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError, match=r"a\.safetensors could not be written"):
-        exporter.export(merge(make_tuned()), tmp_path / "missing" / "a.safetensors", RECIPE)
+        exporter.export(merge(make_tuned()), tmp_path / "missing" / "a.safetensors", SPEC)
 
 
 def doctored(source: Path, target: Path, **metadata: object) -> Path:
@@ -159,7 +159,9 @@ def test_a_file_with_doctored_metadata_is_refused(
     metadata: dict[str, Any], artefact: Path, tmp_path: Path
 ) -> None:
     path = doctored(artefact, tmp_path / "a.safetensors", **metadata)
-    with pytest.raises(CheckpointError, match="is no state dict of --to timm"):
+    with pytest.raises(
+        ArtefactError, match=r"is no (state dict of the timm exporter|safetensors file)"
+    ):
         exporter.load(path)
 
 
@@ -167,12 +169,14 @@ def test_metadata_cannot_make_timm_read_another_file(artefact: Path, tmp_path: P
     args = {"img_size": 16, "pretrained_cfg": {"file": str(tmp_path / "other.pth")}}
     backbone = {"name": "aoft_vit_nano", "digest": "", "origin": "", "args": args}
     path = doctored(artefact, tmp_path / "a.safetensors", backbone=backbone)
-    with pytest.raises(CheckpointError, match="must not be made with pretrained_cfg"):
+    with pytest.raises(ArtefactError, match="must not be made with pretrained_cfg"):
         exporter.load(path)
 
 
 def test_a_state_dict_of_somebody_else_is_refused(backbone_weights: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no state dict of --to timm"):
+    with pytest.raises(
+        ArtefactError, match=r"is no (state dict of the timm exporter|safetensors file)"
+    ):
         exporter.load(backbone_weights)
 
 
@@ -181,7 +185,9 @@ def test_a_truncated_file_is_refused(kept: float, artefact: Path, tmp_path: Path
     data = artefact.read_bytes()
     path = tmp_path / "a.safetensors"
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(CheckpointError, match="is no state dict of --to timm"):
+    with pytest.raises(
+        ArtefactError, match=r"is no (state dict of the timm exporter|safetensors file)"
+    ):
         exporter.load(path)
 
 

@@ -16,15 +16,16 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from specs import export_spec
 from torch import nn
 
-from aoft_deploy.artefacts.inspection import inspect_file
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import get_exporter, load_artefact
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, VerificationError
-from aoft_deploy.export.merged import within
+from aoft_deploy.export.verifying import batch_pieces
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
@@ -101,7 +102,7 @@ def check_built(path: Path, precision: str, batches: list[int]) -> None:
     assert manifest["versions"][metadata.library] == metadata.version
 
 
-@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_a_merged_model_builds_in_every_precision(
     precision: str, options: list[str], photos: list[Path], tmp_path: Path
 ) -> None:
@@ -111,7 +112,7 @@ def test_a_merged_model_builds_in_every_precision(
     check_built(path, precision, [1, 8, 32])
 
 
-@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_a_fleet_builds_in_every_precision(
     precision: str,
     fleet_tasks: list[Path],
@@ -140,17 +141,17 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3).eval()
     capability = NAMED[1] if NAMED else None
-    recipe = Recipe(224, False, MEAN, STD, {}, "fp16", compute_capability=capability)
-    exporter.export(model, tmp_path / "a", recipe)
+    spec = export_spec(224, False, MEAN, STD, {}, "fp16", compute_capability=capability)
+    exporter.export(model, tmp_path / "a", spec)
     x = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
     np.testing.assert_allclose(
-        exporter.stand_in(tmp_path / "a").run(x), logits_of(model, x), atol=5e-3
+        exporter.load_intermediate(tmp_path / "a").run(x), logits_of(model, x), atol=5e-3
     )
     assert 1e7 < (tmp_path / "a" / exporter.MARKER).stat().st_size < 4e7
 
 
 @without_gpu
-@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_without_a_gpu_the_figures_are_those_of_the_precisions_own_arithmetic(
     precision: str,
     options: list[str],
@@ -187,12 +188,15 @@ def test_the_graph_between_gives_the_unmerged_logits(
 ) -> None:
     tuned = make_tuned("rlrr")
     capability = NAMED[1] if NAMED else None
-    recipe = Recipe(16, False, MEAN, STD, {"a": "b"}, "bf16", compute_capability=capability)
-    exporter.export(merge(tuned), tmp_path / "a", recipe)
-    expected, logits = logits_of(tuned, inputs(7)), exporter.stand_in(tmp_path / "a").run(inputs(7))
+    spec = export_spec(16, False, MEAN, STD, {"a": "b"}, "bf16", compute_capability=capability)
+    exporter.export(merge(tuned), tmp_path / "a", spec)
+    expected, logits = (
+        logits_of(tuned, inputs(7)),
+        exporter.load_intermediate(tmp_path / "a").run(inputs(7)),
+    )
     assert 1e-4 < np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
     sample = Metadata.read(tmp_path / "a" / METADATA).sample
-    assert sample.difference(exporter.stand_in(tmp_path / "a"), (1, 8, 32)) == 0
+    assert sample.difference(exporter.load_intermediate(tmp_path / "a"), (1, 8, 32)) == 0
     assert exporter.device(tmp_path / "a") == (GPU.name if GPU else None)
 
 
@@ -202,8 +206,8 @@ def test_answers_that_an_engine_must_give_catch_another_model(
     sample = Metadata.read(folder / METADATA).sample
     for seed, fits in ((2, True), (3, False)):
         path = tmp_path / f"{seed}.onnx"
-        recipe = Recipe(16, False, MEAN, STD, {})
-        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, recipe)
+        spec = export_spec(16, False, MEAN, STD, {})
+        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, spec)
         engine = onnx_exporter.load(path)
         assert (sample.difference(engine, (1, 8, 32)) <= sample.allowed) is fits
         assert (sample.difference(engine, (3, 3, 3)) <= sample.allowed) is fits
@@ -244,9 +248,9 @@ def test_batches_outside_the_profile_and_other_images_are_refused(folder: Path) 
 
 
 def test_a_batch_is_cut_and_filled_to_what_an_artefact_takes() -> None:
-    pieces = [(indices.tolist(), count) for indices, count in within(5, (2, 2, 4))]
+    pieces = [(indices.tolist(), count) for indices, count in batch_pieces(5, (2, 2, 4))]
     assert pieces == [([0, 1, 2, 3], 4), ([4, 4], 1)]
-    assert [count for _, count in within(33, (1, 8, 32))] == [32, 1]
+    assert [count for _, count in batch_pieces(33, (1, 8, 32))] == [32, 1]
 
 
 @pytest.mark.parametrize("file", [exporter.MARKER, METADATA])
@@ -305,7 +309,7 @@ def test_engines_of_another_version_or_gpu_are_refused(folder: Path) -> None:
 
 
 def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> None:
-    found = inspect_file(folder)
+    found = describe(folder)
     assert (found["kind"], found["precision"], found["method"]) == (
         "TensorRT artefact",
         "fp32",
@@ -320,7 +324,7 @@ def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> N
     for text in ("[]", "{}", None):
         (copy / METADATA).write_text(text) if text else (copy / exporter.MARKER).unlink()
         with pytest.raises(CheckpointError, match="is no TensorRT artefact"):
-            inspect_file(copy)
+            describe(copy)
 
 
 @without_gpu
@@ -329,10 +333,10 @@ def test_running_without_a_gpu_is_refused(
 ) -> None:
     line = refused(predict, folder, photos[0])
     assert "needs an NVIDIA GPU of compute capability 8.9, and this machine has none" in line
-    with pytest.raises(SettingError, match="has none called cpu: run it there, or export --to"):
-        exporter.load(folder, device="cpu")
+    with pytest.raises(SettingError, match="has none called cpu: run it there, or export to"):
+        exporter.load(folder, EngineOptions(device="cpu"))
     with pytest.raises(SettingError, match="has no threads to choose"):
-        exporter.load(folder, threads=2)
+        exporter.load(folder, EngineOptions(threads=2))
 
 
 def test_a_missing_artefact_is_refused(tmp_path: Path) -> None:

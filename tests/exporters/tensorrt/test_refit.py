@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from specs import export_spec, with_build
 
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
@@ -24,7 +24,7 @@ from aoft_exporters.tensorrt.metadata import METADATA, Metadata
 from aoft_exporters.tensorrt.refit import mark, named_weights, structure
 
 HALF = (0.5, 0.5, 0.5)
-RECIPE = Recipe(16, False, HALF, HALF, {}, opset=20)
+SPEC = export_spec(16, False, HALF, HALF, {}, opset=20)
 GPU = find_gpu()
 
 
@@ -34,7 +34,7 @@ def graphs(make_tuned: Callable[..., TunedModel], tmp_path_factory: Any) -> list
     path = tmp_path_factory.mktemp("refit") / "a.onnx"
     found = []
     for seed in (2, 3):
-        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, RECIPE)
+        onnx_exporter.export(merge(make_tuned("rlrr", seed=seed)), path, SPEC)
         found.append(onnx.load(path))
     return found
 
@@ -44,7 +44,7 @@ def names(make_tuned: Callable[..., TunedModel]) -> set[str]:
     return set(merge(make_tuned("rlrr")).state_dict())
 
 
-@pytest.mark.parametrize("precision", exporter.PRECISIONS)
+@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_every_weight_of_timm_can_be_marked(
     precision: str, graphs: list[Any], names: set[str]
 ) -> None:
@@ -90,23 +90,23 @@ def test_tasks_of_one_backbone_share_a_structure_and_other_graphs_do_not(
 def test_without_a_gpu_neither_is_promised(
     wish: dict[str, Any], make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
-    recipe = replace(RECIPE, compute_capability="8.9", **wish)
-    with pytest.raises(SettingError, match="leave --refit and --refittable out"):
-        exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", recipe)
+    spec = with_build(SPEC, compute_capability="8.9", **wish)
+    with pytest.raises(SettingError, match="leave `refit` and `refittable` out"):
+        exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", spec)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(GPU is None, reason="needs a CUDA device")
 class TestOnDevice:
-    @pytest.mark.parametrize("precision", exporter.PRECISIONS)
+    @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
     def test_a_refitted_engine_answers_as_the_new_task(
         self, precision: str, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
-        recipe = replace(RECIPE, precision=precision, refittable=True)
-        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", recipe)
+        spec = replace(with_build(SPEC, refittable=True), precision=precision)
+        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", spec)
         tuned = make_tuned("rlrr", seed=3)
-        again = replace(recipe, refit=tmp_path / "old")
+        again = with_build(spec, refit=tmp_path / "old")
         exporter.export(merge(tuned), tmp_path / "new", again)
         assert Metadata.read(tmp_path / "new" / METADATA).origin == "refitted"
         x = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
@@ -119,8 +119,8 @@ class TestOnDevice:
     def test_an_engine_without_marked_weights_is_built_again(
         self, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
-        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", RECIPE)
-        again = replace(RECIPE, refit=tmp_path / "old")
+        exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", SPEC)
+        again = with_build(SPEC, refit=tmp_path / "old")
         exporter.export(merge(make_tuned("rlrr", seed=3)), tmp_path / "new", again)
         assert Metadata.read(tmp_path / "new" / METADATA).origin == "built"
 
@@ -129,5 +129,5 @@ class TestOnDevice:
     ) -> None:
         with pytest.raises(CheckpointError, match=r"There is no folder .* to refit"):
             exporter.export(
-                merge(make_tuned("rlrr")), tmp_path / "a", replace(RECIPE, refit=tmp_path)
+                merge(make_tuned("rlrr")), tmp_path / "a", with_build(SPEC, refit=tmp_path)
             )

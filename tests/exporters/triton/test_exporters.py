@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from specs import export_spec
 from torch import nn
 
-from aoft_deploy.artefacts.inspection import inspect_file
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import load_artefact
-from aoft_deploy.artefacts.spec import Recipe
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.tuning.merging import merge
@@ -137,7 +137,7 @@ def test_the_model_answers_as_the_onnx_artefact(
 
 
 def test_aoft_inspect_tells_what_the_model_is(repository: Path, tmp_path: Path) -> None:
-    found = inspect_file(repository / "numbers")
+    found = describe(repository / "numbers")
     assert (found["kind"], found["precision"], found["manifest"]) == (
         "Triton artefact",
         "fp32",
@@ -145,8 +145,10 @@ def test_aoft_inspect_tells_what_the_model_is(repository: Path, tmp_path: Path) 
     )
     assert found["inputs"] == ["pixel_values float [batch, 3, 16, 16]"]
     (tmp_path / CONFIG).touch()
-    with pytest.raises(CheckpointError, match=r"is a Triton model without 1/model\.onnx"):
-        inspect_file(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="is a folder that holds no artefact and no PEFT LoRA adapter"
+    ):
+        describe(tmp_path)
 
 
 def test_a_fleet_takes_one_task_a_sample_and_mixes_them_in_a_batch(fleet: Path) -> None:
@@ -170,19 +172,19 @@ def test_the_same_input_gives_the_same_configuration(
     make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     merged: nn.Module = merge(make_tuned("rlrr"))
-    recipe = Recipe(16, False, MEAN, STD, {"classes": '["a", "b"]'})
+    spec = export_spec(16, False, MEAN, STD, {"classes": '["a", "b"]'})
     for name in "xy":
-        exporter.export(merged, tmp_path / name, recipe)
+        exporter.export(merged, tmp_path / name, spec)
     assert (tmp_path / "x" / CONFIG).read_bytes() == (tmp_path / "y" / CONFIG).read_bytes()
-    exporter.export(merged, tmp_path / "z", Recipe(16, False, MEAN, STD, {}))
+    exporter.export(merged, tmp_path / "z", export_spec(16, False, MEAN, STD, {}))
     assert list(parsed(tmp_path / "z").output[0].dims) == [-1]
     assert not (tmp_path / "z" / LABELS).exists()
 
 
 def test_strange_text_comes_back_unchanged(tmp_path: Path) -> None:
     strange = "a\"b\\c\nd\re 日本 ' {}"
-    recipe = Recipe(16, False, MEAN, STD, {"classes": "[]", "method": strange})
-    write_config(tmp_path, recipe, "tensorrt")
+    spec = export_spec(16, False, MEAN, STD, {"method": strange})
+    write_config(tmp_path, spec, "tensorrt")
     config = parsed(tmp_path)
     assert config.parameters["method"].string_value == strange
     assert (config.backend, list(config.dynamic_batching.preferred_batch_size)) == ("tensorrt", [8])
@@ -190,9 +192,9 @@ def test_strange_text_comes_back_unchanged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [exporter, tensorrt_exporter])
 def test_a_class_with_a_line_break_is_refused(module: Any, tmp_path: Path) -> None:
-    recipe = Recipe(16, False, MEAN, STD, {"classes": json.dumps(["cat", "a\nb"])})
+    spec = export_spec(16, False, MEAN, STD, {"classes": json.dumps(["cat", "a\nb"])})
     with pytest.raises(SettingError, match=r"The class 'a\\nb' has a line break, but Triton's"):
-        module.export(nn.Identity(), tmp_path / "a", recipe)
+        module.export(nn.Identity(), tmp_path / "a", spec)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,7 +205,7 @@ def test_what_triton_cannot_run_is_refused(
     line = refused(main, "--fleet", checkpoint, *options, "--to", "triton", "--form", "folded")
     assert "would answer all images of a batch by one task in the form folded" in line
     line = refused(main, "--merge", checkpoint, *options, "--to", "triton", "--batches", 3, 2, 1)
-    assert "--batches 3 2 1 are the smallest, usual and largest batch" in line
+    assert "--batches is 3 2 1, but must be the smallest, usual and largest batch" in line
     if find_gpu() is None or library().name == "tensorrt-rtx":
         plan = ["--merge", checkpoint, *options, "--to", "triton-tensorrt"]
         line = refused(main, *plan, "--compute-capability", "8.9")

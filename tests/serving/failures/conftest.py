@@ -40,7 +40,7 @@ from failure_requests import (
     IMAGES,
     TOKEN,
 )
-from made_model import answered, made, metadata_of
+from faulty_model import expected_logits, metadata_of, write_faulty_model
 
 ROOM = 20 * 2**20
 """Maximum growth of a server's memory in bytes after any of the tests.
@@ -51,7 +51,7 @@ The maximum observed is nine MiB: blocks of a MiB that still contain some Python
 
 @pytest.fixture(scope="module")
 def made_artefact(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("made") / "made.onnx", metadata_of(artefact))
+    return write_faulty_model(tmp_path_factory.mktemp("made") / "made.onnx", metadata_of(artefact))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def served(
     options += ["--queue", 64, "--body-timeout", 2, "--max-body", 4 * 2**20]
     options += ["--max-pixels", 10**7, "--engine-timeout", 3]
     server = serve(f"task={artefact}", made_artefact, fleet_artefact, *options)
-    assert np.allclose(server.logits("made", HARMLESS), answered(HARMLESS), atol=1e-4)
+    assert np.allclose(server.logits("made", HARMLESS), expected_logits(HARMLESS), atol=1e-4)
     return recorded(server, task=IMAGES, made=HARMLESS)
 
 

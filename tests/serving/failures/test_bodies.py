@@ -20,7 +20,7 @@ from failure_requests import (
     POST,
     body,
 )
-from made_model import raw
+from faulty_model import send_raw
 
 LENGTH = len(body())
 
@@ -41,10 +41,10 @@ def test_bad_compression_is_refused(served: Any) -> None:
 def test_a_body_that_is_too_large_is_refused(wire: Any) -> None:
     with wire.within(16 * 2**20):
         start = time.monotonic()
-        response = raw(wire, [POST, b"Content-Length: 1000000000000\r\n\r\n{}"])
+        response = send_raw(wire, [POST, b"Content-Length: 1000000000000\r\n\r\n{}"])
         assert b" 413 " in response.content and response.ended and time.monotonic() - start < 3
         piece = b"10000\r\n" + bytes(65536) + b"\r\n"
-        response = raw(wire, [POST, b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 80])
+        response = send_raw(wire, [POST, b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 80])
         assert b" 413 " in response.content and response.ended
         assert wire.refused("POST", INFER, bytes(5 * 2**20))[0] == 413
 
@@ -54,7 +54,7 @@ def test_a_body_in_one_byte_chunks_is_read(wire: Any) -> None:
     for content, status in ((b" " * 100_000, b" 400 "), (body().rjust(100_000), b" 200 ")):
         chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n"
         with wire.within(16 * 2**20):
-            response = raw(wire, [head, chunks], seconds=20)
+            response = send_raw(wire, [head, chunks], seconds=20)
         assert status in response.content and response.ended
 
 
@@ -99,7 +99,7 @@ def test_ambiguous_requests_are_refused_and_nothing_after_them_is_read(
     wire: Any, name: str
 ) -> None:
     behind = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
-    response = raw(wire, [POST + SMUGGLED[name] + behind])
+    response = send_raw(wire, [POST + SMUGGLED[name] + behind])
     assert response.ended
     assert response.content == b"" or response.content.startswith(
         (b"HTTP/1.1 400", b"HTTP/1.1 431")
@@ -109,7 +109,7 @@ def test_ambiguous_requests_are_refused_and_nothing_after_them_is_read(
 
 def test_the_parts_of_ambiguous_requests_are_valid_by_themselves(wire: Any) -> None:
     for content in (LENGTH_LINE + b"\r\n" + GOOD, CHUNKED + b"\r\n" + CHUNKS):
-        response = raw(wire, [POST + b"Connection: close\r\n" + content])
+        response = send_raw(wire, [POST + b"Connection: close\r\n" + content])
         assert response.content.startswith(b"HTTP/1.1 200") and response.ended
 
 
@@ -131,7 +131,7 @@ ENDLESS = {
 def test_endless_headers_are_refused_and_do_not_delay_others(wire: Any, name: str) -> None:
     head, piece, count = ENDLESS[name]
     with wire.within(8 * 2**20), answering(wire) as seconds:
-        response = raw(wire, [head, *repeat(piece, count), b"\r\n\r\n"])
+        response = send_raw(wire, [head, *repeat(piece, count), b"\r\n\r\n"])
     assert response.ended and response.sent < 5 * 2**20
     assert response.content == b"" or response.content.startswith(b"HTTP/1.1 4")
     assert max(seconds) < 0.5

@@ -21,7 +21,7 @@ from failure_requests import (
     body,
     entry,
 )
-from made_model import answered, asking, harmless
+from faulty_model import expected_logits, faulty_images, plain_images
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def second(served: Any) -> float:
 
     def measured() -> float:
         start = time.monotonic()
-        served.logits("made", asking(turns=0.05))
+        served.logits("made", faulty_images(turns=0.05))
         return time.monotonic() - start
 
     return 0.05 / min(measured() for _ in range(4))
@@ -39,7 +39,7 @@ def second(served: Any) -> float:
 @contextmanager
 def busy(served: Any, turns: float) -> Iterator[threading.Thread]:
     """Context manager: keep the made artefact busy for this many millions of iterations."""
-    blocker = threading.Thread(target=served.logits, args=("made", asking(turns=turns)))
+    blocker = threading.Thread(target=served.logits, args=("made", faulty_images(turns=turns)))
     blocker.start()
     time.sleep(0.2)
     try:
@@ -60,7 +60,7 @@ class Reply(NamedTuple):
     def right(self, image: Any) -> bool:
         """Whether it contains the made artefact's logits of an image."""
         data = json.loads(self.content)["outputs"][0]["data"]
-        return np.allclose(data, answered(image), atol=1e-4)
+        return np.allclose(data, expected_logits(image), atol=1e-4)
 
 
 def at_once(served: Any, requests: Iterable[tuple[Any, dict[str, Any]]]) -> list[Reply]:
@@ -99,7 +99,7 @@ def at_once(served: Any, requests: Iterable[tuple[Any, dict[str, Any]]]) -> list
 
 
 def test_overload_is_refused_and_accepted_requests_are_answered(served: Any, second: float) -> None:
-    images = [harmless(i) for i in range(200)]
+    images = [plain_images(i) for i in range(200)]
     with busy(served, second):
         found = at_once(served, [(image, {}) for image in images])
     taken = [reply for reply in found if reply.status == 200]
@@ -112,9 +112,9 @@ def test_overload_is_refused_and_accepted_requests_are_answered(served: Any, sec
 def test_a_request_times_out_in_the_queue_and_never_runs(served: Any, second: float) -> None:
     before = executed(served)
     with busy(served, second) as blocker:
-        (reply,) = at_once(served, [(asking(), {"parameters": {"timeout": 1000}})])
+        (reply,) = at_once(served, [(faulty_images(), {"parameters": {"timeout": 1000}})])
         assert reply.status == 504 and blocker.is_alive()
-    served.logits("made", asking())
+    served.logits("made", faulty_images())
     assert executed(served) - before == 2
 
 
@@ -131,7 +131,7 @@ def counted(served: Any, model: str, status: int) -> float:
 
 def test_requests_of_disconnected_clients_leave_the_queue(served: Any, second: float) -> None:
     before, done = counted(served, "made", 499), executed(served)
-    content = body(entry(data=asking().ravel().tolist()))
+    content = body(entry(data=faulty_images().ravel().tolist()))
     head = b"POST /v2/models/made/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
     with busy(served, 1.4 * second) as blocker:
         for cut in (10, len(content)):
@@ -151,8 +151,8 @@ def test_requests_of_disconnected_clients_leave_the_queue(served: Any, second: f
 
 
 def test_a_poison_request_fails_alone(served: Any, second: float) -> None:
-    images = [harmless(i) for i in range(8)]
-    images[3] = asking(place=7)
+    images = [plain_images(i) for i in range(8)]
+    images[3] = faulty_images(place=7)
     with busy(served, second / 3):
         found = at_once(served, [(image, {}) for image in images])
     assert [r.status for r in found] == [500 if i == 3 else 200 for i in range(8)]
@@ -161,7 +161,7 @@ def test_a_poison_request_fails_alone(served: Any, second: float) -> None:
 
 def test_a_hung_engine_times_out_and_recovers(served: Any, second: float) -> None:
     start = time.monotonic()
-    (reply,) = at_once(served, [(asking(turns=1000 * second), {})])
+    (reply,) = at_once(served, [(faulty_images(turns=1000 * second), {})])
     assert reply.status == 504 and reply.seconds > 2.9
     while served.ask("GET", "/v2/models/made/ready")[0] != 200:  # the watchdog stops the runtime
         assert time.monotonic() - start < 60
@@ -169,7 +169,7 @@ def test_a_hung_engine_times_out_and_recovers(served: Any, second: float) -> Non
 
 
 def test_a_failed_allocation_of_the_engine_is_an_error(served: Any) -> None:
-    content = body(entry(data=asking(room=1).ravel().tolist()))
+    content = body(entry(data=faulty_images(room=1).ravel().tolist()))
     with served.within(16 * 2**20):
         status, message = served.refused("POST", "/v2/models/made/infer", content)
     assert (status, message) == (500, "The model failed on this request.")
@@ -202,7 +202,7 @@ def test_unknown_names_share_a_metric_label(served: Any) -> None:
 def test_errors_contain_no_paths_of_the_host(served: Any) -> None:
     refusals = [
         served.refused("POST", "/v2/models/made/infer", body(entry(data=image.ravel().tolist())))
-        for image in (asking(place=9), asking(room=1))
+        for image in (faulty_images(place=9), faulty_images(room=1))
     ]
     refusals.append(served.refused("POST", "/v2/models/task/classify", PNG[:60]))
     refusals.append(served.refused("POST", INFER, b"\0" * 100))

@@ -26,7 +26,7 @@ from failure_requests import (
     body,
     entry,
 )
-from made_model import without_digest
+from faulty_model import without_digest
 from safetensors.numpy import load_file, save_file
 
 

@@ -1,0 +1,202 @@
+"""What an artefact says of itself: texts in the file, each structured one as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from aoft_deploy.errors import AoftError, ArtefactError, CheckpointError
+from aoft_deploy.files import json_text
+from aoft_deploy.texts import decoded
+
+if TYPE_CHECKING:
+    from aoft_deploy.data.preprocessing import Preprocessing
+
+__all__ = ["ArtefactInfo", "check_classes"]
+
+FORMAT = "aoft-deploy/1"
+FLEET_FORMAT = "aoft-deploy-fleet/1"
+
+
+@dataclass(frozen=True)
+class ArtefactInfo:
+    """Typed access to an artefact's metadata.
+
+    Properties are parsed when they are asked for, and raise ``ArtefactError`` where an entry is
+    missing or damaged.
+
+    Attributes:
+        texts: The metadata as they are stored.
+        owner: What messages call the artefact: its path or name.
+    """
+
+    texts: Mapping[str, str]
+    owner: str = "The artefact"
+
+    @classmethod
+    def of_model(
+        cls,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        method: str,
+        settings: Mapping[str, Any],
+        backbone: Mapping[str, Any],
+    ) -> Self:
+        """Of a merged model, or of its updates alone.
+
+        Args:
+            classes: Names in the order of the logits.
+            preprocessing: How an image becomes the input.
+            method: Name of the fine-tuning method.
+            settings: Of the method.
+            backbone: Identity of the backbone.
+        """
+        return cls(
+            {
+                "format": FORMAT,
+                "classes": json_text(list(classes)),
+                "preprocessing": json.dumps(preprocessing.to_dict()),
+                "method": method,
+                "settings": json.dumps(dict(settings)),
+                "backbone": json.dumps(dict(backbone)),
+            }
+        )
+
+    @classmethod
+    def of_fleet(
+        cls,
+        tasks: Mapping[str, Sequence[str]],
+        model: Self,
+        defaults: Mapping[str, Any],
+        row: Sequence[Any],
+    ) -> Self:
+        """Of many tasks of one backbone.
+
+        Args:
+            tasks: Each task's name and classes, in the order of the tables.
+            model: Of any of them, for what all share.
+            defaults: Default settings of the method.
+            row: Names and shapes of a task's parameters, in the order of the bank's columns.
+        """
+        named = [{"name": name, "classes": list(classes)} for name, classes in tasks.items()]
+        shared = {key: model.texts[key] for key in ("preprocessing", "method", "settings")}
+        return cls(
+            {
+                "format": FLEET_FORMAT,
+                "tasks": json_text(named),
+                **shared,
+                "defaults": json.dumps(dict(defaults)),
+                "backbone": model.texts["backbone"],
+                "row": json.dumps(row),
+            }
+        )
+
+    def having(self, **texts: str | None) -> Self:
+        """With further entries; those that are None are left out."""
+        given = {name: text for name, text in texts.items() if text is not None}
+        return type(self)({**self.texts, **given}, self.owner)
+
+    @property
+    def is_fleet(self) -> bool:
+        """Whether it holds many tasks."""
+        return "tasks" in self.texts
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the input."""
+        from aoft_deploy.data.preprocessing import Preprocessing
+
+        value = self._json("preprocessing")
+        try:
+            return Preprocessing.from_dict(value)
+        except CheckpointError as error:
+            raise ArtefactError(f"{self.owner}: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._damaged("preprocessing") from error
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of a single model's classes, in the order of the logits; two or more."""
+        value = self._json("classes")
+        if not isinstance(value, list):
+            raise self._damaged("classes")
+        names = tuple(map(str, value))
+        check_classes(names, self.owner, ArtefactError)
+        return names
+
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Names of a fleet's tasks and their classes, in the order of the tables."""
+        value = self._json("tasks")
+        try:
+            return {str(task["name"]): tuple(map(str, task["classes"])) for task in value}
+        except (KeyError, TypeError) as error:
+            raise self._damaged("tasks") from error
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """Identity of the backbone: name, arguments, digest and origin."""
+        value = self._json("backbone")
+        if not isinstance(value, dict):
+            raise self._damaged("backbone")
+        return value
+
+    @property
+    def precision(self) -> str:
+        """Of most of the arithmetic."""
+        return self.texts.get("precision", "fp32")
+
+    @property
+    def form(self) -> str:
+        """Of a fleet: ``mixed`` or ``folded``."""
+        return self.texts.get("form", "mixed")
+
+    @property
+    def flops(self) -> int | None:
+        """Arithmetic of an image; None where it is not known."""
+        count = self.texts.get("flops", "")
+        return int(count) if count.isdecimal() else None
+
+    @property
+    def left_in_float(self) -> tuple[str, ...]:
+        """Names of the products of a low-precision artefact that stay in float32."""
+        return tuple(json.loads(self.texts.get("left_in_float", "[]")))
+
+    def entries(self) -> dict[str, Any]:
+        """All entries, decoded where they are JSON, to be shown."""
+        return {key: decoded(text) for key, text in self.texts.items()}
+
+    def _json(self, key: str) -> Any:
+        try:
+            return json.loads(self.texts[key])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise self._damaged(key) from error
+
+    def _damaged(self, key: str) -> ArtefactError:
+        return ArtefactError(
+            f"{self.owner} has no valid entry {key!r} in its metadata: it was not written by "
+            "aoft-export, or is damaged."
+        )
+
+
+def check_classes(
+    classes: Sequence[str], owner: str, error: type[AoftError] = CheckpointError
+) -> None:
+    """Refuse a model of one output, whose softmax is 1 for every image.
+
+    Args:
+        classes: Its class names.
+        owner: What to call it in the message.
+        error: Class of the error.
+
+    Raises:
+        AoftError: There are fewer than two.
+    """
+    if len(classes) < 2:
+        named = f" ({classes[0]!r})" if classes else ""
+        raise error(
+            f"{owner} has {len(classes) or 'no'} output{named}, but a classifier has 2 or more: "
+            "train it with a class for each answer, such as yes and no."
+        )

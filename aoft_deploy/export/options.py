@@ -1,0 +1,83 @@
+"""The choices of an export, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aoft_deploy.artefacts.exporter import Exporter
+from aoft_deploy.artefacts.spec import BuildOptions
+from aoft_deploy.artefacts.verification import Bar
+from aoft_deploy.errors import SettingError, UnknownNameError
+
+__all__ = ["MIN_AGREEMENT", "VerifyOptions", "bar_for", "check_build"]
+
+MIN_AGREEMENT = 0.99
+"""Share of images whose top class a low-precision artefact must keep."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What an artefact is verified with.
+
+    Attributes:
+        images: Real images, or folders of them, beside the built-in ones; below fp32 alone.
+        calibrate: Real images, or folders of them, to learn ranges of activations from, where the
+            precision needs them; those that are among ``images`` are left out.
+        min_agreement: Below fp32, least share of answers with the unmerged model's top class.
+    """
+
+    images: Sequence[Path] = ()
+    calibrate: Sequence[Path] = ()
+    min_agreement: float = MIN_AGREEMENT
+
+
+def bar_for(exporter: Exporter, precision: str, verify: VerifyOptions) -> Bar:
+    """What an artefact of a precision must reach.
+
+    Raises:
+        UnknownNameError: The exporter does not write the precision.
+        SettingError: Below fp32 without images, or a share outside 0 to 1.
+    """
+    if precision not in exporter.precisions:
+        raise UnknownNameError(f"precision of {exporter.name}", precision, exporter.precisions)
+    if not 0 <= verify.min_agreement <= 1:
+        raise SettingError(
+            f"`min_agreement` is {verify.min_agreement}, but must be a share from 0 to 1."
+        )
+    if precision == "fp32":
+        return Bar(exporter.tolerance)
+    if not verify.images:
+        raise SettingError(
+            f"`precision={precision}` is judged by its answers to real images: give some of the "
+            "task's, or a folder of them, with `images`."
+        )
+    return Bar(float("inf"), verify.min_agreement)
+
+
+def check_build(exporter: Exporter, build: BuildOptions) -> None:
+    """Refuse build options that an exporter does not have.
+
+    Raises:
+        SettingError: One is given that the exporter does not use, or is outside its range.
+    """
+    name = exporter.name
+    if build.opset is not None and build.opset not in exporter.opsets:
+        known = ", ".join(map(str, exporter.opsets))
+        rule = f"supported: {known}" if known else "leave `opset` out"
+        raise SettingError(f"opset {build.opset} is not supported by {name}; {rule}.")
+    if build.batches is not None:
+        if not exporter.ranged:
+            raise SettingError(f"{name} takes batches of any size: leave `batches` out.")
+        least, usual, most = build.batches
+        if not 1 <= least <= usual <= most:
+            raise SettingError(
+                f"`batches` is {least} {usual} {most}, but must be the smallest, usual and largest "
+                "batch: three ascending numbers from 1."
+            )
+    if exporter.device is None:
+        if build.compute_capability is not None:
+            raise SettingError(f"{name} builds for no GPU: leave `compute_capability` out.")
+        if build.refittable or build.refit:
+            raise SettingError(f"{name} builds no engine: leave `refittable` and `refit` out.")

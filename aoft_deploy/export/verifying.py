@@ -1,0 +1,114 @@
+"""How an artefact is opened, run and compared before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import nn
+
+from aoft_deploy.artefacts.engine import Engine, EngineOptions
+from aoft_deploy.artefacts.exporter import Exporter
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.artefacts.verification import BATCH_SIZES, random_pixels
+from aoft_deploy.data.preprocessing import Preprocessing
+
+__all__ = [
+    "answers",
+    "arithmetic_of",
+    "batch_pieces",
+    "logits",
+    "on_device",
+    "open_draft",
+    "runs_to_judge",
+    "verification_pixels",
+]
+
+
+def verification_pixels(
+    preprocessing: Preprocessing, pictures: Sequence[Image], precision: str
+) -> NDArray[np.uint8]:
+    """Images to verify with, uint8 [n, H, W, 3]: built-in ones first, but only at fp32."""
+    parts = []
+    if precision == "fp32":
+        height, width = preprocessing.height, preprocessing.width
+        parts.append(random_pixels(max(BATCH_SIZES), height, width))
+    if pictures:
+        parts.append(np.stack([preprocessing.pixels(image) for image in pictures]))
+    return np.concatenate(parts)
+
+
+def open_draft(exporter: Exporter, draft: Path) -> Engine:
+    """The artefact, or the graph that it was built from where this machine lacks its device."""
+    if exporter.device is None:
+        return exporter.load(draft, EngineOptions())
+    if exporter.device.name(draft):
+        engine = exporter.load(draft, EngineOptions())
+    else:
+        engine = exporter.device.load_intermediate(draft)
+    (draft / exporter.device.intermediate).unlink()
+    return engine
+
+
+def runs_to_judge(
+    exporter: Exporter,
+    draft: Path,
+    engine: Engine,
+    precision: str,
+    pixels: NDArray[np.uint8],
+) -> Iterable[tuple[Engine, NDArray[np.uint8]]]:
+    """Engines to compare with the unmerged model, each with its images; the last one's count."""
+    if exporter.emulation is not None and exporter.emulates(precision):
+        yield engine, pixels[: max(BATCH_SIZES)]  # the file opens and answers
+        engine = exporter.emulation.load(draft)
+    yield engine, pixels
+
+
+def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
+    """In words, the arithmetic of the answers that an artefact is judged by."""
+    device = exporter.device_name(draft, precision)
+    if device is not None:
+        return f"{precision} by {exporter.engines[0]} on {device}"
+    if precision == "fp32":
+        return "fp32 by onnxruntime on CPU"
+    return f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+
+
+def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]:
+    """The manifest's entry on the device; empty where every machine has it."""
+    if exporter.device is None and not exporter.emulates(precision):
+        return {}
+    return {"verified_on_device": exporter.device_name(draft, precision) or False}
+
+
+def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A model's logits of normalised inputs, (batch, classes)."""
+    with torch.inference_mode():
+        found: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
+    return found
+
+
+def answers(engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec) -> NDArray[np.float32]:
+    """An artefact's logits of pixels, uint8 [batch, H, W, 3], in batches that it takes."""
+    inputs = spec.input.prepare(pixels)
+    pieces = batch_pieces(len(pixels), spec.build.batch_range)
+    return np.concatenate([engine.run(inputs[rows])[:count] for rows, count in pieces])
+
+
+def batch_pieces(
+    size: int, batches: tuple[int, int, int]
+) -> Iterable[tuple[NDArray[np.int64], int]]:
+    """Pieces of a batch that an artefact takes: row indices, and how many of their answers count.
+
+    A last piece that is too small is filled up with its first row.
+    """
+    least, _, most = batches
+    for start in range(0, size, most):
+        piece = np.arange(start, min(start + most, size))
+        filled = np.pad(piece, (0, max(0, least - len(piece))), constant_values=start)
+        yield filled, len(piece)

@@ -1,0 +1,91 @@
+"""Graphs of merged models and of fleets, in float32, for every exporter that starts from ONNX."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aoft_deploy.artefacts.engine import FleetTables
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.errors import SettingError
+from aoft_exporters.graph.cache import graph_of
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES
+from aoft_exporters.graph.pixels import pixel_model
+from aoft_exporters.graph.tracing import OPSET
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.tuning.multitask import FleetModel
+
+__all__ = ["fleet_graph", "plain_graph"]
+
+
+def plain_graph(
+    model: nn.Module, spec: ExportSpec, *, opset: int = OPSET, separate: bool = False
+) -> Any:
+    """A plain model as an ONNX protobuf in float32.
+
+    Args:
+        model: A merged model in evaluation mode; it is not changed.
+        spec: Input form, normalisation and metadata.
+        opset: From 23 on, attention is one operator.
+        separate: Compute q, k and v by three linear maps.
+
+    Raises:
+        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+    """
+    import torch
+
+    if spec.input.uint8:
+        model = pixel_model(model, spec.input)
+    example = torch.from_numpy(spec.input.zeros(2))
+    examples = {spec.input.name: (example, "batch")}
+    return graph_of(model, examples, _kind(spec, model), opset=opset, separate=separate)
+
+
+def fleet_graph(
+    model: FleetModel, spec: ExportSpec, tables: FleetTables, *, opset: int = OPSET
+) -> Any:
+    """A fleet's model as an ONNX protobuf in float32 that takes the tasks' tables as inputs.
+
+    Args:
+        model: The model that all tasks share; it is not changed.
+        spec: Size of the input and metadata; pixels are not taken.
+        tables: The tasks' tables, for their shapes.
+        opset: From 23 on, attention is one operator.
+
+    Raises:
+        SettingError: ``uint8`` is asked.
+    """
+    if spec.input.uint8:
+        raise SettingError("A fleet takes normalised pixel_values: leave `uint8` out.")
+    import torch
+
+    examples = {
+        "pixel_values": (torch.from_numpy(spec.input.zeros(2)), "batch"),
+        "task": (torch.zeros(2, dtype=torch.int64), "batch"),
+    }
+    for name, table in tables.by_name().items():
+        axis = FLEET_TABLES[name]
+        few = np.zeros((len(examples) + 1, *table.shape[1:]), table.dtype)  # of one: a fixed axis
+        examples[name] = torch.from_numpy(few), axis
+    return graph_of(model, examples, _kind(spec, model), opset=opset)
+
+
+def _kind(spec: ExportSpec, model: nn.Module) -> dict[str, Any] | None:
+    """What a graph depends on besides its weights; None where the backbone is not known.
+
+    A merged model does not depend on the method.
+    """
+    if "backbone" not in spec.metadata:
+        return None
+    plain = not any("prompts" in name for name in model.state_dict()) and "tasks" not in (
+        spec.metadata
+    )
+    method = {key: spec.metadata.get(key) for key in ("method", "settings", "form")}
+    backbone = json.loads(spec.metadata["backbone"])
+    architecture = {key: backbone.get(key) for key in ("name", "args")}
+    return {**({} if plain else method), **architecture, "input": spec.input.to_dict()}

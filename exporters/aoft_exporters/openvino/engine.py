@@ -1,0 +1,279 @@
+"""OpenVINO folders and fleets, and ONNX files in float32, run by OpenVINO's CPU plugin."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.artefacts.inputs import check_batch
+from aoft_deploy.artefacts.onnx_metadata import checked_metadata
+from aoft_deploy.errors import ArtefactError, SettingError
+from aoft_deploy.processors import limited
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
+from aoft_exporters.openvino.digest import check_digest
+from aoft_exporters.openvino.files import MARKER, SECTION, TASKS
+from aoft_exporters.openvino.library import check_arithmetic, openvino_library
+
+__all__ = ["ARITHMETIC", "OpenvinoEngine", "OpenvinoFleet", "load"]
+
+ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""Precision that OpenVINO is asked for, for all that is not in 8 bits."""
+
+
+class OpenvinoEngine:
+    """A folder, or an ONNX file in float32, compiled for the CPU in the artefact's own precision.
+
+    Many threads may call ``run`` at once; OpenVINO computes one batch after the other.
+
+    Attributes:
+        info: Metadata stored in the graph.
+        takes_pixels: Whether the input is uint8 [batch, H, W, 3].
+        takes_tasks: Whether the graph is a fleet's.
+        device: ``cpu``.
+
+    Args:
+        path: The folder or file.
+        threads: Threads within a batch; None lets OpenVINO choose.
+
+    Raises:
+        ArtefactError: The artefact is missing or damaged, or not what ``export`` writes.
+        SettingError: The processor does not compute in the artefact's precision, or OpenVINO does
+            not run it.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    device = "cpu"
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        file = path if path.suffix == ".onnx" else path / MARKER
+        if not file.is_file():
+            what = "file" if file == path else "folder"
+            also = "" if file == path else f" with an {MARKER}"
+            raise ArtefactError(f"There is no {what} {path}{also}.")
+        self._compiled = _Compiled(path, file, threads)
+        self.info: Mapping[str, str] = self._compiled.info
+        self.takes_tasks = "task" in self._compiled.inputs
+        self.takes_pixels = "image" in self._compiled.inputs
+        name = "image" if self.takes_pixels else "pixel_values"
+        self._takes = np.uint8 if self.takes_pixels else np.float32, self._compiled.inputs[name]
+        self._name = name
+        self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
+        self._tables = _tables(path) if "bank" in self._compiled.inputs else None
+        if file != path:
+            check_digest(path)
+
+    @property
+    def arithmetic(self) -> str:
+        """What OpenVINO reports to compute in: ``f32`` or ``bf16``."""
+        return str(self._compiled.property("INFERENCE_PRECISION_HINT").to_string())
+
+    @property
+    def threads(self) -> int:
+        """Threads within a batch."""
+        return int(self._compiled.property("INFERENCE_NUM_THREADS"))
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the artefact's own input form; see ``Engine``."""
+        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        if task is None:
+            return self._compiled.answer({self._name: images})
+        return self._compiled.fleet_answer(images, task, self._tables)
+
+
+class OpenvinoFleet:
+    """A fleet's folder that reads the tasks' tables where the caller has them.
+
+    Attributes:
+        info: Metadata stored in the graph.
+        tables: The tasks that the folder holds, as ``MixedModel.forward`` takes them.
+
+    Args:
+        path: What ``export_fleet`` wrote.
+        threads: Threads within a batch; None lets OpenVINO choose.
+
+    Raises:
+        ArtefactError: The folder is missing, damaged, or no fleet.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if not (path / MARKER).is_file():
+            raise ArtefactError(f"There is no folder {path} with an {MARKER}.")
+        if not (path / TASKS).is_file():
+            raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
+        self._compiled = _Compiled(path, path / MARKER, threads)
+        self.info: Mapping[str, str] = self._compiled.info
+        self.tables: FleetTables | None = _tables(path)
+        check_digest(path)
+
+    def run(
+        self,
+        images: NDArray[np.float32],
+        task: NDArray[np.int64],
+        tables: FleetTables,
+    ) -> NDArray[np.float32]:
+        """Logits, (batch, columns), −inf beyond each task's own."""
+        return self._compiled.fleet_answer(images, np.asarray(task, np.int64), tables)
+
+
+class _Compiled:
+    """A graph compiled for the CPU, with a pool of inference requests."""
+
+    def __init__(self, path: Path, file: Path, threads: int | None) -> None:
+        core = openvino_library().Core()
+        core.set_property({"ENABLE_MMAP": False})  # a file written anew changes no model that runs
+        found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
+        graph = _read(core, file, path)
+        self.info: Mapping[str, str] = _metadata(graph, path) if found is None else found
+        precision = self.info["precision"]
+        check_arithmetic(core, precision)
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
+            "NUM_STREAMS": 1,
+        }
+        threads = threads or limited()
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._model = core.compile_model(graph, "CPU", options)
+        except RuntimeError as error:
+            raise ArtefactError(f"{path} cannot be compiled ({_reason(error)}).") from error
+        self.inputs: dict[str, tuple[int | None, ...]] = {
+            port.get_any_name(): tuple(
+                None if axis.is_dynamic else axis.get_length()
+                for axis in list(port.partial_shape)[1:]
+            )
+            for port in self._model.inputs
+        }
+        self._idle: deque[Any] = deque()
+
+    def property(self, name: str) -> Any:
+        """A property as the plugin reports it."""
+        return self._model.get_property(name)
+
+    def answer(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Logits; inputs are read in place where they are contiguous."""
+        try:
+            request = self._idle.pop()  # of a deque it is atomic
+        except IndexError:
+            request = self._model.create_infer_request()
+        try:
+            given = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+            (logits,) = request.infer(given, share_inputs=True).values()
+            return np.array(logits, np.float32)
+        finally:
+            self._idle.append(request)
+
+    def fleet_answer(
+        self, images: NDArray[Any], task: NDArray[np.int64], tables: FleetTables | None
+    ) -> NDArray[np.float32]:
+        """Logits of a fleet, in its form; without tables they are constants of the graph."""
+        task, rows = (task, {}) if tables is None else _rows_of(task, tables)
+
+        def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+            return self.answer({"pixel_values": images, "task": task, **rows})
+
+        if self.info.get("form") == "folded":
+            return folded_logits(answer, images, task)
+        return answer(images, task)
+
+
+def _rows_of(
+    task: NDArray[np.int64], tables: FleetTables
+) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+    """The rows of a batch's tasks, and each image's index among them.
+
+    OpenVINO returns nothing where a table has more than 2³¹ elements, as those of a live fleet may;
+    the rows of a batch's tasks are few.
+    """
+    chosen, own = np.unique(task, return_inverse=True)
+    first, count = tables.first[chosen], tables.count[chosen]
+    heads = np.concatenate(
+        [tables.heads[start : start + height] for start, height in zip(first, count, strict=True)]
+    )
+    rows = {
+        "bank": tables.bank[chosen],
+        "heads": heads,
+        "first": np.cumsum(count) - count,
+        "count": count,
+        "columns": tables.columns,
+    }
+    return own.astype(np.int64), rows
+
+
+def _tables(path: Path) -> FleetTables:
+    """The tables of a fleet's own tasks.
+
+    Raises:
+        ArtefactError: Their file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tables = load_file(path / TASKS)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path / TASKS} cannot be read ({error}).") from error
+    if set(tables) != set(FLEET_TABLES):
+        raise ArtefactError(f"{path / TASKS} does not hold a fleet's tables.")
+    return FleetTables(**tables)
+
+
+def _read(core: Any, file: Path, path: Path) -> Any:
+    try:
+        return core.read_model(file)
+    except RuntimeError as error:
+        raise ArtefactError(f"{path} is no OpenVINO model ({_reason(error)}).") from error
+
+
+def _metadata(graph: Any, path: Path) -> dict[str, str]:
+    """What ``export`` stored."""
+    found = graph.get_rt_info([SECTION]).value if graph.has_rt_info([SECTION]) else None
+    if not isinstance(found, dict) or found.get("precision") not in ARITHMETIC:
+        raise ArtefactError(
+            f"{path} does not name its precision: it was not written by aoft-export."
+        )
+    return {str(name): str(text) for name, text in found.items()}
+
+
+def _metadata_of_onnx(path: Path) -> dict[str, str]:
+    """What the ONNX exporter stored.
+
+    Raises:
+        ArtefactError: The file is damaged, or keeps weights in other files.
+        SettingError: The file is in another precision than float32.
+    """
+    found = checked_metadata(path)
+    if found.setdefault("precision", "fp32") != "fp32":
+        raise SettingError(
+            f"{path} is in {found['precision']}, which OpenVINO would compute otherwise than it "
+            'was verified: take `engine="onnxruntime"`, or export to openvino with `to`.'
+        )
+    return found
+
+
+def _reason(error: RuntimeError) -> str:
+    """What OpenVINO says after the places in its source, of its last line."""
+    return " ".join(str(error).strip().rpartition("\n")[2].split())[:160]
+
+
+def load(path: Path, options: EngineOptions = EngineOptions()) -> OpenvinoEngine:
+    """Open an artefact for inference; see ``OpenvinoEngine``.
+
+    Raises:
+        SettingError: Another device than the CPU is asked for.
+    """
+    if options.device not in (None, "cpu"):
+        raise SettingError(
+            f"OpenVINO runs artefacts on the CPU, not on {options.device!r}: leave `device` out."
+        )
+    return OpenvinoEngine(path, options.threads)
