@@ -16,6 +16,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,12 +105,10 @@ def _version(package: str) -> str:
 
 def _code() -> str:
     """Hash of this project's own code, any of which may change what is traced."""
-    import aoft_deploy
-    import aoft_exporters
-
     digest = hashlib.sha256()
-    for package in (aoft_deploy, aoft_exporters):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in ("aoft_deploy", "aoft_exporters"):
+        folder = Path(str(sys.modules[package].__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -9,41 +9,28 @@ beyond fp16's range (65504) on real images: see ``ranges``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_exporters.graph.operators import (
+    ELEMENTWISE,
+    MOVES,
+    NO_FLOATS,
+    PRODUCTS,
+    cast_node,
+    classifier_nodes,
+    depending_nodes,
+    rank,
+)
 
-__all__ = ["LARGEST_FP16", "PRECISIONS", "emulated", "left_in_float", "low_results", "typed"]
+__all__ = ["LARGEST_FP16", "PRECISIONS", "typed"]
 
 PRECISIONS = ("fp16", "bf16")
 
-PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
-"""Computed in low precision."""
-
-BETWEEN = frozenset("Add Clip Div Gelu LeakyRelu Mul Neg Relu Sigmoid Sub Tanh".split())
-"""Computed in the precision of what they take: float32 if any of it is."""
-
-MOVES = frozenset(
-    "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape "
-    "Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze Where".split()
-)
-"""They copy values, and so round none."""
-
-NORMS = frozenset(
-    "BatchNormalization GlobalAveragePool GroupNormalization InstanceNormalization "
-    "LayerNormalization RMSNormalization Softmax".split()
-)
-"""What a classifier's features come from."""
-
-NO_FLOATS = frozenset(
-    "And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or "
-    "Shape Size Xor".split()
-)
-"""Their results are integers or truth values."""
 
 OPSETS = {"fp16": 20, "bf16": 22}
 """From here on every operator of the first three sets takes the precision.
@@ -109,8 +96,8 @@ class _Typing:
         float32 = self.onnx.TensorProto.FLOAT
         floats = {*self.weights}
         floats |= {v.name for v in graph.input if v.type.tensor_type.elem_type == float32}
-        images = _depending(graph.node, [v.name for v in graph.input if _rank(v) == 4])
-        classifier = _classifier(graph)
+        images = depending_nodes(graph.node, [v.name for v in graph.input if rank(v) == 4])
+        classifier = classifier_nodes(graph)
         steps = []
         for i, node in enumerate(graph.node):
             given = tuple(name for name in node.input if name in floats)
@@ -155,7 +142,9 @@ class _Typing:
         if any(len(self.weights[name].dims) > 1 for name in constants):
             return False  # positions, which start the residual stream, and biases of attention
         computed = [name for name in given if name not in self.weights]
-        return node.op_type in BETWEEN | MOVES and bool(computed) and self.low.issuperset(computed)
+        return (
+            node.op_type in ELEMENTWISE | MOVES and bool(computed) and self.low.issuperset(computed)
+        )
 
     def _fits(self, name: str) -> bool:
         """Whether the precision holds a constant's finite values; bf16 has float32's range.
@@ -204,7 +193,7 @@ class _Typing:
                 if (name, step.low) not in names:
                     result = f"{name}.{self.precision if step.low else 'fp32'}"
                     kind = self.kind if step.low else self.onnx.TensorProto.FLOAT
-                    nodes.append(_cast(name, result, kind))
+                    nodes.append(cast_node(name, result, kind))
                     names[name, step.low] = result
                 node.input[i] = names[name, step.low]
             nodes.append(node)
@@ -223,136 +212,3 @@ class _Typing:
                 yield self.onnx.numpy_helper.from_array(rounded, tensor.name)
             else:
                 yield tensor
-
-
-def emulated(proto: Any, *, rounded: bool = True) -> Any:
-    """What a graph in low precision computes, in float32 with every result rounded.
-
-    For runtimes that lack kernels in low precision or leave out the rounding between them. Sums
-    within a product are in float32, as on GPUs. Weights stay stored as they are.
-
-    Args:
-        proto: What ``typed`` returned; it is not changed.
-        rounded: Whether results are rounded. Without it they show how large they are.
-
-    Returns:
-        A new ONNX model with the same inputs, outputs, initialisers and metadata.
-    """
-    import onnx
-
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    float32 = onnx.TensorProto.FLOAT
-    nodes, kinds = list[Any](), dict[str, int]()
-    for tensor in result.graph.initializer:
-        if tensor.data_type in _low_kinds():
-            kinds[tensor.name] = tensor.data_type
-            nodes.append(_cast(tensor.name, f"{tensor.name}.stored", float32))
-    stored = {name: f"{name}.stored" for name in kinds}
-    for node in proto.graph.node:
-        kind = _result_kind(node, kinds)
-        step = onnx.NodeProto()
-        step.CopyFrom(node)
-        for i, name in enumerate(step.input):
-            step.input[i] = stored.get(name, name)
-        nodes.append(step)
-        if kind is None:
-            continue
-        kinds.update(dict.fromkeys(node.output, kind))
-        if node.op_type == "Cast":
-            step.CopyFrom(_cast(step.input[0], node.output[0], float32))
-        if rounded and node.op_type not in MOVES:
-            for i, name in enumerate(node.output):
-                step.output[i] = f"{name}.exact"
-                nodes.append(_cast(step.output[i], f"{name}.low", kind))
-                nodes.append(_cast(f"{name}.low", name, float32))
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    return result
-
-
-def low_results(proto: Any) -> dict[str, str]:
-    """What a graph in low precision computes in it.
-
-    Returns:
-        Names of tensors in low precision, and what each is called in the graph before ``typed``.
-    """
-    kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in _low_kinds()}
-    found = {}
-    for node in proto.graph.node:
-        kind = _result_kind(node, kinds)
-        if kind is not None:
-            kinds.update(dict.fromkeys(node.output, kind))
-            for name in node.output:
-                found[name] = node.input[0] if node.op_type == "Cast" else name
-    return found
-
-
-def left_in_float(proto: Any) -> list[str]:
-    """Which products of a graph in low precision are in float32, beside the classifier.
-
-    Returns:
-        Names of their weights, or of the products themselves where both sides are computed.
-    """
-    graph, low = proto.graph, low_results(proto)
-    weights = {tensor.name for tensor in graph.initializer}
-    images = _depending(graph.node, [v.name for v in graph.input if _rank(v) == 4])
-    classifier = _classifier(graph)
-    return [
-        next((name for name in node.input if name in weights), node.name)
-        for i, node in enumerate(graph.node)
-        if node.op_type in PRODUCTS
-        and i in images
-        and i not in classifier
-        and node.output[0] not in low
-    ]
-
-
-def _low_kinds() -> tuple[int, int]:
-    import onnx
-
-    return onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
-
-
-def _result_kind(node: Any, kinds: Mapping[str, int]) -> int | None:
-    """The low type of a node's results; None where they are of another type."""
-    if node.op_type == "Cast":
-        (kind,) = (attribute.i for attribute in node.attribute if attribute.name == "to")
-        return kind if kind in _low_kinds() else None
-    if node.op_type in NO_FLOATS:
-        return None
-    return next((kinds[name] for name in node.input if name in kinds), None)
-
-
-def _cast(name: str, result: str, kind: int) -> Any:
-    from onnx import helper
-
-    return helper.make_node("Cast", [name], [result], f"{name}/{result}", to=kind)
-
-
-def _rank(value: Any) -> int:
-    return len(value.type.tensor_type.shape.dim)
-
-
-def _depending(nodes: Iterable[Any], names: Iterable[str]) -> set[int]:
-    """Places of the nodes whose results depend on these tensors."""
-    found, known = set(), set(names)
-    for i, node in enumerate(nodes):
-        if known.intersection(node.input):
-            found.add(i)
-            known.update(node.output)
-    return found
-
-
-def _classifier(graph: Any) -> set[int]:
-    """Places of the nodes between the features and the logits."""
-    makers: Mapping[str, int] = {n: i for i, node in enumerate(graph.node) for n in node.output}
-    found, open_ = set[int](), [value.name for value in graph.output]
-    while open_:
-        i = makers.get(open_.pop())
-        if i is None or i in found or graph.node[i].op_type in NORMS:
-            continue
-        found.add(i)
-        if graph.node[i].op_type not in PRODUCTS:
-            open_ += graph.node[i].input
-    return found

@@ -22,7 +22,7 @@ from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.texts import one_line
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
-from aoft_exporters.graph.low_precision import emulated
+from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet

@@ -13,7 +13,7 @@ Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_val
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +22,22 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.exporter import DeviceSupport, Exporter, FleetSupport
 from aoft_deploy.artefacts.spec import ExportSpec
-from aoft_deploy.errors import ArtefactError, OutputError, SettingError, VerificationError
+from aoft_deploy.errors import ArtefactError, SettingError, VerificationError
+from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES
-from aoft_exporters.graph.low_precision import emulated
 from aoft_exporters.graph.tracing import plain_name
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.tensorrt import library as libraries
 from aoft_exporters.tensorrt.build import build
-from aoft_exporters.tensorrt.metadata import METADATA, Metadata, Sample, check_files
-from aoft_exporters.tensorrt.refit import named_weights, refitted, structure
+from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample, check_files
+from aoft_exporters.tensorrt.refit import (
+    check_refit,
+    named_weights,
+    refitted_plan,
+    structure,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPORTER",
     "INTERMEDIATE",
-    "MARKER",
     "describe",
     "device",
     "export",
@@ -52,7 +56,6 @@ __all__ = [
     "load_intermediate",
 ]
 
-MARKER = "model.plan"
 INTERMEDIATE = "graph.onnx"
 TOLERANCE = 1e-4
 
@@ -109,7 +112,7 @@ def _write(
     import onnx
 
     target = libraries.target(spec.build.compute_capability)
-    _check_refit(spec)
+    check_refit(spec)
     path.mkdir()
     between = path / INTERMEDIATE
     write_graph(between, replace(spec, precision="fp32", build=replace(spec.build, opset=20)))
@@ -127,68 +130,12 @@ def _write(
     sample = sample.answered(answers, exact, TOLERANCE)
     weights = named_weights(graph, names) if spec.build.refittable or spec.build.refit else {}
     fixed = structure(graph, weights) if weights else ""
-    plan = _refitted(spec, target, weights, fixed, sample)
+    plan = refitted_plan(spec, target, weights, fixed, sample)
     origin = "built" if plan is None else "refitted"
     if plan is None:
         plan = build(graph.SerializeToString(), target, spec.build.batch_range, list(weights))
     (path / MARKER).write_bytes(plan)
     Metadata.of(plan, target, spec, sample, fixed, origin).write(path / METADATA)
-
-
-def _check_refit(spec: ExportSpec) -> None:
-    """Refuse new weights, now or later, without the GPU that takes them.
-
-    Raises:
-        SettingError: There is none.
-        ArtefactError: What is to be refitted is no engine.
-    """
-    if not spec.build.refit and not spec.build.refittable:
-        return
-    if libraries.find_gpu() is None:
-        raise SettingError(
-            "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
-            "this machine has none: leave `refit` and `refittable` out."
-        )
-    if spec.build.refit and not (spec.build.refit / MARKER).is_file():
-        raise ArtefactError(f"There is no folder {spec.build.refit} with a {MARKER} to refit.")
-
-
-def _refitted(
-    spec: ExportSpec,
-    target: libraries.Target,
-    weights: Mapping[str, Any],
-    fixed: str,
-    sample: Sample,
-) -> bytes | None:
-    """The named engine with new weights; None where one must be built.
-
-    That is where the named one is of another graph, range, version or GPU, takes no new weights, or
-    does not answer as it must once it has them.
-    """
-    if spec.build.refit is None:
-        return None
-    old = Metadata.read(spec.build.refit / METADATA)
-    plan = check_files(spec.build.refit, old, (MARKER, METADATA))
-    ours = (
-        fixed,
-        spec.build.batch_range,
-        target.library.name,
-        target.library.version,
-        target.capability,
-    )
-    if ours != (old.structure, old.batches, old.library, old.version, old.capability):
-        return None
-    from aoft_exporters.tensorrt.engine import TensorrtEngine
-
-    try:
-        plan = refitted(plan, target.library, weights)
-        new = Metadata.of(plan, target, spec, sample, fixed, "refitted")
-        difference = sample.difference(
-            TensorrtEngine(plan, new, target.library), spec.build.batch_range
-        )
-    except (OutputError, ArtefactError, RuntimeError):
-        return None
-    return plan if difference <= sample.allowed else None
 
 
 def _cast_pixels_first(graph: Any) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,10 @@ from aoft_deploy.errors import ArtefactError, VerificationError
 from aoft_deploy.files import json_text
 from aoft_exporters.tensorrt.library import Target
 
-__all__ = ["METADATA", "Metadata", "Sample", "check_files"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["MARKER", "METADATA", "Metadata", "Sample", "check_files"]
 
 METADATA = "engine.json"
 FORMAT = "aoft-deploy-tensorrt/1"
@@ -239,3 +242,6 @@ def check_files(path: Path, metadata: Metadata, files: tuple[str, str]) -> bytes
         )
     check_unchanged(path)
     return plan
+
+
+MARKER = "model.plan"

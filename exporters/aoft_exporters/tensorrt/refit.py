@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.errors import OutputError
+from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError
+from aoft_exporters.tensorrt import library as libraries
 from aoft_exporters.tensorrt.library import Library
+from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample, check_files
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["mark", "named_weights", "refitted", "structure"]
 
@@ -94,3 +100,59 @@ def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes
 
 def _reason(log: Any) -> str:
     return " ".join(log.errors)[:200] or "other weights are marked"
+
+
+def check_refit(spec: ExportSpec) -> None:
+    """Refuse new weights, now or later, without the GPU that takes them.
+
+    Raises:
+        SettingError: There is none.
+        ArtefactError: What is to be refitted is no engine.
+    """
+    if not spec.build.refit and not spec.build.refittable:
+        return
+    if libraries.find_gpu() is None:
+        raise SettingError(
+            "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
+            "this machine has none: leave `refit` and `refittable` out."
+        )
+    if spec.build.refit and not (spec.build.refit / MARKER).is_file():
+        raise ArtefactError(f"There is no folder {spec.build.refit} with a {MARKER} to refit.")
+
+
+def refitted_plan(
+    spec: ExportSpec,
+    target: libraries.Target,
+    weights: Mapping[str, Any],
+    fixed: str,
+    sample: Sample,
+) -> bytes | None:
+    """The named engine with new weights; None where one must be built.
+
+    That is where the named one is of another graph, range, version or GPU, takes no new weights, or
+    does not answer as it must once it has them.
+    """
+    if spec.build.refit is None:
+        return None
+    old = Metadata.read(spec.build.refit / METADATA)
+    plan = check_files(spec.build.refit, old, (MARKER, METADATA))
+    ours = (
+        fixed,
+        spec.build.batch_range,
+        target.library.name,
+        target.library.version,
+        target.capability,
+    )
+    if ours != (old.structure, old.batches, old.library, old.version, old.capability):
+        return None
+    from aoft_exporters.tensorrt.engine import TensorrtEngine
+
+    try:
+        plan = refitted(plan, target.library, weights)
+        new = Metadata.of(plan, target, spec, sample, fixed, "refitted")
+        difference = sample.difference(
+            TensorrtEngine(plan, new, target.library), spec.build.batch_range
+        )
+    except (OutputError, ArtefactError, RuntimeError):
+        return None
+    return plan if difference <= sample.allowed else None

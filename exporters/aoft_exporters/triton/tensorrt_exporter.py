@@ -18,6 +18,7 @@ from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import SettingError
 from aoft_exporters.tensorrt import exporter as tensorrt_exporter
 from aoft_exporters.tensorrt import library
+from aoft_exporters.tensorrt.metadata import MARKER
 from aoft_exporters.triton.config import check_labels, write_config
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ EXPORTER = replace(
     tensorrt_exporter.EXPORTER,
     name="triton-tensorrt",
     suffix=".triton-tensorrt",
-    marker=f"{VERSION}/{tensorrt_exporter.MARKER}",
+    marker=f"{VERSION}/{MARKER}",
     export=export,
     load=load,
     describe=describe,

@@ -19,18 +19,10 @@ from specs import export_spec
 
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import SettingError, UnknownNameError
-from aoft_exporters.graph.low_precision import (
-    BETWEEN,
-    MOVES,
-    OPSETS,
-    PRECISIONS,
-    PRODUCTS,
-    emulated,
-    left_in_float,
-    low_results,
-    typed,
-)
+from aoft_exporters.graph.emulation import emulated, left_in_float, low_results
+from aoft_exporters.graph.low_precision import OPSETS, PRECISIONS, typed
 from aoft_exporters.graph.models import plain_graph
+from aoft_exporters.graph.operators import ELEMENTWISE, MOVES, PRODUCTS
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -95,7 +87,7 @@ def product(left: list[float], weight: list[list[float]]) -> tuple[Any, NDArray[
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_operator_takes_the_precision_in_its_opset(precision: str) -> None:
     kind = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[precision]
-    for name in PRODUCTS | BETWEEN | MOVES:
+    for name in PRODUCTS | ELEMENTWISE | MOVES:
         schema = onnx.defs.get_schema(name, OPSETS[precision])
         assert any(kind in t.allowed_type_strs for t in schema.type_constraints), name
 

@@ -34,7 +34,8 @@ from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
-from aoft_exporters.graph.low_precision import LARGEST_FP16, emulated, typed
+from aoft_exporters.graph.emulation import emulated
+from aoft_exporters.graph.low_precision import LARGEST_FP16, typed
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.fp16_ranges import HEADROOM, in_range, magnitudes
 

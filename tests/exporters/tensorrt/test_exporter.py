@@ -33,7 +33,7 @@ from aoft_exporters.tensorrt import exporter
 from aoft_exporters.tensorrt.build import build
 from aoft_exporters.tensorrt.engine import checked
 from aoft_exporters.tensorrt.library import find_gpu, library, target
-from aoft_exporters.tensorrt.metadata import METADATA, Metadata, Sample
+from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GPU = find_gpu()
@@ -89,9 +89,9 @@ def fleet_tasks(make_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> 
 
 def check_built(path: Path, precision: str, batches: list[int]) -> None:
     """The plan is there as recorded, alone with its metadata."""
-    assert sorted(entry.name for entry in path.iterdir()) == [METADATA, exporter.MARKER]
+    assert sorted(entry.name for entry in path.iterdir()) == [METADATA, MARKER]
     metadata = Metadata.read(path / METADATA)
-    plan = (path / exporter.MARKER).read_bytes()
+    plan = (path / MARKER).read_bytes()
     assert metadata.sha256 == hashlib.sha256(plan).hexdigest()
     assert list(metadata.batches) == batches
     assert metadata.info["precision"] == precision
@@ -147,7 +147,7 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         exporter.load_intermediate(tmp_path / "a").run(x), logits_of(model, x), atol=5e-3
     )
-    assert 1e7 < (tmp_path / "a" / exporter.MARKER).stat().st_size < 4e7
+    assert 1e7 < (tmp_path / "a" / MARKER).stat().st_size < 4e7
 
 
 @without_gpu
@@ -253,15 +253,15 @@ def test_a_batch_is_cut_and_filled_to_what_an_artefact_takes() -> None:
     assert [count for _, count in batch_pieces(33, (1, 8, 32))] == [32, 1]
 
 
-@pytest.mark.parametrize("file", [exporter.MARKER, METADATA])
+@pytest.mark.parametrize("file", [MARKER, METADATA])
 def test_an_artefact_that_was_changed_is_not_run(file: str, copy: Path) -> None:
     data = bytearray((copy / file).read_bytes())
-    place = len(data) // 2 if file == exporter.MARKER else data.index(b'"rlrr"') + 1
+    place = len(data) // 2 if file == MARKER else data.index(b'"rlrr"') + 1
     data[place] ^= 1
     (copy / file).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"was changed after (it|its manifest)"):
         exporter.load(copy)
-    if file == exporter.MARKER:  # the plan's own hash needs no manifest
+    if file == MARKER:  # the plan's own hash needs no manifest
         copy.with_name(f"{copy.name}.json").unlink()
         with pytest.raises(CheckpointError, match=r"is not the plan that engine\.json names"):
             load_artefact(copy)
@@ -270,9 +270,9 @@ def test_an_artefact_that_was_changed_is_not_run(file: str, copy: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999, -1])
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_truncated_plan_is_not_run(manifest: bool, kept: float, copy: Path) -> None:
-    plan = (copy / exporter.MARKER).read_bytes()
+    plan = (copy / MARKER).read_bytes()
     end = kept if isinstance(kept, int) else int(kept * len(plan))
-    (copy / exporter.MARKER).write_bytes(plan[:end])
+    (copy / MARKER).write_bytes(plan[:end])
     if not manifest:
         copy.with_name(f"{copy.name}.json").unlink()
     with pytest.raises(CheckpointError, match=r"is not the plan that engine\.json names"):
@@ -320,9 +320,9 @@ def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> N
         "built",
         "matches",
     )
-    assert found["bytes"] > (folder / exporter.MARKER).stat().st_size
+    assert found["bytes"] > (folder / MARKER).stat().st_size
     for text in ("[]", "{}", None):
-        (copy / METADATA).write_text(text) if text else (copy / exporter.MARKER).unlink()
+        (copy / METADATA).write_text(text) if text else (copy / MARKER).unlink()
         with pytest.raises(CheckpointError, match="is no TensorRT artefact"):
             describe(copy)
 
