@@ -76,7 +76,7 @@ def bounded_rank(a: Tensor, b: Tensor) -> Factors:
 
 
 @torch.no_grad()
-def bypassed_layers(tuned: TunedModel, size: int) -> list[str]:
+def bypassed_layers(tuned: TunedModel, height: int, width: int) -> list[str]:
     """Paths of updated layers whose weight the model reads without calling them.
 
     timm's beit, fused eva and swinv2 attentions do this with qkv. PEFT applies LoRA when a layer is
@@ -84,7 +84,8 @@ def bypassed_layers(tuned: TunedModel, size: int) -> list[str]:
 
     Args:
         tuned: A model with updates, in evaluation mode.
-        size: Side of its square input in pixels.
+        height: Of its input, in pixels.
+        width: Of its input, in pixels.
     """
     layers = _updated_layers(tuned)
     called: set[nn.Module] = set()
@@ -93,7 +94,7 @@ def bypassed_layers(tuned: TunedModel, size: int) -> list[str]:
         for layer in layers.values()
     ]
     try:
-        tuned(torch.zeros(1, 3, size, size))
+        tuned(torch.zeros(1, 3, height, width))
     finally:
         for hook in hooks:
             hook.remove()

@@ -117,7 +117,8 @@ def _open_peft(path: Path, source: BackboneSource) -> tuple[TunedModel, Checkpoi
         raise CheckpointError(f"{path} changes the classifier only: there is nothing to merge.")
     tuned = attach(model, "lora", backbone=identity, ranks=ranks)
     tuned.load_trained(tensors)
-    for layer in bypassed_layers(tuned, checkpoint.preprocessing.size):
+    prepared = checkpoint.preprocessing
+    for layer in bypassed_layers(tuned, prepared.height, prepared.width):
         if tensors[f"update.{layer}.b"].any():
             raise CheckpointError(
                 f"{path} changes {layer}, whose weight {type(model).__name__} reads without "

@@ -82,7 +82,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return {_renamed(path, str(name)): _reshaped(path, str(name), t) for name, t in state.items()}
 
 
-def published_preprocessing(size: int) -> Preprocessing:
+def published_preprocessing(size: int | tuple[int, int]) -> Preprocessing:
     """The released code's evaluation transform for VTAB: a resize to the input size, no crop."""
     half = (0.5, 0.5, 0.5)
     return Preprocessing(size, crop_pct=1.0, mean=half, std=half, crop_mode="squash")

@@ -33,7 +33,7 @@ class Preprocessing:
     The pixels are bit-identical to those of ``timm.data.create_transform(is_training=False)``.
 
     Attributes:
-        size: Side of the square input, in pixels, 1 to 4096.
+        size: Side of a square input in pixels, 1 to 4096, or ``(height, width)`` of another.
         crop_pct: Side of the crop as a fraction of the resized side, ``floor(size / crop_pct)``.
             Above 1, the image is smaller than the input and is padded to it.
         mean: Mean of each of the three channels, on the scale 0..1.
@@ -46,7 +46,7 @@ class Preprocessing:
         SettingError: A value is outside its range.
     """
 
-    size: int
+    size: int | tuple[int, int]
     crop_pct: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -54,10 +54,14 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or not 1 <= self.size <= 4096:
+        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        if len(sides) != 2 or not all(type(n) is int and 1 <= n <= 4096 for n in sides):
             raise SettingError(
-                f"`size` is {self.size!r}, but must be a whole number from 1 to 4096."
+                f"`size` is {self.size!r}, but must be a whole number from 1 to 4096, or a pair of "
+                "them: height and width."
             )
+        if sides[0] == sides[1]:
+            object.__setattr__(self, "size", sides[0])
         if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 2:
             raise SettingError(
                 f"`crop_pct` is {self.crop_pct!r}, but must be a number from 0.1 to 2."
@@ -82,12 +86,12 @@ class Preprocessing:
             SettingError: The input is not a square RGB image, or a value is outside its range.
         """
         channels, height, width = config["input_size"]
-        if channels != 3 or height != width:
+        if channels != 3:
             raise SettingError(
-                f"Backbone input is {channels} x {height} x {width}, but must be square and RGB."
+                f"The backbone's input has {channels} channels: use one of RGB images, with 3."
             )
         return cls(
-            size=height,
+            size=(height, width),
             crop_pct=config["crop_pct"],
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
@@ -108,31 +112,32 @@ class Preprocessing:
                 f"Preprocessing has the keys {', '.join(sorted(data)) or 'none'}, "
                 f"expected {', '.join(sorted(known))}: the file comes from another version."
             )
-        triples = {key: _tuple(data[key]) for key in ("mean", "std")}
+        lists = {key: _tuple(data[key]) for key in ("size", "mean", "std")}
         try:
-            return cls(**{**data, **triples})
+            return cls(**{**data, **lists})
         except SettingError as error:
             raise CheckpointError(f"Preprocessing cannot be used: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists that JSON stores exactly."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        size = list(self.size) if isinstance(self.size, tuple) else self.size
+        return {**asdict(self), "size": size, "mean": list(self.mean), "std": list(self.std)}
 
     @property
     def height(self) -> int:
         """Of the input, in pixels."""
-        return self.size
+        return self.size[0] if isinstance(self.size, tuple) else self.size
 
     @property
     def width(self) -> int:
         """Of the input, in pixels."""
-        return self.size
+        return self.size[1] if isinstance(self.size, tuple) else self.size
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Convert an RGB image of any size into a normalised input.
 
         Returns:
-            Shape ``(3, size, size)``: ``(pixels / 255 - mean) / std`` in float32.
+            Shape ``(3, height, width)``: ``(pixels / 255 - mean) / std`` in float32.
 
         Raises:
             ImageError: The image is not of mode ``RGB``.
@@ -144,7 +149,7 @@ class Preprocessing:
         """Convert an RGB image of any size into pixels, for graphs with built-in normalisation.
 
         Returns:
-            Shape ``(size, size, 3)``, values 0..255.
+            Shape ``(height, width, 3)``, values 0..255.
 
         Raises:
             ImageError: The image is not of mode ``RGB``.
@@ -153,9 +158,9 @@ class Preprocessing:
             raise ImageError(f"Image has mode {image.mode!r}, expected 'RGB': use read_image.")
         resized = self._resized(image)
         # A larger image is cropped, a smaller one is padded.
-        canvas = Image.new("RGB", (self.size, self.size), self._padding_colour())
+        canvas = Image.new("RGB", (self.width, self.height), self._padding_colour())
         canvas.paste(
-            resized, (-_start(resized.width, self.size), -_start(resized.height, self.size))
+            resized, (-_start(resized.width, self.width), -_start(resized.height, self.height))
         )
         return np.array(canvas, dtype=np.uint8)
 
@@ -167,22 +172,25 @@ class Preprocessing:
             return image.resize((width, height), resample)
         # Resizing a very long image would need too much memory: compute only what the crop keeps.
         # Pixels differ by at most one level of 255, because the box is rounded.
-        kept = (min(width, self.size), min(height, self.size))
-        left, top = max(_start(width, self.size), 0), max(_start(height, self.size), 0)
+        kept = (min(width, self.width), min(height, self.height))
+        left, top = max(_start(width, self.width), 0), max(_start(height, self.height), 0)
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + kept[0]) * x, (top + kept[1]) * y)
         return image.resize(kept, resample, box)
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
-        side = max(math.floor(self.size / self.crop_pct), 1)
+        across, down = (
+            max(math.floor(side / self.crop_pct), 1) for side in (self.width, self.height)
+        )
         if self.crop_mode == "squash":
-            return side, side
-        if self.crop_mode == "border":
-            ratio = max(width / side, height / side)
-            return max(round(width / ratio), 1), max(round(height / ratio), 1)
-        if width <= height:
-            return side, int(side * height / width)
-        return int(side * width / height), side
+            return across, down
+        if self.crop_mode == "center" and across == down:
+            if width <= height:
+                return across, int(across * height / width)
+            return int(across * width / height), across
+        ratios = width / across, height / down
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return max(round(width / ratio), 1), max(round(height / ratio), 1)
 
     def _padding_colour(self) -> tuple[int, int, int]:
         if self.crop_mode != "border":

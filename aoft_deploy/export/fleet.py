@@ -28,6 +28,7 @@ from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from aoft_deploy.checkpoints.names import unique_task_names
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.data.normalisation import normalised
+from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AttachError, CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.export.flops import flops_text
 from aoft_deploy.export.merged import describe_model
@@ -105,7 +106,7 @@ def export_fleet(
     preprocessing = tasks[0].preprocessing
     if form == "auto" and "folded" not in support.forms:
         form = "mixed"
-    model, chosen = _model(lambda: open_first()[0], form, precision, preprocessing.size)
+    model, chosen = _model(lambda: open_first()[0], form, precision, preprocessing)
     pixels = request.pixels(preprocessing)
     inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
     expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
@@ -182,7 +183,7 @@ def _fleet_exporter(to: str, form: str) -> tuple[Exporter, FleetSupport]:
 
 
 def _model(
-    make: Callable[[], TunedModel], form: str, precision: str, size: int
+    make: Callable[[], TunedModel], form: str, precision: str, preprocessing: Preprocessing
 ) -> tuple[FleetModel, str]:
     """The model to export, and its form.
 
@@ -199,7 +200,7 @@ def _model(
         return FoldedModel(tuned), "folded"
     try:
         model = MixedModel(tuned)
-        model.try_out(size)
+        model.try_out(preprocessing.height, preprocessing.width)
     except AttachError:
         if form == "mixed" or precision != "fp32":
             raise

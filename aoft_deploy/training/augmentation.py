@@ -101,7 +101,7 @@ def image_transform(
         preprocessing: Gives the size, the interpolation and the colour of filled corners.
 
     Returns:
-        A function from an RGB image to pixels of shape (3, size, size).
+        A function from an RGB image to pixels of shape (3, height, width).
 
     Raises:
         UnknownNameError: ``augment`` is none of these.
@@ -115,9 +115,12 @@ def image_transform(
     if augment == "window":
         uncropped = preprocessing
         if uncropped.crop_pct <= 1:
-            side = math.floor(uncropped.size / uncropped.crop_pct)
-            uncropped = replace(uncropped, size=side, crop_pct=1.0)
-        return partial(_window_pixels, uncropped, preprocessing.size)
+            height, width = (
+                math.floor(side / uncropped.crop_pct)
+                for side in (preprocessing.height, preprocessing.width)
+            )
+            uncropped = replace(uncropped, size=(height, width), crop_pct=1.0)
+        return partial(_window_pixels, uncropped, preprocessing)
     transform = create_transform(
         preprocessing.size,
         is_training=True,
@@ -140,10 +143,14 @@ def _affine_pixels(
     return np.asarray(changed).transpose(2, 0, 1)
 
 
-def _window_pixels(uncropped: Preprocessing, size: int, image: Image.Image) -> NDArray[np.uint8]:
-    """A square with side ``size`` at a random position of the resized image."""
-    top, left = (random.randint(0, uncropped.size - size) for _ in range(2))
-    window = uncropped.pixels(image)[top : top + size, left : left + size].transpose(2, 0, 1)
+def _window_pixels(
+    uncropped: Preprocessing, cropped: Preprocessing, image: Image.Image
+) -> NDArray[np.uint8]:
+    """A crop at a random position of the resized image."""
+    top = random.randint(0, uncropped.height - cropped.height)
+    left = random.randint(0, uncropped.width - cropped.width)
+    rows, columns = slice(top, top + cropped.height), slice(left, left + cropped.width)
+    window = uncropped.pixels(image)[rows, columns].transpose(2, 0, 1)
     return window[..., ::-1] if random.random() < 0.5 else window
 
 

@@ -96,7 +96,7 @@ def evaluation_parts(count: int, size: int, process: int, processes: int) -> Ite
 
 
 class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Data set of parts: pixels (batch, 3, size, size) in uint8, and labels.
+    """Data set of parts: pixels (batch, 3, height, width) in uint8, and labels.
 
     Pixels that are the same in every epoch are computed once and cached if they fit into
     ``MEMORY``.
@@ -117,14 +117,14 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         self.transform = None
         if augment not in ("none", "flip"):
             self.transform = image_transform(augment, preprocessing)
-        needed = 3 * preprocessing.size**2 * len(images)
+        needed = 3 * preprocessing.height * preprocessing.width * len(images)
         self.cached: NDArray[np.uint8] | None = None
         if self.transform is None and needed <= MEMORY:
             self.cached = self._all_pixels()
 
     def _all_pixels(self) -> NDArray[np.uint8]:
-        size = self.preprocessing.size
-        pixels = np.empty((len(self.images), 3, size, size), dtype=np.uint8)
+        height, width = self.preprocessing.height, self.preprocessing.width
+        pixels = np.empty((len(self.images), 3, height, width), dtype=np.uint8)
 
         def fill(index: int) -> None:
             pixels[index] = self._pixels(index)

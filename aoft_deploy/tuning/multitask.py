@@ -98,8 +98,8 @@ class FleetModel(nn.Module):
         return torch.where(valid, logits, float("-inf"))
 
     @torch.no_grad()
-    def try_out(self, size: int) -> None:
-        """Compute one image of zeros, ``size`` pixels wide, to find unsupported sites.
+    def try_out(self, height: int, width: int) -> None:
+        """Compute one image of zeros, of this size in pixels, to find unsupported sites.
 
         Raises:
             AttachError: The forward does not use the delta of some site.
@@ -108,7 +108,7 @@ class FleetModel(nn.Module):
         weight = next(self.backbone.parameters())
         heads = weight.new_zeros(1, self.width + 1)
         bank = weight.new_zeros(1, self.layout.row_length)
-        self(weight.new_zeros(1, 3, size, size), zero, bank, heads, zero, zero + 1, zero)
+        self(weight.new_zeros(1, 3, height, width), zero, bank, heads, zero, zero + 1, zero)
 
     def _check_used(self) -> None:
         """Refuse a forward that skipped a site's delta: its results would belong to no task."""

@@ -177,7 +177,7 @@ class Rivals:
         self.merged_file = self.exported("merged.onnx")
         self.adding: list[float] = []
         self.fleet = self.filled(self.exported_fleet("fleet.onnx"), self.adding)
-        self.side = self.fleet.preprocessing.size
+        self.side = self.fleet.preprocessing.height
         loaded = [session(self.merged_file, options) for _ in range(2)]  # the first one warms up
         gc.collect()
         before, start = resident(), time.perf_counter()

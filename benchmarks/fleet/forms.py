@@ -64,7 +64,7 @@ def main() -> None:
         for fleet in fleets.values():
             for path in tasks[2:]:
                 fleet.add(path)
-        side = fleets["mixed"].preprocessing.size
+        side = fleets["mixed"].preprocessing.height
         rng = np.random.default_rng(0)
         images = rng.normal(size=(options.batch, 3, side, side)).astype(np.float32)
         variants: dict[str, Callable[[], Any]] = {

@@ -58,7 +58,7 @@ if tasks:
     for file in sorted(Path(repository).iterdir()):
         fleet.add(file)
     names = (tasks * batch)[:batch]
-    size, run = fleet.preprocessing.size, lambda images: fleet.predict(images, names)
+    size, run = fleet.preprocessing.height, lambda images: fleet.predict(images, names)
 else:
     engine = load_artefact(Path(path), EngineOptions(threads=threads))
     size, run = json.loads(engine.info["preprocessing"])["size"], engine.run

@@ -87,7 +87,7 @@ class Soak:
         self.port = int(re.search(rb'"port":(\d+)', text)[1])  # type: ignore[index]
         fleet = Fleet(options.fleet, threads=1)
         fleet.add(options.task, "churned")
-        size, rng = fleet.preprocessing.size, np.random.default_rng(0)
+        size, rng = fleet.preprocessing.height, np.random.default_rng(0)
         self.images = rng.normal(size=(8, 3, size, size)).astype(np.float32)
         self.wanted = {
             name: np.stack([a.logits for a in fleet.predict(self.images, [name] * 8)])

@@ -27,9 +27,10 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def config(size: int = 32, **changes: Any) -> dict[str, Any]:
+def config(size: int | tuple[int, int] = 32, **changes: Any) -> dict[str, Any]:
     usual = {"crop_pct": 0.9, "mean": MEAN, "std": STD, "interpolation": "bicubic"}
-    return {"input_size": (3, size, size), "crop_mode": "center", **usual, **changes}
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"input_size": (3, height, width), "crop_mode": "center", **usual, **changes}
 
 
 def timm_pixels(config: dict[str, Any], image: Image.Image) -> np.ndarray[Any, Any]:
@@ -60,6 +61,28 @@ def test_agrees_with_timm_for_images_of_any_size(
 ) -> None:
     changes = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
     assert_like_timm(config(size, **changes), noise(width, height))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    width=st.integers(8, 160),
+    height=st.integers(8, 160),
+    size=st.tuples(st.integers(8, 64), st.integers(8, 64)),
+    crop_pct=st.sampled_from([0.875, 0.9, 1.0]),
+    crop_mode=st.sampled_from(["center", "squash", "border"]),
+)
+def test_agrees_with_timm_for_inputs_that_are_not_square(
+    width: int, height: int, size: tuple[int, int], crop_pct: float, crop_mode: str
+) -> None:
+    assert_like_timm(config(size, crop_pct=crop_pct, crop_mode=crop_mode), noise(width, height))
+
+
+def test_height_and_width_survive_json_and_a_pair_of_equal_sides_is_a_square() -> None:
+    pair = Preprocessing((48, 32), 0.9, MEAN, STD)
+    assert (pair.height, pair.width) == (48, 32)
+    assert Preprocessing.from_dict(json.loads(json.dumps(pair.to_dict()))) == pair
+    assert Preprocessing((32, 32), 0.9, MEAN, STD) == Preprocessing(32, 0.9, MEAN, STD)
+    assert Preprocessing((32, 32), 0.9, MEAN, STD).to_dict()["size"] == 32
 
 
 @settings(max_examples=50, deadline=None)

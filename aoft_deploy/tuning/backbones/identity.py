@@ -125,17 +125,18 @@ def identify(
             raise BackboneError(
                 f"{type(model).__name__} does not record its timm name: pass `backbone`."
             )
-    native = (config.get("input_size") or (3, 0, 0))[1]
+    _, height, width = config.get("input_size") or (3, 0, 0)
     size = image_size(model)
-    resized = size is not None and size != native
+    resized = size is not None and size != (height if height == width else (height, width))
     digest = weights_digest(model, RESAMPLED if resized else ())
     if args is not None:
-        return Backbone(name, digest, origin, dict(args))
+        stored = {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}
+        return Backbone(name, digest, origin, stored)
     args = _shaping_args(evaluation_args(getattr(model, "_model_args", {})))
     if size is not None:
         args.pop("img_size", None)
     if resized:
-        args["img_size"] = size
+        args["img_size"] = list(size) if isinstance(size, tuple) else size
     return Backbone(name, digest, origin, args, _structure(model))
 
 
@@ -160,10 +161,13 @@ def weights_digest(model: nn.Module, excluded: tuple[str, ...] = ()) -> str:
     return total.hexdigest()
 
 
-def image_size(model: nn.Module) -> int | None:
-    """Side of a model's square input in pixels, or None if it takes any size."""
+def image_size(model: nn.Module) -> int | tuple[int, int] | None:
+    """Side of a model's square input in pixels, or height and width; None if it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size[0] if isinstance(size, tuple) else None
+    if not isinstance(size, tuple):
+        return None
+    height, width = size
+    return height if height == width else (height, width)
 
 
 def difference(found: Backbone, wanted: Backbone) -> str:
@@ -207,8 +211,13 @@ def _shaping_args(args: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in args.items()
-        if key not in RESERVED and isinstance(value, (bool, int, float, str))
+        if key not in RESERVED
+        and (isinstance(value, (bool, int, float, str)) or (key == "img_size" and _is_pair(value)))
     }
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:

@@ -48,7 +48,9 @@ def attention_map(session: Session, name: str, picture: Path) -> NDArray[np.floa
         path = checkpoint_of(task, name)
         tuned, checkpoint = open_checkpoint(path, BackboneSource(weights=session.shared.weights))
     preprocessing = checkpoint.preprocessing
-    pixels = preprocessing(read_picture(picture, preprocessing.size).image)
+    pixels = preprocessing(
+        read_picture(picture, max(preprocessing.height, preprocessing.width)).image
+    )
     model: Any = tuned.backbone
     blocks: Sequence[Any] = getattr(model, "blocks", ())
     attention: Any = getattr(blocks[-1], "attn", None) if len(blocks) else None
@@ -83,7 +85,9 @@ def attention_overlay(session: Session, picture: Path, grid: NDArray[np.float32]
         RGB, ``SIDE`` x ``SIDE`` pixels.
     """
     preprocessing = session.shared.fleet.preprocessing
-    pixels = preprocessing.pixels(read_picture(picture, preprocessing.size).image)
+    pixels = preprocessing.pixels(
+        read_picture(picture, max(preprocessing.height, preprocessing.width)).image
+    )
     base = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     levels = Image.fromarray((255 * grid).astype(np.uint8))
     smooth = np.asarray(levels.resize(base.size, Image.Resampling.BICUBIC), np.float32)

@@ -59,7 +59,7 @@ def classify(session: Session, picture: Path, names: Sequence[str], top: int = T
     fleet = session.shared.fleet
     with ExitStack() as stack:
         tasks = [stack.enter_context(session.using(name)) for name in names]
-        decoded = read_picture(picture, fleet.preprocessing.size)
+        decoded = read_picture(picture, max(fleet.preprocessing.height, fleet.preprocessing.width))
         row = fleet.preprocessing(decoded.image)
         batch = np.repeat(row[None], len(tasks), axis=0)
         keys = [task.key for task in tasks]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aoft_demo.tasks.fleet_export import export_cached
 from aoft_deploy.artefacts.manifest import artefact_files, manifest_path
+from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
@@ -164,9 +163,9 @@ def _by_name(checkpoints: Sequence[Path]) -> dict[str, Path]:
 
 def _warm_up(fleet: Fleet) -> None:
     """Run the fleet once: the first run allocates memory, and should not be the one measured."""
-    size, names = fleet.preprocessing.size, list(fleet.tasks)[:8]
+    images, names = InputSpec.of(fleet.preprocessing), list(fleet.tasks)[:8]
     for count in (1, len(names)):
-        fleet.predict(np.zeros((count, 3, size, size), np.float32), names[:count])
+        fleet.predict(images.zeros(count), names[:count])
 
 
 def _backbone(artefact: Path) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ def export(model: TunedModel, path: Path, spec: ExportSpec) -> None:
     if spec.input.uint8:
         raise SettingError("`uint8` needs a graph: export to onnx with `to`.")
     factors = low_rank_factors(model)
-    for layer in bypassed_layers(model, spec.input.height):
+    for layer in bypassed_layers(model, spec.input.height, spec.input.width):
         raise SettingError(
             f"{type(model.backbone).__name__} reads the weight of {layer} without calling the "
             "layer, so PEFT's LoRA would have no effect there: export to onnx with `to`."
