@@ -65,8 +65,8 @@ def test_agrees_with_timm_for_images_of_any_size(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    width=st.integers(8, 160),
-    height=st.integers(8, 160),
+    width=st.integers(40, 160),
+    height=st.integers(40, 160),
     size=st.tuples(st.integers(8, 64), st.integers(8, 64)),
     crop_pct=st.sampled_from([0.875, 0.9, 1.0]),
     crop_mode=st.sampled_from(["center", "squash", "border"]),
@@ -205,11 +205,10 @@ def test_a_value_outside_its_range_is_refused(name: str, value: Any, message: st
         Preprocessing.from_dict(USUAL.to_dict() | {name: value})
 
 
-@pytest.mark.parametrize("shape", [(3, 224, 240), (1, 224, 224)])
-def test_inputs_that_are_not_square_rgb_are_refused(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(
-        SettingError, match=f"{shape[0]} x 224 x {shape[2]}, but must be square and RGB"
-    ):
+@pytest.mark.parametrize("channels", [1, 4])
+def test_inputs_that_are_not_rgb_are_refused(channels: int) -> None:
+    shape = (channels, 224, 224)
+    with pytest.raises(SettingError, match=rf"input has {channels} channels: use one of RGB"):
         Preprocessing.from_timm(config() | {"input_size": shape})
 
 
