@@ -137,10 +137,15 @@ def test_what_is_damaged_is_refused(
         describe(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json", ""])
+@pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json"])
 def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no file"):
         describe(tmp_path / name)
+
+
+def test_a_folder_without_an_artefact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder that holds no artefact"):
+        describe(tmp_path)
 
 
 def test_odd_metadata_of_a_strangers_graph_are_shown_as_text(

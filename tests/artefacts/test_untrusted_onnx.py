@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError, CheckpointError
 
 
 def test_metadata_are_read_without_the_weights(artefact: Path) -> None:
@@ -48,7 +48,7 @@ def test_an_onnx_file_with_external_data_is_refused(
         proto.graph.sparse_initializer.add().values.CopyFrom(inner.initializer[0])
     path = tmp_path / "outside.onnx"
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(CheckpointError, match="keeps weights in other files"):
+    with pytest.raises(ArtefactError, match="keeps weights in other files"):
         read_metadata(path)
 
 
@@ -56,9 +56,9 @@ def test_an_onnx_file_with_external_data_is_refused(
 def test_a_damaged_onnx_file_is_refused(artefact: Path, tmp_path: Path, cut: int) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(artefact.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="no ONNX model, or a damaged one"):
+    with pytest.raises(ArtefactError, match="no ONNX model, or a damaged one"):
         read_metadata(path)
-    with pytest.raises(CheckpointError, match="There is no file"):
+    with pytest.raises(ArtefactError, match="There is no file"):
         read_metadata(tmp_path / "none.onnx")
 
 

@@ -409,7 +409,7 @@ def test_an_artefact_or_adapter_that_would_run_code_is_refused_without_running_i
     marker = tmp_path / "ran"
     artefact = bomb(tmp_path, marker, kind).rename(tmp_path / "a.safetensors")
     line = refused(predict_main, artefact, tmp_path / "a.png")
-    assert "is no state dict of --to timm" in line
+    assert "is no safetensors file" in line
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')

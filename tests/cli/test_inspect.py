@@ -46,7 +46,7 @@ def test_a_file_that_is_none_of_these_is_refused(
     (tmp_path / "a").write_text("text")
     assert "is no checkpoint" in refused(main, tmp_path / "a")
     assert "There is no file" in refused(main, tmp_path / "missing")
-    assert "There is no file" in refused(main, tmp_path)
+    assert "is a folder that holds no artefact" in refused(main, tmp_path)
     assert "no checkpoint of aoft-train" in refused(main, backbone_weights)
 
 

@@ -27,7 +27,7 @@ from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
+from aoft_deploy.errors import ArtefactError, CheckpointError, SettingError, UnknownNameError
 from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
 from aoft_deploy.fleet.fleet import Fleet, TaskAnswer
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
@@ -294,7 +294,7 @@ def test_a_merged_model_is_refused_as_a_fleet(
         Fleet(tmp_path / "bare.onnx")
     proto.graph.initializer.remove(next(i for i in proto.graph.initializer if i.name == "bank"))
     onnx.save(proto, tmp_path / "merged.onnx")
-    with pytest.raises(CheckpointError, match="is no fleet: export one with aoft-export --fleet"):
+    with pytest.raises(ArtefactError, match="is no fleet: export the checkpoints as a fleet"):
         Fleet(tmp_path / "merged.onnx")
     with pytest.raises(CheckpointError, match="There is no file"):
         Fleet(tmp_path / "missing.onnx")
@@ -603,7 +603,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(file_format, "_check_header", replacing)
-        with pytest.raises(CheckpointError, match="was changed while it was opened"):
+        with pytest.raises(ArtefactError, match="was changed while it was opened"):
             fleet.add(path)
     assert "task" not in fleet
     fleet.add(path)

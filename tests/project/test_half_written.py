@@ -31,7 +31,7 @@ from aoft_deploy.artefacts.registry import load_artefact, load_fleet
 from aoft_deploy.cli.bench import main as bench
 from aoft_deploy.cli.export import main as export
 from aoft_deploy.cli.predict import main as predict
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.serving.repository.opened_artefact import open_artefact
 from aoft_deploy.serving.settings import Settings
@@ -106,7 +106,7 @@ def test_a_mixture_of_two_models_is_not_opened(
     place: float, two: list[Path], tmp_path: Path
 ) -> None:
     path = mixed(two, tmp_path / "task.onnx", place)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ArtefactError):
         load_artefact(path, EngineOptions(threads=1))
 
 
@@ -127,9 +127,9 @@ def test_no_command_opens_a_half_overwritten_model(
     for main, arguments in ((predict, [path, photos[0]]), (bench, [path])):
         assert main([str(argument) for argument in arguments]) == 1
         assert REFUSED in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         open_artefact("task", path, Settings(threads=1))
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(path, EngineOptions(engine="openvino"))
 
 
@@ -139,9 +139,9 @@ def test_a_half_overwritten_fleet_is_not_opened(
 ) -> None:
     path = mixed(two_fleets, tmp_path / "fleet.onnx", place)
     for opened in (Fleet, load_fleet, load_artefact):
-        with pytest.raises(CheckpointError, match=REFUSED):
+        with pytest.raises(ArtefactError, match=REFUSED):
             opened(path)
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         open_artefact("fleet", path, Settings(threads=1))
 
 
@@ -153,7 +153,7 @@ def test_low_precision_artefacts_have_a_digest_too(
     pair = written(*options, *images)
     for path in pair:
         assert DIGEST in checked_metadata(path)
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(mixed(pair, tmp_path / "task.onnx", 0.5))
 
 
@@ -169,7 +169,7 @@ def test_a_triton_model_has_a_digest(
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(output, EngineOptions(threads=1))
 
 
@@ -224,7 +224,7 @@ def test_bytes_outside_of_the_digest_are_refused(
     }
     path.write_bytes(changed[added])
     assert read_metadata(path)["classes"]
-    with pytest.raises(CheckpointError, match=REFUSED):
+    with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(path)
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_is_truncated_during_reading_is_an_error_and_no_crash(
 
     with monkeypatch.context() as patch:
         patch.setattr("aoft_deploy.artefacts.onnx_metadata.os.fstat", truncating)
-        with pytest.raises(CheckpointError, match="is no ONNX model, or a damaged one"):
+        with pytest.raises(ArtefactError, match="is no ONNX model, or a damaged one"):
             checked_metadata(path)
 
 
@@ -267,7 +267,7 @@ def test_a_file_that_is_replaced_during_opening_is_refused(
 
         with monkeypatch.context() as patch:
             patch.setattr(library, "InferenceSession", replacing)
-            with pytest.raises(CheckpointError, match="was changed while it was opened"):
+            with pytest.raises(ArtefactError, match="was changed while it was opened"):
                 opened(path)
             opened(path)  # now it is the other file
 
@@ -282,7 +282,7 @@ def test_every_kind_of_change_is_noticed(what: str, artefact: Path, tmp_path: Pa
         (path / "1" / "model.onnx").write_bytes(b"a")
     with unchanged(path):
         path.stat()
-    with pytest.raises(CheckpointError, match="was changed while it was opened"), unchanged(path):
+    with pytest.raises(ArtefactError, match="was changed while it was opened"), unchanged(path):
         if what == "content":
             with path.open("ab") as file:
                 file.write(b"a")
@@ -310,9 +310,9 @@ def test_a_symbolic_link_finds_its_manifest(
     shutil.copy(f"{artefact}.json", manifest_path(target if manifest_of == "target" else link))
     check_unchanged(link)
     shutil.copy(two[0], target)  # complete, but not the file of the manifest
-    with pytest.raises(CheckpointError, match="was changed after its manifest"):
+    with pytest.raises(ArtefactError, match="was changed after its manifest"):
         check_unchanged(link)
-    with pytest.raises(CheckpointError, match="was changed after its manifest"):
+    with pytest.raises(ArtefactError, match="was changed after its manifest"):
         load_artefact(link)
 
 
@@ -334,7 +334,7 @@ def test_a_slow_copy_is_opened_before_and_after_but_not_during(
             expected = answers.get(path.read_bytes())
             if expected is None:
                 refused += 1
-                with pytest.raises(CheckpointError, match=REFUSED):
+                with pytest.raises(ArtefactError, match=REFUSED):
                     load_artefact(path, EngineOptions(threads=1))
             else:
                 np.testing.assert_array_equal(
@@ -372,7 +372,7 @@ def test_a_half_overwritten_openvino_folder_is_not_opened(
     for name in changed:
         content = (old / name).read_bytes()
         shutil.copy(new / name, old / name)
-        with pytest.raises(CheckpointError, match=REFUSED):
+        with pytest.raises(ArtefactError, match=REFUSED):
             opened(old)
         (old / name).write_bytes(content)
     opened(old)

@@ -103,12 +103,17 @@ SLOW = (
 )
 
 NOT_IN_TABLE = {
+    "benchmarks/export/coverage_page.py": "a module of coverage.py",
+    "benchmarks/export/families.py": "a module of coverage.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",
     "benchmarks/serving/peers.py": "tested below",
     "benchmarks/serving/peer_servers/bento.py": "tested below",
     "benchmarks/serving/peer_servers/lit.py": "tested below",
     "benchmarks/serving/peer_servers/rays.py": "tested below",
     "tools/mutants.py": "it runs the tests itself",
+    "tools/pretraining/figures.py": "a module of train.py",
+    "tools/pretraining/model.py": "a module of train.py",
+    "tools/pretraining/scenes.py": "a module of train.py",
     "tools/quickstart.py": "tests/project/test_readme.py",
 }
 """Scripts that are not in the table, and why."""
@@ -131,7 +136,11 @@ def imported(script: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / script)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((ROOT / script).parent))  # for the modules beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[0]
     return module
 
 

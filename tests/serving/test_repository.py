@@ -286,7 +286,7 @@ READS = """
 import os, sys
 from pathlib import Path
 from aoft_deploy.artefacts.registry import load_artefact
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.artefacts.manifest import check_unchanged
 from aoft_deploy.serving.repository.scan import check_readable
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
@@ -296,7 +296,7 @@ if os.geteuid() == 0:
 for reads in (read_metadata, check_unchanged, load_artefact, check_readable):
     try:
         reads(Path(sys.argv[1]))
-    except (CheckpointError, PermissionError) as error:
+    except (ArtefactError, PermissionError) as error:
         print(error)
 """
 

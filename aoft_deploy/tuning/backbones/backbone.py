@@ -10,7 +10,6 @@ import timm
 from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
-import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.file_signatures import file_kind
 from aoft_deploy.tuning.backbones.identity import Backbone, identify
@@ -103,11 +102,11 @@ def _timm_loader(name: str) -> Loader:
     """A loader that fills the model with timm's own weights, after checking that they fit."""
 
     def load(model: nn.Module, timm_loading: TimmLoading) -> None:
-        load_state_dict = model.load_state_dict
+        original = model.load_state_dict
 
         def checked(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
             check_fit(model, state, f"timm's file for {name}", timm_loading.strict)
-            return load_state_dict(state, strict=False, assign=assign)
+            return original(state, strict=False, assign=assign)
 
         vars(model)["load_state_dict"] = checked
         try:

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
 from aoft_deploy.errors import BackboneError
 from aoft_deploy.processors import processors
 from aoft_deploy.tuning.backbones.architecture import (

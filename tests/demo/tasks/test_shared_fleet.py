@@ -18,7 +18,7 @@ from aoft_demo.tasks.shared_fleet import (
     task_bytes,
 )
 from aoft_deploy.data.synthetic import load_task
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import ArtefactError, CheckpointError
 
 TASKS = ("colour", "count", "digits", "orientation", "shape")
 
@@ -103,7 +103,7 @@ def test_unusable_paths_are_refused(
         open_shared_fleet([tmp_path / "nothing.ckpt"], tmp_path)
     with pytest.raises(CheckpointError, match="are two artefacts"):
         open_shared_fleet([fleet_artefact, artefact], tmp_path)
-    with pytest.raises(CheckpointError, match="no fleet"):
+    with pytest.raises(ArtefactError, match="no fleet"):
         open_shared_fleet([artefact], tmp_path)
     twin = tmp_path / "pets.ckpt"
     shutil.copyfile(fleet_tasks["pets"], twin)

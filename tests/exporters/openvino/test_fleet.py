@@ -23,7 +23,7 @@ from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 
 METHODS = ("aoft-lora-star", "rlrr", "aoft-vpt")
@@ -175,15 +175,15 @@ def test_a_folder_without_its_tasks_is_refused(fleet: Path, tmp_path: Path) -> N
     broken = tmp_path / "broken.openvino"
     shutil.copytree(fleet, broken)
     (broken / "tasks.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(CheckpointError, match=r"tasks\.safetensors"):
+    with pytest.raises(ArtefactError, match=r"tasks\.safetensors"):
         load_artefact(broken)
     (broken / "tasks.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tasks\.safetensors"):
+    with pytest.raises(ArtefactError, match=r"tasks\.safetensors"):
         load_artefact(broken)
-    with pytest.raises(CheckpointError, match="is no fleet"):
+    with pytest.raises(ArtefactError, match="is no fleet"):
         Fleet(broken)
 
 
 def test_an_artefact_whose_tasks_cannot_change_is_no_live_fleet(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no fleet whose tasks can change"):
+    with pytest.raises(ArtefactError, match="is no fleet whose tasks can change"):
         Fleet(tmp_path / "model.safetensors")

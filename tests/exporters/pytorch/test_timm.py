@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from specs import export_spec
 
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
+from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.tuned_model import TunedModel
@@ -200,3 +203,17 @@ def test_the_file_needs_no_architecture_of_this_project(artefact: Path) -> None:
         "num_heads": 2,
     }
     timm.create_model("vit_tiny_patch16_224", num_classes=5, checkpoint_path=str(artefact), **size)
+
+
+def test_the_bundled_backbone_is_known_in_a_process_that_only_predicts(
+    root: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "digits.safetensors"
+    export_merged(root / "demo" / "aoft_demo" / "bundled" / "digits.ckpt", path, to="timm")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from aoft_deploy.artefacts.prediction import load_classifier\n"
+        "print(len(load_classifier(Path(sys.argv[1])).classes))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "10\n"
