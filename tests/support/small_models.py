@@ -107,9 +107,12 @@ def tune(base: nn.Module, method: str, **settings: Any) -> TunedModel:
 
 
 def image(base: nn.Module, batch: int = 2) -> torch.Tensor:
-    side = image_size(base) or 32
+    size = image_size(base) or 32
+    height, width = (size, size) if isinstance(size, int) else size
     dtype = next(base.parameters()).dtype
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(2)).to(
+        dtype
+    )
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

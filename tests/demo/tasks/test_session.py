@@ -100,7 +100,7 @@ def test_a_task_that_is_removed_while_in_use_is_reported_by_its_own_name(
     session: Session,
 ) -> None:
     fleet = session.shared.fleet
-    size = fleet.preprocessing.size
+    size = fleet.preprocessing.height
     session.add(BUNDLED / "digits.ckpt", "mine")
     with (
         pytest.raises(UnknownNameError, match=r"Unknown task 'mine'\. Known: colour") as refusal,

@@ -137,7 +137,7 @@ def prepared(name: str, size: int) -> Preprocessing:
 def test_images_are_resized_as_in_the_published_code() -> None:
     vtab, fgvc = prepared("vtab/kitti", 224), prepared("fgvc/NABirds", 224)
     assert (vtab.crop_mode, vtab.crop_pct) == ("squash", 1.0)  # Resize((224, 224))
-    assert (fgvc.crop_mode, fgvc.size / fgvc.crop_pct) == ("squash", 256)  # and CenterCrop(224)
+    assert (fgvc.crop_mode, fgvc.height / fgvc.crop_pct) == ("squash", 256)  # and CenterCrop(224)
     image_transform(get_recipe("fgvc/NABirds").settings.augment, fgvc)
 
 
