@@ -9,12 +9,12 @@ __all__ = ["decoded", "one_line", "shortened"]
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """An error's text without line breaks, at most ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    """An error's text in one line of at most ``most`` characters; its class if it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def shortened(value: object, most: int = 60) -> str:
-    """A value's ``repr``, cut with an ellipsis where it is longer than ``most`` characters."""
+    """A value's ``repr``, cut with an ellipsis to ``most`` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 

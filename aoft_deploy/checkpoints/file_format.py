@@ -18,8 +18,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.texts import shortened
 
-__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors", "shortened"]
+__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors"]
 
 FORMAT = 1
 """Version of the format that this code writes and reads."""
@@ -91,12 +92,6 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
     return found
-
-
-def shortened(value: object) -> str:
-    """The ``repr`` of a value from a file, cut to 60 characters for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_header(path: Path) -> None:

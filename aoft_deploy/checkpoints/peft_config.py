@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from aoft_deploy.checkpoints.file_format import shortened
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.texts import shortened
 
 __all__ = ["AdapterConfig"]
 

@@ -13,10 +13,11 @@ from starlette.responses import Response
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.serving.endpoints.openapi import description, page
 from aoft_deploy.serving.protocol.messages import OUTPUT, VERSION, read_json
-from aoft_deploy.serving.protocol.refusals import Refusal, shown, unknown_model
+from aoft_deploy.serving.protocol.refusals import Refusal, unknown_model
 from aoft_deploy.serving.repository.models import Model
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.transport.calls import Call
+from aoft_deploy.texts import shortened
 
 __all__ = ["Catalogue"]
 
@@ -59,7 +60,7 @@ class Catalogue:
         """``GET /v2/models/{model}/ready``."""
         model = self._model(request)
         if self._service.state != "ready" or model.artefact.batcher.stuck:
-            raise Refusal(503, f"The model {shown(model.name)} is not ready.")
+            raise Refusal(503, f"The model {shortened(model.name)} is not ready.")
         return _json({"name": model.name, "ready": True})
 
     async def server(self, request: Request) -> Response:
@@ -118,14 +119,16 @@ class Catalogue:
         entries = await self._service.repository.index()
         ready = body.get("ready", False)
         if not isinstance(ready, bool):
-            raise Refusal(400, f"ready is {shown(ready)}: give true or false.")
+            raise Refusal(400, f"ready is {shortened(ready)}: give true or false.")
         return _json([e for e in entries if e["state"] == "READY"] if ready else entries)
 
     async def load(self, request: Request) -> Response:
         """``POST /v2/repository/models/{model}/load``."""
         parameters = await self._change(request)
         if parameters:
-            raise Refusal(400, f"Load takes no parameters, but got {shown(sorted(parameters))}.")
+            raise Refusal(
+                400, f"Load takes no parameters, but got {shortened(sorted(parameters))}."
+            )
         await self._service.repository.load(request.path_params["model"])
         return _json({})
 
@@ -133,7 +136,7 @@ class Catalogue:
         """``POST /v2/repository/models/{model}/unload``."""
         parameters = await self._change(request)
         if set(parameters) - {"unload_dependents"}:
-            raise Refusal(400, f"Unknown parameters {shown(sorted(parameters))}.")
+            raise Refusal(400, f"Unknown parameters {shortened(sorted(parameters))}.")
         await self._service.repository.unload(request.path_params["model"])
         return _json({})
 
@@ -185,7 +188,7 @@ class Catalogue:
             raise Refusal(503, f"The server is {self._service.state}.")
         parameters = (await self._body(request)).get("parameters") or {}
         if not isinstance(parameters, dict):
-            raise Refusal(400, f"Parameters are {shown(parameters)}: give an object.")
+            raise Refusal(400, f"Parameters are {shortened(parameters)}: give an object.")
         return parameters
 
 

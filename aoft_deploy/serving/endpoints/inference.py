@@ -19,13 +19,14 @@ from aoft_deploy.serving.batching.batcher import Answer, NotFiniteError
 from aoft_deploy.serving.endpoints.images import decode_sample
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.protocol.messages import VERSION, format_answer, parse_request
-from aoft_deploy.serving.protocol.refusals import OUT_OF_TIME, Refusal, shown, unknown_model
+from aoft_deploy.serving.protocol.refusals import OUT_OF_TIME, Refusal, unknown_model
 from aoft_deploy.serving.repository.models import Model
 from aoft_deploy.serving.repository.opened_artefact import Artefact
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.transport.calls import Call, Departure
 from aoft_deploy.serving.transport.encodings import acceptable, compressed, decompressed
 from aoft_deploy.serving.transport.uploads import uploaded_files
+from aoft_deploy.texts import shortened
 
 __all__ = ["Inference"]
 
@@ -169,7 +170,7 @@ class Inference:
         if current.artefact.tensor != model.artefact.tensor or (
             preprocessing is not None and current.artefact.preprocessing != preprocessing
         ):
-            message = f"The model {shown(model.name)} was replaced: send the request again."
+            message = f"The model {shortened(model.name)} was replaced: send the request again."
             raise Refusal(503, message, retry_after=1)
         try:
             return current, await current.artefact.batcher.answer(images, current.task, left)
@@ -237,5 +238,5 @@ async def _send(
 
 def _top(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
-        raise Refusal(400, f"top is {shown(text)}: give a whole number from 1.")
+        raise Refusal(400, f"top is {shortened(text)}: give a whole number from 1.")
     return int(text)

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal
 from aoft_deploy.serving.protocol.tensors import (
     Tensor,
     bytes_tensor,
@@ -23,6 +23,7 @@ from aoft_deploy.serving.protocol.tensors import (
     read_shape,
     top_classes,
 )
+from aoft_deploy.texts import shortened
 
 __all__ = ["OUTPUT", "VERSION", "InferRequest", "format_answer", "parse_request", "read_json"]
 
@@ -135,8 +136,8 @@ def _json_length(header: str | None, total: int) -> int:
     if not (header.isascii() and header.isdecimal() and len(header) <= 18 and int(header) <= total):
         raise Refusal(
             400,
-            f"Inference-Header-Content-Length is {shown(header)}: give the length of the JSON in "
-            f"a body of {total} bytes.",
+            f"Inference-Header-Content-Length is {shortened(header)}: give the length of the JSON "
+            f"in a body of {total} bytes.",
         )
     return int(header)
 
@@ -146,28 +147,30 @@ def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise Refusal(400, f"Parameters are {shown(found)}: give an object.")
+        raise Refusal(400, f"Parameters are {shortened(found)}: give an object.")
     return found
 
 
 def _id(data: dict[str, Any]) -> str:
     name = data.get("id", "")
     if not isinstance(name, str) or len(name) > MAX_ID:
-        raise Refusal(400, f"The id is {shown(name)}: give a text of up to {MAX_ID} characters.")
+        raise Refusal(
+            400, f"The id is {shortened(name)}: give a text of up to {MAX_ID} characters."
+        )
     return name
 
 
 def _timeout(parameters: dict[str, Any]) -> float | None:
     microseconds = parameters.get("timeout", 0)
     if type(microseconds) is not int or microseconds < 0:
-        raise Refusal(400, f"The timeout is {shown(microseconds)}: give whole microseconds.")
+        raise Refusal(400, f"The timeout is {shortened(microseconds)}: give whole microseconds.")
     return microseconds / 1e6 or None
 
 
 def _entries(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
     found = data.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise Refusal(400, f"The {key} are {shown(found)}: give a list of objects.")
+        raise Refusal(400, f"The {key} are {shortened(found)}: give a list of objects.")
     return found
 
 
@@ -177,11 +180,12 @@ def _input(data: dict[str, Any], tail: memoryview, tensor: Tensor) -> NDArray[An
         raise Refusal(400, f"There are {len(entries)} inputs: give one, {tensor.name}.")
     (entry,) = entries
     if entry.get("name") != tensor.name:
-        raise Refusal(400, f"Unknown input {shown(entry.get('name'))}. Known: {tensor.name}.")
+        raise Refusal(400, f"Unknown input {shortened(entry.get('name'))}. Known: {tensor.name}.")
     if entry.get("datatype") != tensor.datatype:
         raise Refusal(
             400,
-            f"{tensor.name} has data type {shown(entry.get('datatype'))}: give {tensor.datatype}.",
+            f"{tensor.name} has data type {shortened(entry.get('datatype'))}: "
+            f"give {tensor.datatype}.",
         )
     shape = read_shape(entry.get("shape"), tensor)
     parameters = _parameters(entry)
@@ -196,7 +200,7 @@ def _input(data: dict[str, Any], tail: memoryview, tensor: Tensor) -> NDArray[An
         raise Refusal(400, f"{tensor.name} has both data and binary_data_size: give one.")
     if type(size) is not int or size != len(tail):
         raise Refusal(
-            400, f"binary_data_size is {shown(size)}, but {len(tail)} bytes follow the JSON."
+            400, f"binary_data_size is {shortened(size)}, but {len(tail)} bytes follow the JSON."
         )
     return from_binary(tail, shape, tensor)
 
@@ -210,18 +214,18 @@ def _output(data: dict[str, Any], parameters: dict[str, Any]) -> tuple[bool, int
     if len(entries) != 1:
         raise Refusal(400, f"There are {len(entries)} outputs: give one, {OUTPUT}.")
     if entries[0].get("name") != OUTPUT:
-        raise Refusal(400, f"Unknown output {shown(entries[0].get('name'))}. Known: {OUTPUT}.")
+        raise Refusal(400, f"Unknown output {shortened(entries[0].get('name'))}. Known: {OUTPUT}.")
     own = _parameters(entries[0])
     if any(key.startswith("shared_memory") for key in own):
         raise Refusal(400, "Shared memory is not supported: read the data from the answer.")
     top = own.get("classification", 0)
     if type(top) is not int or top < 0:
-        raise Refusal(400, f"classification is {shown(top)}: give the number of classes.")
+        raise Refusal(400, f"classification is {shortened(top)}: give the number of classes.")
     return _flag(own, "binary_data", binary), top
 
 
 def _flag(parameters: dict[str, Any], key: str, default: bool) -> bool:
     value = parameters.get(key, default)
     if not isinstance(value, bool):
-        raise Refusal(400, f"{key} is {shown(value)}: give true or false.")
+        raise Refusal(400, f"{key} is {shortened(value)}: give true or false.")
     return value

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import orjson
 
+from aoft_deploy.texts import shortened
+
 __all__ = [
     "ENGINE_STUCK",
     "OUT_OF_TIME",
     "QUEUE_FULL",
     "Refusal",
     "error_body",
-    "shown",
     "unknown_model",
 ]
 
@@ -56,15 +57,9 @@ class Refusal(Exception):
 
 def unknown_model(name: str) -> Refusal:
     """The refusal for a model that does not exist."""
-    return Refusal(404, f"There is no model {shown(name)}.")
+    return Refusal(404, f"There is no model {shortened(name)}.")
 
 
 def error_body(message: str) -> bytes:
     """The protocol's JSON for an error."""
     return orjson.dumps({"error": message})
-
-
-def shown(value: object) -> str:
-    """A client's value for an error message: its ``repr``, at most 60 characters long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

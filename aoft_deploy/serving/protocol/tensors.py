@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.texts import shortened
 
 __all__ = [
     "DTYPES",
@@ -60,9 +61,9 @@ def read_shape(value: Any, tensor: Tensor) -> tuple[int, ...]:
     """
     allowed = f"{tensor.full_shape} with a batch of 1 or more"
     if not isinstance(value, list) or not all(type(axis) is int for axis in value):
-        raise Refusal(400, f"Shape of {tensor.name} is {shown(value)}: give {allowed}.")
+        raise Refusal(400, f"Shape of {tensor.name} is {shortened(value)}: give {allowed}.")
     if tuple(value[1:]) != tensor.shape or value[0] < 1:
-        raise Refusal(400, f"Shape of {tensor.name} is {shown(value)}: give {allowed}.")
+        raise Refusal(400, f"Shape of {tensor.name} is {shortened(value)}: give {allowed}.")
     return tuple(value)
 
 
@@ -91,7 +92,7 @@ def from_json(data: Any, shape: tuple[int, ...], tensor: Tensor) -> NDArray[Any]
         Refusal: The numbers do not fit the shape or the data type.
     """
     if not isinstance(data, list):
-        raise Refusal(400, f"Data of {tensor.name} are {shown(data)}: give a list of numbers.")
+        raise Refusal(400, f"Data of {tensor.name} are {shortened(data)}: give a list of numbers.")
     flat = _flat(data, shape, tensor) if data and isinstance(data[0], list) else data
     if len(flat) != math.prod(shape):
         raise Refusal(

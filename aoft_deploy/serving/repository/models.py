@@ -12,11 +12,12 @@ from typing import NamedTuple
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.serving.protocol.messages import VERSION
-from aoft_deploy.serving.protocol.refusals import Refusal, shown, unknown_model
+from aoft_deploy.serving.protocol.refusals import Refusal, unknown_model
 from aoft_deploy.serving.repository.names import check_name
 from aoft_deploy.serving.repository.opened_artefact import Artefact, open_artefact
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.threads import in_thread
+from aoft_deploy.texts import shortened
 
 __all__ = ["Model", "Models"]
 
@@ -70,7 +71,7 @@ class Models:
             Refusal: 404: there is no such model or version.
         """
         if version != VERSION:
-            raise Refusal(404, f"There is no version {shown(version)}.")
+            raise Refusal(404, f"There is no version {shortened(version)}.")
         artefact = self.artefacts.get(name)
         if artefact is not None and artefact.fleet is None:
             return Model(name, artefact, "")

@@ -14,13 +14,14 @@ from pathlib import Path
 from aoft_deploy.artefacts.manifest import signature
 from aoft_deploy.errors import AoftError, CheckpointError, SettingError
 from aoft_deploy.serving.log import log
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal
 from aoft_deploy.serving.repository.changes import ChangeTracker, Observation
 from aoft_deploy.serving.repository.models import Models
 from aoft_deploy.serving.repository.names import check_name, is_name, printable, without_paths
 from aoft_deploy.serving.repository.scan import CHECKPOINT, Scan, check_readable, scan
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.threads import in_thread
+from aoft_deploy.texts import shortened
 
 __all__ = ["Repository"]
 
@@ -102,7 +103,7 @@ class Repository:
             if path is None and found.fault:
                 raise Refusal(400, f"{name} was not loaded: the repository cannot be read.")
             if path is None:
-                raise Refusal(404, f"There is no artefact for a model {shown(name)}.")
+                raise Refusal(404, f"There is no artefact for a model {shortened(name)}.")
             try:
                 await self._open(name, path)
             except AoftError as error:

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from aoft_deploy.serving.deadlines import Deadlines
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal
 from aoft_deploy.serving.transport.inflow import Disconnected, Inflow, buffer
+from aoft_deploy.texts import shortened
 
 __all__ = ["Bodies", "Receive"]
 
@@ -56,7 +57,7 @@ class Bodies:
             Disconnected: The client has disconnected.
         """
         if length is not None and not (length.isascii() and length.isdecimal()):
-            raise Refusal(400, f"Content-Length is {shown(length)}: give a number.", close=True)
+            raise Refusal(400, f"Content-Length is {shortened(length)}: give a number.", close=True)
         if length is not None and (len(length) > 18 or int(length) > self.limit):
             raise self._too_large()
         task = asyncio.current_task()

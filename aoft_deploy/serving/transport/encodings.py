@@ -6,7 +6,8 @@ import gzip
 import re
 import zlib
 
-from aoft_deploy.serving.protocol.refusals import Refusal, shown
+from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.texts import shortened
 
 __all__ = ["acceptable", "compressed", "decompressed"]
 
@@ -35,7 +36,7 @@ def decompressed(body: bytes | memoryview, encoding: str, limit: int) -> bytes |
     if name in ("", "identity"):
         return body
     if name not in WINDOWS:
-        raise Refusal(415, f"Content-Encoding is {shown(encoding)}: use gzip or deflate.")
+        raise Refusal(415, f"Content-Encoding is {shortened(encoding)}: use gzip or deflate.")
     parts, total, members = [], 0, 1
     decompressor = zlib.decompressobj(WINDOWS[name])
     data = memoryview(body)
@@ -97,7 +98,9 @@ def acceptable(accepted: str | None) -> list[str]:
     qualities["identity"] = asked.get("identity", 1e-4 if others is None else others)
     found = sorted((name for name in OFFERED if qualities[name]), key=lambda n: -qualities[n])
     if not found:
-        raise Refusal(406, f"Accept-Encoding is {shown(accepted)}: give gzip, deflate or identity.")
+        raise Refusal(
+            406, f"Accept-Encoding is {shortened(accepted)}: give gzip, deflate or identity."
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.file_signatures import file_kind
+from aoft_deploy.texts import one_line
 from aoft_deploy.tuning.backbones.identity import Backbone, identify
 from aoft_deploy.tuning.backbones.jax_weights import load_npz
 from aoft_deploy.tuning.backbones.timm_loading import Loader, TimmLoading, create_with_loader
@@ -74,7 +75,7 @@ def _create(name: str, weights: Path | None, loader: Loader, **args: Any) -> nn.
 
 
 def _creation_failure(name: str, weights: Path | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = one_line(error)
     if weights is not None or isinstance(error, TypeError):
         return f"timm cannot create {name}: {reason}."
     return (

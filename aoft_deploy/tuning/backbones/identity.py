@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
 from aoft_deploy.errors import BackboneError
 from aoft_deploy.processors import processors
+from aoft_deploy.texts import one_line
 from aoft_deploy.tuning.backbones.architecture import (
     CHANGED,
     architecture_label,
@@ -199,7 +200,7 @@ def difference_from_timm(backbone: Backbone) -> str:
     try:
         return first_difference(backbone.structure, _structure(backbone.skeleton))
     except Exception as error:  # timm raises many types for unknown names and arguments
-        return " ".join(str(error).split())[:100] or type(error).__name__
+        return one_line(error, 100)
 
 
 def _structure(model: nn.Module) -> tuple[str, ...]:

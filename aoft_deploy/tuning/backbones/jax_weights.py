@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from aoft_deploy.errors import BackboneError
+from aoft_deploy.texts import one_line
 from aoft_deploy.tuning.sites.classifier import classifier_names
 
 __all__ = ["load_npz"]
@@ -68,7 +69,7 @@ def load_npz(model: nn.Module, path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> BackboneError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     if "allow_pickle" in reason:
         reason = "it holds Python objects, which could run code"
     return BackboneError(f"{path} cannot be read as weights: {reason}.")

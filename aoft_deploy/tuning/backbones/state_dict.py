@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aoft_deploy.errors import BackboneError
 from aoft_deploy.file_signatures import file_kind, foreign
+from aoft_deploy.texts import one_line
 
 __all__ = ["first_names", "load_torch", "read_state_dict"]
 
@@ -100,7 +101,7 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"{path} holds objects of {first_names(unsafe)} beside its tensors, which could run "
             "code: save the model's state_dict() alone."
         )
-    reason = " ".join(str(error).split())[:100]
+    reason = one_line(error, 100)
     # torch's own advice is to set weights_only=False, which this package does not offer.
     reason = type(error).__name__ if "weights_only" in str(error) else reason
     return f"{path} cannot be read as weights: it is damaged or of another kind ({reason})."
