@@ -1,4 +1,4 @@
-"""Names that a package imports on first use, so that commands start without heavy libraries."""
+"""Lazy imports: a package imports its public names on first use, so that commands start fast."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["lazy_names"]
 def lazy_names(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a package (PEP 562).
+    """Return the ``__getattr__`` and ``__dir__`` of a package (PEP 562).
 
     Args:
-        package: Its ``__name__``.
-        homes: For each public name the submodule that defines it, relative to the package.
+        package: The package's ``__name__``.
+        homes: Maps each public name to the submodule that defines it, relative to the package.
     """
 
     def getattribute(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The folder for files that can be made again."""
+"""The folder for cached files, which can be deleted at any time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder() -> Path | None:
-    """``$AOFT_CACHE_DIR``, or ``aoft-deploy`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$AOFT_CACHE_DIR``, or ``aoft-deploy`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Returns:
-        None where ``AOFT_CACHE_DIR`` is set and empty: nothing is kept then.
+        None if ``AOFT_CACHE_DIR`` is set but empty, which disables the cache.
     """
     named = os.environ.get("AOFT_CACHE_DIR")
     if named == "":

@@ -1,4 +1,4 @@
-"""What all plots share: resolution, colours, empty figures, and saving them as PNG files."""
+"""Shared by all plots: resolution, colours, creating figures, and saving them as PNG files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PALETTE = {
     "sky blue": "#56b4e9",
     "grey": "#4d4d4d",
 }
-"""The palette of Okabe and Ito for colour-blind readers, with a dark grey."""
+"""Colour-blind-safe palette of Okabe and Ito, plus a dark grey."""
 
 
 def check_matplotlib() -> None:
-    """Check that matplotlib is installed, before work begins that a plot needs.
+    """Check that matplotlib is installed, before the work whose results are plotted.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -39,7 +39,7 @@ def check_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sized in inches, that is not registered with pyplot."""
+    """Create an empty figure, sized in inches, without registering it in pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,20 +1,21 @@
-"""Errors that a user can cause, each a refinement of a builtin.
+"""Errors that a user can cause. Each also derives from a built-in exception.
 
     AoftError
     ├── UnknownNameError    (LookupError)       a method, backbone, task … that does not exist
     ├── SettingError        (ValueError)        a setting outside its range
-    │   └── DivergedError                       settings that training diverges with
+    │   └── DivergedError                       settings with which training diverges
     ├── AttachError         (TypeError)         a model that a method cannot attach to
     ├── BackboneError       (ValueError)        missing, wrong-shaped or foreign backbone weights
     ├── CheckpointError     (ValueError)        a file that is no checkpoint, or does not fit
     ├── ArtefactError       (ValueError)        a file that is no artefact, or is damaged
     ├── DataError           (ValueError)        an image folder or list that cannot be used
     │   └── ImageError                          one image file that cannot be used
-    ├── VerificationError   (ArithmeticError)   an artefact whose answers differ from the model's
+    ├── VerificationError   (ArithmeticError)   an artefact whose logits differ from the model's
     ├── OutputError         (OSError)           a result that cannot be written
     └── MissingExtraError   (ImportError)       an optional package that is not installed
 
-Messages are one sentence: what, got, allowed, next step. Only the commands' ``main`` catches them.
+A message is one sentence: what is wrong, the value, the allowed values, the next step. Only the
+commands' ``main`` functions catch these errors.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ __all__ = [
 
 
 class AoftError(Exception):
-    """Base of everything that this package raises for a fault in its input."""
+    """Base class of the errors that this package raises for invalid input."""
 
 
 class UnknownNameError(AoftError, LookupError):
     """A name that is not in its registry.
 
     Args:
-        kind: What the name should have been, such as ``"method"``.
-        name: The name that was given.
-        known: The names that exist. Close ones are suggested; short lists are printed whole.
+        kind: What the name stands for, such as ``"method"``.
+        name: The unknown name.
+        known: The existing names. The message suggests close matches, and lists up to 20 names.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
@@ -68,11 +69,11 @@ class SettingError(AoftError, ValueError):
 
 
 class DivergedError(SettingError):
-    """Settings that make training diverge: its numbers are not finite."""
+    """Settings with which training diverges: a loss or gradient is not finite."""
 
 
 class AttachError(AoftError, TypeError):
-    """A model that offers no place for a method's updates."""
+    """A model without sites for a method's updates."""
 
 
 class BackboneError(AoftError, ValueError):
@@ -80,11 +81,11 @@ class BackboneError(AoftError, ValueError):
 
 
 class CheckpointError(AoftError, ValueError):
-    """A file that is no checkpoint, is damaged, or does not fit the backbone."""
+    """A file that is not a checkpoint, is damaged, or does not fit the backbone."""
 
 
 class ArtefactError(AoftError, ValueError):
-    """A file or folder that is no artefact, is damaged, or was changed after its manifest."""
+    """A file or folder that is not an artefact, is damaged, or differs from its manifest."""
 
 
 class DataError(AoftError, ValueError):
@@ -96,19 +97,19 @@ class ImageError(DataError):
 
 
 class VerificationError(AoftError, ArithmeticError):
-    """An artefact whose answers differ from the unmerged model's."""
+    """An artefact whose logits differ from the unmerged model's."""
 
 
 class OutputError(AoftError, OSError):
-    """A result that cannot be written where it was asked for."""
+    """A result that cannot be written to its path."""
 
 
 class MissingExtraError(AoftError, ImportError):
     """An optional package that is not installed.
 
     Args:
-        package: The package that is missing, such as ``"onnxruntime"``.
-        extra: The extra of this project that brings it, such as ``"cpu"``.
+        package: The missing package, such as ``"onnxruntime"``.
+        extra: The extra of this project that installs it, such as ``"cpu"``.
     """
 
     def __init__(self, package: str, extra: str) -> None:

@@ -1,7 +1,7 @@
-"""What a file is, by its first bytes and not by its suffix.
+"""Detect a file's format by its first bytes, independent of its suffix.
 
-Downloads go wrong in a few well-known ways: Git leaves a pointer where Git LFS was not installed, a
-server answers with a page, an archive was not unpacked. Needs neither torch nor numpy.
+Common download mistakes are Git LFS pointers, HTML pages in place of the file, and archives that
+were not unpacked. This module needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF", "pdf"),
     (rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]", "onnx"),
 )
-"""Regular expressions of the first bytes, the first that matches counts."""
+"""Regular expressions for the first bytes, with the format's key. The first match counts."""
 
 UNPACK = "unpack it first, and give the file inside"
 FOREIGN = {
@@ -65,11 +65,11 @@ FOREIGN = {
     "pickle": "a pickle, which could run code, whatever its suffix says",
     "npz": "an .npz file of NumPy arrays, whatever its suffix says",
 }
-"""What a file of each kind is, and what to do about it."""
+"""Description of each kind of file, and what the user should do."""
 
 
 def file_kind(path: Path) -> str:
-    """The kind of a file, a key of ``FOREIGN``, or an empty text where it is not known.
+    """Return the kind of a file, such as ``"gzip"``; an empty string for an unknown kind.
 
     Raises:
         OSError: The file cannot be read.
@@ -87,15 +87,15 @@ def file_kind(path: Path) -> str:
 
 
 def foreign(path: Path, *expected: str) -> str:
-    """What a file is instead, as the rest of a sentence that begins with its name.
+    """Describe a file of an unexpected kind, as the end of a sentence that starts with its name.
 
     Args:
         path: The file.
-        expected: Kinds that the reader takes, which are not foreign.
+        expected: Kinds that the caller can read.
 
     Returns:
-        Such as ``is a gzip archive: unpack it first``; empty for an unknown or expected kind, and
-        for a file that cannot be read.
+        For example ``is a gzip archive: unpack it first``. Empty for an unknown or expected kind,
+        and for a file that cannot be read.
     """
     try:
         kind = file_kind(path)
@@ -105,7 +105,7 @@ def foreign(path: Path, *expected: str) -> str:
 
 
 def _zip_kind(path: Path) -> str:
-    """Whether a zip archive is PyTorch's, NumPy's, or another."""
+    """Tell apart zip archives of PyTorch, of NumPy, and others."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

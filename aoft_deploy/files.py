@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files, JSON text, and digests."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ os.umask(UMASK)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary file that takes ``path``'s name when the block ends well.
+    """Context manager: write to a temporary file, and rename it to ``path`` on success.
 
     Args:
-        path: The final name; an existing file is replaced only at the end.
+        path: The final path. An existing file is replaced only at the end.
 
     Yields:
-        A name in the same folder to write to. It is gone after a failure or an interrupt.
+        The temporary path, on the same file system. It is deleted after a failure or interrupt.
 
     Raises:
-        OutputError: ``path`` is a folder or device, its folder cannot be made or written, or the
-            disk is full.
+        OutputError: ``path`` is a folder or device, its folder cannot be created or written to, or
+            the disk is full.
     """
     if path.exists() and not path.is_file():
         raise OutputError(f"Cannot write {path}: it exists and is no file.")
     with writable_folder(path.parent) as folder:
-        name = folder / path.name
+        temporary = folder / path.name
         try:
-            yield name
-            settle(name)
-            name.replace(path)
+            yield temporary
+            settle(temporary)
+            temporary.replace(path)
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
@@ -56,9 +56,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def settle(path: Path) -> None:
-    """Force a finished file to disk, with the permissions of any new file.
+    """Flush a finished file to disk, and give it the default permissions of new files.
 
-    Some writers create their files for the owner alone.
+    Some libraries create files that only the owner can read.
     """
     path.chmod(0o666 & ~UMASK)
     with path.open("rb") as written:
@@ -67,10 +67,12 @@ def settle(path: Path) -> None:
 
 @contextmanager
 def writable_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder inside ``parent`` (made where missing), removed when the block ends.
+    """Context manager: a temporary folder inside ``parent``, removed at the end.
+
+    ``parent`` is created if it is missing.
 
     Raises:
-        OutputError: ``parent`` cannot be made or written.
+        OutputError: ``parent`` cannot be created or written to.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -82,17 +84,17 @@ def writable_folder(parent: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_text(json_text(value, indent=2) + "\n", "utf-8")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON with readable letters; bytes of a file name that are no text stand as escapes."""
+    """JSON text with non-ASCII letters unescaped. Invalid UTF-8 in file names is escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -104,11 +106,11 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, names: Iterable[str]) -> str:
-    """SHA-256 over files of a folder: that of what ``sha256sum NAMES`` prints there.
+    """SHA-256 of the output of ``sha256sum NAMES`` in a folder, with the names sorted.
 
     Args:
         folder: The folder.
-        names: The files that count; their order does not.
+        names: Paths of files, relative to the folder.
     """
     lines = [f"{file_digest(folder / name)}  {name}\n" for name in sorted(names)]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,4 +1,4 @@
-"""How many processors this process may use: what is left of the machine's."""
+"""The number of processors that this process may use."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ __all__ = ["limited", "processors"]
 
 
 def processors(root: Path = Path("/")) -> int:
-    """Processors' worth of time for this process, 1 or more; a part of one counts as one.
+    """Number of processors that this process may use, at least 1.
 
-    The smallest of what the process is bound to (affinity, which cpusets set too) and of the
-    quotas of its control group and of all groups above it, of either version.
+    This is the minimum of the process's CPU affinity (which cpusets set too) and the CPU quotas,
+    rounded up, of its control group and all parent groups (cgroup v1 and v2).
 
     Args:
-        root: Where ``proc`` is, and what the paths of mounts are below.
+        root: Folder that contains ``proc`` and the mount points.
     """
-    bound = getattr(os, "sched_getaffinity", None)
-    found = len(bound(0)) if bound is not None else os.cpu_count() or 1
-    return max(1, min([found, *(math.ceil(quota) for quota in _quotas(root))]))
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, min([count, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
 def limited() -> int | None:
-    """The processors of this process where they are fewer than the machine's, else None.
+    """``processors()`` if it is less than the machine's number of cores, else None.
 
-    For runtimes that choose a number of threads by themselves: they count the machine's cores.
+    Runtimes that choose their own number of threads count the machine's cores.
     """
-    found = processors()
-    return found if found < (os.cpu_count() or 1) else None
+    count = processors()
+    return count if count < (os.cpu_count() or 1) else None
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Of each control group that this process is in."""
-    for folder, two in _groups(root):
+    """CPU quota of each control group of this process, in processors."""
+    for folder, is_v2 in _groups(root):
         try:
-            if two:
+            if is_v2:
                 quota, period = (folder / "cpu.max").read_text("ascii").split()
             else:
                 quota = (folder / "cpu.cfs_quota_us").read_text("ascii")
                 period = (folder / "cpu.cfs_period_us").read_text("ascii")
-            share = float(quota) / float(period)  # -1 is no limit, and "max" no number
+            share = float(quota) / float(period)  # a quota of -1 or "max" is no limit
         except (OSError, ValueError, ZeroDivisionError):
             continue
         if share > 0:
@@ -51,35 +51,36 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of this process's groups with all above, and whether they are of version 2."""
+    """Folders of this process's control groups and their parents, and whether each is cgroup v2."""
     try:
         own = (root / "proc/self/cgroup").read_text("utf-8")
         mounts = (root / "proc/self/mountinfo").read_text("utf-8")
     except OSError:
         return
-    one: PurePosixPath | None = None
-    two: PurePosixPath | None = None
+    v1: PurePosixPath | None = None
+    v2: PurePosixPath | None = None
     for line in own.splitlines():
         _, names, group = line.split(":", 2)
         if not names:
-            two = PurePosixPath(group)
+            v2 = PurePosixPath(group)
         elif "cpu" in names.split(","):
-            one = PurePosixPath(group)
+            v1 = PurePosixPath(group)
     for line in mounts.splitlines():
         fields, _, kind = line.partition(" - ")
         if not kind.startswith(("cgroup ", "cgroup2 ")):
             continue
-        top, place = (PurePosixPath(_unescaped(field)) for field in fields.split()[3:5])
-        path = two if kind.startswith("cgroup2 ") else one
-        if path is None or (path is one and "cpu" not in kind.split()[-1].split(",")):
+        mount_root, mount_point = (PurePosixPath(_unescaped(x)) for x in fields.split()[3:5])
+        path = v2 if kind.startswith("cgroup2 ") else v1
+        if path is None or (path is v1 and "cpu" not in kind.split()[-1].split(",")):
             continue
-        # Within a container the mount shows the container's own group as its top.
-        below = path.relative_to(top) if path.is_relative_to(top) else PurePosixPath()
-        folder = root / place.relative_to("/")
-        for part in (below, *below.parents):
-            yield folder / part, path is two
+        # In a container, the root of the mount is the container's own group.
+        inside = path.is_relative_to(mount_root)
+        relative = path.relative_to(mount_root) if inside else PurePosixPath()
+        folder = root / mount_point.relative_to("/")
+        for part in (relative, *relative.parents):
+            yield folder / part, path is v2
 
 
 def _unescaped(field: str) -> str:
-    """A field of mountinfo, where blanks are octal numbers."""
-    return re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), field)
+    """Decode the octal escapes in a field of mountinfo, such as that of a space."""
+    return re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,4 +1,4 @@
-"""What exporters write and engines run: interfaces, registry, description, proof, prediction."""
+"""Artefacts: exporters and engines, their registry, metadata, verification, prediction, timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artefact says of itself: texts in the file, each structured one as JSON."""
+"""Metadata of an artefact: strings stored in the file, structured values as JSON."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ FLEET_FORMAT = "aoft-deploy-fleet/1"
 class ArtefactInfo:
     """Typed access to an artefact's metadata.
 
-    Properties are parsed when they are asked for, and raise ``ArtefactError`` where an entry is
-    missing or damaged.
+    Properties are parsed on access, and raise ``ArtefactError`` if the entry is missing or damaged.
 
     Attributes:
-        texts: The metadata as they are stored.
-        owner: What messages call the artefact: its path or name.
+        texts: The stored metadata.
+        owner: The artefact's path or name, for messages.
     """
 
     texts: Mapping[str, str]
@@ -44,13 +43,13 @@ class ArtefactInfo:
         settings: Mapping[str, Any],
         backbone: Mapping[str, Any],
     ) -> Self:
-        """Of a merged model, or of its updates alone.
+        """Metadata of a single task's model.
 
         Args:
-            classes: Names in the order of the logits.
-            preprocessing: How an image becomes the input.
+            classes: Class names, in the order of the logits.
+            preprocessing: Converts an image to the model's input.
             method: Name of the fine-tuning method.
-            settings: Of the method.
+            settings: Settings of the method.
             backbone: Identity of the backbone.
         """
         return cls(
@@ -72,20 +71,20 @@ class ArtefactInfo:
         defaults: Mapping[str, Any],
         row: Sequence[Any],
     ) -> Self:
-        """Of many tasks of one backbone.
+        """Metadata of a fleet: many tasks on one backbone.
 
         Args:
-            tasks: Each task's name and classes, in the order of the tables.
-            model: Of any of them, for what all share.
+            tasks: Name and classes of each task, in the order of the tables.
+            model: Metadata of one task, for the entries that all tasks share.
             defaults: Default settings of the method.
             row: Names and shapes of a task's parameters, in the order of the bank's columns.
         """
-        named = [{"name": name, "classes": list(classes)} for name, classes in tasks.items()]
+        entries = [{"name": name, "classes": list(classes)} for name, classes in tasks.items()]
         shared = {key: model.texts[key] for key in ("preprocessing", "method", "settings")}
         return cls(
             {
                 "format": FLEET_FORMAT,
-                "tasks": json_text(named),
+                "tasks": json_text(entries),
                 **shared,
                 "defaults": json.dumps(dict(defaults)),
                 "backbone": model.texts["backbone"],
@@ -94,18 +93,18 @@ class ArtefactInfo:
         )
 
     def having(self, **texts: str | None) -> Self:
-        """With further entries; those that are None are left out."""
+        """A copy with further entries, without those that are None."""
         given = {name: text for name, text in texts.items() if text is not None}
         return type(self)({**self.texts, **given}, self.owner)
 
     @property
     def is_fleet(self) -> bool:
-        """Whether it holds many tasks."""
+        """Whether the artefact is a fleet."""
         return "tasks" in self.texts
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes the input."""
+        """Converts an image to the artefact's input."""
         from aoft_deploy.data.preprocessing import Preprocessing
 
         value = self._json("preprocessing")
@@ -118,7 +117,7 @@ class ArtefactInfo:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of a single model's classes, in the order of the logits; two or more."""
+        """Class names of a single task, in the order of the logits; at least two."""
         value = self._json("classes")
         if not isinstance(value, list):
             raise self._damaged("classes")
@@ -128,7 +127,7 @@ class ArtefactInfo:
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
-        """Names of a fleet's tasks and their classes, in the order of the tables."""
+        """Class names of each task of a fleet, by task name, in the order of the tables."""
         value = self._json("tasks")
         try:
             return {str(task["name"]): tuple(map(str, task["classes"])) for task in value}
@@ -145,27 +144,27 @@ class ArtefactInfo:
 
     @property
     def precision(self) -> str:
-        """Of most of the arithmetic."""
+        """Precision of most of the arithmetic, such as ``fp32``."""
         return self.texts.get("precision", "fp32")
 
     @property
     def form(self) -> str:
-        """Of a fleet: ``mixed`` or ``folded``."""
+        """Form of a fleet: ``mixed`` or ``folded``."""
         return self.texts.get("form", "mixed")
 
     @property
     def flops(self) -> int | None:
-        """Arithmetic of an image; None where it is not known."""
+        """Floating-point operations for one image; None if unknown."""
         count = self.texts.get("flops", "")
         return int(count) if count.isdecimal() else None
 
     @property
     def left_in_float(self) -> tuple[str, ...]:
-        """Names of the products of a low-precision artefact that stay in float32."""
+        """Names of the matrix products that stay in float32 in a low-precision artefact."""
         return tuple(json.loads(self.texts.get("left_in_float", "[]")))
 
     def entries(self) -> dict[str, Any]:
-        """All entries, decoded where they are JSON, to be shown."""
+        """All entries, decoded if they are JSON."""
         return {key: decoded(text) for key, text in self.texts.items()}
 
     def _json(self, key: str) -> Any:
@@ -184,19 +183,19 @@ class ArtefactInfo:
 def check_classes(
     classes: Sequence[str], owner: str, error: type[AoftError] = CheckpointError
 ) -> None:
-    """Refuse a model of one output, whose softmax is 1 for every image.
+    """Refuse a model with fewer than two outputs: a softmax of one output is always 1.
 
     Args:
-        classes: Its class names.
-        owner: What to call it in the message.
-        error: Class of the error.
+        classes: The model's class names.
+        owner: The model's path or name, for the message.
+        error: Class of the error to raise.
 
     Raises:
-        AoftError: There are fewer than two.
+        AoftError: There are fewer than two classes.
     """
     if len(classes) < 2:
-        named = f" ({classes[0]!r})" if classes else ""
+        only = f" ({classes[0]!r})" if classes else ""
         raise error(
-            f"{owner} has {len(classes) or 'no'} output{named}, but a classifier has 2 or more: "
+            f"{owner} has {len(classes) or 'no'} output{only}, but a classifier has 2 or more: "
             "train it with a class for each answer, such as yes and no."
         )

@@ -1,4 +1,4 @@
-"""Engines: loaded artefacts that compute logits, and the options to open one with."""
+"""Engines, which are loaded artefacts that compute logits, and the options to load them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Engine", "EngineOptions", "FleetEngine", "FleetTables"]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an artefact is run. Nothing falls back: an option that cannot be met is an error.
+    """How to run an artefact. There are no fallbacks: an option that cannot be met is an error.
 
     Attributes:
-        engine: Name of the runtime; None is the one that the artefact was verified with.
-        threads: Threads within a batch on a CPU; None lets the runtime choose.
-        device: ``cpu``, ``cuda``, ``cuda:1`` …; None is the engine's own choice.
+        engine: Name of the runtime; None means the one that verified the artefact.
+        threads: CPU threads for one batch; None lets the runtime choose.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
     """
 
     engine: str | None = None
@@ -28,11 +28,11 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """A loaded artefact. Many threads may call ``run`` at once."""
+    """A loaded artefact. ``run`` is thread-safe."""
 
     @property
     def info(self) -> Mapping[str, str]:
-        """Metadata stored in the artefact; ``ArtefactInfo`` reads them."""
+        """Metadata stored in the artefact; ``ArtefactInfo`` gives typed access."""
 
     @property
     def takes_pixels(self) -> bool:
@@ -44,35 +44,35 @@ class Engine(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes, such as ``cpu`` or ``cuda:0``."""
+        """Device that runs the artefact, such as ``cpu`` or ``cuda:0``."""
 
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits of a batch of inputs in the artefact's own form.
+        """Compute the logits of a batch.
 
         Args:
-            images: float32 [batch, 3, H, W], or uint8 [batch, H, W, 3] if it takes pixels.
-            task: A fleet's task for each image, int64 [batch].
+            images: float32 [batch, 3, H, W], or uint8 [batch, H, W, 3] if ``takes_pixels``.
+            task: For a fleet, the index of each image's task, int64 [batch].
 
         Returns:
-            (batch, classes); of a fleet −inf beyond each task's own classes.
+            float32 [batch, classes]; for a fleet, −inf beyond the classes of an image's task.
 
         Raises:
-            SettingError: The images have another type or shape, a fleet is run without tasks, a
-                single model with them, or a task is outside the fleet.
+            SettingError: The images have the wrong type or shape, tasks are missing for a fleet or
+                given for a single task, or a task index is out of range.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class FleetTables:
-    """The parameters of a fleet's tasks, in the order of ``MixedModel.forward``.
+    """The parameters of a fleet's tasks, in the order of the arguments of ``MixedModel.forward``.
 
     Attributes:
-        bank: The updates' parameters, float32 (tasks, parameters).
+        bank: Parameters of the updates, float32 (tasks, parameters).
         heads: Classifier rows of all tasks, weights and bias, float32 (rows, width + 1).
-        first: Index of each task's first classifier row, int64 (tasks,).
-        count: Number of each task's classes, int64 (tasks,).
+        first: Index of the first classifier row of each task, int64 (tasks,).
+        count: Number of classes of each task, int64 (tasks,).
         columns: 0 … columns − 1 of the logits, int64 (columns,).
     """
 
@@ -83,15 +83,15 @@ class FleetTables:
     columns: NDArray[Any]
 
     def by_name(self) -> dict[str, NDArray[Any]]:
-        """The arrays by the names of the graph's inputs; they are not copied."""
+        """The arrays, not copied, by the names of the graph's inputs."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class FleetEngine(Protocol):
-    """A loaded fleet that reads the tasks' tables from the caller's memory.
+    """A loaded fleet that takes the tables of its tasks as arguments.
 
     Attributes:
-        tables: The tables of the tasks that the artefact holds.
+        tables: The tables stored in the artefact.
     """
 
     tables: FleetTables | None
@@ -103,10 +103,13 @@ class FleetEngine(Protocol):
     def run(
         self, images: NDArray[np.float32], task: NDArray[np.int64], tables: FleetTables
     ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own classes.
+        """Compute the logits of a batch, with −inf beyond the classes of an image's task.
 
         Args:
             images: float32 [batch, 3, H, W], normalised.
             task: Row of each image's task in the tables, int64 [batch].
-            tables: They are not copied.
+            tables: Parameters of the tasks. They are not copied.
+
+        Returns:
+            float32 [batch, columns].
         """

@@ -1,4 +1,4 @@
-"""What an exporter is: one kind of artefact, how it is written, opened and described."""
+"""Interface of exporters. An exporter writes, loads and describes one kind of artefact."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["DeviceSupport", "Emulation", "Exporter", "FleetSupport", "UpdateSupp
 
 @dataclass(frozen=True)
 class FleetSupport:
-    """How an exporter writes fleets.
+    """How an exporter writes and loads fleets.
 
     Attributes:
-        forms: Forms of a fleet that its artefacts can run, ``mixed`` first.
-        export: Writes a fleet's model with the tables of its tasks to a path.
-        load: Opens a fleet whose tasks may change, with a number of threads (None lets the runtime
-            choose); None where the tasks are fixed.
+        forms: Supported forms of a fleet, ``mixed`` first.
+        export: Writes the model of a fleet and the tables of its tasks to a path.
+        load: Loads a fleet whose tasks can change, with a number of threads (None lets the runtime
+            choose). None if the tasks are fixed.
     """
 
     forms: tuple[str, ...]
@@ -34,11 +34,11 @@ class FleetSupport:
 
 @dataclass(frozen=True)
 class Emulation:
-    """Precisions that no runtime on the CPU computes in.
+    """Emulation of precisions that no CPU runtime supports.
 
     Attributes:
-        precisions: Their names.
-        load: Opens an artefact such that every result is rounded to its precision.
+        precisions: Names of the emulated precisions.
+        load: Loads an artefact so that the result of every operation is rounded to its precision.
     """
 
     precisions: tuple[str, ...]
@@ -47,13 +47,13 @@ class Emulation:
 
 @dataclass(frozen=True)
 class DeviceSupport:
-    """Artefacts that run on a device that this machine may lack.
+    """Verification of artefacts for a device that this machine may lack.
 
     Attributes:
-        intermediate: File in the artefact with the graph it was built from; it is deleted after
-            verification.
-        name: Name of the device that an artefact runs on here; None if there is none.
-        load_intermediate: Opens the graph on the CPU.
+        intermediate: File in the artefact: the graph from which the artefact was built. It is
+            deleted before the artefact is published.
+        name: Name of this machine's device that can run an artefact; None if there is none.
+        load_intermediate: Loads the graph on the CPU.
     """
 
     intermediate: str
@@ -63,11 +63,11 @@ class DeviceSupport:
 
 @dataclass(frozen=True)
 class UpdateSupport:
-    """Artefacts that hold a task's updates alone: ``export`` takes the tuned model, not merged.
+    """Artefacts that hold only a task's updates: ``export`` takes the unmerged model.
 
     Attributes:
-        load: Opens an artefact on its backbone, whose weights are those of a file, or timm's own
-            where the second argument is None.
+        load: Loads an artefact onto its backbone. The second argument is a file with the
+            backbone's weights; None means timm's weights.
     """
 
     load: Callable[[Path, Path | None], Engine]
@@ -75,29 +75,30 @@ class UpdateSupport:
 
 @dataclass(frozen=True)
 class Exporter:
-    """One kind of artefact. An entry point of ``aoft_deploy.exporters`` names such a value.
+    """One kind of artefact. Each entry point of ``aoft_deploy.exporters`` refers to an instance.
 
     Attributes:
-        name: As in ``to``; the name of the entry point.
-        suffix: Of its files or folders.
-        precisions: Those it can write, ``fp32`` first.
-        engines: Runtimes of its artefacts; the first verifies them.
-        tolerance: Largest difference to the unmerged model's logits at fp32, for logits up to 1.
+        name: Name of the exporter and of its entry point; the value of ``to``.
+        suffix: Suffix of the artefact's file or folder.
+        precisions: Supported precisions, ``fp32`` first.
+        engines: Runtimes that can run the artefacts. The first one verifies them.
+        tolerance: At fp32, the largest allowed difference to the unmerged model's logits, for
+            logits up to 1.
         export: Writes a model to a path.
-        load: Opens an artefact. Raises ``ArtefactError`` where it is missing or damaged,
-            ``SettingError`` where the engine or device cannot run it, and ``MissingExtraError``
-            where the runtime is not installed.
-        describe: What an artefact holds, as JSON values, without opening it in a runtime: ``kind``,
-            then its own entries. None where the file was not written by this exporter.
-        platform: Name in the Open Inference Protocol.
-        marker: File that every such folder holds, and no other folder; empty for single files.
-        calibrated: Those of its precisions that need ``ExportSpec.calibration``.
-        opsets: ONNX opsets it can write, its own choice first.
+        load: Loads an artefact. Raises ``ArtefactError`` if it is missing or damaged,
+            ``SettingError`` if the engine or device cannot run it, and ``MissingExtraError`` if the
+            runtime is not installed.
+        describe: Describes an artefact as JSON values, without a runtime: ``kind``, then other
+            entries. Returns None if this exporter did not write the file.
+        platform: Name of the platform in the Open Inference Protocol.
+        marker: File that identifies an artefact which is a folder; empty for single files.
+        calibrated: Precisions that need ``ExportSpec.calibration``.
+        opsets: Supported ONNX opsets, the default first.
         ranged: Whether artefacts are built for a range of batch sizes.
-        fleet: How it writes fleets; None where it cannot.
-        emulation: Precisions that are verified by emulation; None where there are none.
-        device: The device that artefacts are built for; None is the CPU.
-        updates: Set where artefacts hold the updates alone; None where they hold a whole model.
+        fleet: Support for fleets; None if there is none.
+        emulation: Precisions that are verified by emulation; None if there are none.
+        device: The device that artefacts are built for; None means the CPU.
+        updates: Set if artefacts hold only the updates; None if they hold a complete model.
     """
 
     name: str
@@ -119,7 +120,7 @@ class Exporter:
     updates: UpdateSupport | None = None
 
     def owns(self, path: Path) -> bool:
-        """Whether a path looks like its artefact, by suffix or by the marker in a folder."""
+        """Whether a path looks like an artefact of this exporter, by its suffix or marker."""
         return path.suffix == self.suffix or bool(self.marker and (path / self.marker).is_file())
 
     def emulates(self, precision: str) -> bool:
@@ -127,7 +128,7 @@ class Exporter:
         return self.emulation is not None and precision in self.emulation.precisions
 
     def device_name(self, artefact: Path, precision: str) -> str | None:
-        """Device on which this machine runs an artefact in its own precision; None if on none."""
+        """This machine's device that can run an artefact in its precision, or None."""
         if self.emulates(precision):
             return None
         return self.device.name(artefact) if self.device else "CPU"

@@ -1,16 +1,13 @@
-"""Check of a batch against the inputs of an artefact."""
+"""Check a batch against the inputs of an artefact."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.errors import SettingError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["check_batch"]
 
@@ -22,30 +19,30 @@ def check_batch(
     takes: tuple[Any, tuple[int | None, ...]],
     tasks: int | None,
 ) -> None:
-    """Whether a batch is what an artefact takes.
+    """Check that an artefact accepts a batch.
 
     Args:
         images: The batch.
-        task: A task for each image.
-        takes: Type of the images, and their shape without the batch; None where any length goes.
-        tasks: How many the artefact has; None if it is a single model.
+        task: Index of each image's task; None if the artefact holds a single task.
+        takes: Type and shape of an image. A length of None accepts any length.
+        tasks: Number of tasks of a fleet; None if the artefact holds a single task.
 
     Raises:
-        SettingError: It is not.
+        SettingError: The artefact does not accept the batch.
     """
     dtype, shape = np.dtype(takes[0]), takes[1]
     fits = len(images.shape) == len(shape) + 1 and all(
-        theirs in (None, ours) for ours, theirs in zip(images.shape[1:], shape, strict=True)
+        expected in (None, length) for length, expected in zip(images.shape[1:], shape, strict=True)
     )
     if images.dtype != dtype or not fits or not len(images):
-        sides = ", ".join("any" if side is None else str(side) for side in shape)
+        lengths = ", ".join("any" if length is None else str(length) for length in shape)
         raise SettingError(
-            f"This artefact takes {dtype} [batch, {sides}], but got {images.dtype} "
+            f"This artefact takes {dtype} [batch, {lengths}], but got {images.dtype} "
             f"{list(images.shape)}."
         )
     if (task is not None) is not (tasks is not None):
-        missing = "needs a task for each image" if tasks is not None else "holds a single task"
-        raise SettingError(f"This artefact {missing}.")
+        reason = "needs a task for each image" if tasks is not None else "holds a single task"
+        raise SettingError(f"This artefact {reason}.")
     if task is None or tasks is None:
         return
     if len(task) != len(images) or ((task < 0) | (task >= tasks)).any():

@@ -1,4 +1,4 @@
-"""What an artefact or a manifest holds, as JSON values."""
+"""Describe an artefact or a manifest as JSON values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["describe_artefact"]
 
 
 def describe_artefact(path: Path) -> dict[str, Any] | None:
-    """Describe an artefact by the exporter that wrote it, or a manifest.
+    """Describe an artefact or a manifest.
 
     Args:
         path: A file or folder.
 
     Returns:
-        JSON values; ``kind`` says what it is. None where no exporter wrote it.
+        JSON values, of which ``kind`` names the kind of file. None if no exporter wrote it.
 
     Raises:
-        ArtefactError: It is damaged.
+        ArtefactError: The file is damaged.
     """
     if path.suffix == ".json" and path.is_file():
         return {"kind": "manifest", **read_manifest(path)}
@@ -36,19 +36,19 @@ def describe_artefact(path: Path) -> dict[str, Any] | None:
     for exporter in exporters_of(path):
         described = exporter.describe(path)
         if described is not None:
-            found = {
+            entries = {
                 "kind": described["kind"],
                 "file": str(path),
                 "bytes": artefact_size(path),
                 "sha256": artefact_digest(path),
                 **described,
             }
-            return {**found, **_verification(path, found["sha256"])}
+            return {**entries, **_verification(path, entries["sha256"])}
     return None
 
 
 def _verification(path: Path, digest: str) -> dict[str, Any]:
-    """What the manifest beside an artefact says, if it is the manifest of these very bytes."""
+    """Verification results from the manifest beside an artefact, if its digest matches."""
     manifest = manifest_path(path.resolve() if path.is_dir() else path)
     if not manifest.is_file():
         return {"manifest": "none"}

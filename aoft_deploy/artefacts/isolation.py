@@ -1,7 +1,7 @@
-"""An engine in a process of its own, so that engines timed beside each other share nothing.
+"""Run an engine in a subprocess, so that engines which are compared by speed share nothing.
 
-Where one process holds several, the place that a model's weights got in memory decides over a tenth
-of its speed: the same ONNX file was 0.90 to 1.10 times itself, by the order of loading alone.
+In a single process, the memory layout of the weights changes the speed by up to 10 %: the ratio
+between two loads of one ONNX file was 0.90 to 1.10, depending only on the order of loading.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = ["Apart"]
 
 
 class Apart:
-    """An ``Engine`` that another process runs, for one thread at a time.
+    """An ``Engine`` that runs in a subprocess. It is not thread-safe.
 
-    It ends with ``close``, as a context, or with this process.
+    The subprocess ends with ``close``, with the context manager, or with this process.
 
     Args:
-        load: Makes the engine, in the other process: a function that pickle finds by its module
-            and name, or a ``functools.partial`` of one.
+        load: Loads the engine in the subprocess: a function that can be pickled, or a
+            ``functools.partial`` of one.
 
     Raises:
-        Exception: What ``load`` or the engine raised.
-        AoftError: The same where it cannot be pickled, or the process ended.
+        Exception: ``load`` or the engine raised it.
+        AoftError: The subprocess ended, or raised an exception that cannot be pickled.
     """
 
     info: Mapping[str, str]
@@ -49,26 +49,26 @@ class Apart:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             self._send(sys.path)
-            told = self._ask(load)
+            description = self._ask(load)
         except BaseException:
             self.close()
             raise
-        self.info, self.device, self.takes_pixels, self.takes_tasks = told
+        self.info, self.device, self.takes_pixels, self.takes_tasks = description
 
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits; see ``Engine.run``."""
+        """Compute logits; see ``Engine.run``."""
         logits: NDArray[np.float32] = self._ask(("run", (images, task)))
         return logits
 
     def seconds(self, images: NDArray[Any], task: NDArray[np.int64] | None = None) -> float:
-        """How long a run takes there; the way of the images there and back is not counted."""
+        """Duration of one run in seconds, without the transfer to and from the subprocess."""
         seconds: float = self._ask(("seconds", (images, task)))
         return seconds
 
     def close(self) -> None:
-        """End the process."""
+        """End the subprocess."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
@@ -99,24 +99,24 @@ class Apart:
         return answer
 
 
-def _serve(incoming: BinaryIO, outgoing: BinaryIO) -> None:
-    """What the other process does, until nothing more comes in."""
+def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
+    """Main function of the subprocess: answer requests until the stream ends."""
 
-    def answer(make: Callable[[], Any]) -> bool:
-        value, fine = None, True
+    def respond(compute: Callable[[], Any]) -> bool:
+        value, succeeded = None, True
         try:
-            value = make()
+            value = compute()
         except Exception as error:
-            value, fine = _portable(error), False
-        pickle.dump(value, outgoing, protocol=5)
-        outgoing.flush()
-        return fine
+            value, succeeded = _picklable(error), False
+        pickle.dump(value, responses, protocol=5)
+        responses.flush()
+        return succeeded
 
     engine: Engine
 
     def load() -> tuple[dict[str, str], str, bool, bool]:
         nonlocal engine
-        engine = pickle.load(incoming)()
+        engine = pickle.load(requests)()
         return dict(engine.info), engine.device, engine.takes_pixels, engine.takes_tasks
 
     def seconds(*inputs: Any) -> float:
@@ -124,19 +124,19 @@ def _serve(incoming: BinaryIO, outgoing: BinaryIO) -> None:
         engine.run(*inputs)
         return time.perf_counter() - start
 
-    sys.path[:] = pickle.load(incoming)
-    if not answer(load):
+    sys.path[:] = pickle.load(requests)
+    if not respond(load):
         return
     while True:
         try:
-            what, inputs = pickle.load(incoming)
+            verb, inputs = pickle.load(requests)
         except EOFError:
             return
-        answer(partial(seconds if what == "seconds" else engine.run, *inputs))
+        respond(partial(seconds if verb == "seconds" else engine.run, *inputs))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one with its message where pickle cannot make it anew."""
+def _picklable(error: Exception) -> Exception:
+    """The error itself, or an ``AoftError`` with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -146,5 +146,5 @@ def _portable(error: Exception) -> Exception:
 
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "wb") as pipe:
-        os.dup2(2, 1)  # what a library prints is no answer
+        os.dup2(2, 1)  # libraries that print to stdout must not write into the pipe
         _serve(sys.stdin.buffer, pipe)

@@ -1,4 +1,4 @@
-"""The machine that figures are of: its processor, and how fast it multiplies matrices."""
+"""The machine's processor, and its peak speed in matrix products."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ __all__ = ["gemm_peaks", "machine"]
 
 
 SIDES = (256, 512, 1024, 2048)
-"""Of the square matrices that the peak is measured with. The largest reuses every cache; where one
-would take too long, the smaller ones before it count."""
+"""Sides of the square matrices of the peak measurement. Sides that would take too long are skipped.
+"""
 
+REPEATS = 8
+"""Number of products of the largest side; the other sides get 2, as the first may be slower."""
 
 Product = Callable[[], Any]
-"""One product of two square matrices."""
+"""Computes one product of two square matrices."""
 
 
 def gemm_peaks(
@@ -30,19 +32,20 @@ def gemm_peaks(
     products: Mapping[str, Callable[[int], Product]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Operations a second that this machine's CPU reaches in large products, by precision.
+    """Measure this CPU's peak speed in matrix products in PyTorch, by precision.
 
-    The best that PyTorch's libraries reach. A precision is left out unless it is faster than fp32:
-    without instructions for it the processor has no limit of its own there, and PyTorch may have
-    no kernel at all (int8 on AVX2 takes 25 s for a product that fp32 does in 0.2). int8 is counted
-    in integer operations.
+    A precision that is not faster than fp32 is left out: the CPU has no instructions for it, and
+    PyTorch may have no kernel (int8 on AVX2 takes 25 s for a product that takes 0.2 s in fp32).
 
     Args:
-        threads: None is as many as PyTorch takes.
-        seconds: Time for all of it; exceeded by at most one small product of each precision.
-        products: From a precision to a function that makes a product from a side; None is
-            PyTorch's, with ``fp32`` among them.
-        clock: Seconds.
+        threads: Number of threads; None keeps PyTorch's setting.
+        seconds: Time limit, exceeded by at most one small product of each precision.
+        products: Maps each precision, ``fp32`` among them, to a function from a side to a product;
+            None means PyTorch's products.
+        clock: Returns the time in seconds.
+
+    Returns:
+        Operations per second; for int8, integer operations.
     """
     import torch
 
@@ -56,29 +59,33 @@ def gemm_peaks(
     return {n: rate for n, rate in rates.items() if n == "fp32" or rate > rates["fp32"]}
 
 
+def machine(threads: int | None) -> dict[str, Any]:
+    """Describe the machine that a measurement ran on."""
+    return {"processor": _processor(), "cores": processors(), "threads": threads}
+
+
 def _torch_products() -> dict[str, Callable[[int], Product]]:
-    """Products in PyTorch, by precision."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
 
-    def real(side: int, kind: torch.dtype) -> Product:
-        matrix = torch.randn(side, side, generator=generator).to(kind)
+    def floating(side: int, dtype: torch.dtype) -> Product:
+        matrix = torch.randn(side, side, generator=generator).to(dtype)
         return lambda: matrix @ matrix
 
-    def whole(side: int) -> Product:
+    def integer(side: int) -> Product:
         matrix = torch.randint(-63, 64, (side, side), generator=generator, dtype=torch.int8)
         return lambda: torch._int_mm(matrix, matrix)
 
     return {
-        "fp32": partial(real, kind=torch.float32),
-        "bf16": partial(real, kind=torch.bfloat16),
-        "int8": whole,
+        "fp32": partial(floating, dtype=torch.float32),
+        "bf16": partial(floating, dtype=torch.bfloat16),
+        "int8": integer,
     }
 
 
 def _rate(make: Callable[[int], Product], seconds: float, clock: Callable[[], float]) -> float:
-    """Operations a second of the best product, of growing ones for as long as there is time."""
+    """Operations per second of the fastest product. The side grows until the time is used up."""
     start, best = clock(), 0.0
     for side in SIDES:
         operations, product = 2 * side**3, make(side)
@@ -91,11 +98,6 @@ def _rate(make: Callable[[int], Product], seconds: float, clock: Callable[[], fl
     return best
 
 
-def machine(threads: int | None) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {"processor": _processor(), "cores": processors(), "threads": threads}
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("ascii", errors="replace").splitlines()
@@ -103,7 +105,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     return " ".join((names or [platform.processor() or platform.machine()])[0].split())
-
-
-REPEATS = 8
-"""Products of the largest size; of a smaller one two, of which the first may set things up."""

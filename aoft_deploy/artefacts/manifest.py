@@ -1,4 +1,4 @@
-"""The manifest beside an artefact: read, compared with the artefact, and kept from changing."""
+"""The manifest beside an artefact: reading it, and detecting changes of the artefact."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ __all__ = [
 
 
 def manifest_path(artefact: Path) -> Path:
-    """Where an artefact's manifest stands: ``<artefact>.json``."""
+    """Path of an artefact's manifest: ``<artefact>.json``."""
     return artefact.with_name(artefact.name + ".json")
 
 
 def artefact_files(artefact: Path) -> list[Path]:
-    """The file itself, or all files of a folder."""
+    """The artefact itself if it is a file, or all files in the folder and its subfolders."""
     if not artefact.is_dir():
         return [artefact]
     return sorted(path for path in artefact.rglob("*") if path.is_file())
 
 
 def artefact_size(artefact: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Size in bytes of a file, or of all files of a folder."""
     return sum(path.stat().st_size for path in artefact_files(artefact))
 
 
 def artefact_digest(path: Path, names: Iterable[str] | None = None) -> str:
-    """SHA-256 of a file, or of the named files of a folder; None names all."""
+    """SHA-256 of a file, or of the named files of a folder; None means all files."""
     if not path.is_dir():
         return file_digest(path)
     if names is None:
@@ -52,10 +52,10 @@ def artefact_digest(path: Path, names: Iterable[str] | None = None) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's entries.
+    """Read a manifest's entries.
 
     Raises:
-        ArtefactError: It cannot be read, or is no manifest.
+        ArtefactError: The file cannot be read, or is not a manifest.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -69,24 +69,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_unchanged(artefact: Path) -> None:
-    """Compare an artefact with the digest in its manifest; one without a manifest passes.
+    """Compare an artefact with the digest in its manifest. An artefact without one passes.
 
-    For a symbolic link, the manifest beside its target counts, or else the one beside the link.
+    For a symbolic link, the manifest beside the target comes before the one beside the link.
 
     Raises:
-        ArtefactError: It was changed, or it or the manifest cannot be read.
+        ArtefactError: The artefact was changed, or a file cannot be read.
     """
     target = Path(os.path.realpath(artefact))
-    beside = [manifest_path(target), manifest_path(artefact)]
-    manifest = next((path for path in beside if _exists(path)), None)
+    candidates = [manifest_path(target), manifest_path(artefact)]
+    manifest = next((path for path in candidates if _exists(path)), None)
     if manifest is None or not _exists(target):
         return
     recorded = read_manifest(manifest).get("sha256")
     try:
-        found = artefact_digest(target)
+        digest = artefact_digest(target)
     except OSError as error:
         raise _unreadable(artefact, error) from error
-    if recorded != found:
+    if recorded != digest:
         raise ArtefactError(
             f"{artefact} was changed after its manifest {manifest.name} was written, so it is not "
             "run: export it again."
@@ -94,33 +94,31 @@ def check_unchanged(artefact: Path) -> None:
 
 
 def signature(artefact: Path) -> tuple[object, ...]:
-    """A value that differs once an artefact or its manifest is rewritten, replaced, or readable.
+    """A value that changes when the artefact or its manifest, or their permissions, change.
 
     Returns:
-        Name, size in bytes, times of content and of permissions in ns, and inode of every file.
+        Name, size in bytes, mtime and ctime in ns, and inode of every file.
 
     Raises:
-        FileNotFoundError: There is no artefact.
-        OSError: It cannot be looked at.
+        FileNotFoundError: The artefact does not exist.
+        OSError: A file or folder cannot be accessed.
     """
     files = [artefact, *_below(artefact)] if artefact.is_dir() else [artefact]
-    found = [_mark(file.name, file.stat()) for file in files]
+    marks = [_mark(file.name, file.stat()) for file in files]
     for manifest in {manifest_path(artefact), manifest_path(Path(os.path.realpath(artefact)))}:
         try:
-            found.append(_mark(manifest.name, manifest.stat()))
+            marks.append(_mark(manifest.name, manifest.stat()))
         except FileNotFoundError:
             pass
-    return tuple(sorted(found))
+    return tuple(sorted(marks))
 
 
 @contextmanager
 def unchanged(artefact: Path) -> Iterator[None]:
-    """Context manager: the files must not change between its beginning and its end.
-
-    What is read in several steps is of one version then.
+    """Context manager: ensure that an artefact does not change while it is read in several steps.
 
     Raises:
-        ArtefactError: A file was written or replaced meanwhile.
+        ArtefactError: A file was written or replaced inside the block.
     """
     before = _signature(artefact)
     yield
@@ -129,19 +127,19 @@ def unchanged(artefact: Path) -> Iterator[None]:
 
 
 def _signature(artefact: Path) -> tuple[object, ...] | None:
-    """None where the artefact cannot be read; opening it reports the reason."""
+    """The signature, or None if the artefact cannot be read: opening it reports the reason."""
     try:
         return signature(artefact)
     except OSError:
         return None
 
 
-def _mark(name: str, found: os.stat_result) -> tuple[str, int, int, int, int]:
-    return name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def _mark(name: str, stat: os.stat_result) -> tuple[str, int, int, int, int]:
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Everything in a folder, at any depth.
+    """All files and folders below a folder, at any depth.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -154,7 +152,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path exists, also where the system forbids to look."""
+    """Whether a path exists; True if access to it is denied."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

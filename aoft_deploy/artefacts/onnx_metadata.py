@@ -1,14 +1,15 @@
-"""What an ONNX file says of itself: metadata, that it is a single file, and that it is whole.
+"""Read the metadata of an ONNX file, and check that it is complete and needs no other file.
 
-A model may name other files of the host, or places in memory, as its weights. aoft-export writes
-single files, and others are refused before any runtime opens them.
+An ONNX model can refer to other files of the host, or to memory addresses, for its weights.
+aoft-export writes single files. Models that refer to anything else are refused before a runtime
+opens them.
 
-The last entry of the metadata is a digest of all bytes before it. A file that is half overwritten,
-by a copy that is under way or was interrupted, has the length and the form of a model, but not the
-digest. Files from before this entry existed have none, and are opened as they are.
+The last entry of the metadata is a digest of all bytes before it. It detects a file that is partly
+overwritten by an unfinished copy: such a file has the size and structure of a model, but another
+digest. Files of older versions have no such entry, and are opened without this check.
 
-Files are read with ``pread``, not mapped: one that is truncated meanwhile is an error and not the
-end of the process.
+Files are read with ``pread`` instead of a memory map: if a file is truncated meanwhile, the result
+is an error instead of a crash.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from aoft_deploy.processors import processors
 __all__ = ["DIGEST", "checked_metadata", "digest_entry", "read_metadata"]
 
 DIGEST = "sha256-4MiB"
-"""Key of the metadata's last entry: the SHA-256 of the SHA-256s of each 4 MiB before it."""
+"""Key of the last metadata entry: the SHA-256 of the SHA-256 digests of all 4 MiB chunks before it.
+"""
 
 CHUNK = 4 * 2**20
 THREADS = min(8, processors())
 
-# Message types of onnx.proto that lead to tensors, and the numbers of the fields that do.
+# For each message type of onnx.proto, the fields that can contain tensors: number and message type.
 _INNER = {
     "model": {7: "graph", 14: "entry", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -47,77 +49,87 @@ _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _METADATA = 14
 _DEPTH = 32
 _SMALL = 65536
-"""Bytes of a message up to which it is read at once, and of the pieces of a larger one."""
+"""Messages up to this size in bytes are read at once; larger ones in pieces of this size."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of an ONNX file, read without its weights.
+    """Read the metadata of an ONNX file, without reading its weights.
 
     Raises:
-        ArtefactError: It is missing, cannot be read, is damaged, or keeps weights in other files.
+        ArtefactError: The file is missing, unreadable or damaged, or keeps weights in other files.
     """
-    return _read(path, whole=False)
+    return _read(path, check_digest=False)
 
 
 def checked_metadata(path: Path) -> dict[str, str]:
-    """Metadata of an ONNX file whose bytes are those that were written, if it says which.
+    """Read the metadata of an ONNX file, and check the file against its digest if it has one.
 
     Raises:
-        ArtefactError: As ``read_metadata``; or it is half overwritten, or was changed.
+        ArtefactError: As for ``read_metadata``, or the digest differs.
     """
-    return _read(path, whole=True)
+    return _read(path, check_digest=True)
 
 
 def digest_entry(content: bytes) -> bytes:
-    """What is appended to a serialised model, so that the file proves itself whole."""
+    """The serialised metadata entry with the digest, to be appended to a serialised model."""
     key, value = DIGEST.encode(), _digest(lambda n, at: content[at : at + n], len(content)).encode()
     entry = b"".join([b"\x0a", bytes([len(key)]), key, b"\x12", bytes([len(value)]), value])
     return bytes([_METADATA << 3 | 2, len(entry)]) + entry
 
 
-def _read(path: Path, *, whole: bool) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _read(path: Path, *, check_digest: bool) -> dict[str, str]:
+    metadata: dict[str, str] = {}
     try:
-        if not path.is_file():  # a pipe, which nobody may ever write to, is not opened
+        if not path.is_file():  # opening a pipe without a writer would block
             raise FileNotFoundError
         with path.open("rb") as file:
-            alone, end = _walk_file(file.fileno(), found)
-            right = not whole or end is None or _file_digest(file.fileno(), end) == found[DIGEST]
+            self_contained, end = _walk_file(file.fileno(), metadata)
+            unchanged = (
+                not check_digest
+                or end is None
+                or _file_digest(file.fileno(), end) == metadata[DIGEST]
+            )
     except (ValueError, IndexError) as error:
-        told = foreign(path, "onnx")
-        why = f": it {told}" if told else ""
-        raise ArtefactError(f"{path} is no ONNX model, or a damaged one{why}.") from error
+        kind = foreign(path, "onnx")
+        reason = f": it {kind}" if kind else ""
+        raise ArtefactError(f"{path} is no ONNX model, or a damaged one{reason}.") from error
     except FileNotFoundError as error:
         raise ArtefactError(f"There is no file {path}.") from error
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror or error}).") from error
-    if not alone:
+    if not self_contained:
         raise ArtefactError(f"{path} keeps weights in other files: only single files are opened.")
-    if not right:
+    if not unchanged:
         raise ArtefactError(
             f"{path} is half overwritten, still being written, or was changed since aoft-export "
             "wrote it: copy or export it again."
         )
-    return found
+    return metadata
 
 
-def _walk_file(file: int, found: dict[str, str]) -> tuple[bool, int | None]:
-    """Whether no weight lies outside, and how many bytes the digest is of; None without one."""
+def _walk_file(file: int, metadata: dict[str, str]) -> tuple[bool, int | None]:
+    """Collect the metadata of a file.
+
+    Returns:
+        Whether all weights are inside the file, and the number of bytes that the digest covers;
+        None without a digest.
+    """
     size = os.fstat(file).st_size
     if not size:
         raise ValueError("empty")
     message = _Part(file, 0, size)
-    alone, end, start = True, None, 0
+    self_contained, end, start = True, None, 0
     for number, value, stop in _fields(message):
         if number in _INNER["model"] and not isinstance(value, int):
-            known = DIGEST in found
-            alone = _walk(value, _INNER["model"][number], found, 1) and alone
-            if DIGEST in found and not known:
+            known = DIGEST in metadata
+            inside = _walk(value, _INNER["model"][number], metadata, 1)
+            self_contained = inside and self_contained
+            if DIGEST in metadata and not known:
                 end = start
         start = stop
     if end is not None and end + len(digest_entry(b"")) != size:
-        end = size  # something follows the entry: no digest is of that
-    return alone, end
+        end = size  # data follows the entry, so the comparison must fail
+    return self_contained, end
 
 
 def _file_digest(file: int, length: int) -> str:
@@ -125,65 +137,66 @@ def _file_digest(file: int, length: int) -> str:
 
 
 def _digest(read: Callable[[int, int], bytes], length: int) -> str:
-    """Digest of so many bytes, in hexadecimal.
+    """Digest of the first ``length`` bytes, in hexadecimal.
 
     Args:
-        read: From a number of bytes and where they begin to the bytes.
-        length: How many.
+        read: Reads bytes, given their number and their offset.
+        length: Number of bytes.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are fewer bytes.
     """
 
-    def one(start: int) -> bytes:
+    def chunk_digest(start: int) -> bytes:
         size = min(CHUNK, length - start)
-        piece = read(size, start)
-        if len(piece) != size:
+        chunk = read(size, start)
+        if len(chunk) != size:
             raise ValueError("truncated")
-        return hashlib.sha256(piece).digest()
+        return hashlib.sha256(chunk).digest()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return hashlib.sha256(b"".join(pool.map(one, range(0, length, CHUNK)))).hexdigest()
+        digests = pool.map(chunk_digest, range(0, length, CHUNK))
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 class _Part:
-    """A stretch of a file, like a memoryview, of which only what is looked at is read."""
+    """A range of bytes of a file, with the interface of a memoryview, read on access."""
 
     def __init__(self, file: int, start: int, stop: int) -> None:
         self._file, self._start, self._stop = file, start, stop
-        self._piece, self._place = b"", 0
+        self._buffer, self._buffer_start = b"", 0
 
     def __len__(self) -> int:
         return self._stop - self._start
 
-    def __getitem__(self, place: int) -> int:
-        if place >= len(self):
-            raise IndexError(place)
-        if not self._place <= place < self._place + len(self._piece):
-            self._piece = os.pread(self._file, _SMALL, self._start + place)
-            self._place = place
-        return self._piece[place - self._place]
+    def __getitem__(self, index: int) -> int:
+        if index >= len(self):
+            raise IndexError(index)
+        if not self._buffer_start <= index < self._buffer_start + len(self._buffer):
+            self._buffer = os.pread(self._file, _SMALL, self._start + index)
+            self._buffer_start = index
+        return self._buffer[index - self._buffer_start]
 
     def read(self) -> bytes:
-        """All of it."""
-        piece = os.pread(self._file, len(self), self._start)
-        if len(piece) != len(self):
+        """All bytes of the range."""
+        content = os.pread(self._file, len(self), self._start)
+        if len(content) != len(self):
             raise ValueError("truncated")
-        return piece
+        return content
 
     def part(self, start: int, stop: int) -> _Part | memoryview:
-        """The bytes between two places; small ones are read."""
+        """The bytes from ``start`` to ``stop``. Small ranges are read at once."""
         start, stop = self._start + start, min(self._start + stop, self._stop)
         if stop - start > _SMALL:
             return _Part(self._file, start, stop)
-        piece = os.pread(self._file, max(stop - start, 0), start)
-        if len(piece) != max(stop - start, 0):
+        content = os.pread(self._file, max(stop - start, 0), start)
+        if len(content) != max(stop - start, 0):
             raise ValueError("truncated")
-        return memoryview(piece)
+        return memoryview(content)
 
 
-def _walk(message: _Part | memoryview, kind: str, found: dict[str, str], depth: int) -> bool:
-    """Whether no tensor below lies outside; fills in the metadata."""
+def _walk(message: _Part | memoryview, kind: str, metadata: dict[str, str], depth: int) -> bool:
+    """Collect the metadata of a message, and return whether all its tensors are in the file."""
     if depth > _DEPTH:
         raise ValueError("nested too deeply")
     inner = _INNER[kind]
@@ -195,10 +208,10 @@ def _walk(message: _Part | memoryview, kind: str, found: dict[str, str], depth: 
         elif not isinstance(value, int):
             if kind == "entry":
                 pair[number] = _text(value)
-            elif number in inner and not _walk(value, inner[number], found, depth + 1):
+            elif number in inner and not _walk(value, inner[number], metadata, depth + 1):
                 return False
     if kind == "entry":
-        found[pair.get(1, "")] = pair.get(2, "")
+        metadata[pair.get(1, "")] = pair.get(2, "")
     return True
 
 
@@ -207,34 +220,36 @@ def _text(value: _Part | memoryview) -> str:
 
 
 def _fields(message: _Part | memoryview) -> Iterator[tuple[int, int | _Part | memoryview, int]]:
-    """Numbers, values and ends of a message's fields; those of fixed width are passed over."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
+    """Number, value and end of each field of a message, without fields of fixed width."""
+    offset = 0
+    while offset < len(message):
+        key, offset = _varint(message, offset)
         number, wire = key >> 3, key & 7
         if wire == 0:
-            value, place = _varint(message, place)
-            yield number, value, place
+            value, offset = _varint(message, offset)
+            yield number, value, offset
         elif wire in (1, 5):
-            place += 8 if wire == 1 else 4
+            offset += 8 if wire == 1 else 4
         elif wire == 2:
-            length, place = _varint(message, place)
-            stop = place + length
-            inner = message.part(place, stop) if isinstance(message, _Part) else message[place:stop]
-            yield number, inner, stop
-            place = stop
+            length, start = _varint(message, offset)
+            offset = start + length
+            if isinstance(message, _Part):
+                yield number, message.part(start, offset), offset
+            else:
+                yield number, message[start:offset], offset
         else:
             raise ValueError(f"wire type {wire}")
-    if place != len(message):
+    if offset != len(message):
         raise ValueError("truncated")
 
 
-def _varint(message: _Part | memoryview, place: int) -> tuple[int, int]:
+def _varint(message: _Part | memoryview, offset: int) -> tuple[int, int]:
+    """Value of a variable-length integer, and the offset after it."""
     value = 0
     for shift in range(0, 70, 7):
-        byte = message[place]
-        place += 1
+        byte = message[offset]
+        offset += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, place
-    raise ValueError("a number of more than ten bytes")
+            return value, offset
+    raise ValueError("an integer of more than ten bytes")

@@ -1,6 +1,6 @@
-"""Images in, labelled probabilities out, with any exported artefact.
+"""Classify images with any exported artefact.
 
-Needs neither torch nor timm, unless the artefact itself does.
+This module needs neither torch nor timm, unless the artefact does.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """An artefact that classifies images.
+    """Classifies images with an artefact.
 
     Attributes:
         engine: Computes the logits.
         classes: Class names, in the order of the logits.
-        preprocessing: How an image becomes the engine's input.
-        task: Index of the task in a fleet; None where the artefact holds a single one.
+        preprocessing: Converts an image to the engine's input.
+        task: Index of the task in a fleet; None if the artefact holds a single task.
     """
 
     engine: Engine
@@ -47,10 +47,10 @@ class Classifier:
     task: int | None = None
 
     def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Probability of every class, (batch, classes), for upright RGB images.
+        """Probability of every class, (batch, classes), for RGB images in upright orientation.
 
         Raises:
-            ArtefactError: The artefact does not answer with a logit for each class.
+            ArtefactError: The number of logits differs from the number of classes.
             VerificationError: A logit is not finite.
         """
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
@@ -68,7 +68,12 @@ class Classifier:
         return _softmax(logits)
 
     def classify(self, images: Sequence[Image.Image], top: int = 1) -> list[list[Prediction]]:
-        """The ``top`` most probable classes of each image, best first; see ``probabilities``."""
+        """The ``top`` most probable classes of each image, best first.
+
+        Raises:
+            ArtefactError: As for ``probabilities``.
+            VerificationError: As for ``probabilities``.
+        """
         return _best(self.probabilities(images), self.classes, top)
 
 
@@ -82,10 +87,10 @@ def ranked(logits: NDArray[np.float32], classes: Sequence[str], top: int) -> lis
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    broken = ~np.isfinite(logits)
-    if broken.any():
+    invalid = ~np.isfinite(logits)
+    if invalid.any():
         raise VerificationError(
-            f"The artefact answers with {logits[broken][0]}, not with a number for each class: "
+            f"The artefact answers with {logits[invalid][0]}, not with a number for each class: "
             "export it with a higher `precision`."
         )
     odds = np.exp(logits - logits.max(1, keepdims=True))
@@ -106,18 +111,18 @@ def _best(
 def load_classifier(
     path: Path, task: str | None = None, options: EngineOptions = EngineOptions()
 ) -> Classifier:
-    """Open an exported artefact.
+    """Load an exported artefact as a classifier.
 
     Args:
-        path: What aoft-export wrote.
-        task: Name of a fleet's task; a single model has none.
+        path: The artefact.
+        task: Name of a task of a fleet; None for an artefact of a single task.
         options: Runtime, threads and device.
 
     Raises:
-        ArtefactError: The file is no artefact, damaged, or lacks classes or preprocessing, or has a
-            single output.
+        ArtefactError: The file is not an artefact or is damaged, lacks classes or preprocessing, or
+            has fewer than two classes.
         UnknownNameError: The fleet has no such task.
-        SettingError: A fleet without a task named, or a single model with one.
+        SettingError: ``task`` is missing for a fleet, or given for an artefact of a single task.
     """
     engine = load_artefact(path, options)
     info = ArtefactInfo(engine.info, str(path))

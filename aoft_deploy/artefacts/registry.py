@@ -1,6 +1,6 @@
-"""Exporters by their names, and artefacts opened by the exporter that wrote them.
+"""Find exporters by name, and load artefacts with the exporter that wrote them.
 
-Exporters are found by the entry-point group ``aoft_deploy.exporters`` and never imported by name.
+Exporters are found through the entry-point group ``aoft_deploy.exporters``.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def exporters_of(path: Path) -> list[Exporter]:
 
 
 def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
-    """An engine for an exported artefact.
+    """Load an exported artefact.
 
     Args:
-        path: What aoft-export wrote.
+        path: The artefact.
         options: Runtime, threads and device.
 
     Raises:
-        ArtefactError: No exporter writes such files or folders, or this one is damaged, was changed
-            after its manifest was written, or is changed while it is opened.
-        UnknownNameError: The engine does not run such artefacts.
-        SettingError: The engine cannot run this artefact, or not on that device.
+        ArtefactError: The path is not an artefact, or it is damaged, was changed after its manifest
+            was written, or changes while it is loaded.
+        UnknownNameError: The runtime in ``options`` cannot run this kind of artefact.
+        SettingError: The engine cannot run this artefact, or not on this device.
         MissingExtraError: The runtime is not installed.
     """
     found = exporters_of(path)
@@ -83,14 +83,14 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
 
 
 def load_fleet(path: Path, threads: int | None = None) -> FleetEngine:
-    """A fleet that reads its tasks' tables from the caller's memory.
+    """Load a fleet whose tasks can change: it takes the tables of its tasks as arguments.
 
     Args:
-        path: What aoft-export wrote.
-        threads: Threads within a batch; None lets the runtime choose.
+        path: The artefact.
+        threads: CPU threads for one batch; None lets the runtime choose.
 
     Raises:
-        ArtefactError: The artefact is no fleet, or of a kind whose tasks cannot change.
+        ArtefactError: The artefact is not a fleet, or its tasks cannot change.
     """
     for exporter in exporters_of(path):
         if exporter.fleet is not None and exporter.fleet.load is not None:

@@ -1,4 +1,4 @@
-"""What an exporter is asked to write."""
+"""Specification of an export: the inputs that an exporter gets besides the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["BuildOptions", "Calibration", "ExportSpec", "InputSpec"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The images that an artefact takes.
+    """Format of an artefact's input images.
 
     Attributes:
-        height: In pixels.
-        width: In pixels.
-        uint8: Whether it takes pixels, uint8 [batch, H, W, 3], instead of normalised float32
+        height: Height in pixels.
+        width: Width in pixels.
+        uint8: Whether the input is uint8 pixels [batch, H, W, 3] instead of normalised float32
             [batch, 3, H, W].
         mean: Mean of each channel, on the scale 0..1.
         std: Standard deviation of each channel, on the scale 0..1.
@@ -39,7 +39,7 @@ class InputSpec:
 
     @classmethod
     def of(cls, preprocessing: Preprocessing, uint8: bool = False) -> Self:
-        """The input of a model whose images are prepared so."""
+        """The input format that matches a preprocessing."""
         height, width = preprocessing.height, preprocessing.width
         return cls(height, width, uint8, preprocessing.mean, preprocessing.std)
 
@@ -55,7 +55,7 @@ class InputSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image, without the batch."""
+        """Shape of one image, without the batch."""
         return (self.height, self.width, 3) if self.uint8 else (3, self.height, self.width)
 
     def zeros(self, batch: int) -> NDArray[Any]:
@@ -63,31 +63,27 @@ class InputSpec:
         return np.zeros((batch, *self.shape), self.dtype)
 
     def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        """A batch as the artefact takes it.
-
-        Args:
-            pixels: uint8 [batch, H, W, 3].
-        """
+        """Convert pixels, uint8 [batch, H, W, 3], to the artefact's input."""
         return pixels if self.uint8 else normalised(pixels, self.mean, self.std)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, as they stand in a manifest."""
+        """JSON values for the manifest."""
         return {"name": self.name, "type": self.dtype, "shape": ["batch", *self.shape]}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How an engine or graph is built, where the exporter gives a choice.
+    """Options of individual exporters for building a graph or an engine.
 
     Attributes:
-        batches: Smallest, usual and largest batch, for artefacts that are built for a range; None
-            is 1, 8 and 32.
-        compute_capability: Of the GPU that the artefact is for, such as ``8.9``; None is this
-            machine's.
-        opset: Of ONNX; None is the exporter's own choice.
-        refittable: Whether the artefact can be given other weights later.
-        refit: An artefact of the same graph to give these weights to, instead of building; one
-            that cannot take them is built anew.
+        batches: Smallest, usual and largest batch size, for artefacts that are built for a range;
+            None means 1, 8 and 32.
+        compute_capability: Compute capability of the target GPU, such as ``8.9``; None means this
+            machine's GPU.
+        opset: ONNX opset; None means the exporter's default.
+        refittable: Whether the weights of the artefact can be replaced later.
+        refit: An existing artefact of the same graph, whose weights are replaced instead of
+            building a new engine. If that is not possible, a new engine is built.
     """
 
     batches: tuple[int, int, int] | None = None
@@ -98,18 +94,18 @@ class BuildOptions:
 
     @property
     def batch_range(self) -> tuple[int, int, int]:
-        """Smallest, usual and largest batch."""
+        """Smallest, usual and largest batch size."""
         return self.batches or (1, 8, 32)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images to learn the ranges of activations from.
+    """Images that determine the ranges of activations.
 
     Attributes:
         pixels: uint8 [n, H, W, 3].
         min_agreement: Share of the images that must keep their top class, for exporters that can
-            trade speed for it.
+            trade speed for accuracy.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -118,17 +114,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What an exporter needs besides the model.
+    """The inputs of an exporter besides the model.
 
     Attributes:
-        input: The images that the artefact takes.
-        metadata: Texts to store in the artefact where the format can; ``ArtefactInfo`` makes them.
+        input: Format of the input images.
+        metadata: Metadata to store in the artefact, if its format allows; see ``ArtefactInfo``.
         precision: One of the exporter's ``precisions``.
-        calibration: None where the exporter learns nothing from images.
-        judged: Images that a precision below fp32 is judged on, uint8 [n, H, W, 3]: an exporter
-            keeps in float32 what leaves the precision's range on them. None where nothing is
-            judged.
-        build: Further choices.
+        calibration: Calibration images; None if the precision needs none.
+        judged: Images that verify a precision below fp32, uint8 [n, H, W, 3]. An exporter keeps an
+            operation in float32 if its values on these images exceed the range of the precision.
+            None at fp32.
+        build: Options of individual exporters.
     """
 
     input: InputSpec

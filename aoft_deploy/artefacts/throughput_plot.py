@@ -1,4 +1,4 @@
-"""The plot of a measurement: images per second of each artefact, by batch size."""
+"""Plot of the throughput of artefacts, in images per second, by batch size."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COLOURS = tuple(PALETTE.values())
 
 
 def draw_throughput(timings: Sequence[Timing], path: Path) -> None:
-    """Write a PNG with horizontal bars, one group for each batch size.
+    """Write a PNG file with horizontal bars, grouped by batch size.
 
     Args:
-        timings: The timings of one run; each bar is labelled with its ratio to the first subject.
-        path: File to write; an existing one is replaced.
+        timings: The timings of one run. Each bar shows its ratio to the first subject.
+        path: The PNG file; an existing one is replaced.
 
     Raises:
         OutputError: The folder cannot be written to.

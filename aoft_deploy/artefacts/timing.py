@@ -1,4 +1,4 @@
-"""Engines timed in turn in one run, so that their ratios are fair."""
+"""Time engines in one interleaved run, so that their speeds can be compared."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Subject", "Timing", "inputs_for", "interleaved", "trusted"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed.
+    """An engine to be timed.
 
     Attributes:
-        name: In tables.
-        engine: What runs.
-        flops: Arithmetic of an image; None where it is not known.
-        precision: Of most of it: ``fp32``, ``bf16`` …
+        name: Name for tables.
+        engine: The engine.
+        flops: Floating-point operations for one image; None if unknown.
+        precision: Precision of most of the arithmetic: ``fp32``, ``bf16`` …
     """
 
     name: str
@@ -36,20 +36,20 @@ class Subject:
 
     @classmethod
     def of(cls, name: str, engine: Engine) -> Subject:
-        """An engine with what its artefact says of itself."""
+        """An engine, with FLOPs and precision from its artefact's metadata."""
         info = ArtefactInfo(engine.info)
         return cls(name, engine, info.flops, info.precision)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a subject took for batches of a size.
+    """Measured durations of one subject at one batch size.
 
     Attributes:
-        subject: What ran.
-        batch: Images in a batch.
-        seconds: Of each round.
-        ratios: Throughput as a multiple of the first subject's in the same round.
+        subject: The timed engine.
+        batch: Number of images in a batch.
+        seconds: Duration of one batch, for each round.
+        ratios: Throughput relative to the first subject, for each round.
     """
 
     subject: Subject
@@ -59,7 +59,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds for a batch."""
+        """Median of ``seconds``."""
         return statistics.median(self.seconds)
 
     @property
@@ -69,11 +69,15 @@ class Timing:
 
     @property
     def throughput(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.batch / self.median
 
     def share(self, peaks: Mapping[str, float]) -> float | None:
-        """Of a peak of ``gemm_peaks``, in the subject's precision; None where one is not known."""
+        """Share of the peak in the subject's precision; None if the peak or FLOPs are unknown.
+
+        Args:
+            peaks: The result of ``gemm_peaks``.
+        """
         peak = peaks.get(self.subject.precision)
         if peak is None or self.subject.flops is None:
             return None
@@ -95,10 +99,10 @@ class Timing:
 
 
 def inputs_for(engine: Engine, batch: int, size: tuple[int, int]) -> tuple[NDArray[Any], ...]:
-    """Arguments of ``Engine.run``: random images, and the tasks of a fleet in turn.
+    """Arguments for ``Engine.run``: random images and, for a fleet, its tasks in turn.
 
     Raises:
-        ArtefactError: The fleet does not name its tasks.
+        ArtefactError: The fleet's metadata has no valid list of tasks.
     """
     rng = np.random.default_rng(0)
     if engine.takes_pixels:
@@ -119,26 +123,26 @@ def interleaved(
     progress: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Time all subjects in turn, so that other load on the machine affects them alike.
+    """Time all subjects in turn, so that other load on the machine affects all of them equally.
 
-    Every other round runs in reverse order. A turn is two runs, of which the second counts: the
-    first finds the caches of another engine. Engines in one process disturb each other too, so run
-    each in a subprocess with ``Apart``.
+    Every other round runs in reverse order. A turn consists of two runs, of which the second is
+    timed: the first run finds the caches filled by another engine. Engines in one process affect
+    each other as well, so each one should run in a subprocess (``Apart``).
 
     Args:
-        subjects: The ratios are those to the first.
-        batches: Sizes.
+        subjects: The engines. Ratios are relative to the first one.
+        batches: Batch sizes.
         size: Height and width of the images.
-        rounds: Times that each is run.
+        rounds: Number of timed runs of each subject at each batch size.
         progress: Called with the number of finished rounds.
-        clock: Seconds; an engine in a subprocess has its own.
+        clock: Returns the time in seconds. Engines in a subprocess use their own clock.
 
     Returns:
-        By batch size, then subject.
+        The timings, ordered by batch size, then by subject.
     """
-    work = [(batch, place) for batch in batches for place in range(len(subjects))]
+    work = [(batch, index) for batch in batches for index in range(len(subjects))]
     inputs = {
-        (batch, place): inputs_for(subjects[place].engine, batch, size) for batch, place in work
+        (batch, index): inputs_for(subjects[index].engine, batch, size) for batch, index in work
     }
     seconds: dict[tuple[int, int], list[float]] = {key: [] for key in work}
     for key in work:
@@ -150,33 +154,32 @@ def interleaved(
         progress(turn + 1)
     return [
         Timing(
-            subjects[place],
+            subjects[index],
             batch,
-            tuple(seconds[batch, place]),
+            tuple(seconds[batch, index]),
             tuple(
                 first / own
-                for first, own in zip(seconds[batch, 0], seconds[batch, place], strict=True)
+                for first, own in zip(seconds[batch, 0], seconds[batch, index], strict=True)
             ),
         )
-        for batch, place in work
+        for batch, index in work
     ]
 
 
+def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
+    """The peaks of ``gemm_peaks`` that no engine exceeds.
+
+    An engine's kernels can be faster than PyTorch's. The measured peak of that precision is then
+    not an upper bound, and shares of it are meaningless.
+    """
+    shares = [(timing.subject.precision, timing.share(peaks) or 0.0) for timing in timings]
+    exceeded = {precision for precision, share in shares if share > 1}
+    return {name: peak for name, peak in peaks.items() if name not in exceeded}
+
+
 def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...], clock: Callable[[], float]) -> float:
-    """Of one run."""
     if isinstance(engine, Apart):
         return engine.seconds(*inputs)
     start = clock()
     engine.run(*inputs)
     return clock() - start
-
-
-def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
-    """Those of ``gemm_peaks`` that no engine exceeds.
-
-    An engine's own kernels may be faster than PyTorch's. What was measured is no limit then, and
-    a share of it says nothing about any engine of that precision.
-    """
-    shares = [(timing.subject.precision, timing.share(peaks) or 0.0) for timing in timings]
-    exceeded = {precision for precision, share in shares if share > 1}
-    return {name: peak for name, peak in peaks.items() if name not in exceeded}

@@ -1,7 +1,7 @@
-"""Proof that an artefact gives the unmerged model's answers.
+"""Verification: an artefact must give the same logits as the unmerged model.
 
-The artefact is run, as it will be used, on batches of several sizes, and its logits are compared
-with those of the tuned model before any merge.
+The artefact runs on batches of several sizes, in the runtime that it is exported for. Its logits
+are compared with those of the tuned model before the merge.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from aoft_deploy.texts import one_line
 __all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verify"]
 
 BATCH_SIZES = (1, 2, 7)
-"""Batch sizes that every artefact is run with."""
+"""Batch sizes at which every artefact is verified."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""From pixels, uint8 [batch, H, W, 3], to logits, float32 [batch, classes]."""
+"""Computes logits, float32 [batch, classes], from pixels, uint8 [batch, H, W, 3]."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What an artefact must reach before it is written.
+    """Acceptance criteria for an artefact.
 
     Attributes:
-        tolerance: Largest difference allowed, for logits up to 1; it grows with the largest logit.
-            Inf where low precision makes differences that agreement judges.
-        min_agreement: Least share of images with the same top class, 0 to 1.
+        tolerance: Largest allowed difference, for logits up to 1. It scales with the largest logit
+            above 1. It is infinite below fp32, where ``min_agreement`` decides.
+        min_agreement: Smallest allowed share of answers with the same top class, 0 to 1.
     """
 
     tolerance: float
@@ -42,16 +42,16 @@ class Bar:
 
 @dataclass(frozen=True)
 class Report:
-    """What a comparison found.
+    """Result of a verification.
 
     Attributes:
-        images: Number of images compared.
-        batch_sizes: Batch sizes used.
-        max_abs: Largest difference of two logits.
-        relative: ``max_abs`` over the largest logit of the reference.
-        agreement: Share of images with the same top class, 0 to 1.
-        tolerance: Largest ``max_abs`` that was allowed; None where agreement alone decided.
-        min_agreement: Least ``agreement`` that was allowed.
+        images: Number of images.
+        batch_sizes: Batch sizes.
+        max_abs: Largest absolute difference of two logits.
+        relative: ``max_abs`` divided by the largest absolute logit of the reference.
+        agreement: Share of answers with the same top class, 0 to 1.
+        tolerance: Largest allowed ``max_abs``; None if only the agreement was checked.
+        min_agreement: Smallest allowed ``agreement``.
     """
 
     images: int
@@ -63,20 +63,20 @@ class Report:
     min_agreement: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """JSON values."""
         return asdict(self)
 
 
 def random_pixels(
     count: int, height: int, width: int | None = None, *, seed: int = 0
 ) -> NDArray[np.uint8]:
-    """Images with structure at every scale, so that no layer sees mere noise.
+    """Random images with structure at every scale, because white noise is unlike real images.
 
     Args:
         count: Number of images.
-        height: In pixels.
-        width: Likewise; None is the height.
-        seed: Seed of the random values.
+        height: Height in pixels.
+        width: Width in pixels; None means the height.
+        seed: Random seed.
 
     Returns:
         uint8 [count, height, width, 3].
@@ -97,11 +97,11 @@ def random_pixels(
 
 
 class Comparison:
-    """Answers of an artefact beside those expected, as they come.
+    """Compares an artefact's logits with the expected ones, batch by batch.
 
     Args:
-        largest: Largest of all logits expected.
-        bar: What must be reached.
+        largest: Largest absolute value of all expected logits.
+        bar: Acceptance criteria.
 
     Raises:
         VerificationError: ``largest`` is not finite.
@@ -124,17 +124,18 @@ class Comparison:
         whose: str = "the artefact",
         counted: bool = True,
     ) -> None:
-        """Compare some answers, each (images, classes).
+        """Compare the logits of some images, (images, classes).
 
         Args:
-            answers: The artefact's.
-            expected: The unmerged model's.
-            size: Batch size they were computed at.
-            whose: What to call the artefact in a refusal.
-            counted: Whether they count for the agreement.
+            answers: The artefact's logits.
+            expected: The unmerged model's logits.
+            size: Batch size at which the answers were computed.
+            whose: Name of the artefact in an error message.
+            counted: Whether the images count for the agreement.
 
         Raises:
-            VerificationError: Another shape, a number that is not finite, a difference too large.
+            VerificationError: The shapes differ, a logit is not finite, or a difference exceeds the
+                tolerance.
         """
         if answers.shape != expected.shape or not np.isfinite(answers).all():
             raise VerificationError(
@@ -152,14 +153,14 @@ class Comparison:
             self.compared += len(answers)
 
     def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
-        """The figures.
+        """Check the agreement, and summarise all comparisons.
 
         Args:
-            images: Number of images compared.
-            batch_sizes: Sizes of the batches they were compared in.
+            images: Number of images.
+            batch_sizes: Batch sizes.
 
         Raises:
-            VerificationError: The top classes agree too rarely.
+            VerificationError: The agreement is below the minimum.
         """
         agreement = self.agreeing / self.compared
         if agreement < self.bar.min_agreement:
@@ -194,32 +195,32 @@ def verify(
         reference: The unmerged model.
         candidate: The artefact.
         pixels: Images, uint8 [n, H, W, 3].
-        bar: What the candidate must reach.
-        batch_sizes: Sizes to run the candidate with: all images at the largest, and a batch of
-            the first ones at each of the others.
+        bar: Acceptance criteria for the candidate.
+        batch_sizes: Batch sizes for the candidate. It gets all images at the largest size, and one
+            batch of the first images at each other size.
 
     Returns:
-        The figures, over all runs.
+        The results over all runs.
 
     Raises:
-        VerificationError: A difference above the tolerance, an answer that is not finite or of
-            another shape, no answer, or too little agreement. A top class that differs within the
-            tolerance is a tie, and counts against ``agreement`` only.
+        VerificationError: A difference exceeds the tolerance, logits are not finite or have the
+            wrong shape, the candidate fails to run, or the agreement is too low. Top classes that
+            differ within the tolerance count only against the agreement.
     """
     expected = np.concatenate([reference(batch) for batch in _batches(pixels, max(batch_sizes))])
     comparison = Comparison(float(np.abs(expected).max()), bar)
     for size in batch_sizes:
-        whole = size == max(batch_sizes)
-        few = len(pixels) if whole else size
-        answers = _answers(candidate, pixels[:few], size)
-        comparison.add(answers, expected[:few], size, counted=whole)
+        is_largest = size == max(batch_sizes)
+        count = len(pixels) if is_largest else size
+        answers = _answers(candidate, pixels[:count], size)
+        comparison.add(answers, expected[:count], size, counted=is_largest)
     return comparison.report(len(pixels), batch_sizes)
 
 
 def _answers(candidate: Run, pixels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
     try:
         return np.concatenate([candidate(batch) for batch in _batches(pixels, size)])
-    except Exception as error:  # every runtime raises classes of its own
+    except Exception as error:  # runtimes raise many different exception classes
         reason = one_line(error, 160)
         raise VerificationError(
             f"At batch size {size} the artefact does not run ({reason}): it is not written."
