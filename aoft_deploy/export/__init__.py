@@ -1,4 +1,4 @@
-"""From one checkpoint, or many, to one verified artefact with its manifest."""
+"""Export one checkpoint, or many, as one verified artefact with a manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that an exporter learns ranges of activations from."""
+"""Calibration images, from which an exporter learns the ranges of activations."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from aoft_deploy.export.options import VerifyOptions
 __all__ = ["FEWEST", "MOST", "calibration_files", "calibration_pixels"]
 
 FEWEST, MOST = 16, 300
-"""Numbers of images to calibrate with. Of more, an evenly spaced subset is used."""
+"""Smallest and largest number of calibration images. If more are given, an evenly spaced subset of
+the largest number is used."""
 
 
 def calibration_files(exporter: Exporter, precision: str, verify: VerifyOptions) -> list[Path]:
-    """Files to calibrate with; none where the exporter learns nothing from images.
+    """Select the calibration images. The list is empty if the exporter needs none.
 
     Args:
         exporter: The exporter.
-        precision: One of its precisions.
-        verify: Files or folders to calibrate with, and those that judge.
+        precision: One of the exporter's precisions.
+        verify: Files or folders of calibration images, and of verification images.
 
     Raises:
-        SettingError: Images where they are not used, none where they are needed, or too few.
-        ImageError: A folder holds no images.
+        SettingError: Calibration images are given but not used, or missing, or too few.
+        ImageError: A folder contains no images.
     """
     learns = precision in exporter.calibrated
     if verify.calibrate and not learns:
@@ -45,9 +46,9 @@ def calibration_files(exporter: Exporter, precision: str, verify: VerifyOptions)
             f"{precision} of {exporter.name} learns its ranges from images: give {FEWEST} or more "
             "of the task's training images, or a folder of them, with `calibrate`."
         )
-    judging = {path.resolve() for path in image_files(verify.images)}
-    given = {path.resolve(): path for path in image_files(verify.calibrate)}
-    files = [path for resolved, path in given.items() if resolved not in judging]
+    verifying = {path.resolve() for path in image_files(verify.images)}
+    calibrating = {path.resolve(): path for path in image_files(verify.calibrate)}
+    files = [path for resolved, path in calibrating.items() if resolved not in verifying]
     if len(files) < FEWEST:
         raise SettingError(
             f"`calibrate` gives {len(files)} images that are not among `images`, but {FEWEST} or "
@@ -60,7 +61,7 @@ def calibration_files(exporter: Exporter, precision: str, verify: VerifyOptions)
 def calibration_pixels(
     files: Sequence[Path], preprocessing: Preprocessing
 ) -> NDArray[np.uint8] | None:
-    """The images' pixels, uint8 [n, H, W, 3]; None without files.
+    """Read the pixels of images, uint8 [n, H, W, 3]; None without files.
 
     Raises:
         ImageError: A file cannot be read.

@@ -1,4 +1,4 @@
-"""The fastest artefact for this machine: every candidate is exported, verified and timed."""
+"""Find the fastest artefact for this machine: export, verify and time every candidate."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ CANDIDATES = (
     ("openvino", "bf16"),
     ("openvino", "int8"),
 )
-"""Exporters and precisions to try on a CPU; ratios are relative to the first."""
+"""Exporters and precisions to try on a CPU. Ratios are relative to the first."""
 
 BATCHES, ROUNDS = (1, 8), 5
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exporter and a precision, with the outcome.
+    """An exporter and a precision, with the result.
 
     Attributes:
         to: Name of the exporter.
-        precision: Of the artefact.
-        ratios: Throughput at each of ``BATCHES`` as a multiple of the first candidate's; empty
-            where it was left out.
-        reason: Why it was left out; empty where it was not.
+        precision: Precision of the artefact.
+        ratios: Throughput at each of ``BATCHES`` relative to the first candidate; empty if the
+            candidate was not exported.
+        reason: Why the candidate was not exported; empty if it was.
         slower_at: Batch sizes at which it is slower than the fp32 candidate that it is compared
-            with; it is not chosen then.
+            with. If there is one, the candidate is not chosen.
     """
 
     to: str
@@ -68,10 +68,14 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        told = {"batches": list(BATCHES), "ratios": list(self.ratios)} if self.ratios else {}
-        left = {"left_out": self.reason} if self.reason else {}
-        slow = {"slower_than_fp32_at": list(self.slower_at)} if self.slower_at else {}
-        return {"exporter": self.to, "precision": self.precision, **told, **left, **slow}
+        entries: dict[str, Any] = {"exporter": self.to, "precision": self.precision}
+        if self.ratios:
+            entries |= {"batches": list(BATCHES), "ratios": list(self.ratios)}
+        if self.reason:
+            entries["left_out"] = self.reason
+        if self.slower_at:
+            entries["slower_than_fp32_at"] = list(self.slower_at)
+        return entries
 
 
 def export_fastest(
@@ -87,28 +91,27 @@ def export_fastest(
 ) -> tuple[Exported, list[Candidate]]:
     """Export a checkpoint with every candidate, and keep the fastest artefact.
 
-    A precision below fp32 is tried only with images to judge it on, and kept only if it reaches
-    ``min_agreement``. Artefacts are timed in turn, in one run. The choice is not known in advance,
-    so nothing may exist under any of the possible names.
+    A precision below fp32 needs images for its verification, and must reach ``min_agreement``. The
+    artefacts are timed in one interleaved run. As the choice is not known in advance, no file may
+    exist at any of the possible paths.
 
     Args:
-        checkpoint: As of ``export_merged``.
-        output: The artefact without its suffix; None puts it beside the checkpoint.
-        uint8: As of ``export_merged``.
-        backbone: As of ``export_merged``.
-        verify: Images to judge with, and to learn ranges of activations from.
-        overwrite: Replace the artefact that has the name of the chosen one. Those of other
-            exporters stay.
+        checkpoint: As for ``export_merged``.
+        output: Path of the artefact without a suffix; None means beside the checkpoint.
+        uint8: As for ``export_merged``.
+        backbone: As for ``export_merged``.
+        verify: Images for verification and calibration.
+        overwrite: Replace an existing artefact at the chosen path. Artefacts of other exporters are
+            kept.
         command: The command line, for the manifest.
-        progress: Called with every candidate when it has been exported or left out.
+        progress: Called with each candidate after its export succeeded or failed.
 
     Returns:
-        The artefact that was kept, and all candidates.
+        The fastest artefact, and all candidates.
 
     Raises:
-        OutputError: An artefact or a manifest of a possible name exists, and must not be
-            overwritten or cannot be.
-        AoftError: The input is wrong, or no candidate holds; no file is left then.
+        OutputError: A file at a possible path exists and must not, or cannot, be replaced.
+        AoftError: The input is invalid, or no candidate passed verification. No file is left.
     """
     if not checkpoint.exists():
         raise CheckpointError(f"There is no file {checkpoint}.")
@@ -148,62 +151,63 @@ def export_fastest(
             progress(candidate)
         if not drafts:
             raise OutputError(f"No candidate could be exported: {tried[0].reason}")
-        best, judged = choose(_timed(drafts))
-        known = {(candidate.to, candidate.precision): candidate for candidate in judged}
-        ranked = [known.get((one.to, one.precision), one) for one in tried]
+        best, timed = choose(_timed(drafts))
+        results = {(candidate.to, candidate.precision): candidate for candidate in timed}
+        candidates = [results.get((each.to, each.precision), each) for each in tried]
         chosen = drafts[Candidate(best.to, best.precision)]
         target = targets[best.to]
         contents = read_manifest(chosen.manifest)
         contents["chosen"] = {
             "machine": machine(processors()),
-            "among": [candidate.to_dict() for candidate in ranked],
+            "among": [candidate.to_dict() for candidate in candidates],
         }
         check_targets()  # files may have appeared in the meantime
         with _moved_aside(target, scratch):
             publish(chosen.path, target, contents)
-        return replace(chosen, path=target, manifest=manifest_path(target)), ranked
+        return replace(chosen, path=target, manifest=manifest_path(target)), candidates
 
 
 def choose(timed: Sequence[Candidate]) -> tuple[Candidate, list[Candidate]]:
-    """The fastest candidate over all batch sizes that is slower than fp32 at none of them.
+    """Choose the fastest candidate that is not slower than fp32 at any batch size.
 
-    First the fastest fp32 candidate that is nowhere slower than the first one; then, among lower
-    precisions, the fastest that is nowhere slower than that fp32 candidate.
+    First, choose the fastest fp32 candidate that is not slower than the first candidate at any
+    batch size. Then choose the fastest candidate of a lower precision that is not slower than that
+    fp32 candidate at any batch size, if there is one.
 
     Args:
         timed: Candidates with ratios, fp32 before others.
 
     Returns:
-        The choice, and all with their ``slower_at``.
+        The choice, and all candidates with their ``slower_at``.
     """
-    judged = list[Candidate]()
+    compared = list[Candidate]()
     best = timed[0]
-    for full in (True, False):
-        limit = best
+    for is_fp32 in (True, False):
+        baseline = best
         for candidate in timed:
-            if (candidate.precision == "fp32") is not full:
+            if (candidate.precision == "fp32") is not is_fp32:
                 continue
-            pairs = zip(BATCHES, candidate.ratios, limit.ratios, strict=True)
-            slower = tuple(batch for batch, own, least in pairs if own < least)
-            judged.append(replace(candidate, slower_at=slower))
+            pairs = zip(BATCHES, candidate.ratios, baseline.ratios, strict=True)
+            slower = tuple(batch for batch, ratio, minimum in pairs if ratio < minimum)
+            compared.append(replace(candidate, slower_at=slower))
             if not slower and prod(candidate.ratios) > prod(best.ratios):
                 best = candidate
-    return best, judged
+    return best, compared
 
 
 def _targets(output: Path) -> dict[str, Path]:
-    """The paths that the artefact may get, by exporter."""
+    """The possible paths of the artefact, by exporter."""
     suffixes = {to: get_exporter(to).suffix for to, _ in CANDIDATES}
     if output.name in ("", "..") or output.suffix in suffixes.values():
         raise OutputError(
             f'`to="auto"` chooses between {" and ".join(suffixes.values())}, so {output} cannot be '
-            "the artefact's name: give one without a suffix with `output`."
+            "the artefact's name: give a name without a suffix with `output`."
         )
     return {to: output.with_name(output.name + suffix) for to, suffix in suffixes.items()}
 
 
 def _check_absent(target: Path) -> None:
-    """Refuse a path at which an artefact or its manifest exists, even as a dead link."""
+    """Refuse a path where an artefact or its manifest exists, even as a broken symbolic link."""
     for path in (target, manifest_path(target)):
         if os.path.lexists(path) and not _is_empty_folder(path):
             raise OutputError(
@@ -217,7 +221,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _check_replaceable(to: str, target: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a path that an artefact cannot take, or a folder that is not an unchanged export."""
+    """Refuse an invalid output path, and a folder that is not an unchanged artefact."""
     exporter = get_exporter(to)
     if not exporter.marker or target.is_symlink() or not (target / exporter.marker).is_file():
         check_output(exporter, target, inputs)
@@ -234,7 +238,7 @@ def _check_replaceable(to: str, target: Path, inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def _moved_aside(target: Path, scratch: Path) -> Iterator[None]:
-    """Context manager: an existing folder and its manifest are moved away, and back on failure."""
+    """Context manager: move an existing folder and its manifest away, and back on failure."""
     if not target.is_dir() or _is_empty_folder(target):
         yield
         return
@@ -254,7 +258,7 @@ def _learns(to: str, precision: str) -> bool:
 
 
 def _missing(to: str, precision: str, verify: VerifyOptions) -> str:
-    """What a candidate needs that was not given."""
+    """The missing input of a candidate, as a phrase; empty if nothing is missing."""
     if precision != "fp32" and not verify.images:
         return "needs `images` to be judged on"
     if _learns(to, precision) and not verify.calibrate:
@@ -263,12 +267,12 @@ def _missing(to: str, precision: str, verify: VerifyOptions) -> str:
 
 
 def _timed(drafts: dict[Candidate, Exported]) -> list[Candidate]:
-    """The candidates with their ratios to the first."""
+    """Time the exported candidates, and set their ratios."""
     options = EngineOptions(threads=processors())
     with ExitStack() as stack:
         engines = {
-            c: stack.enter_context(Apart(partial(load_artefact, done.path, options)))
-            for c, done in drafts.items()
+            c: stack.enter_context(Apart(partial(load_artefact, draft.path, options)))
+            for c, draft in drafts.items()
         }
         subjects = [Subject.of(f"{c.to} {c.precision}", engine) for c, engine in engines.items()]
         preprocessing = ArtefactInfo(subjects[0].engine.info).preprocessing

@@ -1,8 +1,8 @@
-"""From checkpoints of one backbone to one verified graph that answers all their tasks.
+"""Export checkpoints of one backbone as a fleet: one verified graph for many tasks.
 
-The graph takes ``pixel_values`` and ``task``, an index for each image. Every task is verified: it
-answers the same images in shuffled batches of mixed tasks, and each answer is compared with that
-task's own unmerged model.
+The inputs of the graph are ``pixel_values`` and ``task``, the index of each image's task. Every
+task is verified: all tasks run on the same images, in shuffled batches of mixed tasks, and each
+answer is compared with the task's unmerged model.
 """
 
 from __future__ import annotations
@@ -61,29 +61,29 @@ def export_fleet(
     build: BuildOptions = BuildOptions(),
     command: Sequence[str] = (),
 ) -> Exported:
-    """Export many tasks of one backbone as one graph, verified.
+    """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` for each task, all of the same backbone, method, settings
-            and preprocessing; numbers of classes may differ.
-        output: The artefact.
-        to: Name of an exporter that writes fleets.
-        precision: Of the shared backbone; the tasks' parameters stay float32.
-        form: ``mixed``: a batch may hold any tasks, and each sample's update is added on the fly.
-            ``folded``: the runtime gets one task at a time, which the graph folds into its weights;
-            every method and layer can. ``auto`` takes mixed where that is possible and costs
-            little, or where the exporter writes nothing else.
-        backbone: The backbone's weights, where they are not timm's; its name stays.
-        verify: Images that every task is verified with, and to learn ranges of activations from.
-        build: Choices of ONNX graphs and TensorRT engines.
+        checkpoints: One ``model.ckpt`` for each task, all with the same backbone, method, settings
+            and preprocessing. The numbers of classes may differ.
+        output: Path of the artefact.
+        to: Name of an exporter that supports fleets.
+        precision: Precision of the shared backbone. The tasks' parameters stay float32.
+        form: ``mixed``: a batch may contain any tasks, and each sample's update is computed at
+            runtime. ``folded``: the runtime gets one task at a time, and the graph folds it into
+            the weights; every method and layer supports this form. ``auto``: mixed if it is
+            possible and adds little cost, or if the exporter supports no other form.
+        backbone: The backbone's weights, if they are not timm's. The backbone's name is ignored.
+        verify: Images for verification, used for every task, and for calibration.
+        build: Options of ONNX graphs and TensorRT engines.
         command: The command line, for the manifest.
 
     Returns:
-        Paths of the artefact and its manifest, and the figures over all tasks.
+        The paths of artefact and manifest, and the verification results over all tasks.
 
     Raises:
-        AoftError: The input is wrong, tasks cannot share a graph, or answers differ; no file is
-            left then.
+        AoftError: The input is invalid, the tasks cannot share a graph, or the answers differ. No
+            file is left.
     """
     names = unique_task_names(checkpoints)
     exporter, support = _fleet_exporter(to, form)
@@ -124,7 +124,7 @@ def export_fleet(
 
 @dataclass
 class _Fleet:
-    """The tasks' shared model with their tables, and each unmerged model's logits."""
+    """The shared model with the tables of its tasks, and the expected logits of each task."""
 
     exporter: Exporter
     support: FleetSupport
@@ -162,11 +162,11 @@ class _Fleet:
 
 
 def _fleet_exporter(to: str, form: str) -> tuple[Exporter, FleetSupport]:
-    """An exporter of fleets of a form.
+    """Find an exporter, and check that it supports fleets of a form.
 
     Raises:
         UnknownNameError: There is no such exporter or form.
-        SettingError: The exporter writes no fleets, or none of the form.
+        SettingError: The exporter does not support fleets, or not this form.
     """
     exporter = get_exporter(to)
     if form not in FORMS:
@@ -185,11 +185,11 @@ def _fleet_exporter(to: str, form: str) -> tuple[Exporter, FleetSupport]:
 def _model(
     make: Callable[[], TunedModel], form: str, precision: str, preprocessing: Preprocessing
 ) -> tuple[FleetModel, str]:
-    """The model to export, and its form.
+    """Create the model to export, and choose its form.
 
     Raises:
-        SettingError: The folded form is asked for below fp32.
-        AttachError: The form asked for is not possible.
+        SettingError: The form is ``folded`` below fp32.
+        AttachError: The model does not support the form.
     """
     if form == "folded" and precision != "fp32":
         raise SettingError(
@@ -209,24 +209,24 @@ def _model(
 
 
 def _multiplies_twice(tuned: TunedModel) -> bool:
-    """Whether a mixed batch takes a second product with a weight, as RLRR's gains do."""
+    """Whether a mixed batch needs a second product with a weight, as for RLRR's gains."""
     deltas = (update.delta() for update in tuned.updates.values())
     return any(getattr(delta, "gain_out", None) is not None for delta in deltas)
 
 
 def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoint) -> None:
     """Refuse a task that differs in more than its parameters and classes."""
-    for what in ("backbone", "method", "settings", "preprocessing"):
-        ours, theirs = getattr(first, what), getattr(task, what)
-        if what == "backbone":
-            ours, theirs = "", difference(task.backbone, first.backbone)
-        elif what == "settings":  # an older checkpoint lacks those that came later
+    for name in ("backbone", "method", "settings", "preprocessing"):
+        expected, value = getattr(first, name), getattr(task, name)
+        if name == "backbone":
+            expected, value = "", difference(task.backbone, first.backbone)
+        elif name == "settings":  # checkpoints of older versions lack the newer settings
             defaults = get_method(first.method).defaults
-            ours, theirs = {**defaults, **ours}, {**defaults, **theirs}
-        if ours != theirs:
+            expected, value = {**defaults, **expected}, {**defaults, **value}
+        if expected != value:
             raise CheckpointError(
-                f"{path} has another {what} than {first_path}, so they cannot be one fleet: "
-                f"export each by itself, or fleets of equal {what}."
+                f"{path} has another {name} than {first_path}, so they cannot be one fleet: "
+                f"export each by itself, or fleets of equal {name}."
             )
 
 
@@ -236,7 +236,7 @@ def _answers_and_tables(
     tasks: Sequence[Checkpoint],
     inputs: NDArray[np.float32],
 ) -> tuple[list[NDArray[np.float32]], FleetTables]:
-    """Each unmerged model's logits, and the parameters of all tasks."""
+    """The logits of each task's unmerged model, and the parameters of all tasks."""
     expected, rows, heads = [], [], []
     for task in tasks:
         tuned.backbone.reset_classifier(len(task.classes))  # type: ignore[operator]
@@ -261,7 +261,7 @@ def _verified(
     bar: Bar,
     batches: tuple[int, int, int],
 ) -> Report:
-    """Compare every task on every image, in mixed batches, with its unmerged model's logits."""
+    """Compare every task on every image, in mixed batches, with the expected logits."""
     comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
     for size in BATCH_SIZES:
         for pairs in _mixed_batches(len(expected), len(inputs), size):
@@ -271,21 +271,21 @@ def _verified(
                 [engine.run(inputs[images[i]], tasks[i])[:count] for i, count in pieces]
             )
             for answer, (task, image) in zip(answers, pairs, strict=True):
-                own = expected[task][image][None]
-                given, beyond = answer[None, : own.shape[1]], answer[own.shape[1] :]
-                if not np.isneginf(beyond).all():
-                    given = answer[None]  # classes that the task does not have
-                comparison.add(given, own, size, f"the fleet's task {task}")
+                wanted = expected[task][image][None]
+                found, padding = answer[None, : wanted.shape[1]], answer[wanted.shape[1] :]
+                if not np.isneginf(padding).all():
+                    found = answer[None]  # fails the comparison by its shape
+                comparison.add(found, wanted, size, f"the fleet's task {task}")
     return comparison.report(len(inputs), BATCH_SIZES)
 
 
 def _mixed_batches(tasks: int, images: int, size: int) -> list[list[tuple[int, int]]]:
-    """Batches of pairs of task and image, in random order.
+    """Batches of (task, image) pairs in random order.
 
-    All pairs at the largest batch size, one image of each task at the others.
+    The largest batch size gets all pairs; the other sizes get one image of each task.
     """
-    few = 1 if size < max(BATCH_SIZES) else images
-    pairs = [(task, (task + i) % images) for task in range(tasks) for i in range(few)]
+    count = 1 if size < max(BATCH_SIZES) else images
+    pairs = [(task, (task + i) % images) for task in range(tasks) for i in range(count)]
     order = np.random.default_rng(size).permutation(len(pairs))
     shuffled = [pairs[i] for i in order]
     return [shuffled[i : i + size] for i in range(0, len(shuffled), size)]

@@ -1,8 +1,8 @@
-"""How much arithmetic a model takes, for the share of a machine's limit.
+"""Count the FLOPs of a model, to compare its speed with the machine's peak.
 
-The products are counted one by one as the model runs without numbers. Attention is run as the two
-products that its definition has, so that the count does not depend on which kernels PyTorch has for
-it, on the version, or on whether timm fuses it.
+The model runs on fake tensors, and every matrix product is counted. Attention runs as the two
+products of its definition, so the count depends neither on PyTorch's kernels and version nor on
+timm's setting for fused attention.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ PRODUCT = re.compile(
     r"(^|_)(mm|bmm|matmul|mv|dot|linear|trilinear|einsum|conv\w*|attention|mha|transformer|lstm|gru"
     r"|rnn)(_|$)"
 )
-"""In the name of an operator: it multiplies matrices, whether or not it is counted below."""
+"""Matches the names of operators that multiply matrices, including those that are not in COUNTS."""
 
 
 def flops_text(model: nn.Module, preprocessing: Preprocessing) -> str | None:
-    """The arithmetic of an image as metadata; None where it is not known."""
+    """FLOPs for one image, as a metadata entry; None if unknown."""
     count = flops_per_image(model, preprocessing.height, preprocessing.width)
     return None if count is None else str(count)
 
 
 def flops_per_image(model: nn.Module, height: int, width: int | None = None) -> int | None:
-    """Floating point operations of matrix products, convolutions and attention for one image.
+    """Floating-point operations of matrix products, convolutions and attention for one image.
 
-    A multiplication and an addition count as two. ViT-B/16 at 224 pixels takes 35.1e9.
+    A multiplication and an addition count as two operations. ViT-B/16 at 224 pixels takes 35.1e9.
 
     Args:
-        model: A plain model of normalised images; nothing is computed with it.
-        height: Of the input, in pixels.
-        width: Likewise; None is the height.
+        model: A plain model that takes normalised images. It runs on fake tensors only.
+        height: Height of the input in pixels.
+        width: Width in pixels; None means the height.
 
     Returns:
-        None where the model cannot be gone through without numbers, or runs an operator that may
-        multiply matrices and whose arithmetic is not known here.
+        The count. None if the model cannot run on fake tensors, or uses an operator that may
+        multiply matrices and is not in ``COUNTS``.
     """
     counter = _Counter()
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _written_out(), counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _unfused(), counter:
             model(torch.zeros(1, 3, height, width or height, dtype=like.dtype, device=like.device))
-    except Exception:  # fake tensors raise classes of their own, of many kinds
+    except Exception:  # fake tensors raise many different exception classes
         return None
     return None if counter.unknown else counter.total or None
 
 
 def _products(left: Tensor, out: Tensor) -> int:
-    """Of a product whose sums run over the last axis of its left factor."""
+    """FLOPs of a product that sums over the last axis of its left factor."""
     return 2 * out.numel() * left.shape[-1]
 
 
 def _convolution(image: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
-    """Every place of the output is a sum over a filter; transposed, every place of the input."""
+    """FLOPs of a convolution: a filter per output element, or per input element if transposed."""
     return 2 * (image if transposed else out).numel() * weight[0].numel()
 
 
@@ -80,12 +80,12 @@ COUNTS: dict[str, Callable[[Any, Tensor], int]] = {
     "addmv": lambda a, out: _products(a[1], out),
     "convolution": lambda a, out: _convolution(a[0], a[1], out, a[6]),
 }
-"""PyTorch's basic operators that multiply matrices, by name: from arguments and output to FLOPs."""
+"""FLOPs of PyTorch's core operators that multiply matrices, from their arguments and output."""
 
 
 @contextmanager
-def _written_out() -> Iterator[None]:
-    """Attention runs as its two products, and encoder layers run layer by layer."""
+def _unfused() -> Iterator[None]:
+    """Context manager: run attention as two products, and encoder layers without the fast path."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -96,7 +96,7 @@ def _written_out() -> Iterator[None]:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the arithmetic of all products, and keeps the names of those it does not know."""
+    """Sums the FLOPs of all known products, and collects the names of unknown ones."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         library, _, name = func._schema.name.partition("::")
         counted = library == "aten" and name in COUNTS
         if library == "aten" and not counted:
-            with self:  # composite operators come whole under inference_mode
+            with self:  # inference_mode does not decompose composite operators
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts

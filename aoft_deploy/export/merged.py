@@ -1,4 +1,4 @@
-"""From one checkpoint to a verified artefact of the merged model."""
+"""Export one checkpoint as a verified artefact of the merged model."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def export_merged(
     build: BuildOptions = BuildOptions(),
     command: Sequence[str] = (),
 ) -> Exported:
-    """Merge a checkpoint into its backbone and export the result, verified.
+    """Merge a checkpoint into its backbone, export the result, and verify it.
 
     Args:
-        checkpoint: A ``model.ckpt``, a published RLRR .pth, or a PEFT LoRA folder.
-        output: The artefact; None puts it beside the checkpoint.
+        checkpoint: A ``model.ckpt``, a published RLRR .pth file, or a PEFT LoRA folder.
+        output: Path of the artefact; None means beside the checkpoint.
         to: Name of an exporter.
         precision: One of the exporter's precisions.
-        uint8: Let the artefact take pixels and normalise them itself.
-        backbone: The backbone's name and weights, where they are not the checkpoint's and timm's.
-        verify: Images to verify with, and to learn ranges of activations from.
-        build: Choices of ONNX graphs and TensorRT engines.
+        uint8: Whether the artefact takes uint8 pixels and normalises them itself.
+        backbone: The backbone's name and weights, if they are not the checkpoint's and timm's.
+        verify: Images for verification and calibration.
+        build: Options of ONNX graphs and TensorRT engines.
         command: The command line, for the manifest.
 
     Returns:
-        Paths of the artefact and its manifest, and the figures.
+        The paths of artefact and manifest, and the verification results.
 
     Raises:
-        AoftError: The input is wrong, or the answers differ; no file is left then.
+        AoftError: The input is invalid, or the answers differ. No file is left.
     """
     exporter = get_exporter(to)
     if not checkpoint.is_file() and not checkpoint.is_dir():
@@ -89,7 +89,7 @@ def export_merged(
 
 @dataclass
 class _Merged:
-    """A checkpoint's model, merged, or as it is for exporters of the updates alone."""
+    """A checkpoint's merged model, or its unmerged model for exporters of the updates alone."""
 
     exporter: Exporter
     checkpoint: Path
@@ -101,11 +101,11 @@ class _Merged:
     info: ArtefactInfo = field(init=False)
 
     def __post_init__(self) -> None:
-        whole = self.exporter.updates is None
-        self.model = merge(self.tuned) if whole else self.tuned
+        is_merged = self.exporter.updates is None
+        self.model = merge(self.tuned) if is_merged else self.tuned
         self.info = describe_model(self.tuned, self.task).having(
             precision=self.precision,
-            flops=flops_text(self.model, self.task.preprocessing) if whole else None,
+            flops=flops_text(self.model, self.task.preprocessing) if is_merged else None,
         )
 
     def write(self, draft: Path, spec: ExportSpec) -> None:
@@ -145,7 +145,7 @@ class _Merged:
 
 
 def describe_model(tuned: TunedModel, task: Checkpoint) -> ArtefactInfo:
-    """What an artefact says of a task's model."""
+    """Metadata of an artefact for a task's model."""
     return ArtefactInfo.of_model(
         task.classes,
         task.preprocessing,

@@ -1,4 +1,4 @@
-"""The choices of an export, checked before anything is loaded."""
+"""Options of an export, and their checks against the exporter."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from aoft_deploy.errors import SettingError, UnknownNameError
 __all__ = ["MIN_AGREEMENT", "VerifyOptions", "bar_for", "check_build"]
 
 MIN_AGREEMENT = 0.99
-"""Share of images whose top class a low-precision artefact must keep."""
+"""Default share of images whose top class a low-precision artefact must keep."""
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What an artefact is verified with.
+    """Images and criteria for verification and calibration.
 
     Attributes:
-        images: Real images, or folders of them, beside the built-in ones; below fp32 alone.
-        calibrate: Real images, or folders of them, to learn ranges of activations from, where the
-            precision needs them; those that are among ``images`` are left out.
-        min_agreement: Below fp32, least share of answers with the unmerged model's top class.
+        images: Real images, or folders of them. At fp32, they are used beside the built-in images;
+            below fp32, they are used alone.
+        calibrate: Real images, or folders of them, for precisions that need calibration. Those that
+            are also in ``images`` are not used.
+        min_agreement: Below fp32, the smallest allowed share of answers with the same top class as
+            the unmerged model.
     """
 
     images: Sequence[Path] = ()
@@ -34,11 +36,11 @@ class VerifyOptions:
 
 
 def bar_for(exporter: Exporter, precision: str, verify: VerifyOptions) -> Bar:
-    """What an artefact of a precision must reach.
+    """Acceptance criteria for an artefact of a precision.
 
     Raises:
-        UnknownNameError: The exporter does not write the precision.
-        SettingError: Below fp32 without images, or a share outside 0 to 1.
+        UnknownNameError: The exporter does not support the precision.
+        SettingError: Images are missing below fp32, or ``min_agreement`` is not from 0 to 1.
     """
     if precision not in exporter.precisions:
         raise UnknownNameError(f"precision of {exporter.name}", precision, exporter.precisions)
@@ -57,10 +59,10 @@ def bar_for(exporter: Exporter, precision: str, verify: VerifyOptions) -> Bar:
 
 
 def check_build(exporter: Exporter, build: BuildOptions) -> None:
-    """Refuse build options that an exporter does not have.
+    """Check build options against an exporter.
 
     Raises:
-        SettingError: One is given that the exporter does not use, or is outside its range.
+        SettingError: The exporter does not use an option, or its value is out of range.
     """
     name = exporter.name
     if build.opset is not None and build.opset not in exporter.opsets:
@@ -70,11 +72,11 @@ def check_build(exporter: Exporter, build: BuildOptions) -> None:
     if build.batches is not None:
         if not exporter.ranged:
             raise SettingError(f"{name} takes batches of any size: leave `batches` out.")
-        least, usual, most = build.batches
-        if not 1 <= least <= usual <= most:
+        smallest, usual, largest = build.batches
+        if not 1 <= smallest <= usual <= largest:
             raise SettingError(
-                f"`batches` is {least} {usual} {most}, but must be the smallest, usual and largest "
-                "batch: three ascending numbers from 1."
+                f"`batches` is {smallest} {usual} {largest}, but must be the smallest, usual and "
+                "largest batch: three ascending numbers from 1."
             )
     if exporter.device is None:
         if build.compute_capability is not None:

@@ -1,7 +1,7 @@
-"""The steps of every export: check, write a draft, open it, verify it, and publish it.
+"""The steps of every export: check the options, write a draft, open it, verify it, publish it.
 
-A merged model and a fleet differ in what they write, how their answers are compared, and what the
-manifest says of them; that is a ``Subject``. Everything else is here.
+A ``Subject`` is a merged model or a fleet. It knows how to write itself, how to compare answers,
+and its manifest entries. The other steps are the same for both.
 """
 
 from __future__ import annotations
@@ -47,41 +47,41 @@ __all__ = ["Request", "Subject", "export_verified"]
 
 
 class Subject(Protocol):
-    """What is exported."""
+    """The model or fleet to export."""
 
     @property
     def info(self) -> ArtefactInfo:
-        """What the artefact says of itself."""
+        """Metadata to store in the artefact."""
 
     def write(self, draft: Path, spec: ExportSpec) -> None:
-        """Let the exporter write it."""
+        """Write the artefact to ``draft`` with the exporter."""
 
     def open(self, draft: Path) -> Engine:
-        """Open what was written."""
+        """Load the written artefact for verification."""
 
     def verify(
         self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar
     ) -> Report:
-        """Compare an engine's answers to images with the unmerged models'."""
+        """Compare an engine's logits on images with those of the unmerged models."""
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
-        """The manifest's entries on the subject."""
+        """Entries for the manifest."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """An export's choices, checked against the exporter before anything is loaded.
+    """The options of an export, checked before the checkpoint is loaded.
 
     Attributes:
-        exporter: Writes the artefact.
-        output: The artefact's path.
-        precision: One of the exporter's.
-        verify: What to verify with.
-        build: Further choices of the exporter.
+        exporter: The exporter.
+        output: Path of the artefact.
+        precision: One of the exporter's precisions.
+        verify: Images and criteria for verification and calibration.
+        build: Options of individual exporters.
         command: The command line, for the manifest.
-        bar: What the artefact must reach.
-        calibration: Files to learn ranges of activations from.
-        pictures: Real images to verify with.
+        bar: Acceptance criteria for the artefact.
+        calibration: Files of the calibration images.
+        pictures: Real images for verification.
     """
 
     exporter: Exporter
@@ -106,20 +106,20 @@ class Request:
         build: BuildOptions,
         command: Sequence[str],
     ) -> Self:
-        """Check all choices, and read the images.
+        """Check all options, and read the verification images.
 
         Args:
-            exporter: As the attribute.
-            output: As the attribute.
-            inputs: Files that the export reads besides images.
-            precision: As the attribute.
-            verify: As the attribute.
-            build: As the attribute.
-            command: As the attribute.
+            exporter: The exporter.
+            output: Path of the artefact.
+            inputs: Files that the export reads, besides images. They must not be overwritten.
+            precision: One of the exporter's precisions.
+            verify: Images and criteria for verification and calibration.
+            build: Options of individual exporters.
+            command: The command line, for the manifest.
 
         Raises:
-            AoftError: A choice that the exporter does not have, a path that the artefact cannot
-                take, or an image that cannot be read.
+            AoftError: The exporter does not support an option, the output path is invalid, or an
+                image cannot be read.
         """
         bar = bar_for(exporter, precision, verify)
         check_build(exporter, build)
@@ -129,20 +129,20 @@ class Request:
         return cls(exporter, output, precision, verify, build, command, bar, calibration, pictures)
 
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-        """The images to verify with, uint8 [n, H, W, 3]."""
+        """The verification images, uint8 [n, H, W, 3]."""
         return verification_pixels(preprocessing, self.pictures, self.precision)
 
 
 def export_verified(
     request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: bool = False
 ) -> Exported:
-    """Write, open, verify and publish an artefact; where any step fails, no file is left.
+    """Write, open, verify and publish an artefact. If a step fails, no file is left.
 
     Args:
-        request: The choices.
-        subject: What is exported.
-        pixels: The images to verify with, uint8 [n, H, W, 3].
-        uint8: Whether the artefact takes pixels and normalises them itself.
+        request: The checked options.
+        subject: The model or fleet to export.
+        pixels: The verification images, uint8 [n, H, W, 3].
+        uint8: Whether the artefact takes uint8 pixels and normalises them itself.
 
     Raises:
         AoftError: The artefact cannot be written, or its answers differ.
@@ -158,14 +158,14 @@ def export_verified(
         except (OSError, RuntimeError) as error:
             raise OutputError(f"The artefact could not be written ({one_line(error)}).") from error
         engine = subject.open(draft)
-        left = ArtefactInfo(engine.info).left_in_float
+        left_in_float = ArtefactInfo(engine.info).left_in_float
         arithmetic = arithmetic_of(exporter, draft, precision)
-        for judge, judged in runs_to_judge(exporter, draft, engine, precision, pixels):
-            report = subject.verify(judge, judged, spec, request.bar)
+        for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
+            report = subject.verify(run_engine, images, spec, request.bar)
         manifest = {
             **provenance(draft, exporter.name, request.command),
             **subject.manifest(spec),
-            **_learnt(request, left),
+            **_calibration_entries(request, left_in_float),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(request.pictures),
@@ -177,7 +177,7 @@ def export_verified(
         size = artefact_size(draft)
         publish(draft, output, manifest)
     device = exporter.device_name(output, precision)
-    return Exported(output, manifest_path(output), report, size, device, arithmetic, left)
+    return Exported(output, manifest_path(output), report, size, device, arithmetic, left_in_float)
 
 
 def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: bool) -> ExportSpec:
@@ -193,9 +193,9 @@ def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: 
     )
 
 
-def _learnt(request: Request, left: Sequence[str]) -> dict[str, Any]:
-    """The manifest's entries on calibration, and on products that stay in float32."""
+def _calibration_entries(request: Request, left_in_float: Sequence[str]) -> dict[str, Any]:
+    """Manifest entries for the calibration, and for products that stay in float32."""
+    names = list(left_in_float)
     if request.calibration:
-        calibration = {"images": len(request.calibration), "left_in_float": list(left)}
-        return {"calibration": calibration}
-    return {"left_in_float": list(left)} if left else {}
+        return {"calibration": {"images": len(request.calibration), "left_in_float": names}}
+    return {"left_in_float": names} if names else {}

@@ -1,4 +1,4 @@
-"""Where an artefact goes: its path is checked first, and it appears last, with its manifest."""
+"""Check the output path of an artefact, and publish the artefact together with its manifest."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Exported:
 
     Attributes:
         path: The artefact, a file or a folder.
-        manifest: Its manifest, beside it.
-        report: The figures of the verification.
-        size: Bytes of the artefact.
-        device: Name of the device that the artefact was verified on; None where this machine lacks
-            it, and its graph was verified instead.
-        arithmetic: Which arithmetic the figures are of.
-        left_in_float: Products that stay in float32 because low precision does not hold them.
+        manifest: The manifest beside the artefact.
+        report: The verification results.
+        size: Size of the artefact in bytes.
+        device: Name of the device that verified the artefact; None if this machine cannot run it in
+            its precision, so that its graph or an emulation was verified instead.
+        arithmetic: Description of the precision, runtime and device of the verification.
+        left_in_float: Names of the products that stay in float32 for accuracy.
     """
 
     path: Path
@@ -55,15 +55,15 @@ class Exported:
 
 
 def check_output(exporter: Exporter, output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a path that an artefact cannot take.
+    """Refuse an invalid output path.
 
     Args:
-        exporter: Writes files or folders.
-        output: The artefact's path. A file is replaced, a folder must be new or empty.
-        inputs: Files that the export reads.
+        exporter: The exporter, which writes a file or a folder.
+        output: Path of the artefact. An existing file is replaced; a folder must be new or empty.
+        inputs: Files that the export reads. They must not be overwritten.
 
     Raises:
-        OutputError: With the reason, and what to do.
+        OutputError: The path is invalid.
     """
     if exporter.marker:
         _check_folder(output)
@@ -96,7 +96,7 @@ def _check_folder(output: Path) -> None:
 
 
 def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
-    """The manifest's entries on the artefact's bytes, and on how it was made."""
+    """Manifest entries for the artefact's content, and for the export that made it."""
     return {
         "artefact": draft.name,
         "sha256": artefact_digest(draft),
@@ -108,18 +108,18 @@ def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that an export depends on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of those ``PACKAGES`` that are installed."""
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def publish(draft: Path, output: Path, contents: Mapping[str, Any]) -> None:
-    """Write the manifest and rename both files, or leave neither.
+    """Write the manifest, and rename artefact and manifest to their final paths, or neither.
 
     Raises:
         OutputError: A file cannot be written or renamed.
@@ -133,7 +133,7 @@ def publish(draft: Path, output: Path, contents: Mapping[str, Any]) -> None:
 
 
 def _rename(draft: Path, output: Path, draft_manifest: Path) -> None:
-    """The manifest first: an artefact never appears without it."""
+    """Rename the manifest first, so that an artefact never exists without it."""
     manifest = manifest_path(output)
     for path in (*artefact_files(draft), draft_manifest):
         settle(path)

@@ -1,4 +1,4 @@
-"""How an artefact is opened, run and compared before it is published."""
+"""Open and run a draft of an artefact for its verification."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 def verification_pixels(
     preprocessing: Preprocessing, pictures: Sequence[Image], precision: str
 ) -> NDArray[np.uint8]:
-    """Images to verify with, uint8 [n, H, W, 3]: built-in ones first, but only at fp32."""
+    """Verification images, uint8 [n, H, W, 3]: at fp32 the built-in images, then the real ones."""
     parts = []
     if precision == "fp32":
         height, width = preprocessing.height, preprocessing.width
@@ -44,7 +44,7 @@ def verification_pixels(
 
 
 def open_draft(exporter: Exporter, draft: Path) -> Engine:
-    """The artefact, or the graph that it was built from where this machine lacks its device."""
+    """Load the artefact, or its intermediate graph if this machine lacks its device."""
     if exporter.device is None:
         return exporter.load(draft, EngineOptions())
     if exporter.device.name(draft):
@@ -62,15 +62,15 @@ def runs_to_judge(
     precision: str,
     pixels: NDArray[np.uint8],
 ) -> Iterable[tuple[Engine, NDArray[np.uint8]]]:
-    """Engines to compare with the unmerged model, each with its images; the last one's count."""
+    """Engines to verify, each with its images. The report of the last one is kept."""
     if exporter.emulation is not None and exporter.emulates(precision):
-        yield engine, pixels[: max(BATCH_SIZES)]  # the file opens and answers
+        yield engine, pixels[: max(BATCH_SIZES)]  # the file itself must load and run
         engine = exporter.emulation.load(draft)
     yield engine, pixels
 
 
 def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
-    """In words, the arithmetic of the answers that an artefact is judged by."""
+    """Describe the precision, runtime and device of the verification."""
     device = exporter.device_name(draft, precision)
     if device is not None:
         return f"{precision} by {exporter.engines[0]} on {device}"
@@ -80,21 +80,21 @@ def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
 
 
 def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]:
-    """The manifest's entry on the device; empty where every machine has it."""
+    """Manifest entry for the device; empty if every machine has it."""
     if exporter.device is None and not exporter.emulates(precision):
         return {}
     return {"verified_on_device": exporter.device_name(draft, precision) or False}
 
 
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A model's logits of normalised inputs, (batch, classes)."""
+    """A model's logits for normalised inputs, (batch, classes)."""
     with torch.inference_mode():
-        found: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
-    return found
+        result: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
+    return result
 
 
 def answers(engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec) -> NDArray[np.float32]:
-    """An artefact's logits of pixels, uint8 [batch, H, W, 3], in batches that it takes."""
+    """An artefact's logits for pixels, uint8 [batch, H, W, 3], in supported batch sizes."""
     inputs = spec.input.prepare(pixels)
     pieces = batch_pieces(len(pixels), spec.build.batch_range)
     return np.concatenate([engine.run(inputs[rows])[:count] for rows, count in pieces])
@@ -103,12 +103,12 @@ def answers(engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec) -> NDAr
 def batch_pieces(
     size: int, batches: tuple[int, int, int]
 ) -> Iterable[tuple[NDArray[np.int64], int]]:
-    """Pieces of a batch that an artefact takes: row indices, and how many of their answers count.
+    """Split a batch into pieces of supported sizes: row indices, and the number of valid answers.
 
-    A last piece that is too small is filled up with its first row.
+    If the last piece is too small, it is padded with its first row.
     """
-    least, _, most = batches
-    for start in range(0, size, most):
-        piece = np.arange(start, min(start + most, size))
-        filled = np.pad(piece, (0, max(0, least - len(piece))), constant_values=start)
-        yield filled, len(piece)
+    smallest, _, largest = batches
+    for start in range(0, size, largest):
+        piece = np.arange(start, min(start + largest, size))
+        padded = np.pad(piece, (0, max(0, smallest - len(piece))), constant_values=start)
+        yield padded, len(piece)
