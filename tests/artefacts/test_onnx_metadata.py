@@ -1,128 +1,78 @@
-"""Artefacts that take weights from elsewhere are refused before a runtime opens anything."""
+"""Metadata of ONNX files that are damaged or refer to other files."""
 
 from __future__ import annotations
 
-import importlib
-import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.registry import load_artefact, load_fleet
-from aoft_deploy.cli.inspect import describe
-from aoft_deploy.cli.predict import main as predict
+from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.errors import ArtefactError
-from aoft_deploy.fleet.fleet import Fleet
-
-REFUSED = "keeps weights in other files: only single files are opened"
-
-ELSEWHERE: dict[str, Mapping[str, Any]] = {
-    "beside": {"location": "weights.bin"},
-    "above": {"location": "../outside/weights.bin"},
-    "absolute": {"location": "{outside}/weights.bin"},
-    "detour": {"location": "x/../../outside/weights.bin"},
-    "environment": {"location": "/proc/self/environ", "offset": 0, "length": 4},
-    "symlink": {"location": "link.bin"},
-    "symlinked folder": {"location": "linked/weights.bin"},
-    "hardlink": {"location": "hard.bin"},
-    "offset below zero": {"location": "weights.bin", "offset": -8},
-    "offset beyond the end": {"location": "weights.bin", "offset": 10**15},
-    "length beyond the end": {"location": "weights.bin", "length": 10**15},
-    "length below zero": {"location": "weights.bin", "length": -2},
-    "memory": {"location": "*/_ORT_MEM_ADDR_/*", "offset": 4096, "length": 64},
-    "missing": {"location": "missing.bin"},
-    "empty": {"location": ""},
-    "unnamed": {},
-}
 
 
-def moved(artefact: Path, folder: Path, kind: str) -> Path:
-    """The artefact, alone in a folder, with its largest weight elsewhere."""
-    outside, inside = folder / "outside", folder / "inside"
-    outside.mkdir()
-    inside.mkdir()
-    proto = onnx.load(artefact)
-    tensor = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
-    for place in (outside, inside):
-        (place / "weights.bin").write_bytes(tensor.raw_data)
-    (inside / "link.bin").symlink_to(outside / "weights.bin")
-    (inside / "linked").symlink_to(outside, target_is_directory=True)
-    (inside / "hard.bin").hardlink_to(outside / "weights.bin")
+def test_metadata_are_read_without_the_weights(artefact: Path) -> None:
+    assert read_metadata(artefact) == {
+        entry.key: entry.value for entry in onnx.load(artefact).metadata_props
+    }
+
+
+def outside(graph: onnx.GraphProto) -> None:
+    tensor = graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, location="../../../etc/passwd")
     tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in ELSEWHERE[kind].items():
-        tensor.external_data.add(key=key, value=str(value).format(outside=outside))
-    path = inside / "task.onnx"
-    path.write_bytes(proto.SerializeToString())
-    return path
 
 
-def test_the_files_of_these_tests_are_good_ones_but_for_that(
-    artefact: Path, tmp_path: Path
-) -> None:
-    x = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    runtime: Any = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(moved(artefact, tmp_path, "beside"))
-    (logits,) = session.run(["logits"], {"pixel_values": x})
-    np.testing.assert_array_equal(logits, load_artefact(artefact).run(x))
-
-
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_a_model_with_weights_elsewhere_is_refused(
-    kind: str,
-    artefact: Path,
-    photos: list[Path],
-    tmp_path: Path,
-    refused: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = moved(artefact, tmp_path, kind)
-    monkeypatch.chdir(path.parent)
-    assert REFUSED in refused(predict, path, photos[0])
-    for given in (path, Path(path.name)):
-        with pytest.raises(ArtefactError, match=REFUSED):
-            load_artefact(given, EngineOptions(threads=1))
-        with pytest.raises(ArtefactError, match=REFUSED):
-            describe(given)
-
-
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_a_fleet_with_weights_elsewhere_is_refused(
-    kind: str, fleet_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = moved(fleet_artefact, tmp_path, kind)
-    for folder in (path.parent, tmp_path / "outside"):
-        monkeypatch.chdir(folder)  # where a model from memory looks for its weights
-        for opened in (Fleet, load_fleet, load_artefact):
-            with pytest.raises(ArtefactError, match=REFUSED):
-                opened(path)
-
-
-def test_a_model_of_a_triton_repository_with_weights_elsewhere_is_refused(
-    artefact: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "task" / "1").mkdir(parents=True)
-    path = moved(artefact, tmp_path, "beside")
-    for file in ("task.onnx", "weights.bin"):
-        os.replace(path.parent / file, tmp_path / "task" / "1" / file)
-    (tmp_path / "task" / "1" / "task.onnx").rename(tmp_path / "task" / "1" / "model.onnx")
-    (tmp_path / "task" / "config.pbtxt").write_text('backend: "onnxruntime"')
-    for opened in (load_artefact, describe):
-        with pytest.raises(ArtefactError, match=REFUSED):
-            opened(tmp_path / "task")
-
-
-def test_a_weight_that_stands_in_the_file_but_names_another_is_refused(
-    artefact: Path, tmp_path: Path
+@pytest.mark.parametrize("place", ["graph", "attribute", "subgraph", "function", "sparse"])
+def test_an_onnx_file_with_external_data_is_refused(
+    artefact: Path, tmp_path: Path, place: str
 ) -> None:
     proto = onnx.load(artefact)
-    proto.graph.initializer[0].external_data.add(key="location", value="weights.bin")
-    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(ArtefactError, match=REFUSED):
-        load_artefact(tmp_path / "a.onnx")
+    inner = onnx.GraphProto()
+    inner.initializer.append(proto.graph.initializer[0])
+    outside(inner)
+    if place == "graph":
+        outside(proto.graph)
+    elif place == "attribute":
+        node = proto.graph.node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    elif place == "subgraph":
+        node = proto.graph.node.add(op_type="If")
+        node.attribute.append(onnx.helper.make_attribute("then_branch", inner))
+    elif place == "function":
+        node = proto.functions.add(name="f").node.add(op_type="Constant")
+        node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))
+    else:
+        proto.graph.sparse_initializer.add().values.CopyFrom(inner.initializer[0])
+    path = tmp_path / "outside.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ArtefactError, match="keeps weights in other files"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_damaged_onnx_file_is_refused(artefact: Path, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(artefact.read_bytes()[:cut])
+    with pytest.raises(ArtefactError, match="no ONNX model, or a damaged one"):
+        read_metadata(path)
+    with pytest.raises(ArtefactError, match="There is no file"):
+        read_metadata(tmp_path / "none.onnx")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_corrupted_onnx_file_is_read_or_refused(
+    data: st.DataObject, artefact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(artefact.read_bytes()[:4000])
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "distorted.onnx"
+    path.write_bytes(content)
+    try:
+        read_metadata(path)
+    except ArtefactError:
+        pass
