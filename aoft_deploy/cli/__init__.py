@@ -1,1 +1,1 @@
-"""One module a command: parse the arguments, call one library function, print the result."""
+"""One module per command: parse the arguments, call one library function, print the result."""

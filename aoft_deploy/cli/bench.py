@@ -1,4 +1,4 @@
-"""aoft-bench: how fast artefacts run on this machine, beside each other and beside its limit."""
+"""aoft-bench: measure how fast artefacts run, compared with each other and with the CPU's peak."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-bench",
-        description="Time artefacts in one interleaved run, each in a process of its own: images a "
-        "second, the ratio to the first, and the share of what this machine's processor can "
-        "compute at most.",
+        description="Time artefacts in one interleaved run, each in a subprocess. Prints images "
+        "per second, the ratio to the first artefact, and the share of this processor's peak in "
+        "matrix products.",
     )
     options.add_argument("artefacts", type=Path, nargs="+", metavar="ARTEFACT")
     options.add_argument(
@@ -34,24 +34,24 @@ def parser() -> argparse.ArgumentParser:
         "--engines",
         nargs="+",
         metavar="NAME",
-        help="run each artefact in each of these; default: in the one it was verified with",
+        help="run each artefact in each of these engines; default: the engine that verified it",
     )
     options.add_argument(
         "--threads",
         type=positive,
         nargs="+",
         metavar="N",
-        help="run each with each of these numbers; default: as many as there are cores",
+        help="run each artefact with each of these thread counts; default: the number of cores",
     )
     options.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 …")
     options.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
-    options.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    options.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the throughput")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    options.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the throughput")
     return options
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Time, print, and write what was asked for."""
+    """Time the artefacts, and print, write and plot the results."""
     from aoft_deploy.artefacts.machine import gemm_peaks, machine
     from aoft_deploy.artefacts.timing import interleaved, trusted
     from aoft_deploy.drawing import check_matplotlib
@@ -71,12 +71,11 @@ def bench(options: argparse.Namespace) -> None:
     measured = gemm_peaks(max(threads)) if on_cpu else {}
     peaks = trusted(measured, timings)
     _print_shares(timings, peaks, measured)
-    where = machine(max(threads))
     try:
         if options.json:
             rows = [timing.to_dict(peaks) for timing in timings]
-            found = {"machine": where, "gemm_peaks": measured, "rows": rows}
-            options.json.write_text(json_text(found, indent=1) + "\n", "utf-8")
+            result = {"machine": machine(max(threads)), "gemm_peaks": measured, "rows": rows}
+            options.json.write_text(json_text(result, indent=1) + "\n", "utf-8")
         if options.plot:
             from aoft_deploy.artefacts.throughput_plot import draw_throughput
 
@@ -88,14 +87,14 @@ def bench(options: argparse.Namespace) -> None:
 def _subjects(
     options: argparse.Namespace, threads: Sequence[int], engines: ExitStack
 ) -> list[Subject]:
-    """Every artefact in every engine asked for, named as shortly as tells them apart."""
+    """Load every artefact in every engine, with the shortest names that are unique."""
     from aoft_deploy.artefacts.engine import EngineOptions
     from aoft_deploy.artefacts.isolation import Apart
     from aoft_deploy.artefacts.registry import load_artefact
     from aoft_deploy.artefacts.timing import Subject
 
     short = len({path.name for path in options.artefacts}) == len(options.artefacts)
-    found = []
+    subjects = []
     for path in options.artefacts:
         for name in options.engines or [None]:
             for count in threads:
@@ -104,15 +103,15 @@ def _subjects(
                 label = path.name if short else str(path)
                 label += f" {name}" if name else ""
                 label += f" ×{count}" if len(threads) > 1 else ""
-                found.append(Subject.of(label, engine))
-    return found
+                subjects.append(Subject.of(label, engine))
+    return subjects
 
 
 def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
     """Height and width of the artefacts' images.
 
     Raises:
-        ArtefactError: An artefact does not name its preprocessing.
+        ArtefactError: An artefact has no preprocessing in its metadata.
         SettingError: The sizes differ.
     """
     from aoft_deploy.artefacts.description import ArtefactInfo
@@ -120,8 +119,8 @@ def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
 
     sizes: dict[tuple[int, int], str] = {}
     for subject in subjects:
-        found = ArtefactInfo(subject.engine.info, subject.name).preprocessing
-        sizes.setdefault((found.height, found.width), subject.name)
+        preprocessing = ArtefactInfo(subject.engine.info, subject.name).preprocessing
+        sizes.setdefault((preprocessing.height, preprocessing.width), subject.name)
     if len(sizes) > 1:
         named = ", ".join(f"{name} {h} x {w}" for (h, w), name in sizes.items())
         raise SettingError(f"Artefacts of different input sizes ({named}): time them separately.")
@@ -129,15 +128,15 @@ def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
 
 
 def _progress(options: argparse.Namespace) -> Any:
-    """A line on a terminal that says how far it is."""
+    """A progress callback, which prints only to a terminal."""
     if not sys.stderr.isatty():
         return lambda done: None
 
-    def told(done: int) -> None:
+    def show(done: int) -> None:
         end = "\n" if done == options.rounds else ""
         print(f"\rround {done} of {options.rounds}", end=end, file=sys.stderr, flush=True)
 
-    return told
+    return show
 
 
 def _print(timings: Sequence[Timing]) -> None:
@@ -154,14 +153,14 @@ def _print(timings: Sequence[Timing]) -> None:
 def _print_shares(
     timings: Sequence[Timing], peaks: dict[str, float], measured: dict[str, float]
 ) -> None:
-    """What large products reach on this machine, and how much of that each artefact does."""
+    """Print this machine's peaks, and the share of them that each artefact reaches."""
     if not measured:
         return
-    told = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in measured.items())
-    print(f"peak of large products on this machine, in 10⁹ operations a second: {told}")
+    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in measured.items())
+    print(f"peak of matrix products on this machine, in 10⁹ operations per second: {speeds}")
     for name in (name for name in measured if name not in peaks):
         print(
-            f"no share of {name}: an artefact is faster than these products, so they are no limit"
+            f"no share of {name}: an artefact is faster than the measured peak, so it is no limit"
         )
     for timing in timings:
         share, subject = timing.share(peaks), timing.subject

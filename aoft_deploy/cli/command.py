@@ -1,7 +1,7 @@
-"""What the commands share: errors in one line, interrupts that clean up, exit codes.
+"""Shared by all commands: one-line errors, clean interrupts, and exit codes.
 
-The library's messages name its parameters in backquotes, such as ```min_agreement```; a command
-shows the option in their place, ``--min-agreement``.
+Messages of the library name parameters in backquotes, such as ```min_agreement```. Commands replace
+them with options, such as ``--min-agreement``.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def run(
     body: Callable[[argparse.Namespace], None],
     argv: Sequence[str] | None,
 ) -> int:
-    """Parse and do a command's work.
+    """Parse the arguments, and run a command.
 
     Args:
-        parser: The command's parser; wrong usage exits with 2.
-        body: The work, given the parsed options.
-        argv: Arguments; None takes the process's.
+        parser: The command's parser. Wrong usage exits with 2.
+        body: The command, which takes the parsed options.
+        argv: Arguments; None means those of the process.
 
     Returns:
-        0, or 1 after one line on stderr: the input is at fault, or the command was interrupted.
+        The exit code: 0, or 1 after one line on stderr for invalid input or an interrupt.
     """
     _open_standard_streams()
     options = parser.parse_args(argv)
-    few = limited()
-    if few is not None:  # libraries of arithmetic, loaded later, count the machine's cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(few))
+    limit = limited()
+    if limit is not None:  # numerical libraries, loaded later, count the machine's cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(limit))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # any file's name can be printed
+            stream.reconfigure(errors="backslashreplace")  # so that every file name can be printed
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         body(options)
@@ -57,7 +57,7 @@ def run(
     except KeyboardInterrupt:
         return _failed("Interrupted; nothing unfinished was left.")
     except BrokenPipeError:
-        _drop_output()  # whoever read our output has gone
+        _drop_output()  # the reader of the output has exited
         return 1
     except (AoftError, OSError) as error:
         _drop_output()
@@ -68,15 +68,15 @@ def run(
 
 
 def with_options(message: str, parser: argparse.ArgumentParser) -> str:
-    """A message of the library with a command's options in place of the parameters' names.
+    """Replace the parameters in a message of the library with a command's options.
 
-    the option is a switch. A name that is the end of an option's, such as ```weights``` of
-    the option is a switch. A name that is only the end of an option's, such as ```weights``` of
-    ``--backbone-weights``, stands for it. Names without an option stay, without backquotes.
+    ```to="auto"``` becomes ``--to auto``. The value is left out if the option is a switch. A name
+    also stands for the only option that ends with it, such as ```weights``` for
+    ``--backbone-weights``. A name without an option loses its backquotes.
 
     Args:
-        message: It names parameters in backquotes.
-        parser: The command's parser, whose options have the parameters' names.
+        message: A message with parameters in backquotes.
+        parser: The command's parser. Its options have the names of the parameters.
     """
     options = {
         action.dest: (max(action.option_strings, key=len), action.nargs == 0)
@@ -84,12 +84,12 @@ def with_options(message: str, parser: argparse.ArgumentParser) -> str:
         if action.option_strings
     }
 
-    def option(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        known = [name] if name in options else [o for o in options if o.endswith(f"_{name}")]
-        if len(known) != 1:
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        matching = [name] if name in options else [o for o in options if o.endswith(f"_{name}")]
+        if len(matching) != 1:
             return name if value is None else f"{name}={value}"
-        flag, is_switch = options[known[0]]
+        flag, is_switch = options[matching[0]]
         words = "" if value is None or is_switch else re.sub(r"[\"'(),]+", " ", value)
         return " ".join([flag, *words.split()])
 
@@ -97,22 +97,25 @@ def with_options(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, for ``type=`` of an option."""
+    """Parse a whole number from 1: a ``type=`` for options."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
 
 def add_engine_options(options: argparse.ArgumentParser) -> None:
-    """How an artefact is run."""
+    """Add the options of ``EngineOptions``."""
     options.add_argument(
         "--engine",
         metavar="NAME",
-        help="onnxruntime, openvino, tensorrt or torch; default: what the artefact was verified "
-        "with",
+        help="onnxruntime, openvino, tensorrt or torch; default: the engine that verified the "
+        "artefact",
     )
     options.add_argument(
-        "--threads", type=positive, metavar="N", help="within a batch; default: the engine's choice"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads for one batch; default: the engine's choice",
     )
     options.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
@@ -120,22 +123,22 @@ def add_engine_options(options: argparse.ArgumentParser) -> None:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """The values of ``add_engine_options``."""
+    """The parsed values of ``add_engine_options``."""
     from aoft_deploy.artefacts.engine import EngineOptions
 
     return EngineOptions(options.engine, options.threads, options.device)
 
 
 def _open_standard_streams() -> None:
-    """Give streams that are closed to the null device.
+    """Open closed standard streams on the null device.
 
-    Otherwise the next socket or file gets their number, and what is printed goes there.
+    Otherwise the next socket or file gets the stream's number, and printed text goes there.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
 
@@ -146,7 +149,7 @@ def _failed(message: str) -> int:
 
 
 def _drop_output() -> None:
-    """Let go of printed text that nobody takes, which would fail again when Python exits."""
+    """Discard buffered output that cannot be written: flushing it would fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

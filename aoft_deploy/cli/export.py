@@ -22,47 +22,47 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-export",
-        description="Merge a fine-tuned checkpoint into its backbone, or put many beside each "
-        "other on one backbone, export, and verify the artefact against the unmerged model before "
-        "it appears.",
+        description="Export a fine-tuned checkpoint merged into its backbone, or many checkpoints "
+        "as a fleet on one backbone. The artefact is verified against the unmerged model before it "
+        "is written.",
     )
-    what = options.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--merge",
         type=Path,
         metavar="CKPT",
         help="model.ckpt, published RLRR .pth, or PEFT LoRA folder",
     )
-    what.add_argument(
+    source.add_argument(
         "--fleet",
         type=Path,
         nargs="+",
         metavar="CKPT",
-        help="checkpoints of one backbone: one graph that answers each image by its own task",
+        help="checkpoints of one backbone: export one graph with a task index for each image",
     )
     options.add_argument(
         "--to",
         default="onnx",
         metavar="NAME",
         help="onnx (default), openvino, tensorrt, triton, triton-tensorrt, timm or peft; auto: the "
-        "fastest on this machine whose answers hold",
+        "fastest on this machine that passes verification",
     )
     options.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="artefact; default: beside the checkpoint, or a fleet's in this folder; a file of "
-        "that name is replaced, a folder is not",
+        help="artefact; default: beside the checkpoint, or for a fleet in the current folder; an "
+        "existing file is replaced, an existing folder is not",
     )
     options.add_argument(
         "--overwrite",
         action="store_true",
-        help="of auto: replace the artefact of the chosen name",
+        help="with --to auto: replace an existing artefact of the chosen name",
     )
     options.add_argument(
         "--uint8",
         action="store_true",
-        help="take uint8 pixels [batch, H, W, 3] and normalise inside",
+        help="let the artefact take uint8 pixels [batch, H, W, 3] and normalise them itself",
     )
     options.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
     options.add_argument(
@@ -78,12 +78,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="verify with these images, or folders of images, too",
+        help="verify with these images, or folders of images, as well",
     )
     options.add_argument(
         "--precision",
         metavar="NAME",
-        help="fp32 (default); int8, fp16 or bf16 where the exporter has it, judged on --images",
+        help="fp32 (default); int8, fp16 or bf16 if the exporter supports it, verified on --images",
     )
     options.add_argument(
         "--calibrate",
@@ -91,13 +91,13 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="int8 of openvino learns its ranges from these images, or folders of images",
+        help="calibration images, or folders of images, for int8 of openvino",
     )
     options.add_argument(
         "--form",
         default="auto",
         metavar="NAME",
-        help="of a fleet: mixed (any tasks in one batch), folded (task by task), or auto (default)",
+        help="with --fleet: mixed (any tasks in a batch), folded (one task at a time), or auto",
     )
     options.add_argument(
         "--min-agreement",
@@ -111,38 +111,40 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         nargs=3,
         metavar=("MIN", "USUAL", "MAX"),
-        help="of tensorrt: sizes of the batches that the engine takes (default 1 8 32)",
+        help="for tensorrt: batch sizes that the engine supports (default 1 8 32)",
     )
     options.add_argument(
         "--compute-capability",
         metavar="X.Y",
-        help="of tensorrt: build for this kind of GPU, such as 8.9, instead of this machine's",
+        help="for tensorrt: compute capability of the target GPU (default: this machine's)",
     )
     options.add_argument(
         "--opset",
         type=int,
         metavar="N",
-        help="of onnx: 23 (default: attention is one operator) or 20, for older runtimes",
+        help="for onnx: 23 (default; attention is one operator) or 20, for older runtimes",
     )
     options.add_argument(
         "--refittable",
         action="store_true",
-        help="of tensorrt: let the engine be given other weights later (may cost speed)",
+        help="for tensorrt: build an engine whose weights can be replaced later (may be slower)",
     )
     options.add_argument(
         "--refit",
         type=Path,
         metavar="ENGINE",
-        help="of tensorrt: give the weights to this engine instead of building one, where possible",
+        help="for tensorrt: replace the weights of this engine, if possible, instead of building",
     )
     options.add_argument(
-        "--force", action="store_true", help="accept other backbone weights than those trained on"
+        "--force",
+        action="store_true",
+        help="accept backbone weights that differ from those in training",
     )
     return options
 
 
 def export(options: argparse.Namespace) -> None:
-    """Export and print the figures."""
+    """Run the export, and print the verification results."""
     _check_usage(options)
     if options.fleet:
         exported = _fleet(options)
@@ -150,15 +152,15 @@ def export(options: argparse.Namespace) -> None:
         exported = _fastest(options)
     else:
         exported = _merged(options)
-    _note_passed_over([*options.images, *options.calibrate])
+    _note_skipped([*options.images, *options.calibrate])
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
-    asked = f" (asked {report.min_agreement:.1%})" if report.min_agreement else ""
+    minimum = f" (asked {report.min_agreement:.1%})" if report.min_agreement else ""
     print(
         f"verified on {report.images} images at batch sizes "
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
-        f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{asked}"
+        f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{minimum}"
     )
     if exported.left_in_float:
         print(f"left in float32: {', '.join(exported.left_in_float)}")
@@ -168,7 +170,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _check_usage(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Exit with 2 if options cannot be combined."""
     if options.overwrite and (options.fleet or options.to != "auto"):
         parser().error("--overwrite goes with --to auto: other exports always replace a file")
     refused: tuple[str, ...] = ()
@@ -185,26 +187,26 @@ def _check_usage(options: argparse.Namespace) -> None:
 
 
 def _not_on_device(exported: Exported, options: argparse.Namespace) -> str:
-    """The notice on an artefact that this machine cannot run in its own precision."""
+    """The notice for an artefact that this machine cannot run in its precision."""
     from aoft_deploy.artefacts.registry import get_exporter
 
     figures = f"the figures are those of {exported.arithmetic}"
     if get_exporter(options.to).device is None:
-        why = f"no runtime on the CPU computes in {options.precision}"
+        reason = f"no runtime on the CPU computes in {options.precision}"
     else:
-        why = "this machine has no GPU that runs the engine"
+        reason = "this machine has no GPU that runs the engine"
         figures += "; the engine is compared with them when it is loaded"
-    return f"NOT VERIFIED ON DEVICE: {why}, so {figures}"
+    return f"NOT VERIFIED ON DEVICE: {reason}, so {figures}"
 
 
-def _note_passed_over(sources: Sequence[Path]) -> None:
-    """Name the files in folders that are no images."""
+def _note_skipped(sources: Sequence[Path]) -> None:
+    """Print a note on files in folders that are not images."""
     from aoft_deploy.data.listing import describe_skipped, image_files
 
-    others = Counter[str]()
-    image_files(list(dict.fromkeys(sources)), others)
-    if others:
-        print(f"note: {describe_skipped(others)}.", file=sys.stderr)
+    skipped = Counter[str]()
+    image_files(list(dict.fromkeys(sources)), skipped)
+    if skipped:
+        print(f"note: {describe_skipped(skipped)}.", file=sys.stderr)
 
 
 def _merged(options: argparse.Namespace) -> Exported:
@@ -237,7 +239,7 @@ def _fleet(options: argparse.Namespace) -> Exported:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of every export."""
+    """Arguments that all exports share."""
     from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.export.options import VerifyOptions
 
@@ -261,12 +263,12 @@ def _build(options: argparse.Namespace) -> BuildOptions:
 
 
 def _fastest(options: argparse.Namespace) -> Exported:
-    """Export every candidate, and print the outcome of each."""
+    """Export every candidate, and print the result of each."""
     from aoft_deploy.export.fastest import BATCHES, Candidate, export_fastest
 
     def show(candidate: Candidate) -> None:
         reason = with_options(candidate.reason, parser())
-        print(f"tried {candidate.to} {candidate.precision}: {reason or 'answers hold'}")
+        print(f"tried {candidate.to} {candidate.precision}: {reason or 'verified'}")
 
     exported, tried = export_fastest(
         options.merge,
@@ -280,8 +282,8 @@ def _fastest(options: argparse.Namespace) -> Exported:
     for candidate in tried:
         if candidate.ratios:
             ratios = " and ".join(f"{ratio:.2f}×" for ratio in candidate.ratios)
-            slow = " and ".join(map(str, candidate.slower_at))
-            suffix = f"; slower than fp32 at batch {slow}: not chosen" if slow else ""
+            slower_at = " and ".join(map(str, candidate.slower_at))
+            suffix = f"; slower than fp32 at batch {slower_at}: not chosen" if slower_at else ""
             print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}{suffix}")
     return exported
 

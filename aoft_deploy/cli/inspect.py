@@ -1,4 +1,4 @@
-"""aoft-inspect: show what a checkpoint or artefact holds, or draw its geometry."""
+"""aoft-inspect: show the contents of a checkpoint or artefact, or plot a checkpoint's geometry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aoft_deploy.cli.command import run
 __all__ = ["describe", "main"]
 
 SHOWN = 12
-"""Entries of a long list or table that the text form shows."""
+"""Number of entries of a list or table that the text output shows."""
 
 KINDS = {
     "rows": "rows of W",
@@ -31,22 +31,29 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-inspect",
-        description="Show what a checkpoint, artefact, manifest or PEFT LoRA folder holds; with "
-        "--plots, draw the angles between the vectors of a checkpoint's matrices, their spectral "
-        "norms and their deviation from orthogonality.",
+        description="Show the contents of a checkpoint, artefact, manifest or PEFT LoRA folder. "
+        "With --plots, plot the angles between the vectors of a checkpoint's matrices, their "
+        "spectral norms and their deviation from orthogonality.",
     )
-    options.add_argument("file", type=Path, metavar="FILE", help="with --plots also a run's folder")
-    options.add_argument("--json", action="store_true", help="everything, as JSON")
-    plots = options.add_argument_group("pictures (needs the backbone's weights)")
+    options.add_argument(
+        "file", type=Path, metavar="FILE", help="with --plots, also the folder of a training run"
+    )
+    options.add_argument("--json", action="store_true", help="print everything as JSON")
+    plots = options.add_argument_group("plots (needs the backbone's weights)")
     plots.add_argument(
-        "--plots", type=Path, metavar="DIR", help="write PNGs and analysis.json into this folder"
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="write PNG files and analysis.json into this folder",
     )
     plots.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
     plots.add_argument(
         "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
     )
     plots.add_argument(
-        "--force", action="store_true", help="accept other backbone weights than those trained on"
+        "--force",
+        action="store_true",
+        help="accept backbone weights that differ from those in training",
     )
     return options
 
@@ -67,7 +74,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """An artefact by its exporter, or else a checkpoint."""
+    """Describe an artefact, a manifest or a checkpoint as JSON values."""
     from aoft_deploy.artefacts.inspection import describe_artefact
 
     description = describe_artefact(path)
@@ -100,7 +107,7 @@ def _analyse(options: argparse.Namespace) -> None:
 
 
 def _table(analysis: Mapping[str, Any]) -> list[str]:
-    """The figures of all layers together, a line for each kind of matrix."""
+    """A summary over all layers, with one line for each kind of matrix."""
     lines = ["angles (degrees)    mean      sd  random sd  farthest from 90"]
     for kind, a in analysis["angles"].items():
         figures = (
@@ -121,10 +128,10 @@ def _table(analysis: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(name: str, values: Sequence[float | None]) -> list[str]:
-    found = [value for value in values if value is not None]
-    if not found:
+    known = [value for value in values if value is not None]
+    if not known:
         return []
-    figures = "".join(f"{f(found):10.3g}" for f in (min, median, max))
+    figures = "".join(f"{f(known):10.3g}" for f in (min, median, max))
     return [f"  {name:15}{figures}"]
 
 

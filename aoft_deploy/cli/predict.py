@@ -24,19 +24,21 @@ BATCH = 16
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
-        prog="aoft-predict", description="Classify image files with an exported model."
+        prog="aoft-predict", description="Classify image files with an exported artefact."
     )
-    options.add_argument("artefact", type=Path, metavar="ARTEFACT", help="what aoft-export wrote")
+    options.add_argument(
+        "artefact", type=Path, metavar="ARTEFACT", help="an artefact of aoft-export"
+    )
     options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     options.add_argument("--top", type=positive, default=1, help="classes per image (default 1)")
-    options.add_argument("--task", metavar="NAME", help="which task of a fleet answers")
+    options.add_argument("--task", metavar="NAME", help="name of a task, for a fleet")
     add_engine_options(options)
     options.add_argument("--json", action="store_true", help="one JSON object per image")
     return options
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Classify what can be read; an image without an answer fails the command after the others."""
+    """Classify all readable images, then fail if an image has no answer."""
     from aoft_deploy.artefacts.prediction import load_classifier
     from aoft_deploy.data.images import read_image
     from aoft_deploy.errors import ImageError
@@ -62,7 +64,7 @@ def predict(options: argparse.Namespace) -> None:
 def _answer(
     classifier: Classifier, batch: list[tuple[Path, Image]], options: argparse.Namespace
 ) -> list[AoftError]:
-    """Print a line for each image; the failures of those that have no answer."""
+    """Print a line for each classified image, and return the errors of the others."""
     from aoft_deploy.errors import VerificationError
 
     try:

@@ -1,4 +1,4 @@
-"""aoft-serve: exported artefacts over HTTP."""
+"""aoft-serve: serve exported artefacts over HTTP."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ EXTRA = ("starlette", "uvicorn", "orjson", "python_multipart", "h11")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options: an artefact's names, and a flag for each setting."""
+    """The command's options: the artefacts, and one flag for each field of ``Settings``."""
     options = argparse.ArgumentParser(
         prog="aoft-serve",
-        description="Serve exported models over HTTP, in the Open Inference Protocol v2.",
+        description="Serve exported artefacts over HTTP with the Open Inference Protocol v2.",
     )
     options.add_argument(
         "artefacts",
         nargs="*",
         metavar="[NAME=]ARTEFACT",
-        help="what aoft-export wrote; a fleet's tasks are models of their own names",
+        help="artefacts of aoft-export; each task of a fleet is a model under the task's name",
     )
     options.add_argument(
-        "--config", type=Path, metavar="TOML", help="settings in a file; flags come before it"
+        "--config", type=Path, metavar="TOML", help="file with settings; flags override it"
     )
     for entry in fields(Settings):
         flag, help = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
@@ -41,14 +41,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve until a signal comes."""
+    """Serve until the process gets a signal."""
     from aoft_deploy.errors import MissingExtraError
 
-    given = {} if options.config is None else read_toml(options.config)
-    paths = options.artefacts or given.get("artefacts", [])
-    given.pop("artefacts", None)
+    config = {} if options.config is None else read_toml(options.config)
+    paths = options.artefacts or config.get("artefacts", [])
+    config.pop("artefacts", None)
     flags = {f.name: getattr(options, f.name) for f in fields(Settings)}
-    settings = Settings(**given | {name: v for name, v in flags.items() if v is not None})
+    settings = Settings(**config | {name: v for name, v in flags.items() if v is not None})
     try:
         from aoft_deploy.serving import server
         from aoft_deploy.serving.memory import return_large_blocks

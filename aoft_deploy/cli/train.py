@@ -22,12 +22,12 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; see ``aoft-train --help``."""
     p = parser()
-    return run(p, partial(_body, p), argv)
+    return run(p, partial(_train, p), argv)
 
 
-def _body(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _train(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     settings = given_settings(options)
     check_usage(p, options, settings)
 
@@ -41,8 +41,8 @@ def _body(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         else:
             lines = _lines(_run_plain(options, settings))
     except KeyboardInterrupt:
-        how = "the same command goes on" if options.suite else "go on with --resume"
-        print(f"Finished epochs are in {options.out}: {how}.", file=sys.stderr)
+        how = "run the same command again" if options.suite else "add --resume"
+        print(f"Finished epochs are in {options.out}. To continue, {how}.", file=sys.stderr)
         raise
     if PartialState().is_main_process:
         width = max(18, *(len(name) + 2 for name, _ in lines))
@@ -102,7 +102,7 @@ def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> Summary
 def _lines(result: Result) -> list[tuple[str, str]]:
     return [
         ("method", result.method),
-        ("trained numbers", f"{result.update_parameters:,} + {result.head_parameters:,} (head)"),
+        ("trained parameters", f"{result.update_parameters:,} + {result.head_parameters:,} (head)"),
         ("chosen epoch", f"{result.best_epoch} of {result.epochs}"),
         ("val accuracy", _percent(result.val_accuracy)),
         ("test accuracy", _percent(result.test_accuracy)),
@@ -116,11 +116,11 @@ def _recipe_lines(outcome: Outcome, out: Path) -> list[tuple[str, str]]:
     return [
         ("task", outcome.task),
         ("method", outcome.method),
-        ("trained numbers", f"{update:,} + {head:,} (head)"),
+        ("trained parameters", f"{update:,} + {head:,} (head)"),
         ("chosen rate", f"{outcome.lr:g}"),
         ("chosen epoch", str(outcome.epoch)),
-        ("val accuracy", f"{_percent(outcome.val_accuracy)}, when these were chosen"),
-        ("test accuracy", f"{_percent(outcome.test_accuracy)}, trained on train and val"),
+        ("val accuracy", f"{_percent(outcome.val_accuracy)} of the chosen rate and epoch"),
+        ("test accuracy", f"{_percent(outcome.test_accuracy)} after training on train and val"),
         *(("deviation", deviation) for deviation in outcome.deviations),
         ("seconds", f"{outcome.seconds:.1f}"),
         ("checkpoint", str(out / "model.ckpt")),

@@ -1,4 +1,4 @@
-"""The options of aoft-train. Light to import."""
+"""The options of aoft-train. This module imports no heavy libraries."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ DEFAULT = TrainingSettings()
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings of the training that are not given are left out."""
+    """The command's options. Training settings without a value are absent from the result."""
     p = argparse.ArgumentParser(
         prog="aoft-train",
         description="Fine-tune a pre-trained Vision Transformer on labelled images. Writes "
-        "model.ckpt (the trained numbers alone) and metrics.jsonl (one line per epoch).",
+        "model.ckpt (only the trained parameters) and metrics.jsonl (one line per epoch).",
         epilog="Several GPUs: accelerate launch -m aoft_deploy.cli.train OPTIONS.",
     )
     add = p.add_argument
-    add("--data", required=True, metavar="DIR|NAME", help="image folder, or an offline task")
+    add("--data", required=True, metavar="DIR|NAME", help="image folder, or a built-in task")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
     add("--quiet", action="store_true", help="show no progress")
-    add("--tensorboard", action="store_true", help="write metrics for TensorBoard into --out too")
+    add("--tensorboard", action="store_true", help="also write TensorBoard metrics into --out")
     add("--workers", type=int, metavar="N", help="processes that load images (0 on a CPU, else 8)")
     add(
         "--trust-images",
         action="store_true",
-        help="do not decode every training image before the first epoch",
+        help="skip the check that every training image can be decoded",
     )
     _add_benchmark(p)
     _add_model(p)
@@ -48,16 +48,20 @@ def _add_benchmark(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group(
         "benchmarks of the papers",
         "--data is the benchmark's folder. Learning rate and epoch are chosen on the validation "
-        "images; a final run trains on these too, and is tested once. Other options given win over "
-        "the recipes.",
+        "images. A final run trains on these images as well, and is tested once. Other options "
+        "override the recipe.",
     )
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--recipe", metavar="TASK", help="one task, such as vtab/cifar")
     kind.add_argument("--suite", choices=BENCHMARKS, help="all tasks; finished runs are kept")
     add = group.add_argument
     add("--seeds", type=int, metavar="N", help="runs of each task of the suite (3)")
-    add("--tasks", nargs="+", metavar="TASK", help="these tasks of the suite alone")
-    add("--any-size", action="store_true", help="accept other numbers of images, and say so")
+    add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
+    add(
+        "--any-size",
+        action="store_true",
+        help="accept splits with other numbers of images, and report them",
+    )
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:
@@ -67,7 +71,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         "--backbone-weights",
         type=Path,
         metavar="FILE",
-        help=".safetensors, .pth, .bin or .npz; timm's own if not given",
+        help=".safetensors, .pth, .bin or .npz; default: timm's weights",
     )
     add("--img-size", type=int, metavar="N", help="side of the input in pixels")
     add(
@@ -76,7 +80,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         help="resize the shorter edge (center), both (squash) or the longer (border)",
     )
     add("--crop-pct", type=float, metavar="X", help="share of the resized image that is kept")
-    add("--method", metavar="NAME", help=f"how to fine-tune ({DEFAULT.method})")
+    add("--method", metavar="NAME", help=f"fine-tuning method ({DEFAULT.method})")
     add("--rank", type=int, metavar="D", help="rank of the method's updates")
     add("--targets", nargs="+", metavar="MAP", help="linear maps to update, such as q v fc1")
     add(
@@ -92,15 +96,15 @@ def _add_optimisation(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("optimisation", argument_default=SUPPRESS).add_argument
     for name, kind, meaning in (
         ("epochs", int, ""),
-        ("stop-after", int, "epochs to do of these, with the learning rates of all"),
-        ("batch-size", int, "images of a step, over all GPUs and accumulated parts"),
+        ("stop-after", int, "stop after this many epochs of the full schedule"),
+        ("batch-size", int, "images per step, over all GPUs and accumulated parts"),
         ("accumulate", int, "compute each step in N parts, to save memory"),
         ("lr", float, "peak learning rate (depends on the method)"),
         ("head-lr", float, "peak learning rate of the classifier (depends on the method)"),
-        ("min-lr", float, "last one"),
-        ("warmup-epochs", float, "epochs of rising learning rate"),
-        ("weight-decay", float, "of trained matrices"),
-        ("clip-norm", float, "largest gradient norm, 0 for no limit"),
+        ("min-lr", float, "final learning rate"),
+        ("warmup-epochs", float, "epochs with increasing learning rate"),
+        ("weight-decay", float, "weight decay of trained matrices"),
+        ("clip-norm", float, "largest gradient norm; 0 means no limit"),
     ):
         metavar = "N" if kind is int or name == "warmup-epochs" else "X"
         add(f"--{name}", type=kind, metavar=metavar, help=_help(name, meaning))
@@ -117,14 +121,14 @@ def _add_data(p: argparse.ArgumentParser) -> None:
     for name, meaning in (
         ("mixup", "alpha of mixup"),
         ("cutmix", "alpha of CutMix"),
-        ("label-smoothing", "share of the target spread over all classes"),
+        ("label-smoothing", "share of the target that is spread over all classes"),
         ("drop-path", "rate of stochastic depth"),
     ):
         add(f"--{name}", type=float, metavar="X", help=_help(name, meaning))
 
 
 def _help(name: str, meaning: str = "") -> str:
-    """A setting's meaning and default."""
+    """Help text: a setting's meaning and default."""
     default = getattr(DEFAULT, name.replace("-", "_"))
     return meaning if default is None else f"{meaning} ({default})".strip()
 
@@ -136,11 +140,11 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
-        return name, value  # a word needs no quotes
+        return name, value  # strings need no quotes
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Values of ``TrainingSettings`` that were given."""
+    """The values of ``TrainingSettings`` that are on the command line."""
     values = vars(options)
     settings = {name: values[name] for name in values.keys() & vars(DEFAULT).keys()}
     method_settings = dict(values.get("set", ()))
@@ -151,7 +155,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 def check_usage(
     p: argparse.ArgumentParser, options: argparse.Namespace, settings: Mapping[str, Any]
 ) -> None:
-    """Exit with 2 where options do not go together."""
+    """Exit with 2 if options cannot be combined."""
     if not options.suite and (options.seeds is not None or options.tasks is not None):
         p.error("--seeds and --tasks need --suite")
     if options.any_size and not (options.suite or options.recipe):
@@ -160,6 +164,6 @@ def check_usage(
         p.error("--suite counts its seeds from 0: give --seeds instead of --seed")
     if options.seeds is not None and options.seeds < 1:
         p.error("--seeds must be 1 or more")
-    decided = {"train_on", "stop_after"} & settings.keys()
-    if decided and (options.suite or options.recipe):
+    fixed = {"train_on", "stop_after"} & settings.keys()
+    if fixed and (options.suite or options.recipe):
         p.error("--recipe and --suite decide --train-on and --stop-after themselves")

@@ -75,7 +75,7 @@ def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
     given = {"rank": 3, "scale": 0.5, "targets": ["k", "fc1"]}
     assert given.items() <= checkpoint.settings.items()
     assert checkpoint.classes == SHAPES.classes
-    for name in ("method", "trained numbers", "chosen epoch", "val accuracy", "test accuracy"):
+    for name in ("method", "trained parameters", "chosen epoch", "val accuracy", "test accuracy"):
         assert re.search(rf"^{name} +\S", printed.out, re.MULTILINE)
     assert "epoch 1/1" in printed.err
 
