@@ -13,13 +13,13 @@ from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.errors import ArtefactError
 
 
-def test_metadata_are_read_without_the_weights(artefact: Path) -> None:
+def test_the_metadata_equal_those_that_onnx_reads(artefact: Path) -> None:
     assert read_metadata(artefact) == {
         entry.key: entry.value for entry in onnx.load(artefact).metadata_props
     }
 
 
-def outside(graph: onnx.GraphProto) -> None:
+def make_external(graph: onnx.GraphProto) -> None:
     tensor = graph.initializer[0]
     onnx.external_data_helper.set_external_data(tensor, location="../../../etc/passwd")
     tensor.ClearField("raw_data")
@@ -32,9 +32,9 @@ def test_an_onnx_file_with_external_data_is_refused(
     proto = onnx.load(artefact)
     inner = onnx.GraphProto()
     inner.initializer.append(proto.graph.initializer[0])
-    outside(inner)
+    make_external(inner)
     if place == "graph":
-        outside(proto.graph)
+        make_external(proto.graph)
     elif place == "attribute":
         node = proto.graph.node.add(op_type="Constant")
         node.attribute.append(onnx.helper.make_attribute("value", inner.initializer[0]))

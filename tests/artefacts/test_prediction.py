@@ -21,7 +21,7 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 
 
 class FixedEngine:
-    """An engine whose logits a test writes down."""
+    """An engine that always returns the same logits."""
 
     info: Mapping[str, str] = {}
     takes_pixels = False
@@ -57,19 +57,19 @@ def test_large_logits_do_not_overflow() -> None:
     np.testing.assert_array_equal(found, [[1, 0, 0]])
 
 
-def test_the_best_classes_come_first_and_ties_keep_their_order() -> None:
+def test_classes_are_sorted_by_probability_and_ties_keep_their_order() -> None:
     ((first, second, third),) = classifier([[0.0, 2.0, 2.0]]).classify([IMAGE], top=3)
     assert [first.label, second.label, third.label] == ["b", "c", "a"]
     assert isinstance(first, Prediction)
     assert first.probability == second.probability > third.probability
 
 
-def test_top_is_at_most_the_number_of_classes() -> None:
+def test_top_is_limited_to_the_number_of_classes() -> None:
     assert len(classifier([[0.0, 2.0, 1.0]]).classify([IMAGE], top=99)[0]) == 3
 
 
 @pytest.mark.parametrize("logits", [[[1.0, 2.0]], [[1.0] * 4], [[1.0] * 3] * 2, [1.0, 2.0, 3.0]])
-def test_logits_of_another_shape_than_the_classes_are_refused(logits: object) -> None:
+def test_logits_whose_shape_does_not_fit_the_classes_are_refused(logits: object) -> None:
     with pytest.raises(ArtefactError, match="The artefact answers with shape"):
         classifier(logits).classify([IMAGE])
 
@@ -79,7 +79,7 @@ def test_an_image_that_is_not_rgb_is_refused() -> None:
         classifier([[1.0, 2.0, 3.0]]).classify([IMAGE.convert("L")])
 
 
-def test_the_artefact_answers_as_the_trained_model_does_on_real_files(
+def test_the_artefact_gives_the_answers_of_the_trained_model_on_image_files(
     artefact: Path,
     photos: list[Path],
     make_tuned: Callable[..., TunedModel],
@@ -103,14 +103,17 @@ def test_a_pixel_artefact_gives_the_same_probabilities(
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
-def test_a_batch_gives_what_its_images_give_alone(artefact: Path, photos: list[Path]) -> None:
+def test_a_batch_gives_the_same_answers_as_single_images(
+    artefact: Path, photos: list[Path]
+) -> None:
     loaded = load_classifier(artefact)
     images = [read_image(path) for path in photos]
-    alone = np.concatenate([loaded.probabilities([image]) for image in images])
-    np.testing.assert_allclose(loaded.probabilities(images), alone, atol=1e-5, rtol=0)
+    single = np.concatenate([loaded.probabilities([image]) for image in images])
+    np.testing.assert_allclose(loaded.probabilities(images), single, atol=1e-5, rtol=0)
 
 
-def doctored(artefact: Path, target: Path, **metadata: str | None) -> Path:
+def with_entries(artefact: Path, target: Path, **metadata: str | None) -> Path:
+    """Copy an artefact with other metadata entries; None removes an entry."""
     model = onnx.load(artefact)
     values = metadata_of(artefact) | metadata
     del model.metadata_props[:]
@@ -132,24 +135,24 @@ def doctored(artefact: Path, target: Path, **metadata: str | None) -> Path:
     ],
     ids=lambda metadata: str(metadata)[:30],
 )
-def test_an_artefact_without_classes_and_preprocessing_is_refused(
+def test_an_artefact_without_valid_classes_and_preprocessing_is_refused(
     metadata: dict[str, str | None], artefact: Path, tmp_path: Path
 ) -> None:
-    path = doctored(artefact, tmp_path / "a.onnx", **metadata)
+    path = with_entries(artefact, tmp_path / "a.onnx", **metadata)
     with pytest.raises(
         ArtefactError, match=r"has no valid entry '(classes|preprocessing)' in its metadata"
     ):
         load_classifier(path)
 
 
-def test_preprocessing_that_cannot_be_used_is_refused(artefact: Path, tmp_path: Path) -> None:
-    path = doctored(artefact, tmp_path / "a.onnx", preprocessing=json.dumps({"size": 16}))
+def test_preprocessing_with_missing_keys_is_refused(artefact: Path, tmp_path: Path) -> None:
+    path = with_entries(artefact, tmp_path / "a.onnx", preprocessing=json.dumps({"size": 16}))
     with pytest.raises(ArtefactError, match="Preprocessing has the keys size, expected"):
         load_classifier(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     logits = np.array([[1.0, 2.0, 3.0], [0.0, value, 1.0]], np.float32)
     with pytest.raises(VerificationError, match=f"answers with {value}, not with a number"):
         classifier(logits).classify([IMAGE, IMAGE])
@@ -159,10 +162,10 @@ def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
 
 
 def test_a_single_model_of_one_output_is_refused_by_name(artefact: Path, tmp_path: Path) -> None:
-    path = doctored(artefact, tmp_path / "age.onnx", classes=json.dumps(["age"]))
+    path = with_entries(artefact, tmp_path / "age.onnx", classes=json.dumps(["age"]))
     with pytest.raises(ArtefactError, match=r"age\.onnx has 1 output \('age'\), but a classifier"):
         load_classifier(path)
-    path = doctored(artefact, tmp_path / "none.onnx", classes="[]")
+    path = with_entries(artefact, tmp_path / "none.onnx", classes="[]")
     with pytest.raises(ArtefactError, match=r"none\.onnx has no output, but a classifier has 2"):
         load_classifier(path)
 
@@ -172,7 +175,7 @@ def test_a_fleets_task_of_one_output_is_refused_and_the_others_answer(
 ) -> None:
     tasks = json.loads(load_classifier(fleet_artefact, "pets").engine.info["tasks"])
     tasks[1]["classes"] = ["age"]
-    path = doctored(fleet_artefact, tmp_path / "fleet.onnx", tasks=json.dumps(tasks))
+    path = with_entries(fleet_artefact, tmp_path / "fleet.onnx", tasks=json.dumps(tasks))
     with pytest.raises(ArtefactError, match=r"The task birds of .* has 1 output \('age'\)"):
         load_classifier(path, "birds")
     assert load_classifier(path, "pets").classify([read_image(photos[0])])

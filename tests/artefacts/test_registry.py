@@ -9,13 +9,13 @@ from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_ar
 from aoft_deploy.errors import ArtefactError, UnknownNameError
 
 
-def test_the_exporters_of_this_repository_are_found() -> None:
+def test_the_exporters_of_this_repository_are_installed() -> None:
     assert {"onnx", "openvino", "peft", "timm"} <= set(exporter_names())
     assert list(exporter_names()) == sorted(exporter_names())
 
 
 @pytest.mark.parametrize("name", exporter_names())
-def test_every_exporter_has_the_same_verbs(name: str) -> None:
+def test_every_exporter_has_valid_attributes(name: str) -> None:
     exporter = get_exporter(name)
     assert exporter.suffix.startswith(".")
     assert 0 < exporter.tolerance < 1
@@ -57,20 +57,20 @@ def test_an_onnx_artefact_opens_by_its_suffix(artefact: Path) -> None:
     assert engine.info["format"] == "aoft-deploy/1"
 
 
-@pytest.mark.parametrize("opening", [load_artefact, load_fleet])
+@pytest.mark.parametrize("load", [load_artefact, load_fleet])
 def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
-    fleet_artefact: Path, tmp_path: Path, opening: Callable[[Path], object]
+    fleet_artefact: Path, tmp_path: Path, load: Callable[[Path], object]
 ) -> None:
     artefact, manifest = tmp_path / "f.onnx", tmp_path / "f.onnx.json"
     artefact.write_bytes(fleet_artefact.read_bytes())
-    opening(artefact)
+    load(artefact)
     manifest.write_bytes(fleet_artefact.with_name(fleet_artefact.name + ".json").read_bytes())
-    opening(artefact)
+    load(artefact)
     content = bytearray(artefact.read_bytes())
     content[len(content) // 2] ^= 1
     artefact.write_bytes(content)
     with pytest.raises(ArtefactError, match=r"f\.onnx was changed after its manifest f\.onnx"):
-        opening(artefact)
+        load(artefact)
     manifest.write_text("[]", "utf-8")
     with pytest.raises(ArtefactError, match=r"f\.onnx\.json is no manifest of aoft-export"):
-        opening(artefact)
+        load(artefact)

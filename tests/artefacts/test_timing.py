@@ -15,7 +15,7 @@ from aoft_deploy.errors import ArtefactError
 
 
 class Clock:
-    """Seconds that pass only when something says so."""
+    """A clock that moves only when a test sets ``now``."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -25,7 +25,7 @@ class Clock:
 
 
 class Worker:
-    """An engine that takes a known time of a clock, another one for every run in turn."""
+    """An engine that advances a clock by given durations, one for each run in turn."""
 
     device = "cpu"
 
@@ -50,7 +50,7 @@ def idle(**info: str) -> Worker:
     return Worker(Clock(), [0.0], [], **info)
 
 
-def test_subjects_take_turns_and_every_other_round_goes_back() -> None:
+def test_subjects_run_in_turn_and_every_other_round_runs_in_reverse() -> None:
     order: list[str] = []
     clock = Clock()
     subjects = [Subject.of(n, Worker(clock, [1.0], order, name=n)) for n in "ab"]
@@ -62,9 +62,9 @@ def test_subjects_take_turns_and_every_other_round_goes_back() -> None:
     assert done == [1, 2]
 
 
-def test_medians_ratios_and_shares_are_those_of_the_rounds() -> None:
+def test_medians_ratios_and_shares_follow_from_the_rounds() -> None:
     clock = Clock()
-    times = [9.0, *(8.0, 4.0), *(8.0, 5.0), *(8.0, 30.0)]  # one to load, then two a round
+    times = [9.0, *(8.0, 4.0), *(8.0, 5.0), *(8.0, 30.0)]  # a first run, then two per round
     slow = Worker(clock, times, [], name="s", flops="1000")
     fast = Worker(clock, [9.0, 8.0, 1.0, 8.0, 2.0, 8.0, 1.5], [], name="f", flops="1000")
     fast.info = {**fast.info, "precision": "int8"}
@@ -80,20 +80,20 @@ def test_medians_ratios_and_shares_are_those_of_the_rounds() -> None:
     assert timings[1].share(peaks) == pytest.approx(2 / 1.5 * 1000 / 2000)
     assert timings[1].share({"fp32": 1.0}) is None
     assert Subject.of("x", idle(name="x")).flops is None
-    told = timings[1].to_dict(peaks)
-    assert told["rounds"] == [1.0, 2.0, 1.5]
-    assert (told["ratio_lowest"], told["ratio"], told["ratio_highest"]) == (2.5, 4.0, 20.0)
-    assert told["share_of_peak"] == timings[1].share(peaks)
-    assert told["images_per_second"] == 2 / 1.5 and told["seconds"] == 1.5
+    entry = timings[1].to_dict(peaks)
+    assert entry["rounds"] == [1.0, 2.0, 1.5]
+    assert (entry["ratio_lowest"], entry["ratio"], entry["ratio_highest"]) == (2.5, 4.0, 20.0)
+    assert entry["share_of_peak"] == timings[1].share(peaks)
+    assert entry["images_per_second"] == 2 / 1.5 and entry["seconds"] == 1.5
 
 
 def timing(precision: str, rate: float) -> Timing:
-    """Of an artefact that does so many operations a second."""
+    """The timing of an artefact that computes at a rate in operations per second."""
     subject = Subject(precision, idle(), 1000, precision)
     return Timing(subject, 1, (1000 / rate,), (1.0,))
 
 
-def test_a_peak_that_an_engine_exceeds_is_no_limit() -> None:
+def test_a_peak_that_an_engine_exceeds_is_not_trusted() -> None:
     timings = [timing("fp32", 90.0), timing("int8", 300.0), timing("int8", 50.0)]
     assert trusted({"fp32": 100.0, "int8": 280.0}, timings) == {"fp32": 100.0}
     both = {"fp32": 90.0, "int8": 301.0}
@@ -102,7 +102,7 @@ def test_a_peak_that_an_engine_exceeds_is_no_limit() -> None:
     assert trusted(both, [unknown]) == both
 
 
-def test_inputs_are_in_the_engines_own_form() -> None:
+def test_inputs_have_the_type_and_shape_that_the_engine_takes() -> None:
     (images,) = inputs_for(idle(pixels=""), 3, (8, 4))
     assert images.dtype == np.uint8 and images.shape == (3, 8, 4, 3)
     images, task = inputs_for(idle(tasks=TASKS), 3, (8, 4))
@@ -113,22 +113,22 @@ def test_inputs_are_in_the_engines_own_form() -> None:
 
 
 def products(clock: Clock, done: list[int], **rates: float) -> Any:
-    """By precision what makes products that take their time of a clock."""
+    """Products for ``gemm_peaks`` that advance a clock according to a rate for each precision."""
 
-    def making(rate: float) -> Any:
-        def made(side: int) -> Any:
+    def at_rate(rate: float) -> Any:
+        def make(side: int) -> Any:
             def product() -> None:
                 done.append(side)
                 clock.now += 2 * side**3 / rate
 
             return product
 
-        return made
+        return make
 
-    return {name: making(rate) for name, rate in rates.items()}
+    return {name: at_rate(rate) for name, rate in rates.items()}
 
 
-def test_a_precision_without_instructions_has_no_peak() -> None:
+def test_a_precision_that_is_not_faster_than_fp32_has_no_peak() -> None:
     clock = Clock()
     kinds = products(clock, [], fp32=1.5e11, bf16=2.6e9, int8=1.6e11)
     peaks = gemm_peaks(1, products=kinds, clock=clock)
@@ -137,7 +137,7 @@ def test_a_precision_without_instructions_has_no_peak() -> None:
     assert set(gemm_peaks(1, products=kinds, clock=clock)) == {"fp32"}
 
 
-def test_the_peaks_take_no_more_than_their_time() -> None:
+def test_measuring_the_peaks_stays_within_the_time_limit() -> None:
     clock, done = Clock(), list[int]()
     kinds = products(clock, done, fp32=7e10, int8=0.7e9)  # a product of 2048 would take 25 s
     assert set(gemm_peaks(1, 4.0, products=kinds, clock=clock)) == {"fp32"}
@@ -147,38 +147,38 @@ def test_the_peaks_take_no_more_than_their_time() -> None:
     assert gemm_peaks(1, 1.0, products=products(clock, done, fp32=1e6), clock=clock) == {
         "fp32": pytest.approx(1e6)
     }
-    assert done == [256]  # the smallest is always done, and here it is one too many
+    assert done == [256]  # the smallest product always runs, even beyond the time limit
 
 
-def test_the_peak_is_that_of_the_best_product_of_all() -> None:
+def test_the_peak_is_the_rate_of_the_fastest_product() -> None:
     clock = Clock()
     rates = iter([1e9, 2e9, 3e9, 2e9, 9e9, 8e9, *[5e9] * 8])
 
-    def made(side: int) -> Any:
+    def make(side: int) -> Any:
         def product() -> None:
             clock.now += 2 * side**3 / next(rates)
 
         return product
 
-    assert gemm_peaks(1, 1e9, products={"fp32": made}, clock=clock) == {"fp32": pytest.approx(9e9)}
+    assert gemm_peaks(1, 1e9, products={"fp32": make}, clock=clock) == {"fp32": pytest.approx(9e9)}
     assert next(rates, None) is None
 
 
-def test_threads_are_those_asked_for_and_stay_as_they_were() -> None:
+def test_the_number_of_threads_is_set_and_then_restored() -> None:
     before, clock, seen = torch.get_num_threads(), Clock(), set[int]()
 
-    def made(side: int) -> Any:
+    def make(side: int) -> Any:
         def product() -> None:
             seen.add(torch.get_num_threads())
             clock.now += 1.0
 
         return product
 
-    gemm_peaks(before + 1, products={"fp32": made}, clock=clock)
+    gemm_peaks(before + 1, products={"fp32": make}, clock=clock)
     assert seen == {before + 1} and torch.get_num_threads() == before
 
 
-def test_pytorch_has_the_products_and_fp32_always_counts() -> None:
+def test_the_peaks_of_pytorch_include_fp32_and_only_faster_precisions() -> None:
     peaks = gemm_peaks(1, 0.5)
     assert {"fp32"} <= set(peaks) <= {"fp32", "bf16", "int8"}
     assert all(peak >= peaks["fp32"] > 0 for peak in peaks.values())

@@ -1,4 +1,4 @@
-"""Artefacts that take weights from elsewhere are refused before a runtime opens anything."""
+"""Artefacts whose weights are outside the file are refused before a runtime opens them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from aoft_deploy.fleet.fleet import Fleet
 
 REFUSED = "keeps weights in other files: only single files are opened"
 
-ELSEWHERE: dict[str, Mapping[str, Any]] = {
+EXTERNAL_DATA: dict[str, Mapping[str, Any]] = {
     "beside": {"location": "weights.bin"},
     "above": {"location": "../outside/weights.bin"},
     "absolute": {"location": "{outside}/weights.bin"},
@@ -42,39 +42,39 @@ ELSEWHERE: dict[str, Mapping[str, Any]] = {
 }
 
 
-def moved(artefact: Path, folder: Path, kind: str) -> Path:
-    """The artefact, alone in a folder, with its largest weight elsewhere."""
+def with_external_data(artefact: Path, folder: Path, kind: str) -> Path:
+    """Copy the artefact into a folder, with its largest weight as external data."""
     outside, inside = folder / "outside", folder / "inside"
     outside.mkdir()
     inside.mkdir()
     proto = onnx.load(artefact)
     tensor = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
-    for place in (outside, inside):
-        (place / "weights.bin").write_bytes(tensor.raw_data)
+    for parent in (outside, inside):
+        (parent / "weights.bin").write_bytes(tensor.raw_data)
     (inside / "link.bin").symlink_to(outside / "weights.bin")
     (inside / "linked").symlink_to(outside, target_is_directory=True)
     (inside / "hard.bin").hardlink_to(outside / "weights.bin")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in ELSEWHERE[kind].items():
+    for key, value in EXTERNAL_DATA[kind].items():
         tensor.external_data.add(key=key, value=str(value).format(outside=outside))
     path = inside / "task.onnx"
     path.write_bytes(proto.SerializeToString())
     return path
 
 
-def test_the_files_of_these_tests_are_good_ones_but_for_that(
+def test_onnx_runtime_itself_runs_a_model_with_external_data(
     artefact: Path, tmp_path: Path
 ) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
     runtime: Any = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(moved(artefact, tmp_path, "beside"))
+    session = runtime.InferenceSession(with_external_data(artefact, tmp_path, "beside"))
     (logits,) = session.run(["logits"], {"pixel_values": x})
     np.testing.assert_array_equal(logits, load_artefact(artefact).run(x))
 
 
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_a_model_with_weights_elsewhere_is_refused(
+@pytest.mark.parametrize("kind", EXTERNAL_DATA)
+def test_a_model_with_external_data_is_refused(
     kind: str,
     artefact: Path,
     photos: list[Path],
@@ -82,7 +82,7 @@ def test_a_model_with_weights_elsewhere_is_refused(
     refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = moved(artefact, tmp_path, kind)
+    path = with_external_data(artefact, tmp_path, kind)
     monkeypatch.chdir(path.parent)
     assert REFUSED in refused(predict, path, photos[0])
     for given in (path, Path(path.name)):
@@ -92,33 +92,33 @@ def test_a_model_with_weights_elsewhere_is_refused(
             describe(given)
 
 
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_a_fleet_with_weights_elsewhere_is_refused(
+@pytest.mark.parametrize("kind", EXTERNAL_DATA)
+def test_a_fleet_with_external_data_is_refused(
     kind: str, fleet_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = moved(fleet_artefact, tmp_path, kind)
+    path = with_external_data(fleet_artefact, tmp_path, kind)
     for folder in (path.parent, tmp_path / "outside"):
-        monkeypatch.chdir(folder)  # where a model from memory looks for its weights
-        for opened in (Fleet, load_fleet, load_artefact):
+        monkeypatch.chdir(folder)  # external data of a model in memory is relative to this folder
+        for load in (Fleet, load_fleet, load_artefact):
             with pytest.raises(ArtefactError, match=REFUSED):
-                opened(path)
+                load(path)
 
 
-def test_a_model_of_a_triton_repository_with_weights_elsewhere_is_refused(
+def test_a_model_of_a_triton_repository_with_external_data_is_refused(
     artefact: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "task" / "1").mkdir(parents=True)
-    path = moved(artefact, tmp_path, "beside")
+    path = with_external_data(artefact, tmp_path, "beside")
     for file in ("task.onnx", "weights.bin"):
         os.replace(path.parent / file, tmp_path / "task" / "1" / file)
     (tmp_path / "task" / "1" / "task.onnx").rename(tmp_path / "task" / "1" / "model.onnx")
     (tmp_path / "task" / "config.pbtxt").write_text('backend: "onnxruntime"')
-    for opened in (load_artefact, describe):
+    for load in (load_artefact, describe):
         with pytest.raises(ArtefactError, match=REFUSED):
-            opened(tmp_path / "task")
+            load(tmp_path / "task")
 
 
-def test_a_weight_that_stands_in_the_file_but_names_another_is_refused(
+def test_a_weight_in_the_file_that_also_refers_to_another_file_is_refused(
     artefact: Path, tmp_path: Path
 ) -> None:
     proto = onnx.load(artefact)

@@ -24,11 +24,11 @@ from aoft_deploy.export.options import VerifyOptions, bar_for
 
 Logits = NDArray[np.float32]
 Answer = Callable[[NDArray[Any], Logits], Any]
-"""From a batch of inputs and the merged model's logits to what an engine answers."""
+"""Maps a batch of inputs and the merged model's logits to the answer of a fake engine."""
 
 
 def lookup(table: Logits) -> Callable[[NDArray[np.uint8]], Logits]:
-    """A model that knows its answers: the first pixel's red is the row of ``table``."""
+    """A model that returns rows of ``table``. The red value of the first pixel is the row index."""
     return lambda batch: table[batch[:, 0, 0, 0]]
 
 
@@ -47,7 +47,7 @@ def test_equal_answers_give_a_report_of_zeros() -> None:
     assert report.to_dict()["batch_sizes"] == (1, 2, 7)
 
 
-def test_the_figures_are_those_of_the_arrays() -> None:
+def test_the_report_follows_from_the_logits() -> None:
     answers = EXPECTED.copy()
     answers[1, 2] += 0.25
     answers[0] = [1.125, 1, 0.5]  # another top class, and the largest difference
@@ -83,12 +83,12 @@ TOLERANCES = {
     "triton": 5e-5,
     "triton-tensorrt": 1e-4,
 }
-"""What the documentation promises of every exporter in fp32, for logits up to 1."""
+"""Documented tolerance of every exporter at fp32, for logits up to 1."""
 
 
 @pytest.mark.parametrize("largest", [0.5, 1.0, 8.0])
 @pytest.mark.parametrize("to", exporter_names())
-def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
+def test_differences_just_beyond_the_tolerance_of_an_exporter_are_refused(
     to: str, largest: float
 ) -> None:
     bar = bar_for(get_exporter(to), "fp32", VerifyOptions())
@@ -107,9 +107,7 @@ def test_each_exporter_has_its_own_tolerance_and_is_refused_just_beyond_it(
 
 
 @pytest.mark.parametrize(("agreeing", "holds"), [(100, True), (99, True), (98, False)])
-def test_below_fp32_the_share_of_equal_top_classes_decides_to_the_image(
-    agreeing: int, holds: bool
-) -> None:
+def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds: bool) -> None:
     bar = bar_for(get_exporter("onnx"), "int8", VerifyOptions([Path("photos")]))
     expected = np.tile(np.array([[1, 0]], np.float32), (100, 1))
     answers = expected.copy()
@@ -127,7 +125,7 @@ def test_logits_of_zero_have_no_relative_error() -> None:
     assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
 
 
-def test_every_batch_size_goes_once_through_all_images() -> None:
+def test_all_images_run_once_at_the_largest_batch_size_and_one_batch_at_the_others() -> None:
     seen: list[int] = []
 
     def candidate(batch: NDArray[np.uint8]) -> Logits:
@@ -141,7 +139,7 @@ def test_every_batch_size_goes_once_through_all_images() -> None:
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
-def test_a_difference_at_one_batch_size_alone_is_found(size: int) -> None:
+def test_a_difference_at_a_single_batch_size_is_found(size: int) -> None:
     table = np.tile(EXPECTED, (2, 1))[:7]
 
     def candidate(batch: NDArray[np.uint8]) -> Logits:
@@ -172,12 +170,12 @@ def test_an_answer_of_another_shape_is_refused(answers: Logits) -> None:
 
 
 def test_a_reference_that_is_not_finite_is_refused() -> None:
-    broken = np.full_like(EXPECTED, np.nan)
+    nans = np.full_like(EXPECTED, np.nan)
     with pytest.raises(VerificationError, match="unmerged model's own logits are not finite"):
-        verify(lookup(broken), lookup(broken), numbered(4), bar=Bar(1))
+        verify(lookup(nans), lookup(nans), numbered(4), bar=Bar(1))
 
 
-def test_random_images_are_different_whole_range_and_repeatable() -> None:
+def test_random_images_are_distinct_repeatable_and_use_the_full_range() -> None:
     pixels = random_pixels(3, 20)
     assert pixels.shape == (3, 20, 20, 3)
     assert pixels.dtype == np.uint8
@@ -201,7 +199,7 @@ def test_random_images_exist_at_every_size(size: int) -> None:
 
 
 class FakeEngine:
-    """An engine that answers what a test wants, and the verbs of its exporter."""
+    """An engine with answers chosen by a test, and the functions of its exporter."""
 
     takes_pixels = takes_tasks = False
     device = "cpu"
@@ -308,7 +306,7 @@ def test_a_wrong_artefact_is_refused_and_leaves_no_file(
     assert "is not written" in refused(main, *options, "-o", tmp_path / "a.onnx")
 
 
-def test_the_same_exporter_without_a_fault_is_accepted(
+def test_an_exporter_without_a_fault_is_accepted(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporter = FakeEngine(lambda images, logits: logits).exporter()
@@ -321,7 +319,7 @@ def test_the_same_exporter_without_a_fault_is_accepted(
 
 
 @pytest.mark.parametrize("method", ["aoft-lora", "aoft-lora-star", "lora", "rlrr"])
-def test_an_artefact_without_the_merge_is_refused(
+def test_an_artefact_of_the_unmodified_backbone_is_refused(
     method: str,
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,

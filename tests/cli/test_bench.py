@@ -14,7 +14,7 @@ from PIL import Image
 from aoft_deploy.cli.bench import main
 
 
-def test_artefacts_are_timed_beside_each_other(
+def test_two_artefacts_are_timed_in_one_run(
     artefact: Path, pixel_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "speed.png"
@@ -63,7 +63,7 @@ def test_a_fleet_is_timed_with_its_tasks_in_turn(
     assert table.count(fleet_artefact.name) == 2
 
 
-def test_the_share_is_that_of_the_peak_in_the_artefacts_precision(
+def test_the_share_refers_to_the_peak_of_the_artefacts_precision(
     artefact: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -83,7 +83,7 @@ def test_the_share_is_that_of_the_peak_in_the_artefacts_precision(
     assert re.search(rf"^ +2 +{artefact.name} +\d+% of fp32$", out, re.M)
 
 
-def test_no_share_is_above_100_per_cent(
+def test_a_share_above_100_per_cent_is_left_out(
     artefact: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -100,7 +100,7 @@ def test_no_share_is_above_100_per_cent(
     assert "no share of fp32" in out and "no share of int8" not in out and "%" not in out
 
 
-def test_the_timings_are_told_before_the_peaks_are_measured(
+def test_the_timings_are_printed_before_the_peaks_are_measured(
     artefact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(threads: int) -> dict[str, float]:
@@ -120,7 +120,7 @@ def test_the_timings_are_told_before_the_peaks_are_measured(
         (["--json", "/nowhere/figures.json"], "The figures cannot be written"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(
+def test_an_invalid_option_is_a_one_line_error(
     artefact: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(artefact), *options, "--rounds", "1"]) == 1

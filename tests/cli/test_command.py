@@ -1,4 +1,4 @@
-"""Messages of the library name parameters; commands show their options."""
+"""Messages of the library name parameters, and commands replace them with options."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from aoft_deploy.errors import SettingError
 
 @pytest.fixture
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
-    made.add_argument("checkpoint")
-    made.add_argument("-o", "--output")
-    made.add_argument("--to")
-    made.add_argument("--lr", type=float)
-    made.add_argument("--head-lr", type=float)
-    made.add_argument("--min-agreement", type=float)
-    made.add_argument("--backbone-weights")
-    made.add_argument("--batches", nargs=3)
-    made.add_argument("--force", action="store_true")
-    return made
+    options = argparse.ArgumentParser()
+    options.add_argument("checkpoint")
+    options.add_argument("-o", "--output")
+    options.add_argument("--to")
+    options.add_argument("--lr", type=float)
+    options.add_argument("--head-lr", type=float)
+    options.add_argument("--min-agreement", type=float)
+    options.add_argument("--backbone-weights")
+    options.add_argument("--batches", nargs=3)
+    options.add_argument("--force", action="store_true")
+    return options
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
         ("a file called a`b and no parameter", "a file called a`b and no parameter"),
     ],
 )
-def test_options_stand_in_the_place_of_parameters(
+def test_parameters_are_replaced_with_options(
     parser: argparse.ArgumentParser, message: str, shown: str
 ) -> None:
     assert with_options(message, parser) == shown
 
 
-def test_a_command_shows_its_options(
+def test_an_error_of_a_command_names_its_options(
     parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def body(options: argparse.Namespace) -> None:

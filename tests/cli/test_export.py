@@ -14,7 +14,7 @@ import pytest
 from aoft_deploy.cli.export import main
 
 
-def test_the_command_prints_where_the_files_are_and_what_was_verified(
+def test_the_command_prints_the_paths_and_the_verification(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a.safetensors"
@@ -57,7 +57,7 @@ def test_help_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in out
 
 
-def test_force_accepts_other_weights_and_the_manifest_says_so(
+def test_force_accepts_other_weights_and_is_recorded_in_the_manifest(
     checkpoint: Path,
     backbone_weights: Path,
     with_metadata: Callable[..., Path],
@@ -77,7 +77,7 @@ def test_force_accepts_other_weights_and_the_manifest_says_so(
     assert manifest["backbone"]["digest"] != "0" * 64
 
 
-def test_force_on_the_right_weights_is_no_forced_export(
+def test_force_with_the_expected_weights_is_not_recorded_in_the_manifest(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.safetensors"
@@ -87,7 +87,7 @@ def test_force_on_the_right_weights_is_no_forced_export(
     assert manifest["forced"] is False
 
 
-def test_files_of_a_folder_that_are_no_images_are_told(
+def test_skipped_files_in_an_image_folder_are_reported(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -101,11 +101,11 @@ def test_files_of_a_folder_that_are_no_images_are_told(
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "timm"]
     options += ["-o", tmp_path / "task.safetensors", "--images", folder, folder]
     assert main([str(option) for option in options]) == 0
-    told = "note: 1 file with another suffix skipped (.heic 1)."
-    assert told in capsys.readouterr().err.splitlines()
+    note = "note: 1 file with another suffix skipped (.heic 1)."
+    assert note in capsys.readouterr().err.splitlines()
 
 
-def test_a_checkpoint_whose_name_is_no_text_is_refused(
+def test_a_checkpoint_whose_name_is_not_utf_8_is_refused(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9.ckpt")
@@ -114,7 +114,7 @@ def test_a_checkpoint_whose_name_is_no_text_is_refused(
     assert "is not valid UTF-8" in refused(main, *options)
 
 
-def test_an_image_whose_name_is_no_text_stands_in_the_manifest(
+def test_an_image_whose_name_is_not_utf_8_is_in_the_manifest(
     checkpoint: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9.png")
@@ -128,7 +128,7 @@ def test_an_image_whose_name_is_no_text_stands_in_the_manifest(
 
 
 def running(command: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, which SIGINT reaches even if it is ignored here."""
+    """Run a command in a subprocess that handles SIGINT, even if this process ignores it."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         + options.pop("before", "")
@@ -144,20 +144,20 @@ def running(command: str, *arguments: object, **options: Any) -> subprocess.Pope
 
 
 def interrupted(number: signal.Signals, folder: Path, *options: object) -> tuple[int, str]:
-    """Exit code and stderr of an export that gets a signal as it opens what it has written."""
-    meanwhile = (
+    """Exit code and stderr of an export that gets a signal when it opens the written artefact."""
+    send_signal = (
         "import os; sys.addaudithook(lambda event, given: os.kill(os.getpid(), "
         f"{int(number)}) if event == 'open' and given[1] == 'r' "
         "and str(given[0]).endswith('a.onnx') else None); "
     )
-    process = running("export", *options, "-o", folder / "a.onnx", before=meanwhile)
+    process = running("export", *options, "-o", folder / "a.onnx", before=send_signal)
     error = process.communicate(timeout=120)[1]
     return process.returncode, error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_export_leaves_nothing(
+def test_an_interrupted_export_leaves_no_file(
     number: signal.Signals,
     checkpoint: Path,
     backbone_weights: Path,
@@ -171,7 +171,7 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_output_that_cannot_be_printed_as_text_is_escaped(
+def test_characters_that_stdout_cannot_encode_are_escaped(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "ä.safetensors"

@@ -22,25 +22,29 @@ from aoft_deploy.training.analysis.orthogonality import orthogonality
 from aoft_deploy.training.analysis.plots import COLOURS
 
 
-def test_text_shows_one_line_per_fact(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_output_has_one_line_per_entry(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(checkpoint)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    facts = {line[:18].strip(): line[18:] for line in out.splitlines()}
-    assert facts["kind"] == "checkpoint"
-    assert facts["method"] == "rlrr"
-    assert facts["classes"] == "cat, dog, zürich, two words, 日本"
-    assert facts["bytes"] == f"{checkpoint.stat().st_size:,}"
+    entries = {line[:18].strip(): line[18:] for line in out.splitlines()}
+    assert entries["kind"] == "checkpoint"
+    assert entries["method"] == "rlrr"
+    assert entries["classes"] == "cat, dog, zürich, two words, 日本"
+    assert entries["bytes"] == f"{checkpoint.stat().st_size:,}"
 
 
-def test_json_shows_everything(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_output_is_the_description(
+    artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(artefact), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "ONNX artefact"
     assert found["manifest"] == "matches"
 
 
-def test_a_file_that_is_none_of_these_is_refused(
+def test_a_file_of_another_kind_is_refused(
     tmp_path: Path, backbone_weights: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "a").write_text("text")
@@ -79,8 +83,8 @@ def manifest(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("read_something", [True, False])
-def test_a_reader_that_has_gone_is_no_crash(manifest: Path, read_something: bool) -> None:
-    # The manifest needs no torch; it would be read by: aoft-inspect a.onnx.json | head -c 10
+def test_a_closed_output_pipe_is_not_a_crash(manifest: Path, read_something: bool) -> None:
+    # As in: aoft-inspect a.onnx.json | head -c 10
     process = subprocess.Popen([*COMMAND, manifest], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     if read_something:
@@ -93,7 +97,7 @@ def test_a_reader_that_has_gone_is_no_crash(manifest: Path, read_something: bool
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_full_disk_under_the_output_is_one_line(manifest: Path) -> None:
+def test_a_full_disk_is_a_one_line_error(manifest: Path) -> None:
     with open("/dev/full", "wb") as full:
         process = subprocess.run([*COMMAND, manifest], stdout=full, stderr=subprocess.PIPE)
     assert process.returncode == 1
@@ -109,7 +113,7 @@ def run(
     backbone_weights: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The folder of a run of three epochs that ended with its checkpoint."""
+    """The folder of a finished training run of three epochs."""
     folder = tmp_path_factory.mktemp("run")
     settings: dict[str, Any] = {"rank": 6, "targets": ["q", "v", "fc1"]}
     (folder / "model.ckpt").write_bytes(make_checkpoint("aoft-lora-star", **settings).read_bytes())
@@ -135,12 +139,12 @@ def pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def has(picture: np.ndarray[Any, np.dtype[np.uint8]], *kinds: str) -> list[bool]:
-    """For each kind of matrix, whether there are clearly visible areas of its colour."""
+    """For each kind of matrix, whether more than 100 pixels have its colour."""
     colours = [[int(COLOURS[kind][i : i + 2], 16) for i in (1, 3, 5)] for kind in kinds]
     return [bool((picture == colour).all(-1).sum() > 100) for colour in colours]
 
 
-def test_a_run_is_drawn_in_three_pictures_of_the_stated_size(
+def test_the_three_plots_of_a_run_have_the_expected_sizes_and_colours(
     run: Path, backbone_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plots(run, backbone_weights, tmp_path / "new" / "plots")
@@ -159,7 +163,7 @@ def test_a_run_is_drawn_in_three_pictures_of_the_stated_size(
         assert picture.shape == (round(height * DPI), round(width * DPI), 3)
         assert 0.01 < (picture < 250).any(-1).mean() < 0.5
         edge = np.concatenate([picture[:3].ravel(), picture[-3:].ravel(), picture[:, -3:].ravel()])
-        assert (edge == 255).all(), "something is cut off"
+        assert (edge == 255).all(), "the plot is cut off"
         shown = has(picture, "weight", "change", "down", "up", "prompts")
         norms = name == "spectral_norms.png"
         assert shown == [name != "orthogonality.png", norms, True, True, False]
@@ -167,7 +171,7 @@ def test_a_run_is_drawn_in_three_pictures_of_the_stated_size(
     assert "note:" not in out
 
 
-def test_the_numbers_are_those_of_a_dense_recomputation(
+def test_the_analysis_equals_a_dense_recomputation(
     run: Path, backbone_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     analysis = plots(run, backbone_weights, tmp_path)
@@ -203,7 +207,7 @@ def test_the_numbers_are_those_of_a_dense_recomputation(
     assert [least, middle, largest] == pytest.approx(sorted(ratios), rel=1e-2)
 
 
-def test_without_metrics_the_course_is_missing_and_the_rest_is_drawn(
+def test_without_metrics_all_but_the_history_is_plotted(
     run: Path, backbone_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model.ckpt").write_bytes((run / "model.ckpt").read_bytes())
@@ -223,7 +227,7 @@ def test_without_metrics_the_course_is_missing_and_the_rest_is_drawn(
         ("full", {"angles", "spectral_norms"}, {"change"}),
     ],
 )
-def test_each_method_is_drawn_with_what_it_has(
+def test_the_plots_of_a_method_show_its_matrices(
     method: str,
     names: set[str],
     kinds: set[str],
@@ -237,7 +241,7 @@ def test_each_method_is_drawn_with_what_it_has(
     assert shown == [kind in kinds for kind in ("change", "down", "up", "prompts")]
 
 
-def test_a_later_analysis_replaces_an_earlier_one_whole(
+def test_a_new_analysis_replaces_all_files_of_an_earlier_one(
     run: Path, checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("stays")
@@ -248,14 +252,16 @@ def test_a_later_analysis_replaces_an_earlier_one_whole(
     assert names == {"mine.txt", "angles.png", "spectral_norms.png", "analysis.json"}
 
 
-def test_plots_with_json_print_the_analysis(
+def test_plots_with_json_prints_the_analysis(
     run: Path, backbone_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     analysis = plots(run, backbone_weights, tmp_path, "--json")
     assert json.loads(capsys.readouterr().out) == analysis
 
 
-def test_drawing_changes_no_global_state(run: Path, backbone_weights: Path, tmp_path: Path) -> None:
+def test_plotting_changes_no_global_state_of_matplotlib(
+    run: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
@@ -273,7 +279,7 @@ def test_only_plots_need_matplotlib(checkpoint: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_without_matplotlib_its_extra_is_named(
+def test_the_error_without_matplotlib_names_the_extra(
     run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -281,7 +287,7 @@ def test_without_matplotlib_its_extra_is_named(
     assert line == "matplotlib is not installed: run pip install 'aoft-deploy[plots]'."
 
 
-def test_what_cannot_be_drawn_is_refused(
+def test_a_file_that_cannot_be_analysed_is_refused(
     run: Path,
     artefact: Path,
     make_checkpoint: Callable[..., Path],
@@ -299,7 +305,7 @@ def test_what_cannot_be_drawn_is_refused(
     assert "There is no file" in refused(main, tmp_path, *given)
 
 
-def test_other_backbone_weights_are_taken_only_when_forced(
+def test_other_backbone_weights_need_force(
     run: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     state = {name: 2 * tensor for name, tensor in load_file(backbone_weights).items()}

@@ -21,7 +21,7 @@ from aoft_deploy.cli.predict import main
 
 
 def answers(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[Any]:
-    """Run the command with --json; it must succeed."""
+    """The answers of the command with --json, which must succeed."""
     assert main([*map(str, arguments), "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -38,7 +38,7 @@ def test_every_image_gets_a_line_in_the_order_of_the_arguments(
     assert [line.rpartition("  ")[0] for line in out.splitlines()] == [str(p) for p in order]
 
 
-def test_json_gives_labels_and_probabilities(
+def test_the_json_output_has_labels_and_probabilities(
     artefact: Path,
     photos: list[Path],
     classes: tuple[str, ...],
@@ -52,7 +52,7 @@ def test_json_gives_labels_and_probabilities(
     assert abs(sum(probabilities) - 1) < 1e-5
 
 
-def test_a_pixel_artefact_and_a_state_dict_answer_alike(
+def test_a_pixel_artefact_and_a_state_dict_give_the_same_answers(
     artefact: Path,
     pixel_artefact: Path,
     photos: list[Path],
@@ -88,7 +88,7 @@ def save_png_bomb(path: Path) -> None:
 
 @pytest.fixture
 def odd(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, Path]:
-    """Image files that can be read, each strange in its way."""
+    """Valid image files of unusual sizes, modes and formats."""
     image = make_picture(30, 20, seed=3)
     paths = {
         name: tmp_path / f"{name}.{suffix}"
@@ -116,7 +116,7 @@ def odd(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, P
     return paths
 
 
-def test_strange_images_are_answered(
+def test_unusual_images_are_classified(
     artefact: Path, odd: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = answers(capsys, artefact, *odd.values())
@@ -125,7 +125,7 @@ def test_strange_images_are_answered(
 
 @pytest.fixture
 def bad(tmp_path: Path, photos: list[Path]) -> list[Path]:
-    """What cannot be read as an image."""
+    """Paths that cannot be read as an image."""
     data = photos[0].read_bytes()
     contents = {
         "empty.png": b"",
@@ -142,7 +142,7 @@ def bad(tmp_path: Path, photos: list[Path]) -> list[Path]:
     return [tmp_path / name for name in names]
 
 
-def test_each_bad_image_is_one_line(
+def test_a_bad_image_is_a_one_line_error(
     artefact: Path, bad: list[Path], refused: Callable[..., str]
 ) -> None:
     for path in bad:
@@ -151,7 +151,7 @@ def test_each_bad_image_is_one_line(
         assert path.name.partition("\n")[0] in line
 
 
-def test_good_images_are_answered_beside_bad_ones(
+def test_good_images_are_classified_despite_bad_ones(
     artefact: Path, bad: list[Path], photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed = [path for pair in zip(bad, photos, strict=False) for path in pair]
@@ -165,7 +165,7 @@ def test_good_images_are_answered_beside_bad_ones(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_image_gives_the_answer_of_the_upright_one(
+def test_the_exif_orientation_of_an_image_is_applied(
     orientation: int,
     artefact: Path,
     make_picture: Callable[..., Image.Image],
@@ -186,13 +186,13 @@ def test_a_turned_image_gives_the_answer_of_the_upright_one(
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
+    stored.save(tmp_path / "with_exif.png", exif=exif)
     upright.save(tmp_path / "upright.png")
-    stored.save(tmp_path / "untold.png")
-    paths = [tmp_path / f"{name}.png" for name in ("turned", "upright", "untold")]
-    turned, straight, untold = answers(capsys, artefact, *paths, "--top", "5")
-    assert turned["classes"] == straight["classes"]
-    assert (untold["classes"] == straight["classes"]) == (orientation == 1)
+    stored.save(tmp_path / "without_exif.png")
+    paths = [tmp_path / f"{name}.png" for name in ("with_exif", "upright", "without_exif")]
+    with_exif, expected, without_exif = answers(capsys, artefact, *paths, "--top", "5")
+    assert with_exif["classes"] == expected["classes"]
+    assert (without_exif["classes"] == expected["classes"]) == (orientation == 1)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: aoft-predict" in capsys.readouterr().err
 
 
-def test_what_is_no_artefact_is_refused(
+def test_a_file_that_is_not_an_artefact_is_refused(
     checkpoint: Path, photos: list[Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     assert "is no artefact of aoft-export" in refused(main, checkpoint, photos[0])
@@ -219,7 +219,7 @@ def test_what_is_no_artefact_is_refused(
     assert "is no state dict of the timm exporter" in line
 
 
-def test_an_image_whose_name_is_no_text_is_answered(
+def test_an_image_whose_name_is_not_utf_8_is_classified(
     artefact: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9.png")
@@ -228,16 +228,18 @@ def test_an_image_whose_name_is_no_text_is_answered(
     assert r"caf\udce9.png" in capsys.readouterr().out
 
 
-def test_onnx_runtime_reports_no_use(artefact: Path, photos: list[Path], tmp_path: Path) -> None:
+def test_onnx_runtime_sends_no_telemetry(
+    artefact: Path, photos: list[Path], tmp_path: Path
+) -> None:
     code = "import sys\nfrom aoft_deploy.cli.predict import main\nsys.exit(main(sys.argv[1:]))"
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     command = [sys.executable, "-c", code, str(artefact), str(photos[0])]
     subprocess.run(command, check=True, env={**environment, "TMPDIR": str(tmp_path)})
-    assert not list(tmp_path.iterdir())  # with reports on, it keeps its session there
+    assert not list(tmp_path.iterdir())  # with telemetry, it stores its session there
 
 
 def broken_for_bright_images(artefact: Path, target: Path, value: float) -> Path:
-    """The artefact, but its first logit is ``value`` where an image is nearly white."""
+    """Copy the artefact, with ``value`` as the first logit of nearly white images."""
     model = onnx.load(artefact)
     node, constant = onnx.helper.make_node, onnx.numpy_helper.from_array
     (last,) = (n for n in model.graph.node if n.output[0] == "logits")
@@ -265,7 +267,7 @@ def broken_for_bright_images(artefact: Path, target: Path, value: float) -> Path
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("json_lines", [False, True])
-def test_an_answer_that_is_not_finite_never_leaves_and_takes_no_other_with_it(
+def test_an_answer_that_is_not_finite_is_an_error_for_its_image_alone(
     value: float,
     json_lines: bool,
     artefact: Path,

@@ -1,4 +1,4 @@
-"""aoft-serve as a command: what it takes, and what it says before it serves."""
+"""The command aoft-serve: its options, and its errors before it serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aoft_deploy.cli.serve import main, parser
 
 
 def failed(*arguments: object) -> str:
-    """The one line that a command says which ends with 1."""
+    """Run a command that must exit with 1, and return its one-line error."""
     command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
@@ -26,7 +26,7 @@ def failed(*arguments: object) -> str:
     return line
 
 
-def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
@@ -36,23 +36,25 @@ def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--port", "x"], ["--nothing"], ["--max-batch"]])
-def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
 
 
-def test_flags_come_before_the_file_s_settings(tmp_path: Path) -> None:
+def test_a_flag_that_is_not_given_leaves_its_setting_unset(tmp_path: Path) -> None:
     options = parser().parse_args(["a.onnx", "--max-batch", "8", "--log-requests"])
     assert (options.artefacts, options.max_batch, options.log_requests) == (["a.onnx"], 8, True)
     assert options.port is None
 
 
-def test_nothing_to_serve_is_told() -> None:
+def test_serving_without_artefacts_is_an_error() -> None:
     assert "nothing to serve" in failed()
 
 
-def test_what_cannot_be_served_is_told(artefact: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_artefacts_that_cannot_be_served_are_errors(
+    artefact: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     assert "There is no file" in failed(tmp_path / "none.onnx")
     junk = tmp_path / "junk.onnx"
     junk.write_bytes(b"\x80\x04junk")
@@ -64,7 +66,7 @@ def test_what_cannot_be_served_is_told(artefact: Path, checkpoint: Path, tmp_pat
     assert "cannot be called 'a\\nb'" in failed(f"a\nb={artefact}")
 
 
-def test_bad_settings_are_told(artefact: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_errors(artefact: Path, tmp_path: Path) -> None:
     assert "--max-batch is 0: use from 1 to 4096" in failed(artefact, "--max-batch", 0)
     token = tmp_path / "token"
     assert "cannot be read" in failed(artefact, "--admin-token-file", token)
@@ -74,7 +76,7 @@ def test_bad_settings_are_told(artefact: Path, tmp_path: Path) -> None:
     assert "Cannot listen on 256.0.0.1" in failed(artefact, "--host", "256.0.0.1")
 
 
-def test_an_address_in_use_is_told(artefact: Path) -> None:
+def test_an_address_in_use_is_an_error(artefact: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -91,7 +93,7 @@ def test_an_address_in_use_is_told(artefact: Path) -> None:
     assert done.returncode == 1 and "Cannot listen on 127.0.0.1" in done.stderr
 
 
-def test_a_file_of_settings_serves(
+def test_settings_are_read_from_a_file(
     serve: Callable[..., Any], artefact: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "serve.toml"
@@ -103,8 +105,6 @@ def test_a_file_of_settings_serves(
 
 
 @pytest.mark.parametrize("option", [["--engine", "openvino"], ["--device", "cuda"]])
-def test_a_fleet_does_not_silently_run_elsewhere_than_asked(
-    fleet_artefact: Path, option: list[str]
-) -> None:
+def test_engine_and_device_are_refused_for_a_fleet(fleet_artefact: Path, option: list[str]) -> None:
     line = failed(fleet_artefact, *option)
     assert "is a fleet, which runs on the CPU in the engine that it was exported for" in line

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_help_comes_without_torch() -> None:
+def test_help_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "from aoft_deploy.cli.train import main\n"
@@ -42,20 +42,20 @@ def test_help_costs_less_than_a_third_of_a_second() -> None:
     command = [sys.executable, "-m", "aoft_deploy.cli.train", "--help"]
     before = os.times()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    after = os.times()  # of the processor, which other programs do not lengthen
+    after = os.times()  # CPU time, which does not depend on other processes
     assert done.stdout.startswith("usage: aoft-train")
     used = after.children_user + after.children_system
     assert used - before.children_user - before.children_system < 0.3
 
 
-def test_only_given_options_are_settings_so_that_the_rest_are_the_librarys() -> None:
+def test_options_that_are_not_given_keep_the_defaults_of_the_library() -> None:
     options = parser().parse_args(["--data", "digits", "--out", "x"])
     assert given_settings(options) == {"method_settings": {}}
     options = parser().parse_args(["--data", "digits", "--out", "x", "--lr", "1", "--set", "a=2"])
     assert given_settings(options) == {"lr": 1.0, "method_settings": {"a": 2}}
 
 
-def test_every_setting_of_the_library_has_an_option_that_names_its_default() -> None:
+def test_every_training_setting_has_an_option_whose_help_shows_its_default() -> None:
     text = " ".join(parser().format_help().partition("options:")[2].split())
     for name, value in vars(TrainingSettings()).items():
         if name != "method_settings":
@@ -65,7 +65,7 @@ def test_every_setting_of_the_library_has_an_option_that_names_its_default() -> 
             assert value is None or f"({value})" in after.partition(" --")[0], name
 
 
-def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
+def test_training_on_a_folder_writes_a_checkpoint_and_prints_a_table(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--method", "lora", "--rank", "3", "--targets", "k", "fc1", "--set", "scale=0.5"]
@@ -80,7 +80,7 @@ def test_a_folder_becomes_a_checkpoint_metrics_and_a_table(
     assert "epoch 1/1" in printed.err
 
 
-def test_the_start_says_what_the_folder_holds_and_what_is_passed_over(
+def test_the_command_first_prints_skipped_files_classes_and_image_counts(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "shapes"
@@ -107,7 +107,7 @@ def test_the_start_says_what_the_folder_holds_and_what_is_passed_over(
     assert capsys.readouterr().err.splitlines() == notes
 
 
-def test_training_images_may_be_trusted(
+def test_trust_images_skips_the_check_of_all_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "shapes"
@@ -124,7 +124,7 @@ def test_training_images_may_be_trusted(
     assert capsys.readouterr().err.startswith("error: Cannot read image")
 
 
-def test_quiet_shows_the_table_alone(
+def test_quiet_prints_only_the_table(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--train-on", "train+val", "--method", "linear", "--quiet"]
@@ -148,7 +148,7 @@ def test_quiet_shows_the_table_alone(
         (["--workers", "-1"], "--workers is -1, but must be a whole number from 0"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_an_invalid_option_is_a_one_line_error(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -187,7 +187,7 @@ def test_wrong_usage_exits_with_2(options: list[str]) -> None:
         (["--suite", "vtab", "--stop-after", "1"], "decide --train-on and --stop-after"),
     ],
 )
-def test_options_that_do_not_go_together_exit_with_2(
+def test_options_that_cannot_be_combined_exit_with_2(
     capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -207,7 +207,7 @@ def vtab(tmp_path_factory: pytest.TempPathFactory, write_vtab: Callable[..., Pat
     return root
 
 
-def test_a_recipe_prints_what_was_chosen_and_what_deviates(
+def test_a_recipe_prints_its_choices_and_deviations(
     vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--recipe", "vtab/kitti", "--data", str(vtab), "--out", str(tmp_path / "run")]
@@ -225,7 +225,7 @@ def test_a_recipe_prints_what_was_chosen_and_what_deviates(
     assert capsys.readouterr().out == printed.out
 
 
-def test_a_suite_prints_its_averages_and_where_the_table_is(
+def test_a_suite_prints_its_means_and_the_path_of_the_table(
     vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--suite", "vtab", "--data", str(vtab), "--out", str(tmp_path), *BENCHMARK]
@@ -248,7 +248,7 @@ def test_a_suite_prints_its_averages_and_where_the_table_is(
         (["--suite", "vtab", "--tasks", "dtd"], "There is no folder {vtab}/dtd with VTAB-1k's dtd"),
     ],
 )
-def test_a_mistake_about_a_benchmark_is_one_line(
+def test_an_invalid_benchmark_option_is_a_one_line_error(
     vtab: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -262,6 +262,6 @@ def test_a_mistake_about_a_benchmark_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_and_out_are_needed() -> None:
+def test_data_and_out_are_required() -> None:
     with pytest.raises(SystemExit, match="2"):
         main([])

@@ -27,7 +27,7 @@ def many(
     return folder
 
 
-def test_the_fastest_way_that_holds_is_kept_and_the_others_are_told(
+def test_the_fastest_verified_candidate_is_kept_and_all_are_reported(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -57,8 +57,8 @@ def test_the_fastest_way_that_holds_is_kept_and_the_others_are_told(
     assert load_artefact(artefact).info["precision"] == best[1]
     for to, precision in CANDIDATES:
         assert f"tried {to} {precision}: " in out
-    left = [entry for entry in among if "ratios" not in entry]
-    assert all(entry["left_out"] for entry in left)
+    left_out = [entry for entry in among if "ratios" not in entry]
+    assert all(entry["left_out"] for entry in left_out)
     assert predict([str(artefact), str(photos[0])]) == 0
 
 
@@ -89,7 +89,7 @@ def chosen_of(**ratios: tuple[float, float]) -> str:
             {"onnx_fp32": (1, 1), "openvino_fp32": (2, 2), "openvino_int8": (2.1, 2)},
             "openvino_int8",
         ),
-        # as it is not chosen itself, the other runtime's fp32 is no bar
+        # the other runtime's fp32 is slower at batch 1, so int8 is not compared with it
         (
             {"onnx_fp32": (1, 1), "openvino_fp32": (0.9, 3), "onnx_int8": (1.5, 2)},
             "onnx_int8",
@@ -99,7 +99,7 @@ def chosen_of(**ratios: tuple[float, float]) -> str:
         ({"openvino_fp32": (1, 1), "openvino_int8": (0.5, 9)}, "openvino_fp32"),
     ],
 )
-def test_nothing_is_chosen_that_is_slower_than_fp32_at_a_batch_size(
+def test_the_choice_is_not_slower_than_fp32_at_any_batch_size(
     ratios: dict[str, tuple[float, float]], wanted: str
 ) -> None:
     assert chosen_of(**ratios) == wanted
@@ -113,35 +113,35 @@ def test_the_manifest_says_at_which_batch_size_a_candidate_was_slower() -> None:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
-    """Ratios of the candidates, as if they had been timed; others get 1."""
-    found: dict[str, tuple[float, float]] = {}
+    """Ratios that replace the measured ones, by exporter and precision; other candidates get 1."""
+    ratios: dict[str, tuple[float, float]] = {}
 
     def timed(drafts: dict[Candidate, object]) -> list[Candidate]:
         return [
-            Candidate(c.to, c.precision, ratios=found.get(f"{c.to} {c.precision}", (1.0, 1.0)))
+            Candidate(c.to, c.precision, ratios=ratios.get(f"{c.to} {c.precision}", (1.0, 1.0)))
             for c in drafts
         ]
 
     monkeypatch.setattr("aoft_deploy.export.fastest._timed", timed)
-    return found
+    return ratios
 
 
 def auto(
     checkpoint: Path, weights: Path, output: Path, *more: object, images: Sequence[Path] = ()
 ) -> list[str]:
-    """Arguments of an export that chooses."""
+    """Arguments of an export with --to auto."""
     words = ["--merge", checkpoint, "--backbone-weights", weights, "--to", "auto", "-o", output]
     words += ["--images", *images, "--min-agreement", "0"] if images else []
     return [str(word) for word in [*words, *more]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files below a folder."""
+    """Contents of all files in a folder and its subfolders, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("name", ["task.onnx", "task.onnx.json", "task.openvino.json"])
-def test_nothing_that_is_there_is_replaced_unasked(
+def test_an_existing_file_is_not_replaced_without_overwrite(
     name: str,
     checkpoint: Path,
     backbone_weights: Path,
@@ -157,7 +157,7 @@ def test_nothing_that_is_there_is_replaced_unasked(
     assert "--overwrite" in refused(main, *auto(checkpoint, backbone_weights, tmp_path / "task"))
 
 
-def test_a_verified_fp32_artefact_is_not_replaced_by_an_int8_one(
+def test_an_existing_artefact_is_replaced_only_with_overwrite(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -186,27 +186,27 @@ def test_a_verified_fp32_artefact_is_not_replaced_by_an_int8_one(
     )
 
 
-def test_what_appears_while_candidates_are_made_is_not_replaced(
+def test_a_file_that_appears_during_the_export_is_not_replaced(
     checkpoint: Path,
     backbone_weights: Path,
     rates: dict[str, tuple[float, float]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def told(candidate: Candidate) -> None:
+    def progress(candidate: Candidate) -> None:
         (tmp_path / "task.onnx").write_text("precious")
 
     with pytest.raises(OutputError, match=r"task\.onnx exists"):
         export_fastest(
             checkpoint,
             tmp_path / "task",
-            progress=told,
+            progress=progress,
             backbone=BackboneSource(weights=backbone_weights),
         )
     assert contents(tmp_path) == {"task.onnx": b"precious"}
 
 
-def test_a_folder_is_replaced_whole_or_stays(
+def test_a_folder_is_replaced_completely_or_not_at_all(
     checkpoint: Path,
     backbone_weights: Path,
     rates: dict[str, tuple[float, float]],
@@ -242,7 +242,7 @@ def test_a_folder_is_replaced_whole_or_stays(
     assert set(contents(tmp_path)) == set(first) - {manifest.name}
 
 
-def test_overwriting_leaves_an_artefact_of_another_exporter(
+def test_overwrite_keeps_artefacts_of_other_exporters(
     checkpoint: Path,
     backbone_weights: Path,
     rates: dict[str, tuple[float, float]],
@@ -259,7 +259,7 @@ def test_overwriting_leaves_an_artefact_of_another_exporter(
     assert set(after) - set(first) == {"task.onnx", "task.onnx.json"}
 
 
-def test_an_input_is_never_overwritten(
+def test_auto_never_overwrites_an_input(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     weights = tmp_path / "task.onnx"
@@ -270,16 +270,18 @@ def test_an_input_is_never_overwritten(
 
 
 @pytest.mark.parametrize("output", ["task.onnx", "task.openvino", ".", ".."])
-def test_the_name_is_without_a_suffix(
+def test_an_output_with_a_suffix_is_refused(
     output: str, checkpoint: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    place = tmp_path / output if output.startswith("task") else Path(output)
-    message = refused(main, "--merge", checkpoint, "--to", "auto", "-o", place)
+    path = tmp_path / output if output.startswith("task") else Path(output)
+    message = refused(main, "--merge", checkpoint, "--to", "auto", "-o", path)
     assert "chooses between .onnx and .openvino" in message
 
 
 @pytest.mark.parametrize("other", [["--merge", "a.ckpt"], ["--fleet", "a.ckpt"]])
-def test_overwrite_goes_with_auto(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_without_auto_is_refused(
+    other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*other, "--overwrite"])
     assert ended.value.code == 2
@@ -302,7 +304,7 @@ def test_without_images_only_fp32_is_tried(
     }
 
 
-def test_what_stands_in_the_way_is_refused_before_any_work(
+def test_existing_paths_are_refused_before_the_export_starts(
     checkpoint: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "task.openvino").mkdir()
@@ -316,7 +318,7 @@ def test_what_stands_in_the_way_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("option", [["--precision", "int8"], ["--opset", "20"]])
-def test_what_auto_decides_is_not_to_be_given(
+def test_options_that_auto_chooses_are_refused(
     option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -38,7 +38,7 @@ METHODS = ("aoft-lora-star", "rlrr", "aoft-vpt", "adapter")
 def make_task(
     backbone_name: str, backbone_args: dict[str, Any], backbone_weights: Path
 ) -> Callable[..., Path]:
-    """Write a task's checkpoint, no number of which is at its start."""
+    """Write a task's checkpoint, in which every parameter differs from its initial value."""
 
     def make(
         folder: Path, name: str, method: str, size: int = 16, seed: int = 0, **settings: Any
@@ -67,7 +67,7 @@ def fleet(
     backbone_weights: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The artefact of three tasks, their checkpoints beside it."""
+    """A fleet of three tasks, with their checkpoints in the same folder."""
     folder = tmp_path_factory.mktemp(request.param)
     tasks = [make_task(folder, n, request.param, seed=i) for i, n in enumerate(CLASSES)]
     options = ["--fleet", *tasks, "--backbone-weights", backbone_weights]
@@ -76,7 +76,7 @@ def fleet(
     return output
 
 
-def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
+def test_each_image_gets_the_logits_of_its_tasks_unmerged_model(
     fleet: Path, backbone_weights: Path
 ) -> None:
     engine = exporter.load(fleet)
@@ -97,7 +97,7 @@ def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
             assert np.isneginf(logits[sample, width:]).all()
 
 
-def test_the_manifest_and_the_file_name_tasks_classes_and_figures(fleet: Path) -> None:
+def test_manifest_and_metadata_hold_tasks_classes_and_verification(fleet: Path) -> None:
     manifest = json.loads(fleet.with_name("fleet.onnx.json").read_text("utf-8"))
     info = exporter.load(fleet).info
     assert manifest["tasks"] == json.loads(info["tasks"])
@@ -107,13 +107,13 @@ def test_the_manifest_and_the_file_name_tasks_classes_and_figures(fleet: Path) -
     assert len(manifest["checkpoints"]) == 3
 
 
-def test_initialisers_keep_timms_names(fleet: Path) -> None:
+def test_initialisers_have_timms_parameter_names(fleet: Path) -> None:
     import onnx
 
     graph = onnx.load(fleet).graph
     names = {initializer.name for initializer in graph.initializer}
     assert {"cls_token", "pos_embed", "bank", "heads"} <= names
-    folded = "rlrr" in str(fleet)  # what it folds into is stored as the parts that are folded
+    folded = "rlrr" in str(fleet)  # a folded graph stores these weights under other names
     assert folded or {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names
     assert [value.name for value in graph.input] == ["pixel_values", "task"]
 
@@ -127,7 +127,7 @@ def test_initialisers_keep_timms_names(fleet: Path) -> None:
         ("lora", "folded", "folded"),
     ],
 )
-def test_a_fleet_is_mixed_or_folded_and_says_which(
+def test_the_form_of_a_fleet_is_in_its_metadata_and_manifest(
     method: str,
     form: str,
     expected: str,
@@ -150,7 +150,7 @@ def test_a_fleet_is_mixed_or_folded_and_says_which(
         ({"form": "folded", "precision": "int8"}, "cannot be folded into weights of int8"),
     ],
 )
-def test_a_form_that_is_not_possible_is_refused(
+def test_an_unsupported_form_is_refused(
     options: dict[str, Any],
     message: str,
     make_task: Callable[..., Path],
@@ -170,7 +170,7 @@ def test_a_form_that_is_not_possible_is_refused(
         )
 
 
-def test_what_cannot_be_mixed_becomes_a_folded_fleet_or_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_mixed_becomes_a_folded_fleet(tmp_path: Path) -> None:
     name = "beit_base_patch16_224"
     small: dict[str, Any] = {"img_size": 32, "depth": 1}
     weights, tasks = (
@@ -192,7 +192,7 @@ def test_what_cannot_be_mixed_becomes_a_folded_fleet_or_is_refused(tmp_path: Pat
         )
 
 
-def test_aoft_predict_asks_for_a_task_and_uses_its_classes(
+def test_aoft_predict_needs_a_task_and_uses_its_classes(
     fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     picture = tmp_path / "a.png"
@@ -207,7 +207,7 @@ def test_aoft_predict_asks_for_a_task_and_uses_its_classes(
     )
 
 
-def test_a_single_models_artefact_takes_no_task(artefact: Path) -> None:
+def test_an_artefact_of_a_single_task_takes_no_task(artefact: Path) -> None:
     with pytest.raises(SettingError, match="holds a single task: leave `task` out"):
         load_classifier(artefact, "cats")
     with pytest.raises(SettingError, match="holds a single task"):
@@ -223,7 +223,7 @@ def test_a_single_models_artefact_takes_no_task(artefact: Path) -> None:
         ([-1, 0], r"Tasks \[-1, 0\] for 2 images"),
     ],
 )
-def test_tasks_that_do_not_fit_are_refused(
+def test_invalid_task_indices_are_refused(
     fleet: Path, tasks: list[int] | None, message: str
 ) -> None:
     given = None if tasks is None else np.array(tasks)
@@ -252,7 +252,7 @@ def test_tasks_that_cannot_share_a_graph_are_refused(
     assert message in refused(main, "--fleet", *tasks, *options)
 
 
-def test_two_tasks_of_one_name_are_refused(
+def test_two_tasks_with_the_same_name_are_refused(
     make_task: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     task = make_task(tmp_path, "one", "rlrr")
@@ -272,20 +272,20 @@ def test_full_fine_tuning_is_refused(
 
 
 @pytest.mark.parametrize("option", [["--uint8"], ["--backbone", "x"]])
-def test_options_of_a_merge_do_not_go_with_a_fleet(option: list[str]) -> None:
+def test_options_of_merge_are_refused_for_a_fleet(option: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--fleet", "a.ckpt", *option])
     assert ended.value.code == 2
 
 
-def test_an_exporter_without_fleets_is_refused(
+def test_an_exporter_without_support_for_fleets_is_refused(
     make_task: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, "--fleet", make_task(tmp_path, "one", "rlrr"), "--to", "timm")
     assert "timm writes no fleets: choose onnx or openvino" in line
 
 
-class Mixed:
+class FirstTaskOnly:
     """An engine that answers every image with the first task."""
 
     info: Mapping[str, str] = MappingProxyType({})
@@ -295,12 +295,12 @@ class Mixed:
         return np.repeat(images[:, :1], 2, 1) * 1.0
 
 
-def test_a_fleet_that_mixes_up_tasks_is_not_written() -> None:
+def test_a_fleet_that_ignores_the_task_fails_verification() -> None:
     inputs = np.arange(7, dtype=np.float32)[:, None]
     expected = [np.repeat(inputs, 2, 1), np.repeat(inputs, 2, 1) + 1]
     with pytest.raises(VerificationError, match=r"task 1's logits differ .* by 1\.00e"):
-        _verified(Mixed(), inputs, expected, Bar(5e-5), (1, 8, 32))
+        _verified(FirstTaskOnly(), inputs, expected, Bar(5e-5), (1, 8, 32))
     with pytest.raises(VerificationError, match="not finite"):
-        _verified(Mixed(), inputs, [inputs * np.nan], Bar(5e-5), (1, 8, 32))
-    report = _verified(Mixed(), inputs, expected[:1], Bar(5e-5), (1, 8, 32))
+        _verified(FirstTaskOnly(), inputs, [inputs * np.nan], Bar(5e-5), (1, 8, 32))
+    report = _verified(FirstTaskOnly(), inputs, expected[:1], Bar(5e-5), (1, 8, 32))
     assert report.agreement == 1.0

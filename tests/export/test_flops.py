@@ -1,4 +1,4 @@
-"""FLOPs of a model, against formulas written out by hand and graphs of PyTorch's exporter."""
+"""FLOPs of models, compared with explicit formulas and with graphs of PyTorch's exporter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from aoft_deploy.export.flops import flops_per_image
 
 @pytest.fixture(params=[True, False], ids=["fused attention", "attention written out"])
 def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether timm's attention calls PyTorch's; as before afterwards."""
+    """Whether timm uses PyTorch's fused attention; restored afterwards."""
     set_fused_attn(request.param)
     yield request.param
     set_fused_attn(True)
 
 
 def without_weights(name: str, **args: Any) -> nn.Module:
-    """A model of any size that takes no memory."""
+    """A model on the meta device, which takes no memory."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, **args)
     return model.eval()
@@ -74,8 +74,8 @@ def resnet50(side: int, classes: int) -> int:
         width = 64 * 2**stage
         for block in range(depth):
             stride = 2 if stage and not block else 1
-            wide, grid = grid, grid // stride
-            total += wide**2 * before * width + grid**2 * (9 * width**2 + 4 * width**2)
+            grid_before, grid = grid, grid // stride
+            total += grid_before**2 * before * width + grid**2 * (9 * width**2 + 4 * width**2)
             total += grid**2 * before * 4 * width if not block else 0  # the shortcut
             before = 4 * width
     return 2 * (total + before * classes)
@@ -89,7 +89,7 @@ def test_vit_base_takes_35_billion(fused: bool) -> None:
 
 def test_a_small_vit(fused: bool) -> None:
     args: dict[str, Any] = {"img_size": 64, "depth": 2, "num_classes": 7}
-    on_cpu = timm.create_model("vit_tiny_patch16_224", **args)  # whose kernels have other names
+    on_cpu = timm.create_model("vit_tiny_patch16_224", **args)  # CPU kernels have other names
     for model in (on_cpu.eval(), without_weights("vit_tiny_patch16_224", **args)):
         assert flops_per_image(model, 64) == vit(64, 16, 192, 2, 7)
 
@@ -97,7 +97,7 @@ def test_a_small_vit(fused: bool) -> None:
 def test_swin(fused: bool) -> None:
     model = without_weights("swin_tiny_patch4_window7_224")
     assert flops_per_image(model, 224) == swin(224, 96, (2, 2, 6, 2), 7, 1000)
-    assert swin(224, 96, (2, 2, 6, 2), 7, 1000) == pytest.approx(2 * 4.5e9, rel=1e-2)  # the paper's
+    assert swin(224, 96, (2, 2, 6, 2), 7, 1000) == pytest.approx(2 * 4.5e9, rel=1e-2)  # the paper
 
 
 def test_convnext() -> None:
@@ -105,7 +105,7 @@ def test_convnext() -> None:
     assert flops_per_image(without_weights("convnext_tiny"), 224) == convnext(
         224, widths, depths, 1000
     )
-    assert convnext(224, widths, depths, 1000) == pytest.approx(2 * 4.5e9, rel=1e-2)  # the paper's
+    assert convnext(224, widths, depths, 1000) == pytest.approx(2 * 4.5e9, rel=1e-2)  # the paper
 
 
 def test_resnet() -> None:
@@ -114,7 +114,7 @@ def test_resnet() -> None:
 
 
 def graph_flops(path: Path) -> int:
-    """Multiplications and additions of an ONNX graph of fixed shapes."""
+    """Multiplications and additions of an ONNX graph with static shapes."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True).graph
@@ -123,13 +123,13 @@ def graph_flops(path: Path) -> int:
         shapes[value.name] = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
     total = 0
     for node in graph.node:
-        given = [shapes.get(name, []) for name in node.input]
+        inputs = [shapes.get(name, []) for name in node.input]
         out = math.prod(shapes[node.output[0]])
         if node.op_type in ("MatMul", "Gemm"):
-            flipped = any(a.name == "transA" and a.i for a in node.attribute)
-            total += 2 * out * given[0][0 if flipped else -1]
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            total += 2 * out * inputs[0][0 if transposed else -1]
         elif node.op_type == "Conv":
-            total += 2 * out * math.prod(given[1][1:])
+            total += 2 * out * math.prod(inputs[1][1:])
         else:
             assert node.op_type not in ("Attention", "Einsum", "ConvTranspose"), node.op_type
     return total
@@ -148,8 +148,8 @@ def graph_flops(path: Path) -> int:
         ("eva02_tiny_patch14_224", 28, {"img_size": 28, "depth": 1, "embed_dim": 24}),
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # of torch's exporter
-def test_the_count_is_that_of_the_graph_which_torch_exports(
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's exporter
+def test_the_count_equals_that_of_the_exported_graph(
     name: str, size: int, args: dict[str, Any], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -166,14 +166,14 @@ def small() -> nn.Module:
 
 
 def test_the_count_is_the_same_in_half_precision_and_under_inference_mode() -> None:
-    wanted = vit(32, 16, 192, 1, 3)
-    assert flops_per_image(small().half(), 32) == wanted
+    expected = vit(32, 16, 192, 1, 3)
+    assert flops_per_image(small().half(), 32) == expected
     with torch.inference_mode():
-        assert flops_per_image(small(), 32) == wanted
+        assert flops_per_image(small(), 32) == expected
 
 
 class Tokens(nn.Module):
-    """16 tokens of width 12, through a layer."""
+    """Applies a layer to 16 tokens of width 12."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Tokens(nn.Module):
         return self.layer(self.patches(image).flatten(2).mT)
 
 
-def test_encoder_layers_of_pytorch_are_counted_as_what_they_are_made_of() -> None:
+def test_encoder_layers_of_pytorch_are_counted_by_their_products() -> None:
     layer = nn.TransformerEncoderLayer(12, 2, dim_feedforward=48, batch_first=True)
     tokens, width = 16, 12
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
@@ -193,7 +193,7 @@ def test_encoder_layers_of_pytorch_are_counted_as_what_they_are_made_of() -> Non
 
 
 class Grouped(nn.Module):
-    """Fewer keys than queries, and a convolution that widens."""
+    """A transposed convolution, and attention with fewer key heads than query heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,20 +206,20 @@ class Grouped(nn.Module):
 
 def test_shared_keys_and_transposed_convolutions_are_counted() -> None:
     tokens = 16 * 16
-    wide = 8 * 8 * 3 * 8 * 2 * 2  # every place of the input spreads over a filter
+    convolution = 8 * 8 * 3 * 8 * 2 * 2  # one filter for each input element
     attention = 4 * 2 * tokens * tokens * 2
-    assert flops_per_image(Grouped(), 8) == 2 * (wide + attention)
+    assert flops_per_image(Grouped(), 8) == 2 * (convolution + attention)
 
 
-def test_flops_of_a_model_that_needs_numbers_are_not_known() -> None:
-    class Choosy(nn.Module):
+def test_flops_of_a_model_with_data_dependent_control_flow_are_unknown() -> None:
+    class DataDependent(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sum() if x.sum().item() > 0 else x
 
-    assert flops_per_image(Choosy(), 8) is None
+    assert flops_per_image(DataDependent(), 8) is None
 
 
-def test_an_operator_that_nobody_counts_leaves_the_count_unknown() -> None:
+def test_flops_of_a_model_with_an_unknown_operator_are_unknown() -> None:
     class Foreign(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,9 +243,9 @@ def test_an_operator_that_nobody_counts_leaves_the_count_unknown() -> None:
 
     fast_product.register_fake(torch.empty_like)
     assert flops_per_image(Foreign(), 8) is None
-    counted = flops_per_image(Recurrent(), 8)  # 8 steps of 4 gates, unless it is one operator
+    counted = flops_per_image(Recurrent(), 8)  # 8 steps of 4 gates, or None if it is one operator
     assert counted in (None, 2 * 8 * 16 * (8 + 4))
 
 
-def test_a_model_without_products_has_no_count() -> None:
+def test_flops_of_a_model_without_products_are_unknown() -> None:
     assert flops_per_image(nn.ReLU(), 8) is None

@@ -37,7 +37,7 @@ def manifest(artefact: Path) -> dict[str, Any]:
     return values
 
 
-def test_the_manifest_stands_beside_the_artefact() -> None:
+def test_the_manifest_is_beside_the_artefact() -> None:
     assert manifest_path(Path("a/model.v2.onnx")) == Path("a/model.v2.onnx.json")
 
 
@@ -94,18 +94,18 @@ def test_the_manifest_of_a_pixel_artefact_says_so(pixel_artefact: Path) -> None:
     }
 
 
-def test_the_manifest_is_utf_8_whatever_the_locale(artefact: Path) -> None:
+def test_the_manifest_is_utf_8(artefact: Path) -> None:
     assert "日本" in manifest_path(artefact).read_bytes().decode("utf-8")
 
 
-def test_artefact_and_manifest_have_ordinary_permissions(artefact: Path, tmp_path: Path) -> None:
+def test_artefact_and_manifest_have_default_permissions(artefact: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    ordinary = (tmp_path / "plain").stat().st_mode
-    assert artefact.stat().st_mode == ordinary
-    assert manifest_path(artefact).stat().st_mode == ordinary
+    default = (tmp_path / "plain").stat().st_mode
+    assert artefact.stat().st_mode == default
+    assert manifest_path(artefact).stat().st_mode == default
 
 
-def test_the_artefact_stands_beside_the_checkpoint_where_no_name_is_given(
+def test_the_default_output_is_beside_the_checkpoint(
     make_checkpoint: Callable[..., Path], backbone_weights: Path
 ) -> None:
     checkpoint = make_checkpoint("linear")
@@ -137,7 +137,7 @@ def test_a_second_export_replaces_the_first(
     assert len(list(output.parent.iterdir())) == 2
 
 
-def test_the_exported_task_is_the_one_of_the_checkpoint(
+def test_the_artefact_gives_the_logits_of_the_trained_model(
     checkpoint: Path, backbone_weights: Path, artefact: Path, make_tuned: Callable[..., TunedModel]
 ) -> None:
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_an_unknown_exporter_is_refused_before_anything_is_read(tmp_path: Path) 
         export_merged(tmp_path / "missing.ckpt", to="onx")
 
 
-def test_pixels_are_refused_by_an_export_without_a_graph(
+def test_uint8_is_refused_by_an_exporter_without_a_graph(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.safetensors"
@@ -169,7 +169,9 @@ def test_pixels_are_refused_by_an_export_without_a_graph(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_without_the_exporters_suffix_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_output_without_the_exporters_suffix_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     for name in ("a", "a.bin", "a.onnx.old"):
         with pytest.raises(OutputError, match=f"{name} does not end in .onnx"):
             export_merged(checkpoint, tmp_path / name)
@@ -193,9 +195,7 @@ def test_no_input_is_overwritten(
     assert digest(weights) == before
 
 
-def test_a_manifest_name_that_is_taken_by_a_folder_is_refused(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_manifest_path_that_is_a_folder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "a.onnx.json").mkdir()
     with pytest.raises(OutputError, match=r"a\.onnx\.json exists and is no file"):
         export_merged(checkpoint, tmp_path / "a.onnx")
@@ -213,7 +213,7 @@ def test_images_of_another_size_than_the_backbones_are_refused(
 
 @pytest.fixture(scope="module")
 def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any) -> Path:
-    """A checkpoint with a single logit, as regression and binary heads have."""
+    """A checkpoint with a single logit, as in regression."""
     model, identity = create_backbone(
         backbone_name,
         num_classes=1,

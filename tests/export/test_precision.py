@@ -1,4 +1,4 @@
-"""Low precision: judged by answers about real images, refused below the bar, updates in float32."""
+"""Low precision is verified on real images, and refused below the minimum agreement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -35,20 +34,20 @@ def rows(values: list[list[float]]) -> Callable[[np.ndarray], np.ndarray]:
 IMAGES = np.zeros((4, 1, 1, 3), np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
 
 
-def test_agreement_counts_top_classes_and_the_bar_refuses_with_the_figures() -> None:
-    right = [[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]
-    one_off = [[5.0, 0.0], [0.0, 9.0], [0.1, 0.0], [3.0, 1.0]]
-    report = verify(rows(right), rows(one_off), IMAGES, bar=Bar(float("inf"), 0.75))
+def test_agreement_is_the_share_of_equal_top_classes_and_a_low_one_is_refused() -> None:
+    expected = [[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]
+    one_wrong = [[5.0, 0.0], [0.0, 9.0], [0.1, 0.0], [3.0, 1.0]]
+    report = verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.75))
     assert (report.agreement, report.tolerance, report.min_agreement) == (0.75, None, 0.75)
     assert json.loads(json.dumps(report.to_dict()))["max_abs"] == 8.0
     with pytest.raises(VerificationError, match=r"agrees .* in 75\.00% .* 4 images, .* 76\.00%"):
-        verify(rows(right), rows(one_off), IMAGES, bar=Bar(float("inf"), 0.76))
-    nan = [[np.nan, 0.0], *one_off[1:]]
+        verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.76))
+    nan = [[np.nan, 0.0], *one_wrong[1:]]
     with pytest.raises(VerificationError, match="finite values are expected"):
-        verify(rows(right), rows(nan), IMAGES, bar=Bar(float("inf"), 0.0))
+        verify(rows(expected), rows(nan), IMAGES, bar=Bar(float("inf"), 0.0))
 
 
-def test_int8_has_integer_weights_a_float_classifier_and_the_figures_in_its_manifest(
+def test_int8_has_integer_weights_and_a_float_classifier(
     checkpoint: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "int8.onnx"
@@ -74,7 +73,7 @@ def test_int8_has_integer_weights_a_float_classifier_and_the_figures_in_its_mani
     assert exporter.load(output).info["precision"] == "int8"
 
 
-def test_int8_without_images_and_agreement_below_the_bar_are_refused(
+def test_int8_without_images_and_invalid_options_are_refused(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -95,7 +94,7 @@ def test_int8_without_images_and_agreement_below_the_bar_are_refused(
         image_files([photos[0], folder])
 
 
-def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
+def test_an_int8_fleet_gives_each_task_the_answers_of_its_own_model(
     make_checkpoint: Callable[..., Path],
     make_tuned: Callable[..., TunedModel],
     backbone_weights: Path,
@@ -119,7 +118,7 @@ def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
     fleet.add(tasks[2])
     x = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
     with torch.inference_mode():
-        own = {
+        expected = {
             name: make_tuned("aoft-lora-star", seed=seed)(torch.from_numpy(x)).numpy()
             for seed, name in enumerate(names)
         }
@@ -128,15 +127,15 @@ def test_a_fleet_in_int8_answers_each_task_as_its_own_model_and_takes_new_tasks(
     }
     mixed = [a.logits for a in fleet.predict(x, [names[i % 3] for i in range(len(x))])]
     for i, name in enumerate(names):
-        error = np.abs(found[name] - own[name]).max()
-        assert 0 < error < 0.1 * np.abs(own[name]).max()
+        error = np.abs(found[name] - expected[name]).max()
+        assert 0 < error < 0.1 * np.abs(expected[name]).max()
         for other in set(names) - {name}:
-            assert np.abs(found[name] - own[other]).max() > 3 * error
-        for row in range(i, len(x), 3):  # int8 takes the range of the whole batch
-            assert np.abs(mixed[row] - own[name][row]).max() < 2 * error
+            assert np.abs(found[name] - expected[other]).max() > 3 * error
+        for row in range(i, len(x), 3):  # the int8 ranges are those of the complete batch
+            assert np.abs(mixed[row] - expected[name][row]).max() < 2 * error
 
 
-def test_int8_below_the_bar_is_refused_and_leaves_no_file(
+def test_int8_below_the_minimum_agreement_is_refused(
     make_tuned: Callable[..., TunedModel],
     backbone_weights: Path,
     photos: list[Path],
@@ -144,7 +143,7 @@ def test_int8_below_the_bar_is_refused_and_leaves_no_file(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
-    """Two classes of which float32 prefers one and int8 the other, for one image at least."""
+    """Float32 and int8 choose different classes for at least one image."""
     tuned = make_tuned("rlrr")
     bias = tuned.trained()["head.head.bias"]
     preprocessing = Preprocessing(16, crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -157,13 +156,15 @@ def test_int8_below_the_bar_is_refused_and_leaves_no_file(
     with torch.no_grad():
         bias[:2] += 20
         first = task.with_name("first.onnx")
-        told: dict[str, Any] = {
-            "backbone": BackboneSource(weights=backbone_weights),
-            "precision": "int8",
-        }
-        export_merged(saved(), first, verify=VerifyOptions(images=photos, min_agreement=0), **told)
+        export_merged(
+            saved(),
+            first,
+            precision="int8",
+            backbone=BackboneSource(weights=backbone_weights),
+            verify=VerifyOptions(images=photos, min_agreement=0),
+        )
         x = np.stack([preprocessing(read_image(path)) for path in image_files(photos)])
-        run = exporter.load(first).run  # in batches of 7, as in verification: each has its ranges
+        run = exporter.load(first).run  # batches of 7, as in verification: ranges depend on it
         logits = tuned(torch.from_numpy(x)).numpy(), np.concatenate([run(x[:7]), run(x[7:])])
         exact, rounded = (each[:, 1] - each[:, 0] for each in logits)
         image = np.abs(rounded - exact).argmax()
@@ -181,7 +182,7 @@ def test_int8_below_the_bar_is_refused_and_leaves_no_file(
 
 
 @pytest.mark.parametrize("fleet", [False, True])
-def test_fp16_halves_the_weights_and_keeps_float_where_it_must(
+def test_fp16_has_half_precision_weights_and_float_inputs_norms_and_classifier(
     fleet: bool,
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
@@ -206,7 +207,7 @@ def test_fp16_halves_the_weights_and_keeps_float_where_it_must(
     assert manifest["verification"]["agreement"] >= 0.99
 
 
-def test_fp16_of_another_opset_than_its_own_is_refused(
+def test_an_unsupported_opset_is_refused(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],

@@ -1,4 +1,4 @@
-"""The faces of packages: what they offer exists, is documented, and is not hidden by a module."""
+"""The public names of packages exist, are documented, and are not shadowed by a module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACES += [f"aoft_deploy.{name}" for name in ("export", "fleet", "training", "tun
 
 
 def typed(face: ModuleType) -> dict[str, str]:
-    """The names that a face imports for type checkers, and their modules."""
+    """The names that a package imports for type checkers, and their modules."""
     tree = ast.parse(Path(str(face.__file__)).read_text("utf-8"))
     return {
         alias.name: str(node.module)
@@ -38,7 +38,7 @@ def typed(face: ModuleType) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_module_lists_what_it_defines(name: str) -> None:
+def test_the_names_in_all_of_a_module_exist(name: str) -> None:
     module = importlib.import_module(name)
     listed = list(getattr(module, "__all__", []))
     assert len(set(listed)) == len(listed)
@@ -47,7 +47,7 @@ def test_a_module_lists_what_it_defines(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_a_face_offers_what_it_lists(name: str) -> None:
+def test_the_public_names_of_a_package_can_be_imported(name: str) -> None:
     face = importlib.import_module(name)
     assert list(face.__all__) == sorted(face.__all__)
     assert set(face.__all__) == set(face._HOMES) == set(typed(face))
@@ -59,7 +59,7 @@ def test_a_face_offers_what_it_lists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_no_module_bears_the_name_of_what_its_face_offers(name: str) -> None:
+def test_no_module_shadows_a_public_name_of_its_package(name: str) -> None:
     face = importlib.import_module(name)
     modules = {module.name for module in pkgutil.iter_modules(face.__path__)}
     assert not modules & set(face.__all__)

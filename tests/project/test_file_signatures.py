@@ -164,8 +164,7 @@ def test_every_reader_names_the_kind_of_a_failed_download(
     kind, content = FILES[name]
     path = tmp_path / "task.file"
     path.write_bytes(content)
-    error = ArtefactError if reader == "ONNX" else CheckpointError
-    with pytest.raises(error) as caught:
+    with pytest.raises(ArtefactError if reader == "ONNX" else CheckpointError) as caught:
         READERS[reader](path)
     assert f"is {FOREIGN[kind]}" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

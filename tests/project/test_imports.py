@@ -1,4 +1,4 @@
-"""The table of ARCHITECTURE.md holds: who may import whom, and nothing goes in a circle."""
+"""Imports follow the table in ARCHITECTURE.md, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = {
     "aoft_demo": ROOT / "demo" / "aoft_demo",
 }
 LONGEST = 300
-"""Lines of a module."""
+"""Maximum number of lines of a module."""
 
 Graph = Mapping[str, set[str]]
 
@@ -34,14 +34,14 @@ MODULES = {
 
 
 def room(module: str) -> str:
-    """The room of a module: ``aoft_deploy.tuning``, or the package for what lies at its root."""
+    """The room of a module, such as ``aoft_deploy.tuning``; the package for its root modules."""
     parts = module.split(".")
     is_room = len(parts) > 2 or MODULES[module].name == "__init__.py"
     return ".".join(parts[:2]) if is_room else parts[0]
 
 
 def imports(text: str, known: Iterator[str] | Mapping[str, object]) -> Iterator[tuple[str, bool]]:
-    """The known modules that a source imports, and whether for type checking alone."""
+    """The known modules that a source imports, and whether only for type checking."""
     tree = ast.parse(text)
     for_types = {
         id(node)
@@ -63,8 +63,8 @@ def imports(text: str, known: Iterator[str] | Mapping[str, object]) -> Iterator[
                     yield alias.name, id(node) in for_types
 
 
-def circle(graph: Graph) -> list[str]:
-    """Nodes of a circle, in order; empty where there is none."""
+def cycle(graph: Graph) -> list[str]:
+    """Nodes of a cycle, in order; empty if there is none."""
     done: set[str] = set()
 
     def walk(node: str, path: list[str]) -> list[str]:
@@ -82,9 +82,9 @@ def circle(graph: Graph) -> list[str]:
 
 
 def table() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """From ARCHITECTURE.md: what each room may import, at all and for types alone.
+    """Read the table in ARCHITECTURE.md: allowed imports of each room, and those only for types.
 
-    A name is a room, a whole package, or a single module.
+    Each name is a room, a package, or a module.
     """
     allowed: dict[str, set[str]] = {}
     for_types: dict[str, set[str]] = {}
@@ -96,11 +96,11 @@ def table() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         usual, _, types = cell.partition("for types:")
         package = name.partition(".")[0]
 
-        def full(text: str, package: str = package) -> set[str]:
+        def full_names(text: str, package: str = package) -> set[str]:
             names = re.findall(r"`([\w.]+)`", text)
             return {n if n.startswith("aoft_") else f"{package}.{n}" for n in names}
 
-        allowed[name], for_types[name] = full(usual), full(types)
+        allowed[name], for_types[name] = full_names(usual), full_names(types)
     return allowed, for_types
 
 
@@ -109,24 +109,24 @@ GROUND = {module for module in MODULES if room(module) == "aoft_deploy"} - {"aof
 
 
 def forbidden(module: str, text: str) -> list[str]:
-    """What a module imports though the table does not let it."""
+    """The imports of a module that the table does not allow."""
     own = room(module)
-    wrong = []
-    for target, types_alone in imports(text, MODULES):
+    result = []
+    for target, types_only in imports(text, MODULES):
         names = {target, room(target), target.partition(".")[0]}
-        free = ALLOWED[own] | (FOR_TYPES[own] if types_alone else set())
-        if room(target) != own and not names & free and target not in GROUND:
-            wrong.append(target)
-    return wrong
+        allowed = ALLOWED[own] | (FOR_TYPES[own] if types_only else set())
+        if room(target) != own and not names & allowed and target not in GROUND:
+            result.append(target)
+    return result
 
 
 def file_graph(changed: Mapping[str, str] | None = None) -> dict[str, set[str]]:
-    """Which modules import which, faces and imports for types apart."""
+    """The modules that each module imports, without imports of faces and imports for types."""
     graph = {}
     for module, path in MODULES.items():
         text = (changed or {}).get(module) or path.read_text("utf-8")
         found = imports(text, MODULES) if path.name != "__init__.py" else iter(())
-        graph[module] = {target for target, types_alone in found if not types_alone} - {module}
+        graph[module] = {target for target, types_only in found if not types_only} - {module}
     return graph
 
 
@@ -137,27 +137,27 @@ def room_graph(graph: Graph) -> dict[str, set[str]]:
     return rooms
 
 
-def test_the_rooms_on_disk_are_those_of_the_table() -> None:
+def test_the_table_lists_all_rooms() -> None:
     assert {room(module) for module in MODULES} == set(ALLOWED)
     assert len([name for name in ALLOWED if name.startswith("aoft_deploy.")]) <= 9
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_imports_what_its_room_may(module: str) -> None:
+def test_the_imports_of_a_module_are_allowed(module: str) -> None:
     if MODULES[module].name != "__init__.py":
         assert forbidden(module, MODULES[module].read_text("utf-8")) == []
 
 
-def test_what_lies_at_the_root_of_the_library_imports_no_room() -> None:
+def test_the_root_modules_of_the_library_import_no_room() -> None:
     for module in GROUND:
         targets = imports(MODULES[module].read_text("utf-8"), MODULES)
         assert {target for target, _ in targets} <= GROUND
 
 
-def test_no_import_goes_in_a_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     graph = file_graph()
-    assert circle(graph) == []
-    assert circle(room_graph(graph)) == []
+    assert cycle(graph) == []
+    assert cycle(room_graph(graph)) == []
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -165,7 +165,7 @@ def test_no_module_is_too_long(module: str) -> None:
     assert len(MODULES[module].read_text("utf-8").splitlines()) <= LONGEST
 
 
-def test_a_planted_import_and_a_planted_circle_are_found() -> None:
+def test_planted_forbidden_imports_and_cycles_are_found() -> None:
     planted = "from aoft_deploy.serving.settings import Settings\n"
     assert forbidden("aoft_deploy.data.images", planted) == ["aoft_deploy.serving.settings"]
     planted = "def f():\n    from aoft_deploy.export import merged\n"
@@ -174,9 +174,9 @@ def test_a_planted_import_and_a_planted_circle_are_found() -> None:
     assert forbidden("aoft_deploy.artefacts.exporter", planted) == []
     assert forbidden("aoft_deploy.artefacts.exporter", planted.replace("if TYPE_CHECKING", "if 1"))
     low, high = "aoft_deploy.tuning.updates.delta", "aoft_deploy.tuning.updates.folding"
-    assert circle(file_graph({low: f"from {high} import fold_rows\n"})) in (
+    assert cycle(file_graph({low: f"from {high} import fold_rows\n"})) in (
         [low, high],
         [high, low],
     )
     planted = "from aoft_deploy.export.options import VerifyOptions\n"
-    assert circle(room_graph(file_graph({"aoft_deploy.checkpoints.rlrr": planted})))
+    assert cycle(room_graph(file_graph({"aoft_deploy.checkpoints.rlrr": planted})))
