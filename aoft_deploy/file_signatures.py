@@ -38,11 +38,11 @@ STARTS: tuple[tuple[bytes, str], ...] = (
 
 UNPACK = "unpack it first, and give the file inside"
 FOREIGN = {
-    "lfs": "a Git LFS pointer and not the file itself: fetch it with git lfs pull",
-    "html": "an HTML page, which a server sent in the file's place: download it again",
-    "xml": "an XML text, which a server may have sent in the file's place: download it again",
+    "lfs": "a Git LFS pointer instead of the file: fetch it with git lfs pull",
+    "html": "an HTML page, which a server sent instead of the file: download it again",
+    "xml": "an XML text, which a server may have sent instead of the file: download it again",
     "index": "the index of a checkpoint in several files: give one file with all weights",
-    "json": "a JSON text and holds no weights: give the file that it describes",
+    "json": "a JSON text without weights: give the file that it describes",
     "gzip": f"a gzip archive: {UNPACK}",
     "bzip2": f"a bzip2 archive: {UNPACK}",
     "xz": f"an xz archive: {UNPACK}",
@@ -51,7 +51,7 @@ FOREIGN = {
     "rar": f"a RAR archive: {UNPACK}",
     "tar": f"a tar archive: {UNPACK}",
     "archive": f"a zip archive: {UNPACK}",
-    "cut": "a zip archive without its end, as a download that stopped leaves it: download it again",
+    "cut": "an incomplete zip archive, as after an interrupted download: download it again",
     "script": "a TorchScript program, which is not run: save the model's state_dict() instead",
     "npy": "a single NumPy array: give all weights as .safetensors, .npz or .pth",
     "hdf5": "an HDF5 file, such as Keras writes: convert its weights to .safetensors",
@@ -60,10 +60,10 @@ FOREIGN = {
     "picture": "a picture: give a model's file",
     "pdf": "a PDF document: give a model's file",
     "onnx": "an ONNX model: give the checkpoint or the weights that it was made from",
-    "safetensors": "a safetensors file, whatever its suffix says",
-    "torch": "a file of torch.save, whatever its suffix says",
-    "pickle": "a pickle, which could run code, whatever its suffix says",
-    "npz": "an .npz file of NumPy arrays, whatever its suffix says",
+    "safetensors": "a safetensors file, but has another suffix",
+    "torch": "a file of torch.save, but has another suffix",
+    "pickle": "a pickle, which could run code, but has another suffix",
+    "npz": "an .npz file of NumPy arrays, but has another suffix",
 }
 """Description of each kind of file, and what the user should do."""
 

@@ -167,7 +167,7 @@ class Comparison:
             raise VerificationError(
                 f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
                 f"({self.agreeing} of {self.compared}) about {images} images, but at least "
-                f"{self.bar.min_agreement:.2%} is asked: nothing is written. Choose a higher "
+                f"{self.bar.min_agreement:.2%} is required: nothing is written. Choose a higher "
                 "`precision`, or lower `min_agreement`."
             )
         return Report(

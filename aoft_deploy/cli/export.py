@@ -156,7 +156,7 @@ def export(options: argparse.Namespace) -> None:
     report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
-    minimum = f" (asked {report.min_agreement:.1%})" if report.min_agreement else ""
+    minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""
     print(
         f"verified on {report.images} images at batch sizes "
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "

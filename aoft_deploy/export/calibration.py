@@ -37,14 +37,14 @@ def calibration_files(exporter: Exporter, precision: str, verify: VerifyOptions)
     learns = precision in exporter.calibrated
     if verify.calibrate and not learns:
         raise SettingError(
-            f"{precision} of {exporter.name} learns nothing from images: leave `calibrate` out."
+            f"{precision} of {exporter.name} needs no calibration images: leave `calibrate` out."
         )
     if not learns:
         return []
     if not verify.calibrate:
         raise SettingError(
-            f"{precision} of {exporter.name} learns its ranges from images: give {FEWEST} or more "
-            "of the task's training images, or a folder of them, with `calibrate`."
+            f"{precision} of {exporter.name} needs calibration images: give {FEWEST} or more "
+            "training images of the task, or a folder of them, with `calibrate`."
         )
     verifying = {path.resolve() for path in image_files(verify.images)}
     calibrating = {path.resolve(): path for path in image_files(verify.calibrate)}

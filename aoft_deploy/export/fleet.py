@@ -175,10 +175,7 @@ def _fleet_exporter(to: str, form: str) -> tuple[Exporter, FleetSupport]:
         able = sorted(each.name for each in exporters() if each.fleet is not None)
         raise SettingError(f"{to} writes no fleets: choose {' or '.join(able)} with `to`.")
     if form not in ("auto", *exporter.fleet.forms):
-        raise SettingError(
-            f"{to} would answer all images of a batch by one task in the form {form}: leave `form` "
-            "out."
-        )
+        raise SettingError(f"{to} does not support fleets of the form {form}: leave `form` out.")
     return exporter, exporter.fleet
 
 
@@ -225,8 +222,8 @@ def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoin
             expected, value = {**defaults, **expected}, {**defaults, **value}
         if expected != value:
             raise CheckpointError(
-                f"{path} has another {name} than {first_path}, so they cannot be one fleet: "
-                f"export each by itself, or fleets of equal {name}."
+                f"{path} and {first_path} differ in their {name}, so they cannot be one fleet: "
+                f"export each by itself, or fleets with the same {name}."
             )
 
 

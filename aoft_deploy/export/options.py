@@ -52,8 +52,8 @@ def bar_for(exporter: Exporter, precision: str, verify: VerifyOptions) -> Bar:
         return Bar(exporter.tolerance)
     if not verify.images:
         raise SettingError(
-            f"`precision={precision}` is judged by its answers to real images: give some of the "
-            "task's, or a folder of them, with `images`."
+            f"`precision={precision}` is verified on real images: give images of the task, or "
+            "a folder of them, with `images`."
         )
     return Bar(float("inf"), verify.min_agreement)
 

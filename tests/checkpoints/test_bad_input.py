@@ -44,7 +44,7 @@ FOREIGN = {
         "a safetensors file, but no checkpoint",
     ),
     "pickle": (b"\x80\x04K\x01.", "is a pickle, which could run code"),
-    "zip": (b"PK\x03\x04" + bytes(50), "is a zip archive without its end"),
+    "zip": (b"PK\x03\x04" + bytes(50), "is an incomplete zip archive"),
 }
 
 

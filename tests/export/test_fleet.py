@@ -234,9 +234,9 @@ def test_invalid_task_indices_are_refused(
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"method": "lora"}, "has another method than"),
-        ({"method": "rlrr", "rank": 2}, "has another settings than"),
-        ({"method": "rlrr", "size": 17}, "has another preprocessing than"),
+        ({"method": "lora"}, "differ in their method, so"),
+        ({"method": "rlrr", "rank": 2}, "differ in their settings, so"),
+        ({"method": "rlrr", "size": 17}, "differ in their preprocessing, so"),
     ],
 )
 def test_tasks_that_cannot_share_a_graph_are_refused(

@@ -83,7 +83,7 @@ def test_int8_without_images_and_invalid_options_are_refused(
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
     options += ["-o", tmp_path / "a.onnx"]
     line = refused(main, *options, "--precision", "int8")
-    assert "judged by its answers to real images" in line
+    assert "is verified on real images" in line
     line = refused(main, *options, "--precision", "int4")
     assert "Unknown precision of onnx 'int4'. Did you mean int8?" in line
     line = refused(main, *options, "--min-agreement", "99")
@@ -174,7 +174,7 @@ def test_int8_below_the_minimum_agreement_is_refused(
     line = refused(main, *options, "--min-agreement", "1")
     assert re.match(
         r"The top class agrees with the unmerged model's in \d+\.\d\d% of the answers \(\d of 9\) "
-        r"about 9 images, but at least 100\.00% is asked: nothing is written",
+        r"about 9 images, but at least 100\.00% is required: nothing is written",
         line,
     )
     share = float(re.findall(r"in (\d+\.\d+)%", line)[0])

@@ -288,7 +288,7 @@ def test_a_fleet_of_two_architectures_is_refused(
     second.write_bytes(trained(NAME).read_bytes())
     options = ["--backbone-weights", clip, "-o", tmp_path / "f.onnx"]
     line = refused(main, "--fleet", first, second, *options)
-    assert f"{second} has another backbone than {first}" in line
+    assert f"{second} and {first} differ in their backbone" in line
 
 
 def test_a_packed_file_of_another_architecture_is_refused(

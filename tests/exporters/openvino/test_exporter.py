@@ -491,14 +491,14 @@ def test_calibration_is_refused_where_it_is_missing_unused_or_too_small(
     )
     for unused in (["--to", "openvino"], ["--precision", "int8"], ["--to", "timm"]):
         line = refused(main, *options, *unused, "--calibrate", many)
-        assert "learns nothing from images: leave --calibrate out" in line
+        assert "needs no calibration images: leave --calibrate out" in line
 
 
 def test_calibration_does_not_go_with_a_fleet_in_fp32(
     checkpoint: Path, many: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, "--fleet", checkpoint, "--to", "openvino", "--calibrate", many)
-    assert "learns nothing from images: leave --calibrate out" in line
+    assert "needs no calibration images: leave --calibrate out" in line
 
 
 def test_judged_images_are_not_calibrated_with_and_many_are_thinned(

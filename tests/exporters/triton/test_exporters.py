@@ -203,7 +203,7 @@ def test_what_triton_cannot_run_is_refused(
 ) -> None:
     options = ["--backbone-weights", backbone_weights, "-o", tmp_path / "a"]
     line = refused(main, "--fleet", checkpoint, *options, "--to", "triton", "--form", "folded")
-    assert "would answer all images of a batch by one task in the form folded" in line
+    assert "does not support fleets of the form folded" in line
     line = refused(main, "--merge", checkpoint, *options, "--to", "triton", "--batches", 3, 2, 1)
     assert "--batches is 3 2 1, but must be the smallest, usual and largest batch" in line
     if find_gpu() is None or library().name == "tensorrt-rtx":
