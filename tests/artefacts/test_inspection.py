@@ -46,7 +46,7 @@ def test_an_artefact_is_described_with_its_graph_and_matching_manifest(artefact:
     assert found["verification"]["agreement"] == 1.0
 
 
-def test_the_description_says_that_an_artefact_has_no_manifest(
+def test_an_artefact_without_a_manifest_is_described_as_such(
     artefact: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a.onnx").write_bytes(artefact.read_bytes())
@@ -55,7 +55,7 @@ def test_the_description_says_that_an_artefact_has_no_manifest(
     assert "verification" not in found
 
 
-def test_the_description_says_that_an_artefact_was_changed_after_its_verification(
+def test_an_artefact_that_differs_from_its_manifest_is_described_as_changed(
     artefact: Path, tmp_path: Path
 ) -> None:
     manifest = artefact.with_name(artefact.name + ".json").read_bytes()
@@ -149,9 +149,9 @@ def test_invalid_json_in_the_metadata_of_a_foreign_graph_is_shown_as_text(
     import onnx
 
     model = onnx.load(artefact)
-    odd = {"deep": "[" * 100_000, "long": "9" * 5000, "plain": "text"}
-    onnx.helper.set_model_props(model, odd)
+    entries = {"deep": "[" * 100_000, "long": "9" * 5000, "plain": "text"}
+    onnx.helper.set_model_props(model, entries)
     onnx.save(model, tmp_path / "a.onnx")
     found = describe(tmp_path / "a.onnx")
-    assert {key: found[key] for key in odd} == odd
+    assert {key: found[key] for key in entries} == entries
     assert list(contents(tmp_path)) == ["a.onnx"]

@@ -108,23 +108,23 @@ def test_skipped_files_in_an_image_folder_are_reported(
 def test_a_checkpoint_whose_name_is_not_utf_8_is_refused(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    strange = tmp_path / os.fsdecode(b"caf\xe9.ckpt")
-    strange.write_bytes(checkpoint.read_bytes())
-    options = ["--merge", strange, "--backbone-weights", backbone_weights, "--to", "timm"]
+    path = tmp_path / os.fsdecode(b"caf\xe9.ckpt")
+    path.write_bytes(checkpoint.read_bytes())
+    options = ["--merge", path, "--backbone-weights", backbone_weights, "--to", "timm"]
     assert "is not valid UTF-8" in refused(main, *options)
 
 
 def test_an_image_whose_name_is_not_utf_8_is_in_the_manifest(
     checkpoint: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
-    strange.write_bytes(photos[0].read_bytes())
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(photos[0].read_bytes())
     output = tmp_path / "a.safetensors"
     options: list[Any] = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
-    options += ["--to", "timm", "-o", output, "--images", strange]
+    options += ["--to", "timm", "-o", output, "--images", path]
     assert main([str(option) for option in options]) == 0
     manifest = json.loads((tmp_path / "a.safetensors.json").read_text("utf-8"))
-    assert os.fsencode(strange.name).decode("utf-8", "surrogateescape") in manifest["command"]
+    assert os.fsencode(path.name).decode("utf-8", "surrogateescape") in manifest["command"]
 
 
 def running(command: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:

@@ -87,7 +87,7 @@ def save_png_bomb(path: Path) -> None:
 
 
 @pytest.fixture
-def odd(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, Path]:
+def unusual(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, Path]:
     """Valid image files of unusual sizes, modes and formats."""
     image = make_picture(30, 20, seed=3)
     paths = {
@@ -117,10 +117,10 @@ def odd(tmp_path: Path, make_picture: Callable[..., Image.Image]) -> dict[str, P
 
 
 def test_unusual_images_are_classified(
-    artefact: Path, odd: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    artefact: Path, unusual: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = answers(capsys, artefact, *odd.values())
-    assert [answer["image"] for answer in found] == [str(path) for path in odd.values()]
+    found = answers(capsys, artefact, *unusual.values())
+    assert [answer["image"] for answer in found] == [str(path) for path in unusual.values()]
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_good_images_are_classified_despite_bad_ones(
     mixed = [path for pair in zip(bad, photos, strict=False) for path in pair]
     assert main([str(artefact), *map(str, mixed), "--json"]) == 1
     out, err = capsys.readouterr()
-    found = [json.loads(line)["image"] for line in out.splitlines()]
-    assert found == [str(path) for path in photos[: len(bad)]]
+    answered = [json.loads(line)["image"] for line in out.splitlines()]
+    assert answered == [str(path) for path in photos[: len(bad)]]
     assert len(err.splitlines()) == 1
     assert "empty.png" in err
     assert f"({len(bad) - 1} more have no answer)" in err
@@ -222,9 +222,9 @@ def test_a_file_that_is_not_an_artefact_is_refused(
 def test_an_image_whose_name_is_not_utf_8_is_classified(
     artefact: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
-    strange.write_bytes(photos[0].read_bytes())
-    assert main([str(artefact), str(strange)]) == 0
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(photos[0].read_bytes())
+    assert main([str(artefact), str(path)]) == 0
     assert r"caf\udce9.png" in capsys.readouterr().out
 
 

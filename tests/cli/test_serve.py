@@ -77,10 +77,10 @@ def test_invalid_settings_are_errors(artefact: Path, tmp_path: Path) -> None:
 
 
 def test_an_address_in_use_is_an_error(artefact: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         command = [
             sys.executable,
             "-m",

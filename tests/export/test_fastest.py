@@ -105,7 +105,7 @@ def test_the_choice_is_not_slower_than_fp32_at_any_batch_size(
     assert chosen_of(**ratios) == wanted
 
 
-def test_the_manifest_says_at_which_batch_size_a_candidate_was_slower() -> None:
+def test_the_manifest_lists_the_batch_sizes_at_which_a_candidate_is_slower() -> None:
     fast, slow = Candidate("onnx", "fp32", (1, 1)), Candidate("onnx", "int8", (3, 0.84))
     _, judged = choose([fast, slow])
     assert [c.to_dict().get("slower_than_fp32_at") for c in judged] == [None, [8]]

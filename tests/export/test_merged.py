@@ -85,7 +85,7 @@ def test_the_manifest_holds_the_command_that_repeats_the_export(
     assert f"-o {artefact} " in manifest["command"]
 
 
-def test_the_manifest_of_a_pixel_artefact_says_so(pixel_artefact: Path) -> None:
+def test_the_manifest_of_a_pixel_artefact_has_a_uint8_input(pixel_artefact: Path) -> None:
     manifest = json.loads(manifest_path(pixel_artefact).read_text("utf-8"))
     assert manifest["input"] == {
         "name": "image",
