@@ -137,10 +137,15 @@ def test_a_damaged_file_is_refused(name: str, content: bytes, message: str, tmp_
         describe(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json", ""])
+@pytest.mark.parametrize("name", ["missing", "missing.onnx", "missing.json"])
 def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no file"):
         describe(tmp_path / name)
+
+
+def test_a_folder_without_an_artefact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder"):
+        describe(tmp_path)
 
 
 def test_invalid_json_in_the_metadata_of_a_foreign_graph_is_shown_as_text(

@@ -50,7 +50,7 @@ def test_a_file_of_another_kind_is_refused(
     (tmp_path / "a").write_text("text")
     assert "is no checkpoint" in refused(main, tmp_path / "a")
     assert "There is no file" in refused(main, tmp_path / "missing")
-    assert "is a folder that holds no artefact" in refused(main, tmp_path)
+    assert "is a folder" in refused(main, tmp_path)
     assert "no checkpoint of aoft-train" in refused(main, backbone_weights)
 
 
