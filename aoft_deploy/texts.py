@@ -9,8 +9,8 @@ __all__ = ["decoded", "one_line", "shortened"]
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """An error's text without line breaks, cut to ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    """An error's text in one line of at most ``most`` characters; its class if it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def shortened(value: object, most: int = 60) -> str:

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.errors import AoftError
 
-__all__ = ["Apart"]
+__all__ = ["SubprocessEngine"]
 
 
-class Apart:
+class SubprocessEngine:
     """An ``Engine`` that runs in a subprocess. It is not thread-safe.
 
     The subprocess ends with ``close``, with the context manager, or with this process.
@@ -75,7 +75,7 @@ class Apart:
             with contextlib.suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> SubprocessEngine:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine
-from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.isolation import SubprocessEngine
 
-__all__ = ["Subject", "Timing", "inputs_for", "interleaved", "trusted"]
+__all__ = ["Subject", "Timing", "inputs_for", "interleaved", "trusted_peaks"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def interleaved(
 
     Every other round runs in reverse order. A turn consists of two runs, of which the second is
     timed: the first run finds the caches filled by another engine. Engines in one process affect
-    each other as well, so each one should run in a subprocess (``Apart``).
+    each other as well, so each one should run in a subprocess (``SubprocessEngine``).
 
     Args:
         subjects: The engines. Ratios are relative to the first one.
@@ -166,7 +166,7 @@ def interleaved(
     ]
 
 
-def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
+def trusted_peaks(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, float]:
     """The peaks of ``gemm_peaks`` that no engine exceeds.
 
     An engine's kernels can be faster than PyTorch's. The measured peak of that precision is then
@@ -178,7 +178,7 @@ def trusted(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict[str, 
 
 
 def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...], clock: Callable[[], float]) -> float:
-    if isinstance(engine, Apart):
+    if isinstance(engine, SubprocessEngine):
         return engine.seconds(*inputs)
     start = clock()
     engine.run(*inputs)

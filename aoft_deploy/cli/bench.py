@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def bench(options: argparse.Namespace) -> None:
     """Time the artefacts, and print, write and plot the results."""
     from aoft_deploy.artefacts.machine import gemm_peaks, machine
-    from aoft_deploy.artefacts.timing import interleaved, trusted
+    from aoft_deploy.artefacts.timing import interleaved, trusted_peaks
     from aoft_deploy.drawing import check_matplotlib
     from aoft_deploy.errors import OutputError
     from aoft_deploy.files import json_text
@@ -69,7 +69,7 @@ def bench(options: argparse.Namespace) -> None:
     _print(timings)
     on_cpu = all(subject.engine.device == "cpu" for subject in subjects)
     measured = gemm_peaks(max(threads)) if on_cpu else {}
-    peaks = trusted(measured, timings)
+    peaks = trusted_peaks(measured, timings)
     _print_shares(timings, peaks, measured)
     try:
         if options.json:
@@ -89,7 +89,7 @@ def _subjects(
 ) -> list[Subject]:
     """Load every artefact in every engine, with the shortest names that are unique."""
     from aoft_deploy.artefacts.engine import EngineOptions
-    from aoft_deploy.artefacts.isolation import Apart
+    from aoft_deploy.artefacts.isolation import SubprocessEngine
     from aoft_deploy.artefacts.registry import load_artefact
     from aoft_deploy.artefacts.timing import Subject
 
@@ -99,7 +99,7 @@ def _subjects(
         for name in options.engines or [None]:
             for count in threads:
                 load = partial(load_artefact, path, EngineOptions(name, count, options.device))
-                engine = engines.enter_context(Apart(load))
+                engine = engines.enter_context(SubprocessEngine(load))
                 label = path.name if short else str(path)
                 label += f" {name}" if name else ""
                 label += f" ×{count}" if len(threads) > 1 else ""

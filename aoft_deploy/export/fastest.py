@@ -13,7 +13,7 @@ from typing import Any
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.isolation import SubprocessEngine
 from aoft_deploy.artefacts.machine import machine
 from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, read_manifest
 from aoft_deploy.artefacts.registry import get_exporter, load_artefact
@@ -271,7 +271,7 @@ def _timed(drafts: dict[Candidate, Exported]) -> list[Candidate]:
     options = EngineOptions(threads=processors())
     with ExitStack() as stack:
         engines = {
-            c: stack.enter_context(Apart(partial(load_artefact, draft.path, options)))
+            c: stack.enter_context(SubprocessEngine(partial(load_artefact, draft.path, options)))
             for c, draft in drafts.items()
         }
         subjects = [Subject.of(f"{c.to} {c.precision}", engine) for c, engine in engines.items()]

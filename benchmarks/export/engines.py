@@ -30,11 +30,11 @@ from torch import nn
 
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
-from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.isolation import SubprocessEngine
 from aoft_deploy.artefacts.machine import gemm_peaks, machine
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.artefacts.spec import BuildOptions, Calibration, ExportSpec, InputSpec
-from aoft_deploy.artefacts.timing import Subject, interleaved, trusted
+from aoft_deploy.artefacts.timing import Subject, interleaved, trusted_peaks
 from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.processors import processors
@@ -166,13 +166,13 @@ def main() -> None:
         peaks = gemm_peaks(options.threads)
         with contextlib.ExitStack() as stack:
             subjects = [
-                Subject(name, stack.enter_context(Apart(load)), flops, VARIANTS[name][0])
+                Subject(name, stack.enter_context(SubprocessEngine(load)), flops, VARIANTS[name][0])
                 for name, load in loads.items()
             ]
             timings = interleaved(subjects, options.batches, (size, size), options.rounds)
         after = gemm_peaks(options.threads)
         measured = {n: max(peaks.get(n, 0.0), after.get(n, 0.0)) for n in peaks | after}
-        peaks = trusted(measured, timings)
+        peaks = trusted_peaks(measured, timings)
     print(f"{'batch':>5}  {'variant':34}{'ms':>9}{'img/s':>8}{'ratio':>7}  of the peak")
     for timing in timings:
         share = timing.share(peaks)

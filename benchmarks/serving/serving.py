@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.isolation import SubprocessEngine
 from aoft_deploy.artefacts.machine import machine
 from aoft_deploy.artefacts.registry import load_artefact
 
@@ -312,7 +312,7 @@ def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[
     """The time that the server adds to that of one image."""
     image = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     server = Server(f"merged={options.artefact}", "--max-batch", 1, *threads)
-    with Apart(
+    with SubprocessEngine(
         partial(load_artefact, options.artefact, EngineOptions(threads=options.threads))
     ) as engine:
         served, alone, own = server.take_turns(

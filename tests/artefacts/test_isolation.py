@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.engine import Engine
-from aoft_deploy.artefacts.isolation import Apart
+from aoft_deploy.artefacts.isolation import SubprocessEngine
 from aoft_deploy.artefacts.timing import Subject, interleaved
 from aoft_deploy.errors import AoftError, UnknownNameError
 
@@ -46,7 +46,7 @@ def unknown() -> Engine:
 def test_an_engine_in_a_subprocess_gives_the_same_answers() -> None:
     images = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
     task = np.array([0, 5])
-    with Apart(partial(Summing, 2.0, tasks=True)) as engine:
+    with SubprocessEngine(partial(Summing, 2.0, tasks=True)) as engine:
         assert engine.info["process"] != str(os.getpid())
         assert (engine.device, engine.takes_pixels, engine.takes_tasks) == ("cpu", False, True)
         np.testing.assert_array_equal(
@@ -56,7 +56,7 @@ def test_an_engine_in_a_subprocess_gives_the_same_answers() -> None:
 
 
 def test_an_exception_in_the_subprocess_is_raised_here_and_the_engine_still_runs() -> None:
-    with Apart(partial(Summing, 1.0)) as engine:
+    with SubprocessEngine(partial(Summing, 1.0)) as engine:
         with pytest.raises(ValueError, match="no images"):
             engine.run(np.zeros((0, 3, 2, 2), np.float32))
         assert engine.run(np.ones((1, 3, 2, 2), np.float32)).tolist() == [[12.0]]
@@ -64,17 +64,17 @@ def test_an_exception_in_the_subprocess_is_raised_here_and_the_engine_still_runs
 
 def test_an_exception_while_loading_is_raised_here() -> None:
     with pytest.raises(AoftError, match="onyx"):
-        Apart(unknown)
+        SubprocessEngine(unknown)
 
 
 def test_the_end_of_the_subprocess_is_an_error() -> None:
-    with Apart(partial(Summing, 1.0)) as engine:
+    with SubprocessEngine(partial(Summing, 1.0)) as engine:
         with pytest.raises(AoftError, match="process ended with 7"):
             engine.run(np.zeros((13, 3, 2, 2), np.float32))
 
 
 def test_the_subprocess_ends_with_the_context_manager() -> None:
-    with Apart(partial(Summing, 1.0)) as engine:
+    with SubprocessEngine(partial(Summing, 1.0)) as engine:
         process = int(engine.info["process"])
         os.kill(process, 0)
     with pytest.raises(ProcessLookupError):
@@ -82,7 +82,10 @@ def test_the_subprocess_ends_with_the_context_manager() -> None:
 
 
 def test_engines_in_subprocesses_are_timed_there() -> None:
-    with Apart(partial(Summing, 1.0)) as one, Apart(partial(Summing, 2.0)) as other:
+    with (
+        SubprocessEngine(partial(Summing, 1.0)) as one,
+        SubprocessEngine(partial(Summing, 2.0)) as other,
+    ):
         timings = interleaved([Subject.of("1", one), Subject.of("2", other)], [1, 2], (4, 4), 3)
     assert [(t.subject.name, t.batch) for t in timings] == [("1", 1), ("2", 1), ("1", 2), ("2", 2)]
     assert all(0 < second < 60 for timing in timings for second in timing.seconds)
@@ -90,4 +93,4 @@ def test_engines_in_subprocesses_are_timed_there() -> None:
 
 def test_a_loader_that_returns_no_engine_is_an_error() -> None:
     with pytest.raises(AttributeError, match="info"):
-        Apart(partial(operator.add, 1, 2))
+        SubprocessEngine(partial(operator.add, 1, 2))

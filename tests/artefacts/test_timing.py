@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.machine import gemm_peaks
-from aoft_deploy.artefacts.timing import Subject, Timing, inputs_for, interleaved, trusted
+from aoft_deploy.artefacts.timing import Subject, Timing, inputs_for, interleaved, trusted_peaks
 from aoft_deploy.errors import ArtefactError
 
 
@@ -95,11 +95,11 @@ def timing(precision: str, rate: float) -> Timing:
 
 def test_a_peak_that_an_engine_exceeds_is_not_trusted() -> None:
     timings = [timing("fp32", 90.0), timing("int8", 300.0), timing("int8", 50.0)]
-    assert trusted({"fp32": 100.0, "int8": 280.0}, timings) == {"fp32": 100.0}
+    assert trusted_peaks({"fp32": 100.0, "int8": 280.0}, timings) == {"fp32": 100.0}
     both = {"fp32": 90.0, "int8": 301.0}
-    assert trusted(both, timings) == both
+    assert trusted_peaks(both, timings) == both
     unknown = Timing(Subject("x", idle(), None, "fp32"), 1, (1e-9,), (1.0,))
-    assert trusted(both, [unknown]) == both
+    assert trusted_peaks(both, [unknown]) == both
 
 
 def test_inputs_have_the_type_and_shape_that_the_engine_takes() -> None:
