@@ -1,5 +1,5 @@
-"""Back ends that merged models are exported to. Each module has the same verbs.
+"""Exporters, one package for each runtime.
 
-``SUFFIX``, ``TOLERANCE`` and ``PRECISIONS``; ``export(model, path, spec)`` writes one file;
-``load(path) -> Engine`` runs it.
+Each exporter module defines ``export``, ``load`` and ``describe`` and collects them in a value
+``EXPORTER``. Entry points of the group ``aoft_deploy.exporters`` name these values.
 """

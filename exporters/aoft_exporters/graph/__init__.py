@@ -1,1 +1,1 @@
-"""ONNX graphs of models: traced, cached, and lowered."""
+"""ONNX graphs of models: traced, cached, lowered and converted to low precision."""

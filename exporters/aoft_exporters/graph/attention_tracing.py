@@ -1,4 +1,4 @@
-"""Attention traced as one node, to be lowered later."""
+"""Trace each attention as one node, which ``attention_lowering`` replaces."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DOMAIN = "aoft"
 
 @contextlib.contextmanager
 def attention_as_one_node() -> Iterator[None]:
-    """Let ``torch.onnx.export`` write attention as ``aoft::Attention`` meanwhile.
+    """Context manager: ``torch.onnx.export`` writes attention as ``aoft::Attention``.
 
-    What is not of four axes (sam, twins, nest, hiera) is flattened into the heads of a batch of
-    one; attention that the node cannot state is left to torch.
+    Inputs of other than four axes (sam, twins, nest, hiera) are flattened into the heads of a batch
+    of one. Attention that is causal, has dropout or a boolean mask is exported by torch as usual.
     """
     import torch
 
@@ -40,21 +40,21 @@ def attention_as_one_node() -> Iterator[None]:
             if attn_mask is not None:
                 attn_mask = attn_mask.expand(*axes, *attn_mask.shape[-2:]).flatten(0, -3)[None]
             q, k, v = (tensor.flatten(0, -3)[None] for tensor in (q, k, v))
-            whole = one_node(q, k, v, attn_mask, dropout_p, is_causal, scale, **others)
-            return whole[0].unflatten(0, axes)
-        numbers = attn_mask is None or attn_mask.dtype == q.dtype
-        if is_causal or dropout_p or others or not numbers:
+            flat = one_node(q, k, v, attn_mask, dropout_p, is_causal, scale, **others)
+            return flat[0].unflatten(0, axes)
+        additive = attn_mask is None or attn_mask.dtype == q.dtype
+        if is_causal or dropout_p or others or not additive:
             options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, **others}
             return fused(q, k, v, attn_mask, **options)
-        heads = q.shape[1] if isinstance(q.shape[1], int) else 0  # 0: not the same always
+        heads = q.shape[1] if isinstance(q.shape[1], int) else 0  # 0: dynamic
         width = int(q.shape[-1])
         factor = 1 / math.sqrt(width) if scale is None else scale
-        told: dict[str, Any] = {"heads": heads, "width": width, "scale": factor}
+        attributes: dict[str, Any] = {"heads": heads, "width": width, "scale": factor}
         inputs = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Attention",
             inputs,
-            told,
+            attributes,
             dtype=q.dtype,
             shape=(*q.shape[:-1], v.shape[-1]),
             version=1,

@@ -1,13 +1,13 @@
-"""The graph of a backbone, traced once; further exports only put weights into it.
+"""Cache of traced graphs, without their weights.
 
-Tracing a model takes most of an export's time and depends on its weights in nothing. What is kept
-is the graph with its constants and the names of its weights, some hundred kilobytes; the weights
-are those of the model at hand. A graph is kept only if every weight that its answer depends on
-stands in it as it is, so that none is left inside a computed constant. Exports are verified against
-the unmerged model whether their graph was kept or not.
+Tracing a model takes most of an export's time and does not depend on the values of its weights. A
+cached graph holds its operators, its constants and the names of its weights, some hundred
+kilobytes; each export fills in the weights of its own model. A graph is cached only if it stores
+every weight that its output depends on unchanged, so that no weight hides in a folded constant.
+Every export is verified against the unmerged model, with a cached graph too.
 
-Graphs lie in ``$AOFT_CACHE_DIR``, by default ``aoft-deploy`` in the user's cache folder; an empty
-``AOFT_CACHE_DIR`` turns this off. Removing the folder is safe at any time.
+The cache is ``$AOFT_CACHE_DIR``, by default ``aoft-deploy`` in the user's cache folder. An empty
+``AOFT_CACHE_DIR`` disables it. The folder can be removed at any time.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ def graph_of(
     opset: int = OPSET,
     separate: bool = False,
 ) -> Any:
-    """The model as an ONNX protobuf, from a kept graph where there is one.
+    """The model as an ONNX protobuf, from the cache if its graph is there.
 
     Args:
-        model: In evaluation mode; it is not changed.
+        model: A model in evaluation mode; it is not changed.
         examples: An example of each input, and the name of its first axis, which is dynamic.
-        kind: What the graph depends on beside the model's classes and shapes; JSON values. None
-            where that is not known, and nothing is kept.
-        opset: See ``attention.lower``.
-        separate: Likewise.
+        kind: JSON values that the graph inputs on besides the model's modules and shapes; None
+            bypasses the cache.
+        opset: As for ``attention_lowering.lower``.
+        separate: As for ``attention_lowering.lower``.
     """
     import onnx
 
-    path = None if kind is None else _path(model, examples, kind)
-    kept = None if path is None else _kept(path)
-    if path is not None and kept is None:
-        kept = _skeleton(model, examples) or onnx.ModelProto()
+    path = None if kind is None else _cache_path(model, examples, kind)
+    cached = None if path is None else _read(path)
+    if path is not None and cached is None:
+        cached = _skeleton(model, examples) or onnx.ModelProto()
         with contextlib.suppress(OSError, OutputError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
-                draft.write_bytes(kept.SerializeToString())
-    if kept is None or not kept.graph.node:  # nothing kept, or a graph that cannot be
+                draft.write_bytes(cached.SerializeToString())
+    if cached is None or not cached.graph.node:  # no cache, or a graph that cannot be cached
         graph = trace(model, examples).proto
     else:
-        graph = kept
+        graph = cached
         _fill(graph, model)
     for tensor in graph.graph.initializer:
         tensor.ClearField("doc_string")
@@ -77,14 +77,14 @@ def graph_of(
     return graph
 
 
-def _path(
+def _cache_path(
     model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any]
 ) -> Path | None:
-    """Where the graph of such a model is kept; None where nothing is to be kept."""
+    """File of a model's graph in the cache; None if the cache is disabled."""
     folder = cache_folder()
     if folder is None:
         return None
-    depends = {
+    inputs = {
         "kind": dict(kind),
         "model": str(model),
         "state": [(n, list(t.shape), str(t.dtype)) for n, t in model.state_dict().items()],
@@ -92,7 +92,7 @@ def _path(
         "versions": [_version(package) for package in PACKAGES],
         "code": _code(),
     }
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
     return folder / f"{digest}.graph"
 
 
@@ -104,7 +104,7 @@ def _version(package: str) -> str:
 
 
 def _code() -> str:
-    """Hash of this project's own code, any of which may change what is traced."""
+    """Hash of this project's source code: any module may change the traced graph."""
     digest = hashlib.sha256()
     for package in ("aoft_deploy", "aoft_exporters"):
         folder = Path(str(sys.modules[package].__file__)).parent
@@ -113,18 +113,18 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _kept(path: Path) -> Any:
-    """The kept graph, without nodes if the model's cannot be kept; None where nothing is there."""
+def _read(path: Path) -> Any:
+    """A cached graph, empty if the model's cannot be cached; None if there is no readable file."""
     import onnx
 
     try:
         return onnx.ModelProto.FromString(path.read_bytes())
-    except Exception:  # not there, or damaged, of which protobuf raises classes of its own
+    except Exception:  # missing or damaged; protobuf raises its own classes
         return None
 
 
 def _skeleton(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
-    """The graph without weights; None where a weight does not stand in it as it is."""
+    """The graph without weights; None if it does not store a weight unchanged."""
     import onnx
 
     model = copy.deepcopy(model)
@@ -145,7 +145,7 @@ def _skeleton(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
 
 
 def _make_distinct(model: nn.Module) -> None:
-    """Give every parameter and buffer of floats numbers that no other has."""
+    """Fill every floating-point parameter and buffer with different random values."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,7 @@ def _make_distinct(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers of floats by the names that they have in a graph."""
+    """Floating-point parameters and buffers by their names in a graph."""
     return {
         plain_name(name): tensor.detach().numpy()
         for name, tensor in model.state_dict().items()
@@ -166,7 +166,7 @@ def _weights(model: nn.Module) -> dict[str, Any]:
 
 
 def _fill(graph: Any, model: nn.Module) -> None:
-    """Put the model's weights where the graph names them."""
+    """Store the model's weights in the graph's initialisers of the same names."""
     weights = _weights(model)
     for tensor in graph.graph.initializer:
         weight = weights.get(tensor.name)

@@ -1,4 +1,4 @@
-"""A graph in low precision computed in float32, every result rounded to its precision."""
+"""Emulate a low-precision graph in float32 by rounding every result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = ["emulated", "left_in_float", "low_results"]
 
 
 def emulated(proto: Any, *, rounded: bool = True) -> Any:
-    """What a graph in low precision computes, in float32 with every result rounded.
+    """A float32 graph that computes the results of a low-precision graph.
 
-    For runtimes that lack kernels in low precision or leave out the rounding between them. Sums
-    within a product are in float32, as on GPUs. Weights stay stored as they are.
+    It serves runtimes that have no kernels in low precision or do not round between operators. Sums
+    within a product are in float32, as on GPUs. Weights remain stored in low precision.
 
     Args:
-        proto: What ``typed`` returned; it is not changed.
-        rounded: Whether results are rounded. Without it they show how large they are.
+        proto: A graph of ``typed``; it is not changed.
+        rounded: Round every result to its precision. Without rounding, results beyond the range
+            keep their magnitude.
 
     Returns:
         A new ONNX model with the same inputs, outputs, initialisers and metadata.
@@ -65,27 +66,27 @@ def emulated(proto: Any, *, rounded: bool = True) -> Any:
 
 
 def low_results(proto: Any) -> dict[str, str]:
-    """What a graph in low precision computes in it.
+    """Computed tensors in low precision.
 
     Returns:
-        Names of tensors in low precision, and what each is called in the graph before ``typed``.
+        Their names, each with the tensor's name in the float32 graph that ``typed`` was given.
     """
     kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in low_kinds()}
-    found = {}
+    results = {}
     for node in proto.graph.node:
         kind = result_kind(node, kinds)
         if kind is not None:
             kinds.update(dict.fromkeys(node.output, kind))
             for name in node.output:
-                found[name] = node.input[0] if node.op_type == "Cast" else name
-    return found
+                results[name] = node.input[0] if node.op_type == "Cast" else name
+    return results
 
 
 def left_in_float(proto: Any) -> list[str]:
-    """Which products of a graph in low precision are in float32, beside the classifier.
+    """Products that remain in float32 in a low-precision graph, without the classifier.
 
     Returns:
-        Names of their weights, or of the products themselves where both sides are computed.
+        Names of their weights, or of the nodes if both factors are computed.
     """
     graph, low = proto.graph, low_results(proto)
     weights = {tensor.name for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""Names of a fleet graph's tables, and the logits of a folded fleet task by task."""
+"""Names of a fleet graph's tables, and batches of a folded fleet."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FLEET_TABLES = {
     "count": "tasks",
     "columns": "classes",
 }
-"""What a fleet knows of its tasks, and what the first axis of each table counts."""
+"""Tables of a fleet's tasks, each with the name of its first axis."""
 
 
 def folded_logits(
     answer: Any, images: NDArray[Any], task: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Logits of a graph that folds one task at a time, which gets the images task by task."""
+    """Logits of a batch from a graph that folds one task at a time: one call for each task."""
     if (task == task[:1]).all():
-        whole: NDArray[np.float32] = answer(images, task)
-        return whole
+        full: NDArray[np.float32] = answer(images, task)
+        return full
     logits: NDArray[np.float32] | None = None
     for each in np.unique(task):
-        chosen = np.flatnonzero(task == each)
-        part = answer(images[chosen], task[chosen])
+        rows = np.flatnonzero(task == each)
+        part = answer(images[rows], task[rows])
         if logits is None:
             logits = np.empty((len(task), part.shape[1]), np.float32)
-        logits[chosen] = part
+        logits[rows] = part
     assert logits is not None
     return logits

@@ -1,10 +1,10 @@
-"""An ONNX graph in low precision, its types written into it.
+"""Convert an ONNX graph to fp16 or bf16.
 
-Matrix products and what lies between them are in fp16 or bf16, their weights stored so. In float32
-stay inputs and logits, LayerNorm, softmax and every reduction, the sums of the residual stream, the
-classifier, and what does not depend on the images, such as the tasks' own numbers of a fleet. A
-constant that fp16 cannot hold keeps the operator that takes it in float32, and so does a result
-beyond fp16's range (65504) on real images: see ``ranges``.
+Matrix products, the elementwise operators between them and their weights are in low precision.
+Inputs, logits, LayerNorm, softmax, reductions, the sums of the residual stream, the classifier and
+all that does not depend on the images, such as the task parameters of a fleet, stay in float32. An
+operator also stays in float32 if fp16 cannot hold one of its constants, or if its inputs or results
+come near the end of fp16's range (65504) on real images: see ``onnx.fp16_ranges``.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ __all__ = ["LARGEST_FP16", "PRECISIONS", "typed"]
 
 PRECISIONS = ("fp16", "bf16")
 
-
 OPSETS = {"fp16": 20, "bf16": 22}
-"""From here on every operator of the first three sets takes the precision.
+"""First opset in which all PRODUCTS, MOVES and ELEMENTWISE operators accept the precision.
 
-Between 20 and 22 nothing else changed in them."""
+Their semantics do not change between opsets 20 and 22."""
 
 LARGEST_FP16 = 65504
 
-MOST_LOST = 2.0**-10
-"""Largest relative error of a weight in fp16: twice what rounding costs numbers that are normal."""
+LARGEST_ERROR = 2.0**-10
+"""Largest relative error of a weight in fp16: twice the rounding error of normal numbers."""
 
 
 def typed(proto: Any, precision: str, beyond: Collection[str] = ()) -> Any:
-    """The model in low precision.
+    """Convert a model to low precision.
 
     Args:
         proto: An ONNX model in float32; it is not changed.
         precision: ``fp16`` or ``bf16``.
-        beyond: Tensors that leave the precision's range. What makes or takes them is in float32.
+        beyond: Tensors beyond the precision's range. Operators that compute or use them stay in
+            float32.
 
     Returns:
         A new ONNX model with the same inputs, outputs and metadata. Weights keep their names.
@@ -63,16 +63,16 @@ def typed(proto: Any, precision: str, beyond: Collection[str] = ()) -> Any:
 
 @dataclass(frozen=True)
 class _Step:
-    """A node, whether it is in low precision, and which of its inputs and outputs are floats."""
+    """A node, whether it is in low precision, and its float inputs and outputs."""
 
     node: Any
     low: bool
-    given: tuple[str, ...]
-    made: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 class _Typing:
-    """The decision which operators are in low precision, and how it is written down."""
+    """Chooses the operators in low precision and writes the converted graph."""
 
     def __init__(self, proto: Any, precision: str, beyond: Collection[str]) -> None:
         import onnx
@@ -85,13 +85,13 @@ class _Typing:
         float32 = onnx.TensorProto.FLOAT
         self.weights = {i.name: i for i in self.graph.initializer if i.data_type == float32}
         self.low: set[str] = set()
-        self.steps = self._decided()
-        self.taken = [
-            {n for s in self.steps if s.low is low for n in s.given} for low in (False, True)
+        self.steps = self._decide()
+        self.used = [
+            {n for s in self.steps if s.low is low for n in s.inputs} for low in (False, True)
         ]
 
-    def _decided(self) -> list[_Step]:
-        """Every node in order; ``low`` is filled with the tensors in low precision."""
+    def _decide(self) -> list[_Step]:
+        """A step for every node, in order. Collects the low-precision tensors in ``low``."""
         graph = self.graph
         float32 = self.onnx.TensorProto.FLOAT
         floats = {*self.weights}
@@ -100,56 +100,56 @@ class _Typing:
         classifier = classifier_nodes(graph)
         steps = []
         for i, node in enumerate(graph.node):
-            given = tuple(name for name in node.input if name in floats)
-            made = tuple(node.output) if self._makes_floats(node, given) else ()
-            low = i in images and i not in classifier and self._may_be_low(node, given)
-            floats.update(made)
+            inputs = tuple(name for name in node.input if name in floats)
+            outputs = tuple(node.output) if self._makes_floats(node, inputs) else ()
+            low = i in images and i not in classifier and self._may_be_low(node, inputs)
+            floats.update(outputs)
             if low:
-                self.low.update(made)
-            steps.append(_Step(node, low, given, made))
+                self.low.update(outputs)
+            steps.append(_Step(node, low, inputs, outputs))
         return steps
 
-    def _makes_floats(self, node: Any, given: tuple[str, ...]) -> bool:
+    def _makes_floats(self, node: Any, inputs: tuple[str, ...]) -> bool:
         """Whether a node's results are float32.
 
         Raises:
-            SettingError: The node holds graphs of its own.
+            SettingError: The node has subgraphs.
         """
         values = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         if any(isinstance(value, self.onnx.GraphProto) for value in values.values()):
             raise SettingError(
-                f"The graph branches ({node.op_type}), and {self.precision} is not written into "
-                "branches: export in fp32."
+                f"The graph branches ({node.op_type}), and branches cannot be converted to "
+                f"{self.precision}: export in fp32."
             )
         float32 = self.onnx.TensorProto.FLOAT
         if node.op_type == "Cast":
             return bool(values["to"] == float32)
         if node.op_type in ("Constant", "ConstantOfShape"):
             return getattr(values.get("value"), "data_type", float32) == float32
-        return bool(given) and node.op_type not in NO_FLOATS
+        return bool(inputs) and node.op_type not in NO_FLOATS
 
-    def _may_be_low(self, node: Any, given: tuple[str, ...]) -> bool:
+    def _may_be_low(self, node: Any, inputs: tuple[str, ...]) -> bool:
         """Whether a node between the images and the classifier is in low precision."""
-        if node.domain not in ("", "ai.onnx") or not given:
+        if node.domain not in ("", "ai.onnx") or not inputs:
             return False
         if not self.beyond.isdisjoint((*node.input, *node.output)):
             return False
-        constants = [name for name in given if name in self.weights]
+        constants = [name for name in inputs if name in self.weights]
         if not all(self._fits(name) for name in constants):
             return False
         if node.op_type in PRODUCTS:
             return True
         if any(len(self.weights[name].dims) > 1 for name in constants):
             return False  # positions, which start the residual stream, and biases of attention
-        computed = [name for name in given if name not in self.weights]
+        computed = [name for name in inputs if name not in self.weights]
         return (
             node.op_type in ELEMENTWISE | MOVES and bool(computed) and self.low.issuperset(computed)
         )
 
     def _fits(self, name: str) -> bool:
-        """Whether the precision holds a constant's finite values; bf16 has float32's range.
+        """Whether the precision can hold a constant's finite values; bf16 has float32's range.
 
-        Weights must not lose more to rounding than normal numbers do: those below 6e-5 are
+        The rounding error of weights must be about that of normal numbers. Values below 6e-5 are
         subnormal in fp16.
         """
         if self.precision == "bf16":
@@ -158,11 +158,11 @@ class _Typing:
         finite = values[np.isfinite(values)]
         if np.abs(finite).max(initial=0) > LARGEST_FP16:
             return False
-        lost = np.linalg.norm(finite - finite.astype(np.float16).astype(np.float32))
-        return values.ndim < 2 or bool(lost <= MOST_LOST * np.linalg.norm(finite))
+        error = np.linalg.norm(finite - finite.astype(np.float16).astype(np.float32))
+        return values.ndim < 2 or bool(error <= LARGEST_ERROR * np.linalg.norm(finite))
 
     def typed(self) -> Any:
-        """A new model with casts where the type changes, and each weight in the type it is in."""
+        """A new model with a cast at every change of type, and weights in their own types."""
         result = self.onnx.ModelProto(ir_version=self.proto.ir_version)
         for name in ("producer_name", "producer_version"):
             setattr(result, name, getattr(self.proto, name))
@@ -171,22 +171,22 @@ class _Typing:
         for entry in result.opset_import:
             if entry.domain in ("", "ai.onnx"):
                 entry.version = max(entry.version, OPSETS[self.precision])
-        graph = result.graph  # without value_info, which has the types before
+        graph = result.graph  # without value_info: it has the old types
         graph.name = self.graph.name
         graph.input.extend(self.graph.input)
         graph.output.extend(self.graph.output)
-        graph.node.extend(self._linked())
-        graph.initializer.extend(self._stored())
+        graph.node.extend(self._nodes())
+        graph.initializer.extend(self._initialisers())
         return result
 
-    def _linked(self) -> list[Any]:
-        """All nodes, and between two types a cast, once for each tensor."""
+    def _nodes(self) -> list[Any]:
+        """All nodes, with one cast for each tensor that is used in the other type."""
         nodes, names = list[Any](), dict[tuple[str, bool], str]()
         for step in self.steps:
             node = self.onnx.NodeProto()
             node.CopyFrom(step.node)
             for i, name in enumerate(node.input):
-                if node.op_type == "Cast" or name not in step.given:
+                if node.op_type == "Cast" or name not in step.inputs:
                     continue
                 if step.low is (name in self.low) or (step.low and self._stored_low(name)):
                     continue
@@ -200,11 +200,11 @@ class _Typing:
         return nodes
 
     def _stored_low(self, name: str) -> bool:
-        """Whether a weight is taken in low precision alone."""
-        return name in self.weights and name in self.taken[1] and name not in self.taken[0]
+        """Whether a weight is used in low precision only."""
+        return name in self.weights and name in self.used[1] and name not in self.used[0]
 
-    def _stored(self) -> Iterator[Any]:
-        """The weights, rounded where low precision alone takes them."""
+    def _initialisers(self) -> Iterator[Any]:
+        """The initialisers, rounded if they are used in low precision only."""
         dtype = self.onnx.helper.tensor_dtype_to_np_dtype(self.kind)
         for tensor in self.graph.initializer:
             if self._stored_low(tensor.name):

@@ -1,4 +1,4 @@
-"""Graphs of merged models and of fleets, in float32, for every exporter that starts from ONNX."""
+"""Float32 ONNX graphs of merged models and fleets, shared by the exporters."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def plain_graph(
     Args:
         model: A merged model in evaluation mode; it is not changed.
         spec: Input form, normalisation and metadata.
-        opset: From 23 on, attention is one operator.
+        opset: ONNX opset. From 23 on, attention is one operator.
         separate: Compute q, k and v by three linear maps.
 
     Raises:
-        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+        AttachError: ``uint8`` is set, but the model has no plain patch embedding.
     """
     import torch
 
@@ -49,16 +49,16 @@ def plain_graph(
 def fleet_graph(
     model: FleetModel, spec: ExportSpec, tables: FleetTables, *, opset: int = OPSET
 ) -> Any:
-    """A fleet's model as an ONNX protobuf in float32 that takes the tasks' tables as inputs.
+    """A fleet's model as an ONNX protobuf in float32, with the tasks' tables as inputs.
 
     Args:
         model: The model that all tasks share; it is not changed.
-        spec: Size of the input and metadata; pixels are not taken.
-        tables: The tasks' tables, for their shapes.
-        opset: From 23 on, attention is one operator.
+        spec: Input form and metadata; ``uint8`` is not supported.
+        tables: The tasks' tables; only their shapes and types are used.
+        opset: ONNX opset. From 23 on, attention is one operator.
 
     Raises:
-        SettingError: ``uint8`` is asked.
+        SettingError: ``uint8`` is set.
     """
     if spec.input.uint8:
         raise SettingError("A fleet takes normalised pixel_values: leave `uint8` out.")
@@ -70,15 +70,16 @@ def fleet_graph(
     }
     for name, table in tables.by_name().items():
         axis = FLEET_TABLES[name]
-        few = np.zeros((len(examples) + 1, *table.shape[1:]), table.dtype)  # of one: a fixed axis
-        examples[name] = torch.from_numpy(few), axis
+        # torch fixes a dynamic axis whose example has length 1
+        example = np.zeros((len(examples) + 1, *table.shape[1:]), table.dtype)
+        examples[name] = torch.from_numpy(example), axis
     return graph_of(model, examples, _kind(spec, model), opset=opset)
 
 
 def _kind(spec: ExportSpec, model: nn.Module) -> dict[str, Any] | None:
-    """What a graph depends on besides its weights; None where the backbone is not known.
+    """JSON values that the graph depends on; None if the metadata do not name the backbone.
 
-    A merged model does not depend on the method.
+    The method matters for fleets and prompts only: all others merge into the plain backbone.
     """
     if "backbone" not in spec.metadata:
         return None

@@ -1,4 +1,4 @@
-"""Operators and types of a graph in low precision, shared by its writer and its emulation."""
+"""Operators and types of low-precision graphs."""
 
 from __future__ import annotations
 
@@ -6,43 +6,39 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
-"""Computed in low precision."""
-
+"""Matrix products and convolutions, computed in low precision."""
 
 MOVES = frozenset(
     "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape "
     "Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze Where".split()
 )
-"""Operators that copy values and so round none."""
-
+"""Operators that copy values without rounding."""
 
 ELEMENTWISE = frozenset("Add Clip Div Gelu LeakyRelu Mul Neg Relu Sigmoid Sub Tanh".split())
-"""Elementwise operators: computed in the precision of their inputs, in float32 if any is."""
-
+"""Elementwise operators, in low precision only if all computed inputs are."""
 
 NORMS = frozenset(
     "BatchNormalization GlobalAveragePool GroupNormalization InstanceNormalization "
     "LayerNormalization RMSNormalization Softmax".split()
 )
-"""What a classifier's features come from."""
-
+"""Norms, poolings and softmax: their output is taken as the classifier's features."""
 
 NO_FLOATS = frozenset(
     "And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or "
     "Shape Size Xor".split()
 )
-"""Their results are integers or truth values."""
+"""Operators with integer or boolean results."""
 
 
 def low_kinds() -> tuple[int, int]:
-    """ONNX's numbers of fp16 and bf16."""
+    """ONNX's type codes of fp16 and bf16."""
     import onnx
 
     return onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 
 
 def result_kind(node: Any, kinds: Mapping[str, int]) -> int | None:
-    """The low type of a node's results; None where they are of another type."""
+    """The low-precision type of a node's results; None if they have another type."""
     if node.op_type == "Cast":
         (kind,) = (attribute.i for attribute in node.attribute if attribute.name == "to")
         return kind if kind in low_kinds() else None
@@ -52,7 +48,7 @@ def result_kind(node: Any, kinds: Mapping[str, int]) -> int | None:
 
 
 def cast_node(name: str, result: str, kind: int) -> Any:
-    """A node that converts a tensor to a type."""
+    """A node that casts a tensor to a type."""
     from onnx import helper
 
     return helper.make_node("Cast", [name], [result], f"{name}/{result}", to=kind)
@@ -64,7 +60,7 @@ def rank(value: Any) -> int:
 
 
 def depending_nodes(nodes: Iterable[Any], names: Iterable[str]) -> set[int]:
-    """Places of the nodes whose results depend on these tensors."""
+    """Indices of the nodes whose results depend on these tensors."""
     found, known = set(), set(names)
     for i, node in enumerate(nodes):
         if known.intersection(node.input):
@@ -74,14 +70,14 @@ def depending_nodes(nodes: Iterable[Any], names: Iterable[str]) -> set[int]:
 
 
 def classifier_nodes(graph: Any) -> set[int]:
-    """Places of the nodes between the features and the logits."""
-    makers: Mapping[str, int] = {n: i for i, node in enumerate(graph.node) for n in node.output}
-    found, open_ = set[int](), [value.name for value in graph.output]
-    while open_:
-        i = makers.get(open_.pop())
+    """Indices of the nodes between the features and the logits."""
+    producers: Mapping[str, int] = {n: i for i, node in enumerate(graph.node) for n in node.output}
+    found, pending = set[int](), [value.name for value in graph.output]
+    while pending:
+        i = producers.get(pending.pop())
         if i is None or i in found or graph.node[i].op_type in NORMS:
             continue
         found.add(i)
         if graph.node[i].op_type not in PRODUCTS:
-            open_ += graph.node[i].input
+            pending += graph.node[i].input
     return found

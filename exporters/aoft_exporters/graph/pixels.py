@@ -1,4 +1,4 @@
-"""A model that takes uint8 pixels and normalises them in its patch embedding."""
+"""Fold the normalisation of uint8 pixels into the patch embedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ __all__ = ["pixel_model"]
 
 
 def pixel_model(model: nn.Module, images: InputSpec) -> nn.Module:
-    """The model on uint8 pixels, normalisation folded into a copy of its patch embedding."""
+    """A copy of a model that takes uint8 pixels, [batch, H, W, 3].
+
+    Raises:
+        AttachError: The model has no unpadded patch embedding.
+    """
     import torch
     from torch import nn
 

@@ -1,4 +1,4 @@
-"""From a PyTorch model to an ONNX graph that keeps timm's parameter names."""
+"""Trace a PyTorch model to an ONNX graph with timm's parameter names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 __all__ = ["OPSET", "TRANSPOSED", "Traced", "plain_name", "trace"]
 
 OPSET = 20
-"""LayerNormalization and Gelu are single operators, and every runtime of today reads it."""
+"""First opset with both LayerNormalization and Gelu as operators; current runtimes support it."""
 
 TRANSPOSED = "transposed"
-"""``doc_string`` of an initialiser that is stored with its axes in reverse order."""
+"""``doc_string`` of an initialiser that is stored transposed."""
 
 
 class Traced(NamedTuple):
-    """A graph and what it needs of the model.
+    """A traced graph.
 
     Attributes:
         proto: The ONNX protobuf.
-        used: Names of the parameters and buffers that the graph's answer depends on.
+        used: Names of the parameters and buffers that the graph's output depends on.
     """
 
     proto: Any
@@ -36,17 +36,19 @@ class Traced(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what this project wraps around a timm model."""
+    """Name of a parameter in timm, without the prefixes of this project's wrappers."""
     stripped = name.removeprefix("model.").removeprefix("backbone.")
-    return stripped.replace(".base.", ".")  # a layer that a fleet folds into
+    return stripped.replace(".base.", ".")  # the frozen layer of a folded fleet
 
 
 def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
-    """The model as an optimised ONNX protobuf with timm's names on its initialisers.
+    """Trace a model to an optimised ONNX protobuf with timm's parameter names.
 
-    Attention stands in it as nodes that ``attention.lower`` turns into ONNX's own.
+    Attention is written as nodes that ``attention_lowering.lower`` replaces.
 
-    Each input is an example and the name of its first axis, which is dynamic.
+    Args:
+        model: A model in evaluation mode.
+        examples: An example of each input, and the name of its first axis, which is dynamic.
     """
     import torch
     from onnxscript import optimizer
@@ -54,7 +56,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad(), attention_as_one_node():
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
         program = torch.onnx.export(
             model,
             tuple(example for example, _ in examples.values()),
@@ -75,7 +77,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
     proto = program.model_proto
     names = {initializer.name for initializer in proto.graph.initializer}
     kept = [info for info in proto.graph.value_info if info.name not in names]
-    del proto.graph.value_info[:]  # shapes of initialisers there break ONNX Runtime's quantiser
+    del proto.graph.value_info[:]  # shapes of initialisers break ONNX Runtime's quantiser
     proto.graph.value_info.extend(kept)
     for entry in (*proto.graph.node, *proto.graph.value_info):
         del entry.metadata_props[:]  # stack traces with paths of this machine
@@ -83,7 +85,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
 
 
 def _used(program: Any) -> frozenset[str]:
-    """Parameters and buffers that some operation takes."""
+    """Names of the parameters and buffers that an operation uses."""
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return frozenset(
@@ -94,9 +96,9 @@ def _used(program: Any) -> frozenset[str]:
 
 
 def _store_transposed(graph: Any) -> None:
-    """Transpose weights where they are stored, under their own names.
+    """Replace transposes of weights with weights that are stored transposed.
 
-    Constant folding does the same, but gives every weight a new name.
+    Constant folding does the same, but renames every weight.
     """
     import onnx_ir
 
