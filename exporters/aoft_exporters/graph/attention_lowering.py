@@ -98,13 +98,10 @@ class _Graph:
 
     def write(self) -> None:
         """Insert the replacements and remove unused nodes, initialisers and shapes."""
-        nodes = [
-            new
-            for node in self.graph.node
-            for new in self.replacements.get(
-                node.output[0], [node] if node.domain != DOMAIN else []
-            )
-        ]
+        nodes = []
+        for node in self.graph.node:
+            unchanged = [node] if node.domain != DOMAIN else []
+            nodes += self.replacements.get(node.output[0], unchanged)
         needed, kept = set(self.outputs), []
         for node in reversed(nodes):
             if needed.intersection(node.output):

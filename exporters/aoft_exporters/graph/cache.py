@@ -51,7 +51,7 @@ def graph_of(
     Args:
         model: A model in evaluation mode; it is not changed.
         examples: An example of each input, and the name of its first axis, which is dynamic.
-        kind: JSON values that the graph inputs on besides the model's modules and shapes; None
+        kind: JSON values that the graph depends on besides the model's modules and shapes; None
             bypasses the cache.
         opset: As for ``attention_lowering.lower``.
         separate: As for ``attention_lowering.lower``.

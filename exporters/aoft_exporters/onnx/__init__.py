@@ -1,1 +1,1 @@
-"""ONNX files and ONNX Runtime."""
+"""Export to ONNX files and run them with ONNX Runtime."""

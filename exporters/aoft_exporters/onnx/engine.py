@@ -1,4 +1,4 @@
-"""ONNX files and fleets, run by ONNX Runtime."""
+"""Run ONNX files and fleets with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
 
 __all__ = ["OnnxEngine", "OnnxFleet", "library", "session"]
 
-
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-"""What ONNX Runtime calls the kinds of device."""
+"""ONNX Runtime's execution provider for each kind of device."""
 
 
 def library() -> Any:
-    """The library, which reports no use: it looks for the variable when it is imported.
+    """Import ONNX Runtime with telemetry disabled.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: ONNX Runtime is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -45,58 +44,70 @@ def library() -> Any:
 
 
 def session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
-    """An ONNX Runtime session on exactly the device asked for."""
+    """Open an ONNX Runtime session on the given device, without fallback to another.
+
+    Args:
+        model: The file, or its content.
+        threads: Threads within an operator; None lets ONNX Runtime choose.
+        device: As for ``OnnxEngine``.
+        path: The file that error messages name.
+
+    Raises:
+        ArtefactError: ONNX Runtime cannot read the model.
+        SettingError: The device does not exist or does not start.
+        MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
+    """
     ort = library()
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is told by the exceptions
+    options.log_severity_level = 4  # exceptions report errors
     threads = threads or limited()
     if threads is not None:
         options.intra_op_num_threads = threads
-    asked = _providers(ort, device)
+    providers = _providers(ort, device)
     try:
-        opened = ort.InferenceSession(model, options, asked)
+        opened = ort.InferenceSession(model, options, providers)
         opened.get_inputs()[0]
-    except Exception as error:  # ONNX Runtime raises classes of its own, all Exception
+    except Exception as error:  # ONNX Runtime raises its own classes, all Exception
         raise ArtefactError(
             f"{path} is no ONNX model that can be run ({_reason(error)})."
         ) from error
-    if opened.get_providers()[0] != asked[0][0]:  # it takes the CPU where a GPU does not start
+    if opened.get_providers()[0] != providers[0][0]:  # it falls back to the CPU by itself
         raise SettingError(
-            f"ONNX Runtime could not start on {device}, and nothing else was asked for: see that "
-            "the driver and CUDA's libraries are those that onnxruntime-gpu names, or take "
-            '`device="cpu"`.'
+            f"ONNX Runtime could not start on {device}: check that the driver and the CUDA "
+            'libraries match those that onnxruntime-gpu requires, or choose `device="cpu"`.'
         )
     return opened
 
 
 def _reason(error: Exception) -> str:
-    """What ONNX Runtime found, without its own name, its source and where the model lies."""
+    """ONNX Runtime's message without prefix, source location and path of the model."""
     text = " ".join(str(error).split())
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text)
     return re.sub(r"/\S+:\d+ .*?\) ", "", text)[:160].rstrip(".")
 
 
 def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
-    """What runs a device's operators, and those that it has none for.
+    """Execution providers of a device with their options, in order of preference.
 
-    Products of float32 are computed in float32, as they were verified: CUDA's default is TF32.
+    CUDA computes float32 products in TF32 by default. TF32 is turned off, since artefacts are
+    verified in float32.
 
     Raises:
-        SettingError: There is no such kind of device.
-        MissingExtraError: The installed package is that for the CPU alone.
+        SettingError: The device is unknown.
+        MissingExtraError: The installed package supports the CPU only.
     """
     kind, _, index = device.partition(":")
     if kind not in PROVIDERS or not (index or "0").isdecimal() or (kind == "cpu" and index):
         raise SettingError(
-            f"ONNX Runtime knows no device {device!r}: give cpu, cuda or tensorrt, and for one of "
-            "several GPUs its number, as cuda:1."
+            f"Unknown device of ONNX Runtime {device!r}: give cpu, cuda or tensorrt, with a number "
+            "for one of several GPUs, such as cuda:1."
         )
     if PROVIDERS[kind] not in ort.get_available_providers():
         raise MissingExtraError("onnxruntime-gpu", "gpu")
-    place = {"device_id": index or "0"}
-    chosen = [(PROVIDERS["tensorrt"], place)] if kind == "tensorrt" else []
+    gpu = {"device_id": index or "0"}
+    chosen = [(PROVIDERS["tensorrt"], gpu)] if kind == "tensorrt" else []
     if kind != "cpu":
-        chosen.append((PROVIDERS["cuda"], {**place, "use_tf32": "0"}))
+        chosen.append((PROVIDERS["cuda"], {**gpu, "use_tf32": "0"}))
     return [*chosen, (PROVIDERS["cpu"], {})]
 
 
@@ -109,10 +120,11 @@ class OnnxEngine:
     Args:
         path: The file.
         threads: Threads within an operator; None lets ONNX Runtime choose.
-        device: ``cpu``, ``cuda`` or ``tensorrt``, and of several GPUs the number, as ``cuda:1``.
+        device: ``cpu``, ``cuda`` or ``tensorrt``, with a number for one of several GPUs, such as
+            ``cuda:1``.
 
     Raises:
-        ArtefactError: The file is missing, names other files, or ONNX Runtime cannot read it.
+        ArtefactError: The file is missing, refers to other files, or cannot be read.
         SettingError: The device does not exist or does not start.
         MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
     """
@@ -120,13 +132,13 @@ class OnnxEngine:
     def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
         self.info: Mapping[str, str] = checked_metadata(path)
         self._session = session(path, threads, device, path)
-        self._runs = self._new_runs()
+        self._run_options = self._new_run_options()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._input = self._session.get_inputs()[0]
         dtype = np.uint8 if self.takes_pixels else np.float32
         shape = tuple(side if isinstance(side, int) else None for side in self._input.shape[1:])
-        self._takes = dtype, shape
+        self._expects = dtype, shape
         self._tasks = _task_count(self.info, path) if self.takes_tasks else None
 
     @property
@@ -147,21 +159,21 @@ class OnnxEngine:
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits of a batch in the file's own input form; see ``Engine``."""
-        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        """Logits of a batch in the file's input form; see ``Engine``."""
+        check_batch(images, task, takes=self._expects, tasks=self._tasks)
         if task is not None:
             return _fleet_logits(self._session, images, task, {}, self.info)
         feed = {self.input_name: images}
-        logits: Any = self._session.run(["logits"], feed, self._runs)[0]
+        logits: Any = self._session.run(["logits"], feed, self._run_options)[0]
         return np.asarray(logits, np.float32)
 
     def stop(self) -> None:
-        """Let what runs now fail between two operators; what is run later is not touched."""
-        runs, self._runs = self._runs, self._new_runs()
-        runs.terminate = True
+        """Abort the current runs between two operators; later runs are not affected."""
+        options, self._run_options = self._run_options, self._new_run_options()
+        options.terminate = True
 
     @staticmethod
-    def _new_runs() -> Any:
+    def _new_run_options() -> Any:
         return library().RunOptions()
 
 
@@ -173,18 +185,18 @@ def _task_count(info: Mapping[str, str], path: Path) -> int:
 
 
 class OnnxFleet:
-    """A fleet in an ONNX Runtime session that reads the tasks' tables where the caller has them.
+    """A fleet in an ONNX Runtime session that reads the tasks' tables from the caller's memory.
 
     Attributes:
         info: Metadata of the file.
-        tables: The tasks that the file holds, as ``MixedModel.forward`` takes them.
+        tables: Tables of the tasks that the file holds.
 
     Args:
-        path: What ``export_fleet`` wrote.
+        path: A file of ``export_fleet``.
         threads: Threads within an operator; None lets ONNX Runtime choose.
 
     Raises:
-        ArtefactError: The file is missing, damaged, no fleet, or names other files.
+        ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -194,7 +206,7 @@ class OnnxFleet:
         self.info: Mapping[str, str] = checked_metadata(path)
         try:
             proto = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf raises classes of its own
+        except Exception as error:  # protobuf raises its own classes
             raise ArtefactError(f"{path} is no ONNX model ({error}).") from error
         stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
         if set(stored) != set(FLEET_TABLES):
@@ -215,7 +227,7 @@ class OnnxFleet:
         task: NDArray[np.int64],
         tables: FleetTables,
     ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own. The tables are not copied."""
+        """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
         return _fleet_logits(self._session, images, task, tables.by_name(), self.info)
 
 
@@ -226,7 +238,7 @@ def _fleet_logits(
     tables: Mapping[str, NDArray[Any]],
     info: Mapping[str, str],
 ) -> NDArray[np.float32]:
-    """A fleet's logits, in the file's form."""
+    """Logits of a fleet; the folded form options one task at a time."""
 
     def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
         logits: Any = session.run(["logits"], {"pixel_values": images, "task": task, **tables})[0]

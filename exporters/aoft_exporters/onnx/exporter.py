@@ -1,8 +1,8 @@
-"""ONNX: one file that keeps timm's parameter names, run by ONNX Runtime or OpenVINO.
+"""Export to a single ONNX file with timm's parameter names, for ONNX Runtime or OpenVINO.
 
-Input ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3];
-output ``logits`` float32 [batch, classes]; the batch is dynamic. Weights of linear maps that run as
-MatMul are stored transposed, (in, out).
+The input is ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8`` ``image`` uint8
+[batch, H, W, 3]. The output is ``logits`` float32 [batch, classes]. The batch size is dynamic.
+Weights of linear layers that run as MatMul are stored transposed, (in, out).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EXPORTER", "emulation", "export", "export_fleet", "load"]
+__all__ = ["EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
-"""Bytes of weights that a single ONNX file can hold (a protobuf message ends at 2 GiB)."""
+"""Largest size of the weights in one ONNX file, in bytes; a protobuf message holds 2 GiB."""
 
 
 def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
@@ -50,18 +50,19 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
         spec: Input form, normalisation and metadata.
 
     Raises:
-        OutputError: The weights do not fit into a single ONNX file.
-        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+        OutputError: The weights do not fit into one ONNX file.
+        AttachError: ``uint8`` is set, but the model has no plain patch embedding.
+        SettingError: The opset is not available in this precision.
     """
     _check_size(least_bytes(model, spec.precision), spec.precision)
     _save(plain_graph(model, spec, opset=_opset(spec)), path, spec)
 
 
 def _opset(spec: ExportSpec) -> int:
-    """The one asked for, or the first in which attention is one operator.
+    """The requested opset; by default the first with an operator Attention, or 20 in fp16.
 
     Raises:
-        SettingError: The precision's types are written into graphs of opset 20 alone.
+        SettingError: fp16 is requested in another opset than 20.
     """
     if spec.precision != "fp16":
         return spec.build.opset or ATTENTION_OPSET
@@ -73,19 +74,18 @@ def _opset(spec: ExportSpec) -> int:
 def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
     """Write a fleet's model and its tasks as an ONNX file.
 
-    Inputs ``pixel_values`` and ``task`` int64 [batch]; output ``logits`` float32 [batch, classes],
-    −inf beyond a task's own classes.
+    The inputs are ``pixel_values`` and ``task`` int64 [batch]. The output is ``logits`` float32
+    [batch, classes], −inf beyond a task's own classes.
 
     Args:
         model: The model that all tasks share; it is not changed.
         path: File to write.
-        spec: Size of the input and metadata; pixels are not taken.
-        tables: ``bank``, ``heads``, ``first``, ``count`` and ``columns`` of
-            ``MixedModel.forward``, stored as initialisers under these names.
+        spec: Input form and metadata; ``uint8`` is not supported.
+        tables: The tasks' tables, stored as initialisers under their own names.
 
     Raises:
-        OutputError: Weights and tables do not fit into a single ONNX file.
-        SettingError: ``uint8`` is asked.
+        OutputError: Weights and tables do not fit into one ONNX file.
+        SettingError: ``uint8`` is set, or the opset is not available in this precision.
     """
     import onnx
 
@@ -102,10 +102,10 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 
 
 def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None = None) -> None:
-    """Write the graph with its metadata, in the asked precision.
+    """Convert the graph to the spec's precision and write it with its metadata and digest.
 
     Raises:
-        OutputError: In that precision it does not fit into a single ONNX file.
+        OutputError: The converted weights do not fit into one ONNX file.
     """
     import onnx
 
@@ -117,7 +117,7 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
         metadata |= {"left_in_float": json.dumps(left)} if left else {}
     onnx.helper.set_model_props(proto, metadata)
     _check_size(stored_bytes(proto), spec.precision, fleet=tables is not None)
-    content = proto.SerializeToString()  # once: with the weights it takes a second
+    content = proto.SerializeToString()  # serialise once: large weights take a second
     onnx.checker.check_model(content)
     with path.open("wb") as file:
         file.write(content)
@@ -125,13 +125,13 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
 
 
 def least_bytes(model: nn.Module, precision: str) -> int:
-    """Fewest bytes that a model's weights can take in a precision: no graph is made to know it."""
-    whole = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return int(whole) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
+    """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
+    full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return int(full) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
 
 
 def stored_bytes(proto: Any) -> int:
-    """Bytes of all values that an ONNX model holds."""
+    """Total size of an ONNX model's initialisers, in bytes."""
     import onnx
 
     return sum(
@@ -141,33 +141,33 @@ def stored_bytes(proto: Any) -> int:
 
 
 def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
-    """Refuse what does not fit into a single ONNX file.
+    """Check that weights fit into one ONNX file.
 
     Raises:
-        OutputError: With the size, and what to do.
+        OutputError: They do not.
     """
     if size <= SINGLE_FILE_LIMIT:
         return
-    whose = "Backbone and tasks" if fleet else "The weights"
+    content = "Backbone and tasks" if fleet else "The weights"
     lower = "" if precision == "int8" else "choose a lower `precision`, or "
-    instead = f"{lower}export to openvino or timm with `to`"
+    remedy = f"{lower}export to openvino or timm with `to`"
     if fleet:
-        instead = "export fewer tasks and add the others to the running fleet"
+        remedy = "export fewer tasks and add the others to the running fleet"
     raise OutputError(
-        f"{whose} take {size / 2**30:.1f} GiB in {precision}, but one ONNX file holds 2 GiB: "
-        f"{instead}."
+        f"{content} take {size / 2**30:.1f} GiB in {precision}, but one ONNX file holds 2 GiB: "
+        f"{remedy}."
     )
 
 
 def emulation(path: Path) -> OnnxEngine:
-    """What the file at ``path``, in a low precision, computes where every result is rounded."""
+    """An engine that emulates a low-precision file: float32 with every result rounded."""
     import onnx
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
         proto = emulated(onnx.load(path))
-        told = {entry.key: entry.value for entry in proto.metadata_props if entry.key != DIGEST}
-        onnx.helper.set_model_props(proto, told)  # the digest is of the file at path
+        metadata = {entry.key: entry.value for entry in proto.metadata_props if entry.key != DIGEST}
+        onnx.helper.set_model_props(proto, metadata)  # without the digest of the original file
         onnx.save(proto, file)
         return OnnxEngine(file)
 
@@ -186,10 +186,10 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Operators, inputs and outputs of a file, and its metadata.
+    """Operators, inputs, outputs and metadata of a file.
 
     Raises:
-        ArtefactError: It is no valid ONNX model.
+        ArtefactError: The file is no valid ONNX model.
     """
     import onnx
 
@@ -197,7 +197,7 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and the checker raise classes of their own
+    except Exception as error:  # protobuf and the checker raise their own classes
         raise ArtefactError(f"{path} is no valid ONNX model ({one_line(error, 120)}).") from error
     return {
         "kind": "ONNX artefact",
@@ -211,7 +211,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """Name, type and shape of an input or output."""
+    """Name, type and shape of an input or output, as text."""
     from onnx import TensorProto
 
     kind = value.type.tensor_type
@@ -231,6 +231,6 @@ EXPORTER = Exporter(
     platform="onnxruntime_onnx",
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
-    # ONNX Runtime's CPU provider keeps activations in float32 between weights of fp16.
+    # ONNX Runtime's CPU provider computes fp16 graphs in float32, without rounding.
     emulation=Emulation(("fp16",), emulation),
 )

@@ -1,7 +1,7 @@
-"""Low precision that real images do not overflow.
+"""Convert graphs to low precision without overflow on real images.
 
-Before a graph is stated in fp16, its tensors are measured on the images it will be judged on. What
-comes near the end of fp16's range stays in float32, with the operators that make or take it.
+Before the conversion to fp16, the largest magnitude of each tensor is measured on the images of
+verification. Operators that compute or use a tensor near the end of fp16's range stay in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aoft_exporters.onnx.engine import session
 __all__ = ["HEADROOM", "in_range", "magnitudes"]
 
 HEADROOM = 4
-"""How much larger than on the images measured a result may become before it overflows."""
+"""Factor between the largest measured magnitude and the end of fp16's range."""
 
 BATCH = 8
 
@@ -31,53 +31,52 @@ BATCH = 8
 def in_range(
     proto: Any, spec: ExportSpec, tables: FleetTables | None = None
 ) -> tuple[Any, list[str]]:
-    """The graph in the spec's low precision.
+    """Convert a graph to the spec's low precision.
 
     Args:
-        proto: An ONNX model in float32, of a fleet with its tables as initialisers.
-        spec: Precision, and the images to measure on; without images nothing is measured.
+        proto: An ONNX model in float32; a fleet's has its tables as initialisers.
+        spec: Precision, and the images to measure on. Without images, nothing is measured.
         tables: The fleet's tables; None for a single model.
 
     Returns:
-        The typed graph, and which of its products are in float32; see ``left_in_float``.
+        The converted graph, and its products that stay in float32; see ``left_in_float``.
     """
     low = typed(proto, spec.precision)
     if spec.precision == "fp16" and spec.judged is not None:
-        found = magnitudes(low, lambda: _feeds(spec, tables))
-        beyond = {name for name, largest in found.items() if not largest <= LARGEST_FP16 / HEADROOM}
+        measured = magnitudes(low, lambda: _feeds(spec, tables))
+        limit = LARGEST_FP16 / HEADROOM
+        beyond = {name for name, largest in measured.items() if not largest <= limit}
         low = typed(proto, spec.precision, beyond) if beyond else low
     return low, left_in_float(low)
 
 
 def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> dict[str, float]:
-    """The largest magnitude of every tensor in low precision, computed in float32.
+    """Largest magnitude of every low-precision tensor, computed in float32.
 
     Args:
-        low: What ``typed`` returned.
-        feeds: Gives the inputs to measure on.
+        low: A graph of ``typed``.
+        feeds: Returns the inputs to measure on.
 
     Returns:
-        By the name that the tensor has in float32; nan where a value is.
+        Magnitudes by the tensors' names in the float32 graph; nan if any value is nan.
     """
     import onnx
 
     proto = emulated(low, rounded=False)
     results = low_results(low)
     del proto.graph.output[:]
-    for place, name in enumerate(results):
-        made = [
-            onnx.helper.make_node("Abs", [name], [f"magnitude.{place}"]),
-            onnx.helper.make_node(
-                "ReduceMax", [f"magnitude.{place}"], [f"largest.{place}"], keepdims=0
-            ),
+    for i, name in enumerate(results):
+        nodes = [
+            onnx.helper.make_node("Abs", [name], [f"magnitude.{i}"]),
+            onnx.helper.make_node("ReduceMax", [f"magnitude.{i}"], [f"largest.{i}"], keepdims=0),
         ]
-        proto.graph.node.extend(made)
-        value = onnx.helper.make_tensor_value_info(f"largest.{place}", onnx.TensorProto.FLOAT, [])
+        proto.graph.node.extend(nodes)
+        value = onnx.helper.make_tensor_value_info(f"largest.{i}", onnx.TensorProto.FLOAT, [])
         proto.graph.output.append(value)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.onnx"
         onnx.save(proto, path)
-        del proto  # the session has weights of its own
+        del proto  # the session has its own copy of the weights
         running = session(path, None, "cpu", path)
     largest = np.zeros(len(results))
     for feed in feeds():
@@ -89,7 +88,7 @@ def magnitudes(low: Any, feeds: Callable[[], Iterable[Mapping[str, Any]]]) -> di
 
 
 def _feeds(spec: ExportSpec, tables: FleetTables | None) -> Iterable[Mapping[str, NDArray[Any]]]:
-    """The images in batches, of a fleet for one task after the other."""
+    """Batches of the images; for a fleet, each batch once for every task."""
     assert spec.judged is not None
     for start in range(0, len(spec.judged), BATCH):
         pixels = spec.judged[start : start + BATCH]

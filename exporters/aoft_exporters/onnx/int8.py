@@ -1,10 +1,10 @@
-"""8-bit integers for the shared weights of an ONNX graph, by ONNX Runtime's dynamic quantisation.
+"""Quantise the weights of an ONNX graph to int8 with ONNX Runtime's dynamic quantisation.
 
-Weights become signed integers with a scale for each output channel; activations are quantised as
-they come. What differs from image to image is left in float32: attention, softmax, LayerNorm, the
-tasks' own numbers of a fleet, and the classifier.
+Weights of linear maps become signed integers with a scale for each output channel; activations are
+quantised at run time. Attention, softmax, LayerNorm, the task parameters of a fleet and the
+classifier stay in float32.
 
-What stays in float32 keeps its name. A quantised weight ``NAME`` becomes ``NAME_quantized``, int8
+Weights in float32 keep their names. A quantised weight ``NAME`` becomes ``NAME_quantized``, int8
 (in, out), with ``NAME_scale`` and ``NAME_zero_point`` for each output channel.
 """
 
@@ -24,14 +24,14 @@ from aoft_exporters.onnx.engine import library
 __all__ = ["quantised"]
 
 TRANSPOSED = re.compile(r"(.+)_Transposed(?:_\d+)?(_quantized|_scale|_zero_point|)")
-"""What the quantiser calls the weight of a Gemm that it writes as MatMul."""
+"""The quantiser's name for the weight of a Gemm that it rewrites as MatMul."""
 
 
 def quantised(proto: Any) -> Any:
-    """The model with its linear maps in int8.
+    """Convert the linear maps of a model to int8.
 
-    The weights take 7 bits: with 8, processors without VNNI would saturate in their products and
-    answer otherwise than the machine that verified.
+    Weights use 7 bits. With 8 bits, products saturate on processors without VNNI, so results would
+    differ from those of the machine that verified the artefact.
 
     Args:
         proto: An ONNX model in float32; it is not changed.
@@ -56,7 +56,7 @@ def quantised(proto: Any) -> Any:
             reduce_range=True,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=_classifier(proto.graph),
-            use_external_data_format=True,  # what is left may still be more than 2 GiB
+            use_external_data_format=True,  # the rest may still exceed 2 GiB
             extra_options={"MatMulConstBOnly": True},
         )
         result = onnx.load(path)
@@ -68,30 +68,30 @@ def quantised(proto: Any) -> Any:
 
 
 def _restore_names(graph: Any, known: Collection[str]) -> None:
-    """Give weights that the quantiser transposed their own names, unless those are in use."""
-    taken = {tensor.name for tensor in graph.initializer}
+    """Restore the names of weights that the quantiser transposed, unless they are in use."""
+    used = {tensor.name for tensor in graph.initializer}
     renamed = {}
     for tensor in graph.initializer:
         found = TRANSPOSED.fullmatch(tensor.name)
-        if found and found[1] in known and found[1] + found[2] not in taken:
+        if found and found[1] in known and found[1] + found[2] not in used:
             renamed[tensor.name] = tensor.name = found[1] + found[2]
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = renamed.get(name, name)
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
 
 
 def _classifier(graph: Any) -> list[str]:
-    """Names of the linear map that makes the logits, if it is one: its own, and as a MatMul."""
-    makers = {name: node for node in graph.node for name in node.output}
-    node = makers.get(graph.output[0].name)
+    """Names of the node that computes the logits: as it is, and rewritten as a MatMul."""
+    producers = {name: node for node in graph.node for name in node.output}
+    node = producers.get(graph.output[0].name)
     while node is not None and node.op_type in ("Add", "Identity", "Reshape", "Cast"):
-        node = next((makers[name] for name in node.input if name in makers), None)
+        node = next((producers[name] for name in node.input if name in producers), None)
     return [] if node is None else [node.name, f"{node.name}_MatMul"]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice from the quantiser, which knows nothing of how the model was made."""
+    """Suppress the quantiser's advice on preparing the model."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

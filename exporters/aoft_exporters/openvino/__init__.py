@@ -1,1 +1,1 @@
-"""OpenVINO folders and the OpenVINO runtime."""
+"""Export to OpenVINO folders and run them with OpenVINO."""

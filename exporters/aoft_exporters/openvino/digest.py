@@ -1,4 +1,4 @@
-"""A digest of all files of an OpenVINO folder, stored in its graph."""
+"""The digest of an OpenVINO folder's files, stored in its graph."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from aoft_exporters.openvino.files import MARKER, TASKS, WEIGHTS
 __all__ = ["DIGEST", "ZEROS", "check_digest", "seal"]
 
 DIGEST = "files_sha256"
-"""Key of the metadata's entry."""
+"""Metadata key of the digest."""
 
 ZEROS = "0" * 64
-"""The entry's value while the digest is taken."""
+"""Value of the metadata entry while the digest is computed."""
 
 
 def seal(path: Path) -> None:
-    """Store the digest of all files in the graph, which shows a folder that is half overwritten."""
+    """Store the digest of all files in the graph, so that a partial overwrite is detected."""
     digest = _digest(path).encode()
     text = (path / MARKER).read_bytes()
     before = f'{DIGEST} value="'.encode()
@@ -29,14 +29,14 @@ def seal(path: Path) -> None:
 
 
 def check_digest(path: Path) -> None:
-    """Compare a folder's files with its digest; one without a digest passes.
+    """Compare a folder's files with its digest. A folder without a digest passes.
 
     Raises:
-        ArtefactError: They differ, or a file cannot be read.
+        ArtefactError: The digest differs, or a file cannot be read.
     """
     try:
-        found = re.search(_pattern(), (path / MARKER).read_bytes())
-        equal = found is None or found[2].decode() == _digest(path)
+        stored = re.search(_pattern(), (path / MARKER).read_bytes())
+        equal = stored is None or stored[2].decode() == _digest(path)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror or error}).") from error
     if not equal:
@@ -47,14 +47,14 @@ def check_digest(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the SHA-256s of all files, that of the graph with zeros in the digest's place."""
+    """SHA-256 of the SHA-256s of all files; the graph's has zeros in place of the digest."""
     text = re.sub(_pattern(), rb"\g<1>" + ZEROS.encode(), (path / MARKER).read_bytes())
     parts = [hashlib.sha256(text).hexdigest()]
-    others = path / WEIGHTS, path / TASKS
-    parts += [file_digest(file) for file in others if file.is_file()]
+    other_files = path / WEIGHTS, path / TASKS
+    parts += [file_digest(file) for file in other_files if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _pattern() -> bytes:
-    """Regular expression of the digest in the graph's file."""
+    """Regular expression for the digest in the graph's XML."""
     return rf'({DIGEST} value=")([0-9a-f]{{64}})'.encode()

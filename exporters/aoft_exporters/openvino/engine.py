@@ -1,4 +1,4 @@
-"""OpenVINO folders and fleets, and ONNX files in float32, run by OpenVINO's CPU plugin."""
+"""Run OpenVINO folders, fleets and float32 ONNX files with OpenVINO's CPU plugin."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from aoft_exporters.openvino.library import check_arithmetic, openvino_library
 __all__ = ["ARITHMETIC", "OpenvinoEngine", "OpenvinoFleet", "load"]
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-"""Precision that OpenVINO is asked for, for all that is not in 8 bits."""
+"""OpenVINO's inference precision for each artefact precision; quantised parts stay in int8."""
 
 
 class OpenvinoEngine:
-    """A folder, or an ONNX file in float32, compiled for the CPU in the artefact's own precision.
+    """A folder, or a float32 ONNX file, compiled for the CPU in the artefact's precision.
 
-    Many threads may call ``run`` at once; OpenVINO computes one batch after the other.
+    Many threads may call ``run`` at once; OpenVINO computes one batch at a time.
 
     Attributes:
         info: Metadata stored in the graph.
         takes_pixels: Whether the input is uint8 [batch, H, W, 3].
-        takes_tasks: Whether the graph is a fleet's.
+        takes_tasks: Whether the artefact is a fleet.
         device: ``cpu``.
 
     Args:
@@ -43,9 +43,8 @@ class OpenvinoEngine:
         threads: Threads within a batch; None lets OpenVINO choose.
 
     Raises:
-        ArtefactError: The artefact is missing or damaged, or not what ``export`` writes.
-        SettingError: The processor does not compute in the artefact's precision, or OpenVINO does
-            not run it.
+        ArtefactError: The artefact is missing or damaged, or was not written by ``export``.
+        SettingError: The processor or OpenVINO does not support the artefact's precision.
         MissingExtraError: OpenVINO is not installed.
     """
 
@@ -54,15 +53,15 @@ class OpenvinoEngine:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         file = path if path.suffix == ".onnx" else path / MARKER
         if not file.is_file():
-            what = "file" if file == path else "folder"
-            also = "" if file == path else f" with an {MARKER}"
-            raise ArtefactError(f"There is no {what} {path}{also}.")
+            if file == path:
+                raise ArtefactError(f"There is no file {path}.")
+            raise ArtefactError(f"There is no folder {path} with an {MARKER}.")
         self._compiled = _Compiled(path, file, threads)
         self.info: Mapping[str, str] = self._compiled.info
         self.takes_tasks = "task" in self._compiled.inputs
         self.takes_pixels = "image" in self._compiled.inputs
         name = "image" if self.takes_pixels else "pixel_values"
-        self._takes = np.uint8 if self.takes_pixels else np.float32, self._compiled.inputs[name]
+        self._expects = np.uint8 if self.takes_pixels else np.float32, self._compiled.inputs[name]
         self._name = name
         self._tasks = len(json.loads(self.info["tasks"])) if self.takes_tasks else None
         self._tables = _tables(path) if "bank" in self._compiled.inputs else None
@@ -71,7 +70,7 @@ class OpenvinoEngine:
 
     @property
     def arithmetic(self) -> str:
-        """What OpenVINO reports to compute in: ``f32`` or ``bf16``."""
+        """Inference precision that OpenVINO reports: ``f32`` or ``bf16``."""
         return str(self._compiled.property("INFERENCE_PRECISION_HINT").to_string())
 
     @property
@@ -82,22 +81,22 @@ class OpenvinoEngine:
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits of a batch in the artefact's own input form; see ``Engine``."""
-        check_batch(images, task, takes=self._takes, tasks=self._tasks)
+        """Logits of a batch in the artefact's input form; see ``Engine``."""
+        check_batch(images, task, takes=self._expects, tasks=self._tasks)
         if task is None:
             return self._compiled.answer({self._name: images})
         return self._compiled.fleet_answer(images, task, self._tables)
 
 
 class OpenvinoFleet:
-    """A fleet's folder that reads the tasks' tables where the caller has them.
+    """A fleet's folder that reads the tasks' tables from the caller's memory.
 
     Attributes:
         info: Metadata stored in the graph.
-        tables: The tasks that the folder holds, as ``MixedModel.forward`` takes them.
+        tables: Tables of the tasks that the folder holds.
 
     Args:
-        path: What ``export_fleet`` wrote.
+        path: A folder of ``export_fleet``.
         threads: Threads within a batch; None lets OpenVINO choose.
 
     Raises:
@@ -121,7 +120,7 @@ class OpenvinoFleet:
         task: NDArray[np.int64],
         tables: FleetTables,
     ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own."""
+        """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
         return self._compiled.fleet_answer(images, np.asarray(task, np.int64), tables)
 
 
@@ -130,10 +129,13 @@ class _Compiled:
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
         core = openvino_library().Core()
-        core.set_property({"ENABLE_MMAP": False})  # a file written anew changes no model that runs
-        found = _metadata_of_onnx(file) if file == path else None  # before OpenVINO opens others
+        core.set_property(
+            {"ENABLE_MMAP": False}
+        )  # an open model must not change when its file is rewritten
+        # an ONNX file is checked first: OpenVINO would open the files that it refers to
+        onnx_metadata = _onnx_metadata(file) if file == path else None
         graph = _read(core, file, path)
-        self.info: Mapping[str, str] = _metadata(graph, path) if found is None else found
+        self.info: Mapping[str, str] = onnx_metadata or _metadata(graph, path)
         precision = self.info["precision"]
         check_arithmetic(core, precision)
         options: dict[str, Any] = {
@@ -157,18 +159,18 @@ class _Compiled:
         self._idle: deque[Any] = deque()
 
     def property(self, name: str) -> Any:
-        """A property as the plugin reports it."""
+        """A property of the compiled model."""
         return self._model.get_property(name)
 
     def answer(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Logits; inputs are read in place where they are contiguous."""
+        """Logits of a batch. Contiguous inputs are read in place."""
         try:
-            request = self._idle.pop()  # of a deque it is atomic
+            request = self._idle.pop()  # deque.pop is atomic
         except IndexError:
             request = self._model.create_infer_request()
         try:
-            given = {name: np.ascontiguousarray(value) for name, value in feed.items()}
-            (logits,) = request.infer(given, share_inputs=True).values()
+            inputs = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+            (logits,) = request.infer(inputs, share_inputs=True).values()
             return np.array(logits, np.float32)
         finally:
             self._idle.append(request)
@@ -176,7 +178,7 @@ class _Compiled:
     def fleet_answer(
         self, images: NDArray[Any], task: NDArray[np.int64], tables: FleetTables | None
     ) -> NDArray[np.float32]:
-        """Logits of a fleet, in its form; without tables they are constants of the graph."""
+        """Logits of a fleet. Without ``tables``, the graph holds them as constants."""
         task, rows = (task, {}) if tables is None else _rows_of(task, tables)
 
         def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -190,28 +192,27 @@ class _Compiled:
 def _rows_of(
     task: NDArray[np.int64], tables: FleetTables
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
-    """The rows of a batch's tasks, and each image's index among them.
+    """Each image's task among a batch's tasks, and the tables of these tasks alone.
 
-    OpenVINO returns nothing where a table has more than 2³¹ elements, as those of a live fleet may;
-    the rows of a batch's tasks are few.
+    OpenVINO fails on tables of more than 2³¹ elements, which a live fleet may have.
     """
-    chosen, own = np.unique(task, return_inverse=True)
-    first, count = tables.first[chosen], tables.count[chosen]
+    unique, index = np.unique(task, return_inverse=True)
+    first, count = tables.first[unique], tables.count[unique]
     heads = np.concatenate(
         [tables.heads[start : start + height] for start, height in zip(first, count, strict=True)]
     )
     rows = {
-        "bank": tables.bank[chosen],
+        "bank": tables.bank[unique],
         "heads": heads,
         "first": np.cumsum(count) - count,
         "count": count,
         "columns": tables.columns,
     }
-    return own.astype(np.int64), rows
+    return index.astype(np.int64), rows
 
 
 def _tables(path: Path) -> FleetTables:
-    """The tables of a fleet's own tasks.
+    """Tables of the tasks in a fleet's folder.
 
     Raises:
         ArtefactError: Their file is missing or damaged.
@@ -236,7 +237,11 @@ def _read(core: Any, file: Path, path: Path) -> Any:
 
 
 def _metadata(graph: Any, path: Path) -> dict[str, str]:
-    """What ``export`` stored."""
+    """Metadata of a folder's graph.
+
+    Raises:
+        ArtefactError: There are none, or they name no precision.
+    """
     found = graph.get_rt_info([SECTION]).value if graph.has_rt_info([SECTION]) else None
     if not isinstance(found, dict) or found.get("precision") not in ARITHMETIC:
         raise ArtefactError(
@@ -245,24 +250,24 @@ def _metadata(graph: Any, path: Path) -> dict[str, str]:
     return {str(name): str(text) for name, text in found.items()}
 
 
-def _metadata_of_onnx(path: Path) -> dict[str, str]:
-    """What the ONNX exporter stored.
+def _onnx_metadata(path: Path) -> dict[str, str]:
+    """Metadata of an ONNX file, with its precision.
 
     Raises:
-        ArtefactError: The file is damaged, or keeps weights in other files.
-        SettingError: The file is in another precision than float32.
+        ArtefactError: The file is damaged, or refers to other files.
+        SettingError: The file is not in float32.
     """
-    found = checked_metadata(path)
-    if found.setdefault("precision", "fp32") != "fp32":
+    metadata = checked_metadata(path)
+    if metadata.setdefault("precision", "fp32") != "fp32":
         raise SettingError(
-            f"{path} is in {found['precision']}, which OpenVINO would compute otherwise than it "
-            'was verified: take `engine="onnxruntime"`, or export to openvino with `to`.'
+            f"{path} is in {metadata['precision']}, which OpenVINO computes differently from the "
+            'verified engine: choose `engine="onnxruntime"`, or export to openvino with `to`.'
         )
-    return found
+    return metadata
 
 
 def _reason(error: RuntimeError) -> str:
-    """What OpenVINO says after the places in its source, of its last line."""
+    """Last line of OpenVINO's message, after its source locations."""
     return " ".join(str(error).strip().rpartition("\n")[2].split())[:160]
 
 
@@ -270,7 +275,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> OpenvinoEngine
     """Open an artefact for inference; see ``OpenvinoEngine``.
 
     Raises:
-        SettingError: Another device than the CPU is asked for.
+        SettingError: The device is not the CPU.
     """
     if options.device not in (None, "cpu"):
         raise SettingError(

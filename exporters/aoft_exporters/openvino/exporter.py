@@ -1,9 +1,9 @@
-"""OpenVINO: a folder with openvino_model.xml and .bin, run by OpenVINO's CPU plugin.
+"""Export to a folder with openvino_model.xml and .bin, for OpenVINO's CPU plugin.
 
-The graph is the ONNX exporter's: input ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8``
-``image`` uint8 [batch, H, W, 3]; output ``logits`` float32 [batch, classes]; the batch is dynamic.
-Metadata stand in the graph's ``rt_info``. The precision of the arithmetic is the artefact's own
-wherever it runs: a processor that cannot compute in it is refused.
+The input is ``pixel_values`` float32 [batch, 3, H, W], or with ``uint8`` ``image`` uint8
+[batch, H, W, 3]. The output is ``logits`` float32 [batch, classes]. The batch size is dynamic. The
+graph's ``rt_info`` holds the metadata. An artefact always computes in its own precision; a
+processor that does not support it is refused.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
-        path: Folder to make.
-        spec: Input form, normalisation, metadata, precision, and images to calibrate int8 with.
+        path: Folder to create.
+        spec: Input form, normalisation, metadata, precision, and calibration images for int8.
 
     Raises:
-        MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
-        SettingError: bf16 is asked of a processor that does not compute in it.
-        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+        MissingExtraError: OpenVINO is not installed, or NNCF for int8.
+        SettingError: The processor does not compute in bf16, or int8 has no calibration images.
+        AttachError: ``uint8`` is set, but the model has no plain patch embedding.
     """
     _write(
         path,
@@ -62,17 +62,19 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
 
 def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
-    """Write a fleet as such a folder, its tasks beside the graph in a safetensors file.
+    """Write a fleet as such a folder, with the tasks' tables in a safetensors file.
 
     Args:
         model: The model that all tasks share; it is not changed.
-        path: Folder to make.
-        spec: Size of the input, metadata, precision, and images to calibrate int8 with.
-        tables: The tasks' tables; ``MixedModel.forward`` names them.
+        path: Folder to create.
+        spec: Input form, metadata, precision, and calibration images for int8; ``uint8`` is not
+            supported.
+        tables: The tasks' tables.
 
     Raises:
-        MissingExtraError: OpenVINO, or for int8 NNCF, is not installed.
-        SettingError: bf16 is asked of a processor that does not compute in it, or ``uint8``.
+        MissingExtraError: OpenVINO is not installed, or NNCF for int8.
+        SettingError: The processor does not compute in bf16, int8 has no calibration images, or
+            ``uint8`` is set.
     """
     from safetensors.numpy import save_file
 
@@ -91,7 +93,7 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 
 
 def _images(spec: ExportSpec) -> Callable[[int], NDArray[Any]]:
-    """The images to calibrate with, each as a batch of one."""
+    """A function that returns one calibration image as a batch of one."""
     if spec.precision == "int8" and spec.calibration is None:
         raise SettingError("int8 of openvino needs images to calibrate with.")
 
@@ -105,7 +107,7 @@ def _images(spec: ExportSpec) -> Callable[[int], NDArray[Any]]:
 def _write(
     path: Path, spec: ExportSpec, graph_of: Callable[[], Any], sample: Callable[[int], Any]
 ) -> None:
-    """Convert an ONNX graph, in the spec's precision, and store the metadata."""
+    """Convert an ONNX graph to the spec's precision and write it with its metadata."""
     openvino = openvino_library()
     check_arithmetic(openvino.Core(), spec.precision)
     from onnx import save
@@ -114,40 +116,41 @@ def _write(
         int8.require()
     path.mkdir()
     texts = {**spec.metadata, "precision": spec.precision, DIGEST: ZEROS}
-    between = path / "graph"  # weights beside the graph, which a file of 2 GiB need not hold
-    between.mkdir()
-    save(graph_of(), between / "graph.onnx", save_as_external_data=True, location="weights")
-    graph = openvino.convert_model(between / "graph.onnx")
+    intermediate = path / "graph"
+    intermediate.mkdir()
+    graph_file = intermediate / "graph.onnx"  # with external weights, which may exceed 2 GiB
+    save(graph_of(), graph_file, save_as_external_data=True, location="weights")
+    graph = openvino.convert_model(graph_file)
     _renumber(graph)
     if spec.precision == "int8" and spec.calibration is not None:
-        count, least = len(spec.calibration.pixels), spec.calibration.min_agreement
-        graph, left = int8.quantised(graph, count, sample, least)
+        count, min_agreement = len(spec.calibration.pixels), spec.calibration.min_agreement
+        graph, left = int8.quantised(graph, count, sample, min_agreement)
         _renumber(graph)
         if left:
             texts["left_in_float"] = json.dumps(left)
     for name, text in texts.items():
         graph.set_rt_info(text, [SECTION, name])
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)
-    del graph  # which may read the weights in place
-    shutil.rmtree(between)
+    del graph  # it may map the weights' file into memory
+    shutil.rmtree(intermediate)
 
 
 def _renumber(graph: Any) -> None:
-    """Name unnamed nodes by their position, so that the same input gives the same files.
+    """Number the generated node names by position, so that the same input gives the same files.
 
-    OpenVINO numbers them over the whole process.
+    OpenVINO's own counter runs across the whole process.
     """
-    for place, node in enumerate(graph.get_ordered_ops()):
-        own = re.fullmatch(r"([A-Z][A-Za-z0-9]*)_\d+", node.get_friendly_name())
-        if own:
-            node.set_friendly_name(f"{own[1]}_{place}")
+    for i, node in enumerate(graph.get_ordered_ops()):
+        generated = re.fullmatch(r"([A-Z][A-Za-z0-9]*)_\d+", node.get_friendly_name())
+        if generated:
+            node.set_friendly_name(f"{generated[1]}_{i}")
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Operators and metadata of a folder, read from the XML alone.
+    """Operators and metadata of a folder, read from its XML.
 
     Raises:
-        ArtefactError: It is no OpenVINO model.
+        ArtefactError: The folder holds no OpenVINO model.
     """
     from xml.etree import ElementTree
 
@@ -157,12 +160,12 @@ def describe(path: Path) -> dict[str, Any]:
     except (OSError, ElementTree.ParseError) as error:
         raise ArtefactError(f"{path} is no OpenVINO model ({error}).") from error
     operators = Counter(layer.get("type", "") for layer in root.iterfind("layers/layer"))
-    written = root.find(f"rt_info/{SECTION}")
-    entries = {} if written is None else {each.tag: each.get("value", "") for each in written}
+    section = root.find(f"rt_info/{SECTION}")
+    metadata = {} if section is None else {entry.tag: entry.get("value", "") for entry in section}
     return {
         "kind": "OpenVINO artefact",
         "operators": dict(operators.most_common()),
-        **ArtefactInfo(entries).entries(),
+        **ArtefactInfo(metadata).entries(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Files of an OpenVINO folder."""
+"""Names of an OpenVINO folder's files and of its metadata section."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ __all__ = ["MARKER", "SECTION", "TASKS", "WEIGHTS"]
 MARKER = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
 TASKS = "tasks.safetensors"
-"""A fleet's tables."""
+"""Tables of a fleet's tasks."""
 
 SECTION = "aoft"
 """Section of ``rt_info`` that holds the metadata."""

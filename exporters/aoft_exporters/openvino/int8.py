@@ -1,8 +1,9 @@
-"""8-bit integers for an OpenVINO graph, by NNCF's post-training quantisation.
+"""Quantise an OpenVINO graph to int8 with NNCF's post-training quantisation.
 
-Weights get a scale for each output channel, activations one range each, learnt from images; the
-patch embedding, the classifier, LayerNorm and softmax stay in float32. Weights take 7 bits, so that
-processors without VNNI, whose products would saturate, answer as the machine that verified.
+Weights have a scale for each output channel. Each activation has one range, estimated from
+calibration images. The patch embedding, the classifier, LayerNorm and softmax stay in float32.
+Weights use 7 bits, since products of 8 bits saturate on processors without VNNI, whose results
+would differ from those of the machine that verified the artefact.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from aoft_deploy.errors import MissingExtraError
 __all__ = ["quantised", "require"]
 
 RANKED = 8
-"""Images that the harm of each product is measured on."""
+"""Number of images on which the quantisation error of each product is measured."""
 
 
 def require() -> Any:
-    """NNCF, which sends no report of its use.
+    """Import NNCF with telemetry disabled.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: NNCF is not installed.
     """
     from aoft_exporters.openvino.library import without_telemetry
 
@@ -43,19 +44,19 @@ def require() -> Any:
 def quantised(
     graph: Any, images: int, inputs: Callable[[int], Any], min_agreement: float = 0.0
 ) -> tuple[Any, list[str]]:
-    """The graph with its linear maps and attention products in int8.
+    """Convert the linear maps and attention products of a graph to int8.
 
-    If too few of the images keep their top class, the products that harm most go back to float32.
+    If too few images keep their top class, the products with the largest error are restored to
+    float32.
 
     Args:
         graph: An OpenVINO model in float32.
-        images: How many there are to calibrate with.
-        inputs: What the graph takes for an image.
+        images: Number of calibration images.
+        inputs: Returns the graph's inputs for the image of an index.
         min_agreement: Share of the images that must keep their top class.
 
     Returns:
-        A new OpenVINO model, the same for the same input, and the names of the products that went
-        back to float32.
+        A new OpenVINO model and the names of its restored products. The result is deterministic.
 
     Raises:
         MissingExtraError: NNCF is not installed.
@@ -65,7 +66,7 @@ def quantised(
 
     with _quiet():
         nncf.set_log_level(40)
-        small = nncf.quantize(
+        int8_graph = nncf.quantize(
             graph,
             nncf.Dataset(range(images), inputs),
             model_type=nncf.ModelType.TRANSFORMER,
@@ -74,55 +75,58 @@ def quantised(
             ignored_scope=nncf.IgnoredScope(names=_kept_in_float(graph)),
             advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
         )
-    return _restored_until(graph, small, [*map(inputs, range(images))], min_agreement)
+    return _restored_until(graph, int8_graph, [*map(inputs, range(images))], min_agreement)
 
 
 def _restored_until(
-    graph: Any, small: Any, samples: list[Any], min_agreement: float
+    graph: Any, int8_graph: Any, samples: list[Any], min_agreement: float
 ) -> tuple[Any, list[str]]:
-    """The quantised graph with as few products in float32 as the agreement takes, by doubling."""
+    """Restore 1, 2, 4, … products to float32 until the agreement is reached.
+
+    If no number of products suffices, the graph stays fully quantised.
+    """
     if not min_agreement:
-        return small, []
-    wanted = _logits(graph, samples)
-    if _agreement(_logits(small, samples), wanted) >= min_agreement:
-        return small, []
-    few = samples[:: max(1, len(samples) // RANKED)][:RANKED]
-    exact = wanted[:: max(1, len(samples) // RANKED)][:RANKED]
-    harm = {
-        name: float(np.square(_logits(_restored(small, [name]), few) - exact).sum())
-        for name in _products(small)
+        return int8_graph, []
+    expected = _logits(graph, samples)
+    if _agreement(_logits(int8_graph, samples), expected) >= min_agreement:
+        return int8_graph, []
+    subset = samples[:: max(1, len(samples) // RANKED)][:RANKED]
+    exact = expected[:: max(1, len(samples) // RANKED)][:RANKED]
+    remaining_error = {
+        name: float(np.square(_logits(_restored(int8_graph, [name]), subset) - exact).sum())
+        for name in _products(int8_graph)
     }
-    ranked = sorted(harm, key=lambda name: harm[name])  # least is left when the worst goes back
+    ranked = sorted(remaining_error, key=lambda name: remaining_error[name])
     count = 1
     while count < 2 * len(ranked):
-        result = _restored(small, ranked[:count])
-        if _agreement(_logits(result, samples), wanted) >= min_agreement:
+        result = _restored(int8_graph, ranked[:count])
+        if _agreement(_logits(result, samples), expected) >= min_agreement:
             return result, sorted(ranked[:count])
         count *= 2
-    return small, []
+    return int8_graph, []
 
 
-def _products(small: Any) -> list[str]:
-    """Names of the products that take quantised numbers."""
+def _products(int8_graph: Any) -> list[str]:
+    """Names of the products with quantised inputs."""
     return [
         node.get_friendly_name()
-        for node in small.get_ordered_ops()
+        for node in int8_graph.get_ordered_ops()
         if node.get_type_name() in ("MatMul", "Convolution")
         and any(_quantiser(port) is not None for port in node.inputs())
     ]
 
 
 def _quantiser(port: Any) -> Any:
-    """The node that quantises what a product takes; None if it takes it in float32."""
+    """The node that quantises an input of a product; None if the input is in float32."""
     node = port.get_source_output().get_node()
     return node if node.get_type_name() == "FakeQuantize" else None
 
 
-def _restored(small: Any, names: list[str]) -> Any:
-    """A copy of a quantised graph in which some products take what was before quantisation."""
-    copy, chosen = small.clone(), set(names)
+def _restored(int8_graph: Any, names: list[str]) -> Any:
+    """A copy of a quantised graph with the inputs of some products in float32."""
+    copy, restored = int8_graph.clone(), set(names)
     for node in copy.get_ordered_ops():
-        if node.get_friendly_name() in chosen:
+        if node.get_friendly_name() in restored:
             for port in node.inputs():
                 quantiser = _quantiser(port)
                 if quantiser is not None:
@@ -132,7 +136,7 @@ def _restored(small: Any, names: list[str]) -> Any:
 
 
 def _logits(graph: Any, samples: list[Any]) -> NDArray[np.float32]:
-    """Of samples, each a batch of one; what is not quantised is computed in float32."""
+    """Logits of samples, each a batch of one; unquantised operators run in float32."""
     openvino: Any = importlib.import_module("openvino")
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     rows = [np.array(compiled(sample)[compiled.output(0)][0]) for sample in samples]
@@ -140,29 +144,31 @@ def _logits(graph: Any, samples: list[Any]) -> NDArray[np.float32]:
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
-def _agreement(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    return float((found.argmax(1) == wanted.argmax(1)).mean())
+def _agreement(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float((logits.argmax(1) == expected.argmax(1)).mean())
 
 
 def _kept_in_float(graph: Any) -> list[str]:
-    """Names of what is never quantised: the first convolution, the classifier, tasks' own products.
+    """Names of the nodes that are never quantised.
 
-    The patch embedding is 1 % of a ViT's arithmetic, and of all layers the one that harms most:
-    it rounds the pixels themselves.
+    These are the patch embedding, the classifier and products with task parameters.
+
+    The patch embedding is 1 % of a ViT's arithmetic, and quantising it causes the largest error of
+    all layers: it rounds the pixels themselves.
     """
     kinds = ((node.get_type_name(), node.get_friendly_name()) for node in graph.get_ordered_ops())
     first = [name for kind, name in kinds if kind == "Convolution"][:1]
-    return [*first, *_classifier(graph), *_tasks_own(graph)]
+    return [*first, *_classifier(graph), *_task_products(graph)]
 
 
-def _tasks_own(graph: Any) -> list[str]:
-    """Names of the products of a fleet that take a task's own numbers, which stay in float32."""
+def _task_products(graph: Any) -> list[str]:
+    """Names of a fleet's products with task parameters."""
     depends: dict[str, frozenset[str]] = {}
     names = []
     for node in graph.get_ordered_ops():
-        kind, given = node.get_type_name(), [value.get_node() for value in node.input_values()]
+        kind, sources = node.get_type_name(), [v.get_node() for v in node.input_values()]
         own = {node.get_friendly_name()} if kind == "Parameter" else set[str]()
-        sides = [depends[source.get_friendly_name()] for source in given]
+        sides = [depends[source.get_friendly_name()] for source in sources]
         depends[node.get_friendly_name()] = frozenset(own.union(*sides))
         if kind == "MatMul" and any(side and "pixel_values" not in side for side in sides):
             names.append(node.get_friendly_name())
@@ -170,7 +176,7 @@ def _tasks_own(graph: Any) -> list[str]:
 
 
 def _classifier(graph: Any) -> list[str]:
-    """Name of the linear map that makes the logits, if it is one."""
+    """Name of the MatMul that computes the logits; empty if there is none."""
     node = graph.outputs[0].get_node()
     while node.get_type_name() in ("Result", "Add", "Reshape", "Convert"):
         node = node.input_value(0).get_node()

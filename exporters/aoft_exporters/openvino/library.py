@@ -1,22 +1,23 @@
-"""The openvino package: imported without telemetry, and which arithmetic it can do here."""
+"""Import OpenVINO without telemetry and check what the processor supports."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aoft_deploy.errors import MissingExtraError, SettingError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["check_arithmetic", "openvino_library", "without_telemetry"]
 
 
 def openvino_library() -> Any:
-    """The library."""
+    """Import OpenVINO with telemetry disabled.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+    """
     try:
         with without_telemetry():
             import openvino
@@ -27,7 +28,7 @@ def openvino_library() -> Any:
 
 @contextlib.contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Let what is imported meanwhile find no package that reports its use over the network."""
+    """Context manager: hide the telemetry package from imports."""
     name = "openvino_telemetry"
     hidden = name not in sys.modules
     modules: dict[str, Any] = sys.modules
@@ -41,10 +42,14 @@ def without_telemetry() -> Iterator[None]:
 
 
 def check_arithmetic(core: Any, precision: str) -> None:
-    """OpenVINO would emulate bf16 in float32, which is slower than float32 itself."""
+    """Refuse bf16 on a processor without it: OpenVINO's emulation is slower than float32.
+
+    Raises:
+        SettingError: The processor does not compute in bf16.
+    """
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         name = " ".join(core.get_property("CPU", "FULL_DEVICE_NAME").split())
         raise SettingError(
             f"The processor ({name}) does not compute in bf16: use one with AVX512-BF16 or AMX, or "
-            "export with --precision fp32 or int8."
+            "export in fp32 or int8."
         )

@@ -1,1 +1,1 @@
-"""TensorRT engines: built, refitted and run."""
+"""Build, refit and run TensorRT engines."""

@@ -1,4 +1,4 @@
-"""From an ONNX graph to a TensorRT plan: strongly typed, one profile over the batch."""
+"""Build a strongly typed TensorRT plan from an ONNX graph."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["build"]
 def build(
     graph: bytes, target: Target, batches: tuple[int, int, int], refittable: Collection[str] = ()
 ) -> bytes:
-    """A plan for a range of batches.
+    """Build a plan for a range of batch sizes.
 
-    The precision is the graph's: float32 is computed in float32, never in TF32.
+    The graph's types set the precision. Float32 is computed in float32, never in TF32.
 
     Args:
         graph: An ONNX model whose inputs have a dynamic first axis.
-        target: What to build with and for.
+        target: The library to build with and the GPU to build for.
         batches: Smallest, usual and largest batch; TensorRT tunes for the usual one.
-        refittable: Weights that may be replaced later; TensorRT needs the GPU to build for any.
+        refittable: Names of weights that can be replaced later; TensorRT needs the GPU to mark them.
 
     Raises:
-        OutputError: TensorRT cannot read the graph or build it, with its reason.
+        OutputError: TensorRT cannot read the graph or build the engine.
     """
     trt, log = target.library.module, target.library.log
     log.errors.clear()
@@ -44,37 +44,37 @@ def build(
     config.clear_flag(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
-        given = network.get_input(i)
-        profile.set_shape(given.name, *([size, *given.shape[1:]] for size in batches))
+        tensor = network.get_input(i)
+        profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in batches))
     config.add_optimization_profile(profile)
     if refittable:
         mark(target.library, network, config, refittable)
-    with _choices_kept(trt, config, target):
+    with _timing_cache(trt, config, target):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reason = " ".join(log.errors)[:200] or "it gives no reason"
+        reason = " ".join(log.errors)[:200] or "no reason given"
         raise OutputError(f"TensorRT cannot build the engine ({reason}).")
     return bytes(plan)
 
 
 def _strongly_typed(trt: Any) -> int:
-    """Flags of a network whose types are the graph's; from TensorRT 11 on every network is so."""
+    """Creation flags of a strongly typed network; from TensorRT 11 on, every network is."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 @contextlib.contextmanager
-def _choices_kept(trt: Any, config: Any, target: Target) -> Iterator[None]:
-    """Name the GPU to TensorRT-RTX; let TensorRT reuse and keep what it has timed on this one."""
+def _timing_cache(trt: Any, config: Any, target: Target) -> Iterator[None]:
+    """Context manager: set the GPU of TensorRT-RTX, or reuse and update TensorRT's timing cache."""
     if target.library.name == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         name = f"SM{target.capability.replace('.', '')}"
         config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
-        yield  # it times nothing before it runs
+        yield  # TensorRT-RTX times kernels only when the engine runs
         return
     path = _timing_path(target)
-    known = path.read_bytes() if path and path.is_file() else b""
-    config.set_timing_cache(config.create_timing_cache(known), False)
+    stored = path.read_bytes() if path and path.is_file() else b""
+    config.set_timing_cache(config.create_timing_cache(stored), False)
     yield
     cache = config.get_timing_cache()
     if path and cache is not None:
@@ -86,7 +86,7 @@ def _choices_kept(trt: Any, config: Any, target: Target) -> Iterator[None]:
 
 
 def _timing_path(target: Target) -> Path | None:
-    """Where timings are kept for this version and GPU; None where nothing is to be kept."""
+    """File of the timing cache for this version and GPU; None without a cache or GPU."""
     folder, gpu = cache_folder(), find_gpu()
     if folder is None or gpu is None:
         return None

@@ -1,7 +1,6 @@
-"""A TensorRT engine on the GPU: recorded CUDA graphs, pinned buffers, streams of its own.
+"""Run a TensorRT plan on a GPU with CUDA graphs, pinned buffers and its own streams.
 
-CUDA comes through torch, which is a requirement of this project anyway and brings its libraries:
-one context and one allocator in the process, whatever else runs there.
+CUDA is used through torch, so the process has one CUDA context and one allocator.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ __all__ = ["TensorrtEngine"]
 class TensorrtEngine:
     """A plan on this machine's GPU.
 
-    Many threads may call ``run`` at once; as many batches as there are lanes are computed at once.
+    Many threads may call ``run`` at once; each lane computes one batch at a time.
 
     Attributes:
         info: Metadata stored beside the plan.
@@ -32,15 +31,15 @@ class TensorrtEngine:
         device: ``cuda:0`` …
 
     Args:
-        plan: The serialised engine, of a source that is trusted.
-        metadata: What it takes.
+        plan: The serialised engine; it is native code and must come from a trusted source.
+        metadata: Metadata of the plan.
         library: The TensorRT that built it.
-        index: Number of the GPU.
-        lanes: Batches that are computed at once.
-        cuda_graphs: Whether each size of batch is recorded once and replayed.
+        index: Index of the GPU.
+        lanes: Number of batches computed in parallel.
+        cuda_graphs: Whether a CUDA graph is recorded for each batch size and replayed.
 
     Raises:
-        ArtefactError: TensorRT does not take the plan, with its reason.
+        ArtefactError: TensorRT cannot load the plan.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class TensorrtEngine:
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 reason = " ".join(library.log.errors)[:200]
-                raise ArtefactError(f"TensorRT does not take the engine ({reason}).")
+                raise ArtefactError(f"TensorRT cannot load the engine ({reason}).")
             for _ in range(lanes):
                 self._idle.put(_Lane(library, engine, metadata, cuda_graphs))
 
@@ -85,12 +84,12 @@ class TensorrtEngine:
         """Logits of a batch, float32 [batch, classes].
 
         Args:
-            images: The batch, in the engine's own input form.
+            images: The batch in the engine's input form.
             task: A fleet's task for each image, int64 [batch].
 
         Raises:
-            SettingError: Another type, shape or size of batch than the engine was built for, a
-                fleet without tasks, a single model with them, or a task outside the fleet.
+            SettingError: The type, shape or batch size does not fit the engine, a fleet is run
+                without tasks, a single model with them, or a task is outside the fleet.
         """
         import torch
 
@@ -106,18 +105,18 @@ class TensorrtEngine:
 def checked(
     metadata: Metadata, images: NDArray[Any], task: NDArray[np.int64] | None
 ) -> dict[str, NDArray[Any]]:
-    """The inputs by name, if an engine takes them.
+    """Check a batch and return the inputs by name.
 
     Raises:
-        SettingError: It does not, with what it takes.
+        SettingError: The engine does not accept the batch.
     """
-    name, takes = next(iter(metadata.inputs.items()))
+    name, expected = next(iter(metadata.inputs.items()))
     tasks = metadata.sample.tasks if "task" in metadata.inputs else None
-    check_batch(images, task, takes=takes, tasks=tasks)
-    least, _, most = metadata.batches
-    if not least <= len(images) <= most:
+    check_batch(images, task, takes=expected, tasks=tasks)
+    smallest, _, largest = metadata.batches
+    if not smallest <= len(images) <= largest:
         raise SettingError(
-            f"This engine was built for batches of {least} to {most} images, but got "
+            f"This engine was built for batches of {smallest} to {largest} images, but got "
             f"{len(images)}: split the batch, or export with other `batches`."
         )
     feed = {name: np.ascontiguousarray(images)}
@@ -127,7 +126,7 @@ def checked(
 
 
 class _Lane:
-    """Buffers for the largest batch in host and device memory, a stream, and what was recorded."""
+    """A stream with buffers for the largest batch, execution contexts and CUDA graphs."""
 
     def __init__(
         self, library: Library, engine: Any, metadata: Metadata, cuda_graphs: bool
@@ -137,13 +136,13 @@ class _Lane:
         self._trt, self._engine, self._record = library.module, engine, cuda_graphs
         self._rtx = library.name == "tensorrt-rtx"
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        most = metadata.batches[2]
+        largest = metadata.batches[2]
         self._device, self._host = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         buffers = {**metadata.inputs, "logits": ("float32", (metadata.classes,))}
         for name, (kind, shape) in buffers.items():
             dtype = getattr(torch, kind)
-            self._device[name] = torch.zeros(most, *shape, dtype=dtype, device="cuda")
-            self._host[name] = torch.zeros(most, *shape, dtype=dtype, pin_memory=True)
+            self._device[name] = torch.zeros(largest, *shape, dtype=dtype, device="cuda")
+            self._host[name] = torch.zeros(largest, *shape, dtype=dtype, pin_memory=True)
         size = max(1, engine.device_memory_size_v2)
         self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
         self._contexts = dict[int, Any]()
@@ -151,7 +150,7 @@ class _Lane:
         torch.cuda.synchronize()
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Copy in, compute, copy out, in this lane's stream alone."""
+        """Copy the inputs, compute and copy the logits back, on this lane's stream."""
         import torch
 
         size = len(next(iter(feed.values())))
@@ -167,7 +166,7 @@ class _Lane:
         return logits.numpy().copy()
 
     def _compute(self, size: int) -> None:
-        """Replay the batch's graph; the first time, compute it and record."""
+        """Replay the CUDA graph of a batch size; the first time, compute and record it."""
         import torch
 
         graph = self._graphs.get(size)
@@ -176,7 +175,7 @@ class _Lane:
             return
         context = self._context(size)
         self._enqueue(context)
-        if self._record and not self._rtx:  # RTX records by itself, around what it still compiles
+        if self._record and not self._rtx:  # TensorRT-RTX records by itself
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -188,7 +187,7 @@ class _Lane:
             raise RuntimeError("TensorRT could not run the engine.")
 
     def _context(self, size: int) -> Any:
-        """One for each size of batch, as recording asks for; they share the scratch memory."""
+        """The execution context of a batch size. All contexts share the scratch memory."""
         if size not in self._contexts:
             context = self._engine.create_execution_context(self._strategy())
             context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
@@ -200,12 +199,12 @@ class _Lane:
         return self._contexts[size]
 
     def _strategy(self) -> Any:
-        """That memory is ours; of RTX also that it records CUDA graphs."""
-        ours = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        """Options of a context: user-managed memory, and CUDA graphs in TensorRT-RTX."""
+        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._rtx:
-            return ours
+            return user_managed
         options = self._engine.create_runtime_config()
-        options.set_execution_context_allocation_strategy(ours)
+        options.set_execution_context_allocation_strategy(user_managed)
         if self._record:
             options.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return options

@@ -1,13 +1,14 @@
-"""TensorRT: a folder with a plan and what it was built for, run on an NVIDIA GPU.
+"""Export to a folder with a TensorRT plan and its metadata, for an NVIDIA GPU.
 
-``model.plan`` is the engine, ``engine.json`` what it takes, what it was built with and for, its
-SHA-256, and the graph's answers about a few built-in images. A plan is native code: it is opened
-only if its hash, the version of TensorRT and the GPU are those recorded, and used only if it gives
-these answers there. It may so be built, with TensorRT-RTX, where no GPU is.
+``model.plan`` is the engine. ``engine.json`` holds its inputs, library, version, GPU and SHA-256,
+and the graph's logits of a few built-in images. A plan is native code. It is opened only if its
+hash, the TensorRT version and the GPU match the metadata, and used only if it reproduces the logits
+there. So TensorRT-RTX can build a plan on a machine without a GPU.
 
-Inputs are those of the ONNX exporter, whose graph it is built from: ``pixel_values`` float32
-[batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3], and for a fleet ``task`` int64
-[batch]; output ``logits`` float32 [batch, classes]. Batches are those of ``BuildOptions.batches``.
+The engine is built from the ONNX exporter's graph. The input is ``pixel_values`` float32
+[batch, 3, H, W], or with ``uint8`` ``image`` uint8 [batch, H, W, 3], and for a fleet also ``task``
+int64 [batch]. The output is ``logits`` float32 [batch, classes]. ``BuildOptions.batches`` sets the
+range of batch sizes.
 """
 
 from __future__ import annotations
@@ -65,18 +66,19 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
-        path: Folder to make.
+        path: Folder to create.
         spec: Input form, normalisation, metadata, precision, batches, and the GPU to build for.
 
     Raises:
         MissingExtraError: TensorRT, TensorRT-RTX or ONNX Runtime is not installed.
-        SettingError: No GPU and none named, or one that the installed TensorRT cannot build for.
-        OutputError: TensorRT cannot build the engine, or the weights take more than 2 GiB.
-        VerificationError: Numbers leave the range of the precision.
-        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+        SettingError: The GPU is neither present nor named, or the installed TensorRT cannot build
+            for it.
+        OutputError: TensorRT cannot build the engine, or the weights exceed 2 GiB.
+        VerificationError: Logits are not finite in this precision.
+        AttachError: ``uint8`` is set, but the model has no plain patch embedding.
     """
     names = {plain_name(name) for name in model.state_dict()}
-    _write(path, spec, names, lambda between, plain: onnx_exporter.export(model, between, plain))
+    _write(path, spec, names, lambda file, plain: onnx_exporter.export(model, file, plain))
 
 
 def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
@@ -84,9 +86,9 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
-        path: Folder to make.
-        spec: As for ``export``, without ``uint8``.
-        tables: As for the ONNX exporter; they become constants of the engine.
+        path: Folder to create.
+        spec: As for ``export``; ``uint8`` is not supported.
+        tables: The tasks' tables; they become constants of the engine.
 
     Raises:
         AoftError: As ``export``.
@@ -96,7 +98,7 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
         path,
         spec,
         names,
-        lambda between, plain: onnx_exporter.export_fleet(model, between, plain, tables),
+        lambda file, plain: onnx_exporter.export_fleet(model, file, plain, tables),
         tables,
     )
 
@@ -108,25 +110,28 @@ def _write(
     write_graph: Callable[[Path, ExportSpec], None],
     tables: FleetTables | None = None,
 ) -> None:
-    """Graph, plan and metadata; ``INTERMEDIATE`` is what the plan computes, for ONNX Runtime."""
+    """Write the plan, its metadata, and ``INTERMEDIATE``: a graph for ONNX Runtime.
+
+    The graph computes what the plan computes; low precision is emulated.
+    """
     import onnx
 
     target = libraries.target(spec.build.compute_capability)
     check_refit(spec)
     path.mkdir()
-    between = path / INTERMEDIATE
-    write_graph(between, replace(spec, precision="fp32", build=replace(spec.build, opset=20)))
-    graph, low = onnx.load(between), spec.precision != "fp32"
+    graph_file = path / INTERMEDIATE
+    write_graph(graph_file, replace(spec, precision="fp32", build=replace(spec.build, opset=20)))
+    graph, low = onnx.load(graph_file), spec.precision != "fp32"
     _cast_pixels_first(graph.graph)
     sample = Sample.of(graph, spec)
-    exact = sample.answers(OnnxEngine(between))
+    exact = sample.answers(OnnxEngine(graph_file))
     if low:
         graph, left = in_range(graph, spec, tables)
         texts = {"left_in_float": json.dumps(left)} if left else {}
         spec = replace(spec, metadata={**spec.metadata, **texts})
         onnx.helper.set_model_props(graph, dict(spec.metadata))
-        onnx.save(emulated(graph), between)
-    answers = sample.answers(OnnxEngine(between)) if low else exact
+        onnx.save(emulated(graph), graph_file)
+    answers = sample.answers(OnnxEngine(graph_file)) if low else exact
     sample = sample.answered(answers, exact, TOLERANCE)
     weights = named_weights(graph, names) if spec.build.refittable or spec.build.refit else {}
     fixed = structure(graph, weights) if weights else ""
@@ -139,29 +144,31 @@ def _write(
 
 
 def _cast_pixels_first(graph: Any) -> None:
-    """Let pixels become numbers before they are moved: TensorRT moves no uint8."""
+    """Cast pixels to float before they are transposed: TensorRT cannot transpose uint8."""
     pixels = [value.name for value in graph.input if value.name == "image"]
-    moves = [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in pixels]
-    for move in moves:
-        cast = next(n for n in graph.node if n.op_type == "Cast" and n.input[0] == move.output[0])
-        moved, cast.input[0], move.input[0] = cast.output[0], move.input[0], f"{move.input[0]}.fp32"
-        cast.output[0], move.output[0] = move.input[0], moved
+    transposes = [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in pixels]
+    for transpose in transposes:
+        pixel, transposed = transpose.input[0], transpose.output[0]
+        cast = next(n for n in graph.node if n.op_type == "Cast" and n.input[0] == transposed)
+        result = cast.output[0]
+        cast.input[0], cast.output[0] = pixel, f"{pixel}.fp32"
+        transpose.input[0], transpose.output[0] = f"{pixel}.fp32", result
         nodes = list(graph.node)
-        first, second = nodes.index(move), nodes.index(cast)
-        nodes[first], nodes[second] = cast, move
+        first, second = nodes.index(transpose), nodes.index(cast)
+        nodes[first], nodes[second] = cast, transpose
         del graph.node[:], graph.value_info[:]
         graph.node.extend(nodes)
 
 
 def device(path: Path) -> str | None:
-    """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
+    """Name of this machine's GPU if the engine at ``path`` runs on it, else None."""
     gpu = libraries.find_gpu()
     fits = gpu is not None and gpu.capability == Metadata.read(path / METADATA).capability
     return gpu.name if gpu and fits else None
 
 
 def load_intermediate(path: Path) -> OnnxEngine:
-    """The graph that an engine was built from, in ONNX Runtime, while ``INTERMEDIATE`` exists."""
+    """Open the graph that an engine was built from in ONNX Runtime; verification deletes it."""
     return OnnxEngine(path / INTERMEDIATE)
 
 
@@ -175,17 +182,17 @@ def load(
     """Open a folder on a GPU of this machine.
 
     Args:
-        path: What ``export`` wrote.
-        options: The device is ``cuda`` or ``cuda:1`` …; None is the first GPU. A GPU has no threads
-            to choose.
-        lanes: Batches that are computed at once, each with buffers and a stream of its own.
-        cuda_graphs: Whether each size of batch is recorded once and replayed.
+        path: A folder of ``export``.
+        options: The device is ``cuda`` or ``cuda:1`` …; None is the first GPU. ``threads`` must be
+            None.
+        lanes: Number of batches computed in parallel, each with its own buffers and stream.
+        cuda_graphs: Whether a CUDA graph is recorded for each batch size and replayed.
 
     Raises:
-        ArtefactError: The folder is missing, damaged or changed since it was written, or is for
-            another GPU or version of TensorRT.
+        ArtefactError: The folder is missing, damaged or changed, or was built for another GPU or
+            version of TensorRT.
         SettingError: Threads are given, or this machine has no such GPU.
-        VerificationError: The engine gives other answers here than the graph it was built from.
+        VerificationError: The engine's logits differ from those of its graph.
         MissingExtraError: The TensorRT that built the engine is not installed.
     """
     if not (path / MARKER).is_file():
@@ -214,22 +221,22 @@ def load(
     if not difference <= metadata.sample.allowed:  # nan too
         raise VerificationError(
             f"On this {gpu.name} the engine's logits differ from its graph's by {difference:.2e}, "
-            f"but at most {metadata.sample.allowed:.2e} is allowed: it is not used."
+            f"but at most {metadata.sample.allowed:.2e} is allowed: the engine is not used."
         )
     return opened
 
 
 def _index(device: str | None) -> int | None:
-    """Number of a GPU; None where none is named."""
+    """Index of the GPU that a device names; None if it is no GPU."""
     kind, _, number = (device or "cuda").partition(":")
     return int(number or 0) if kind == "cuda" and (number or "0").isdecimal() else None
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What is recorded beside a plan, which is not opened.
+    """Metadata of a plan, which is not opened.
 
     Raises:
-        ArtefactError: It is missing or damaged.
+        ArtefactError: The plan is missing, or its metadata are missing or damaged.
     """
     metadata = Metadata.read(path / METADATA)
     if not (path / MARKER).is_file():

@@ -1,7 +1,8 @@
-"""TensorRT or TensorRT-RTX, whichever this machine can use, and the GPU it finds.
+"""Find the GPU and choose between TensorRT and TensorRT-RTX.
 
-Both have the same Python interface. ``tensorrt`` builds and runs on the GPU at hand and is taken
-where there is one; ``tensorrt-rtx`` also builds without any, for a named compute capability.
+Both have the same Python interface. ``tensorrt`` builds and runs on this machine's GPU and is
+preferred if there is one. ``tensorrt-rtx`` also builds without a GPU, for a named compute
+capability.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Gpu:
     """A GPU of this machine.
 
     Attributes:
-        name: As its driver reports it.
+        name: Name that the driver reports.
         capability: Compute capability, such as ``8.9``.
     """
 
@@ -36,8 +37,8 @@ class Library:
     Attributes:
         module: The Python module.
         name: ``tensorrt`` or ``tensorrt-rtx``.
-        version: Its version; engines are for this one alone.
-        log: What its objects write to; ``errors`` holds the texts of errors.
+        version: Its version; engines run in the same version only.
+        log: Logger of its objects; ``errors`` holds the error messages.
     """
 
     module: Any
@@ -48,7 +49,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine is built with, and for which GPUs.
+    """The library that builds an engine and the GPU that it is built for.
 
     Attributes:
         library: The TensorRT.
@@ -60,7 +61,7 @@ class Target:
 
 
 def find_gpu(index: int = 0) -> Gpu | None:
-    """One of this machine's GPUs, if there is one that CUDA can use."""
+    """A GPU of this machine; None if CUDA has no GPU of this index."""
     import torch
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -70,13 +71,13 @@ def find_gpu(index: int = 0) -> Gpu | None:
 
 
 def library(name: str | None = None) -> Library:
-    """An installed TensorRT.
+    """Import an installed TensorRT.
 
     Args:
-        name: ``tensorrt`` or ``tensorrt-rtx``; None takes the first where there is a GPU.
+        name: ``tensorrt`` or ``tensorrt-rtx``; None prefers ``tensorrt`` if there is a GPU.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: The library is not installed.
     """
     choices = [name] if name else ["tensorrt", "tensorrt-rtx"] if find_gpu() else ["tensorrt-rtx"]
     for choice in choices:
@@ -89,18 +90,18 @@ def library(name: str | None = None) -> Library:
 
 @functools.cache
 def _library(name: str) -> Library:
-    """One for the whole process: TensorRT keeps the first log that it is given."""
+    """Import once per process: TensorRT keeps the first logger that it is given."""
     module: Any = importlib.import_module(name.replace("-", "_"))
 
     class Log(module.ILogger):  # type: ignore[misc]
-        """Keeps errors and drops the rest, which TensorRT would print."""
+        """Collects errors and drops other messages."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT."""
+            """Record a message; TensorRT calls this."""
             if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
 
@@ -108,14 +109,15 @@ def _library(name: str) -> Library:
 
 
 def target(capability: str | None) -> Target:
-    """What to build with and for.
+    """Choose the library to build with and the GPU to build for.
 
     Args:
-        capability: Compute capability to build for; None is this machine's GPU's.
+        capability: Compute capability to build for; None is that of this machine's GPU.
 
     Raises:
         MissingExtraError: Neither TensorRT nor TensorRT-RTX is installed.
-        SettingError: No GPU and none named, or one that the installed TensorRT cannot build for.
+        SettingError: The GPU is neither present nor named, or the installed TensorRT cannot build
+            for it.
     """
     gpu, chosen = find_gpu(), library()
     if capability is None and gpu is None:
@@ -123,24 +125,24 @@ def target(capability: str | None) -> Target:
             "This machine has no NVIDIA GPU: name the one to build for with `compute_capability`, "
             f"one of {', '.join(_capabilities(chosen.module))}."
         )
-    asked = capability or (gpu.capability if gpu else "")
+    wanted = capability or (gpu.capability if gpu else "")
     if chosen.name == "tensorrt":
-        if gpu and asked != gpu.capability:
+        if gpu and wanted != gpu.capability:
             raise SettingError(
                 f"tensorrt builds for this machine's GPU, of compute capability {gpu.capability}, "
-                f"not for {asked}: leave `compute_capability` out."
+                f"not for {wanted}: leave `compute_capability` out."
             )
-    elif asked not in _capabilities(chosen.module):
+    elif wanted not in _capabilities(chosen.module):
         raise SettingError(
-            f"tensorrt-rtx {chosen.version} does not build for compute capability {asked}, but for "
+            f"tensorrt-rtx {chosen.version} does not build for compute capability {wanted}, but for "
             f"{', '.join(_capabilities(chosen.module))}: choose one of these, or build with "
             "tensorrt on a machine with the GPU."
         )
-    return Target(chosen, asked)
+    return Target(chosen, wanted)
 
 
 def _capabilities(module: Any) -> dict[str, Any]:
-    """What TensorRT-RTX builds for, by name such as ``8.9``."""
+    """Compute capabilities that TensorRT-RTX can build for, by names such as ``8.9``."""
     members = getattr(module, "ComputeCapability", None)
     named = members.__members__ if members else {}
     return {f"{n[2:-1]}.{n[-1]}": value for n, value in named.items() if n.startswith("SM")}

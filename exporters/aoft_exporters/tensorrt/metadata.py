@@ -1,4 +1,4 @@
-"""What stands beside a TensorRT plan: what it takes, what it is for, and how it must answer."""
+"""Metadata of a TensorRT plan: its inputs, its GPU, and the logits that it must reproduce."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,13 @@ from aoft_deploy.errors import ArtefactError, VerificationError
 from aoft_deploy.files import json_text
 from aoft_exporters.tensorrt.library import Target
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["MARKER", "METADATA", "Metadata", "Sample", "check_files"]
 
+MARKER = "model.plan"
 METADATA = "engine.json"
 FORMAT = "aoft-deploy-tensorrt/1"
 IMAGES = 4
-"""Built-in images that an engine answers whenever it is loaded."""
+"""Number of built-in images that check an engine whenever it is loaded."""
 
 
 class Runner(Protocol):
@@ -42,14 +40,14 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """Built-in images and the answers that the graph gives about them.
+    """Built-in images and the graph's logits of them.
 
     Attributes:
         size: Side of square images, or height and width of others.
-        uint8: Whether they are given as pixels.
+        uint8: Whether the engine takes uint8 pixels.
         tasks: Number of a fleet's tasks; 0 for a single model.
-        logits: The graph's answers in the engine's precision; None stands for −inf.
-        allowed: Largest difference that an engine may have.
+        logits: The graph's logits in the engine's precision; None is −inf.
+        allowed: Largest allowed difference of an engine's logits.
     """
 
     size: int | Sequence[int]
@@ -60,7 +58,7 @@ class Sample:
 
     @classmethod
     def of(cls, graph: Any, spec: ExportSpec) -> Sample:
-        """For a graph, without answers."""
+        """A sample for a graph, without logits."""
         fleet = any(value.name == "task" for value in graph.graph.input)
         tasks = len(ArtefactInfo(spec.metadata).tasks) if fleet else 0
         height, width = spec.input.height, spec.input.width
@@ -69,33 +67,38 @@ class Sample:
     def answers(
         self, engine: Runner, batches: tuple[int, int, int] = (1, 1, IMAGES)
     ) -> NDArray[np.float32]:
-        """An engine's logits about the images, those of a fleet by different tasks."""
+        """An engine's logits of the images; a fleet cycles through its tasks."""
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         images: NDArray[Any] = random_pixels(IMAGES, height, width)
         if not self.uint8:
             scaled = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
             images = np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
-        least, _, most = batches
-        step = min(IMAGES, most)
-        found = []
+        smallest, _, largest = batches
+        step = min(IMAGES, largest)
+        logits = []
         for start in range(0, IMAGES, step):
-            piece = np.resize(np.arange(start, min(start + step, IMAGES)), max(step, least))
+            piece = np.resize(np.arange(start, min(start + step, IMAGES)), max(step, smallest))
             task = piece.astype(np.int64) % self.tasks if self.tasks else None
-            given = images[piece]
-            logits = engine.run(given) if task is None else engine.run(given, task)
-            found.append(logits[: min(step, IMAGES - start)])
-        return np.concatenate(found)
+            batch = images[piece]
+            rows = engine.run(batch) if task is None else engine.run(batch, task)
+            logits.append(rows[: min(step, IMAGES - start)])
+        return np.concatenate(logits)
 
     def answered(
         self, answers: NDArray[np.float32], exact: NDArray[np.float32], tolerance: float
     ) -> Sample:
-        """With the answers, given those in float32.
+        """This sample with logits and the allowed difference.
 
-        Rounding in low precision differs from one kernel to the next by about what it changes at
-        all, so several times that is allowed.
+        Rounding errors differ between kernels by about their own size. So the allowed difference
+        includes four times the difference between the precision and float32.
+
+        Args:
+            answers: The graph's logits in the engine's precision.
+            exact: The graph's logits in float32.
+            tolerance: Allowed difference in float32, for logits up to 1.
 
         Raises:
-            VerificationError: Answers are finite in float32 alone.
+            VerificationError: Logits that are finite in float32 are not finite in the precision.
         """
         finite = np.isfinite(exact)
         if not np.isfinite(answers[finite]).all():
@@ -109,7 +112,7 @@ class Sample:
         return replace(self, logits=rows, allowed=tolerance * largest + 4 * rounding)
 
     def difference(self, engine: Runner, batches: tuple[int, int, int]) -> float:
-        """Largest difference of an engine's answers; inf where another one is finite."""
+        """Largest difference of an engine's logits; inf if they are finite elsewhere."""
         expected = np.array(self.logits, np.float32)  # None becomes nan
         answers = self.answers(engine, batches)
         finite = np.isfinite(expected)
@@ -120,19 +123,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What ``engine.json`` holds.
+    """Content of ``engine.json``.
 
     Attributes:
         info: Metadata: classes, preprocessing, backbone, method, precision.
-        inputs: Type and shape of a sample of each input, the images' first.
+        inputs: Type and shape of each input, without the batch; the images come first.
         classes: Number of logits.
         batches: Smallest, usual and largest batch.
         library: ``tensorrt`` or ``tensorrt-rtx``.
-        version: Its version.
-        capability: Compute capability that the plan is for.
-        sha256: Of the plan.
-        sample: How the engine must answer.
-        structure: Hash of the graph without the weights that can be refitted; empty if none can.
+        version: Version of the library.
+        capability: Compute capability of the GPU that the plan was built for.
+        sha256: SHA-256 of the plan.
+        sample: Logits that the engine must reproduce.
+        structure: Hash of the graph without its refittable weights; empty if there are none.
         origin: ``built``, or ``refitted`` from another engine.
     """
 
@@ -158,7 +161,7 @@ class Metadata:
         structure: str = "",
         origin: str = "built",
     ) -> Metadata:
-        """For a plan just built or refitted."""
+        """Metadata of a plan that was just built or refitted."""
         inputs: dict[str, tuple[str, tuple[int, ...]]] = {
             spec.input.name: (spec.input.dtype, spec.input.shape)
         }
@@ -179,42 +182,42 @@ class Metadata:
         )
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the metadata as JSON."""
         path.write_text(json_text({"format": FORMAT, **asdict(self)}, indent=1) + "\n", "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Metadata:
-        """Read what ``write`` wrote.
+        """Read a file of ``write``.
 
         Raises:
-            ArtefactError: The file is missing, damaged or another program's.
+            ArtefactError: The file is missing or damaged, or was not written by ``write``.
         """
         try:
-            found = json.loads(path.read_text("utf-8"))
-            if found.pop("format") != FORMAT:
+            values = json.loads(path.read_text("utf-8"))
+            if values.pop("format") != FORMAT:
                 raise ValueError("another format")
             inputs = {
-                n: (str(kind), tuple(shape)) for n, (kind, shape) in found.pop("inputs").items()
+                n: (str(kind), tuple(shape)) for n, (kind, shape) in values.pop("inputs").items()
             }
-            least, usual, most = map(int, found.pop("batches"))
-            sample = Sample(**found.pop("sample"))
-            return cls(inputs=inputs, batches=(least, usual, most), sample=sample, **found)
+            smallest, usual, largest = map(int, values.pop("batches"))
+            sample = Sample(**values.pop("sample"))
+            return cls(inputs=inputs, batches=(smallest, usual, largest), sample=sample, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtefactError(
-                f"{path} does not say what the plan beside it is ({error!r:.80}): it was not "
-                "written by aoft-export, or is damaged."
+                f"{path} does not describe the plan beside it ({error!r:.80}): it is damaged or was not "
+                "written by aoft-export."
             ) from error
 
     def check_here(self, path: Path, version: str, capability: str) -> None:
-        """Refuse an engine of another version or GPU.
+        """Check that the engine was built for this version and GPU.
 
         Raises:
-            ArtefactError: It is one, with what it was built for.
+            ArtefactError: It was built for another version or GPU.
         """
         if version != self.version:
             raise ArtefactError(
                 f"{path} was built with {self.library} {self.version}, but {version} is installed: "
-                "engines run in their own version alone, so install it or export again."
+                "an engine runs in its own version only, so install that version or export again."
             )
         if capability != self.capability:
             raise ArtefactError(
@@ -224,15 +227,16 @@ class Metadata:
 
 
 def check_files(path: Path, metadata: Metadata, files: tuple[str, str]) -> bytes:
-    """The plan, if the folder is as it was written.
+    """Read the plan and check that the folder is unchanged.
 
     Args:
         path: The folder.
-        metadata: What stands beside the plan.
+        metadata: Metadata of the plan.
         files: Names of the plan and of the metadata.
 
     Raises:
-        ArtefactError: The plan is not the recorded one, or the manifest beside is of others.
+        ArtefactError: The plan does not match its metadata, or the folder does not match its
+            manifest.
     """
     plan = (path / files[0]).read_bytes()
     if hashlib.sha256(plan).hexdigest() != metadata.sha256:
@@ -242,6 +246,3 @@ def check_files(path: Path, metadata: Metadata, files: tuple[str, str]) -> bytes
         )
     check_unchanged(path)
     return plan
-
-
-MARKER = "model.plan"

@@ -1,15 +1,15 @@
-"""New weights for a TensorRT engine of the same graph, without building it again.
+"""Replace the weights of a TensorRT engine without rebuilding it.
 
-Weights are named as timm names them and marked one by one (``REFIT_INDIVIDUAL``), which needs the
-GPU already when the engine is built. All else in the graph, folded constants too, must be what it
-was: ``structure`` is the hash of it.
+Weights have timm's names and are marked one by one (``REFIT_INDIVIDUAL``), which requires the GPU
+when the engine is built. The rest of the graph, including folded constants, must be equal:
+``structure`` is its hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
@@ -17,18 +17,15 @@ from aoft_exporters.tensorrt import library as libraries
 from aoft_exporters.tensorrt.library import Library
 from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample, check_files
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["mark", "named_weights", "refitted", "structure"]
+__all__ = ["check_refit", "mark", "named_weights", "refitted", "refitted_plan", "structure"]
 
 
 def named_weights(graph: Any, names: Collection[str]) -> dict[str, Any]:
-    """Those of a graph's constants that are numbers of the model.
+    """A graph's floating-point initialisers of the given names.
 
     Args:
         graph: An ONNX model.
-        names: Of the model's parameters and of a fleet's tables.
+        names: Names of the model's parameters and of a fleet's tables.
     """
     import onnx
 
@@ -37,11 +34,11 @@ def named_weights(graph: Any, names: Collection[str]) -> dict[str, Any]:
 
 
 def structure(graph: Any, weights: Mapping[str, Any]) -> str:
-    """Hash of all that a refit leaves as it is.
+    """Hash of the graph without the values of its refittable weights.
 
     Args:
         graph: An ONNX model.
-        weights: What ``named_weights`` found in it.
+        weights: Result of ``named_weights``.
     """
     import onnx
 
@@ -54,10 +51,10 @@ def structure(graph: Any, weights: Mapping[str, Any]) -> str:
 
 
 def mark(library: Library, network: Any, config: Any, names: Collection[str]) -> None:
-    """Let an engine that is built from a network take new values of these weights.
+    """Mark weights of a network as refittable.
 
     Raises:
-        OutputError: TensorRT does not know a weight by its name.
+        OutputError: TensorRT does not know a weight of this name.
     """
     config.set_flag(library.module.BuilderFlag.REFIT_INDIVIDUAL)
     for name in names:
@@ -66,15 +63,15 @@ def mark(library: Library, network: Any, config: Any, names: Collection[str]) ->
 
 
 def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes:
-    """A plan with other weights.
+    """A plan with new weights.
 
     Args:
-        plan: Of an engine with marked weights, from a source that is trusted.
+        plan: A plan with refittable weights, from a trusted source.
         library: The TensorRT that built it.
-        weights: The new ones by name, as ONNX tensors of the same types and shapes.
+        weights: New weights by name, as ONNX tensors of the same types and shapes.
 
     Raises:
-        OutputError: TensorRT takes the plan or the weights not, with its reason.
+        OutputError: TensorRT cannot load the plan or replace its weights.
     """
     import onnx
 
@@ -85,36 +82,38 @@ def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes
     refitter = None if engine is None else trt.Refitter(engine, log)
     if refitter is None or set(refitter.get_all_weights()) - set(weights):
         raise OutputError(f"TensorRT cannot refit the engine ({_reason(log)}).")
-    kept = {}  # read until the refit is done
+    arrays = {}  # TensorRT reads them until the refit is done
     for name in refitter.get_all_weights():
-        kept[name] = values = onnx.numpy_helper.to_array(weights[name])
+        arrays[name] = values = onnx.numpy_helper.to_array(weights[name])
         kind = {"float32": trt.float32, "float16": trt.float16}.get(values.dtype.name, trt.bfloat16)
         refitter.set_named_weights(name, trt.Weights(kind, values.ctypes.data, values.size))
     if refitter.get_missing_weights() or not refitter.refit_cuda_engine():
         raise OutputError(f"TensorRT cannot refit the engine ({_reason(log)}).")
     options = engine.create_serialization_config()
-    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # from 10.14 on, to be refitted once more
+    if hasattr(
+        trt.SerializationFlag, "INCLUDE_REFIT"
+    ):  # from 10.14 on: keeps the new plan refittable
         options.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     return bytes(engine.serialize_with_config(options))
 
 
 def _reason(log: Any) -> str:
-    return " ".join(log.errors)[:200] or "other weights are marked"
+    return " ".join(log.errors)[:200] or "it was built with other refittable weights"
 
 
 def check_refit(spec: ExportSpec) -> None:
-    """Refuse new weights, now or later, without the GPU that takes them.
+    """Check that an engine can be refitted, or built with refittable weights.
 
     Raises:
-        SettingError: There is none.
-        ArtefactError: What is to be refitted is no engine.
+        SettingError: This machine has no GPU.
+        ArtefactError: The folder to refit holds no plan.
     """
     if not spec.build.refit and not spec.build.refittable:
         return
     if libraries.find_gpu() is None:
         raise SettingError(
-            "TensorRT builds and refits engines with replaceable weights on the GPU alone, and "
-            "this machine has none: leave `refit` and `refittable` out."
+            "TensorRT needs a GPU to build and refit engines with refittable weights, and this "
+            "machine has none: leave `refit` and `refittable` out."
         )
     if spec.build.refit and not (spec.build.refit / MARKER).is_file():
         raise ArtefactError(f"There is no folder {spec.build.refit} with a {MARKER} to refit.")
@@ -127,23 +126,26 @@ def refitted_plan(
     fixed: str,
     sample: Sample,
 ) -> bytes | None:
-    """The named engine with new weights; None where one must be built.
+    """The plan of ``BuildOptions.refit`` with new weights; None if a new one must be built.
 
-    That is where the named one is of another graph, range, version or GPU, takes no new weights, or
-    does not answer as it must once it has them.
+    A new one is needed if the old one differs in graph, batch range, library, version or GPU,
+    cannot be refitted, or does not reproduce the sample's logits.
+
+    Raises:
+        ArtefactError: The folder to refit is damaged or changed.
     """
     if spec.build.refit is None:
         return None
     old = Metadata.read(spec.build.refit / METADATA)
     plan = check_files(spec.build.refit, old, (MARKER, METADATA))
-    ours = (
+    expected = (
         fixed,
         spec.build.batch_range,
         target.library.name,
         target.library.version,
         target.capability,
     )
-    if ours != (old.structure, old.batches, old.library, old.version, old.capability):
+    if expected != (old.structure, old.batches, old.library, old.version, old.capability):
         return None
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 

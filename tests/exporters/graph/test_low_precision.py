@@ -271,5 +271,5 @@ def test_another_precision_and_branches_are_refused(graph: Any) -> None:
     proto.graph.node.append(
         helper.make_node("If", ["c"], ["d"], then_branch=branch, else_branch=branch)
     )
-    with pytest.raises(SettingError, match=r"branches \(If\), and bf16 is not written into"):
+    with pytest.raises(SettingError, match=r"branches \(If\), and branches cannot be converted to bf16"):
         typed(proto, "bf16")
