@@ -129,9 +129,8 @@ class _Compiled:
 
     def __init__(self, path: Path, file: Path, threads: int | None) -> None:
         core = openvino_library().Core()
-        core.set_property(
-            {"ENABLE_MMAP": False}
-        )  # an open model must not change when its file is rewritten
+        # a model in use must not change when its file is rewritten
+        core.set_property({"ENABLE_MMAP": False})
         # an ONNX file is checked first: OpenVINO would open the files that it refers to
         onnx_metadata = _onnx_metadata(file) if file == path else None
         graph = _read(core, file, path)

@@ -1,1 +1,1 @@
-"""Weights for PyTorch: merged timm models and PEFT adapters."""
+"""Export weights for PyTorch: merged timm models and PEFT adapters."""

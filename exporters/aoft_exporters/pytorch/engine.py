@@ -1,4 +1,4 @@
-"""A plain timm model in PyTorch, the reference that other engines are compared with."""
+"""Run a plain timm model in PyTorch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["TorchEngine"]
 
 
 class TorchEngine:
-    """A model in evaluation mode, run as it is.
+    """A PyTorch model in evaluation mode.
 
     Attributes:
-        info: Metadata.
+        info: Metadata of the artefact.
         device: ``cpu``, ``cuda:0`` …
         takes_pixels: False; inputs are normalised.
         takes_tasks: False.
 
     Args:
-        model: It is moved to the device.
-        info: Metadata.
-        options: Threads are those of the whole process; None leaves them. The device has PyTorch's
-            name; None is the CPU.
+        model: The model; it is moved to the device.
+        info: Metadata of the artefact.
+        options: ``threads`` applies to the whole process; None keeps the current number. ``device``
+            is PyTorch's name; None is the CPU.
 
     Raises:
-        SettingError: There is no such device.
+        SettingError: The device does not exist.
     """
 
     takes_pixels = False
@@ -46,15 +46,15 @@ class TorchEngine:
 
         self.info = info
         try:
-            chosen = torch.device(options.device or "cpu")
-            self._model = model.to(chosen).eval()
-        except (RuntimeError, AssertionError) as error:  # of CUDA: the latter where it is not built
+            torch_device = torch.device(options.device or "cpu")
+            self._model = model.to(torch_device).eval()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise SettingError(
                 f"PyTorch cannot use the device {options.device!r} ({reason})."
             ) from error
-        index = f":{chosen.index or 0}" if chosen.type != "cpu" else ""
-        self.device = f"{chosen.type}{index}"
+        index = f":{torch_device.index or 0}" if torch_device.type != "cpu" else ""
+        self.device = f"{torch_device.type}{index}"
         threads = options.threads or limited()
         if threads is not None:
             torch.set_num_threads(threads)

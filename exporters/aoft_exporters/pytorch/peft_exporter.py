@@ -1,8 +1,9 @@
-"""PEFT: AOFT-LoRA and LoRA as a LoRA folder, for ``peft.PeftModel.from_pretrained``.
+"""Export AOFT-LoRA and LoRA to a PEFT LoRA folder, for ``peft.PeftModel.from_pretrained``.
 
-The folder holds adapter_config.json and adapter_model.safetensors: two matrices for every changed
-layer and the classifier. PEFT puts LoRA into whole layers only, so q and v of a fused qkv stand
-beside each other in one pair, v's columns of B below q's and zeros elsewhere.
+The folder holds adapter_config.json and adapter_model.safetensors with matrices A and B of every
+adapted layer, and the classifier. PEFT adapts whole layers only. So the updates of q and v in a
+fused qkv share one pair: A stacks their rows, and B is block-wise, zero outside the blocks of q
+and v.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def export(model: TunedModel, path: Path, spec: ExportSpec) -> None:
     """Write a tuned model's updates and classifier.
 
     Args:
-        model: The model before any merge; it is not changed.
-        path: Folder to make.
-        spec: Input form and description of the task.
+        model: The unmerged model; it is not changed.
+        path: Folder to create.
+        spec: Input form and metadata of the task.
 
     Raises:
-        SettingError: ``uint8`` is asked, the method is no low-rank change of linear maps, or PEFT
-            would leave out a part of it.
+        SettingError: ``uint8`` is set, the method is no low-rank update of linear layers, or PEFT
+            would ignore a part of it.
         OutputError: The folder cannot be written.
     """
     from safetensors import SafetensorError
@@ -77,18 +78,18 @@ def export(model: TunedModel, path: Path, spec: ExportSpec) -> None:
 
 
 def _config(ranks: Mapping[str, int], classifier: list[str]) -> dict[str, Any]:
-    """adapter_config.json: alpha = r everywhere, so that nothing is scaled."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {layer: rank for layer, rank in ranks.items() if rank != common}
+    """Content of adapter_config.json. All layers have alpha = r, which is a scale of 1."""
+    default = Counter(ranks.values()).most_common(1)[0][0]
+    exceptions = {layer: rank for layer, rank in ranks.items() if rank != default}
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "r": default,
+        "lora_alpha": default,
+        "rank_pattern": exceptions,
+        "alpha_pattern": exceptions,
         "use_rslora": False,
         "lora_dropout": 0.0,
         "target_modules": list(ranks),
@@ -100,25 +101,25 @@ def _config(ranks: Mapping[str, int], classifier: list[str]) -> dict[str, Any]:
 
 
 def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
-    """A folder merged into its backbone, with timm's weights.
+    """Open a folder, merged into its backbone with timm's weights.
 
     Raises:
-        CheckpointError: The folder cannot be used, or does not name its backbone.
+        CheckpointError: The folder cannot be read, or does not name its backbone.
         BackboneError: The backbone's weights cannot be loaded.
-        SettingError: There is no such device.
+        SettingError: The device does not exist.
     """
     return _merged(path, None, options)
 
 
 def load_on(path: Path, weights: Path | None) -> TorchEngine:
-    """A folder merged into its backbone.
+    """Open a folder, merged into its backbone.
 
     Args:
         path: The folder.
-        weights: File with the backbone's weights; None takes timm's own.
+        weights: File with the backbone's weights; None loads timm's.
 
     Raises:
-        CheckpointError: The folder cannot be used, or does not name its backbone.
+        CheckpointError: The folder cannot be read, or does not name its backbone.
         BackboneError: The backbone's weights cannot be loaded.
     """
     return _merged(path, weights, EngineOptions())
@@ -137,10 +138,10 @@ def _merged(path: Path, weights: Path | None, options: EngineOptions) -> TorchEn
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Ranks, factors and sites of a LoRA folder, whoever wrote it.
+    """Ranks, scaling factors and sites of any PEFT LoRA folder.
 
     Raises:
-        CheckpointError: It cannot be read, or holds more than LoRA.
+        CheckpointError: The folder cannot be read, or holds more than LoRA.
     """
     from aoft_deploy.checkpoints.inspection import describe_tensors
     from aoft_deploy.checkpoints.peft_adapter import FILES, read_peft_folder
@@ -149,12 +150,12 @@ def describe(path: Path) -> dict[str, Any]:
     matrices = {f"head.{name}": tensor for name, tensor in folder.saved.items()}
     for module, (a, b) in folder.pairs.items():
         matrices |= {f"{module}.a": a, f"{module}.b": b}
-    written = decoded(folder.metadata.get("aoft", "{}"))
+    task = decoded(folder.metadata.get("aoft", "{}"))
     return {
         "kind": "PEFT LoRA folder",
         "bytes": sum((path / name).stat().st_size for name in FILES),
         "sha256": folder_digest(path, FILES),
-        **(written if isinstance(written, dict) else {}),
+        **(task if isinstance(task, dict) else {}),
         "ranks": {module: len(a) for module, (a, _) in folder.pairs.items()},
         "factors": {module: folder.config.scaling(module) for module in folder.pairs},
         **describe_tensors(matrices),

@@ -1,6 +1,6 @@
-"""timm: the merged state dict as plain safetensors, for ``timm.create_model(checkpoint_path=…)``.
+"""Export a merged state dict to safetensors, for ``timm.create_model(checkpoint_path=…)``.
 
-Loads strictly into the unmodified architecture; nothing of this project is needed to use it.
+It loads strictly into timm's unmodified architecture, without this project.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
     """Write a plain model's state dict.
 
     Raises:
-        SettingError: ``uint8`` is asked, but a state dict has no input form; or the model has
-            prompts, for which timm's architecture has no place.
+        SettingError: ``uint8`` is set, or the model has prompts, which timm's architecture cannot
+            hold.
         OutputError: The file cannot be written.
     """
     from safetensors import SafetensorError
@@ -40,8 +40,8 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
         raise SettingError("`uint8` needs a graph: export to onnx with `to`.")
     if any(isinstance(module, Prompted) for module in model.modules()):
         raise SettingError(
-            "Prompts are tokens of the graph, which timm's architecture has no place for: export "
-            "to onnx with `to`."
+            "Prompts are tokens of the graph, which timm's architecture cannot hold: export to "
+            "onnx with `to`."
         )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     try:
@@ -51,11 +51,11 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
 
 def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
-    """The architecture made by timm, with the file's weights.
+    """Open a file: timm creates the architecture and loads the file's weights.
 
     Raises:
         ArtefactError: The file cannot be read or does not name its architecture.
-        SettingError: There is no such device.
+        SettingError: The device does not exist.
     """
     import timm
 
@@ -71,17 +71,17 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
             checkpoint_path=str(path),
             **backbone.args,
         )
-    except Exception as error:  # a doctored file makes timm raise anything
+    except Exception as error:  # timm raises various exceptions on a tampered file
         reason = one_line(error, 160)
         raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
     return TorchEngine(model, info.texts, options)
 
 
 def describe(path: Path) -> dict[str, Any] | None:
-    """Metadata of a state dict; None for a safetensors file that this exporter did not write.
+    """Metadata of a state dict; None for a safetensors file of another program.
 
     Raises:
-        ArtefactError: It is no safetensors file.
+        ArtefactError: The file is no safetensors file.
     """
     from safetensors import safe_open
 
@@ -100,9 +100,9 @@ def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "np") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        found = foreign(path, "safetensors")
-        why = f": it {found}" if found else f" ({one_line(error, 160)})"
-        raise ArtefactError(f"{path} is no safetensors file{why}.") from error
+        other_format = foreign(path, "safetensors")
+        reason = f": it {other_format}" if other_format else f" ({one_line(error, 160)})"
+        raise ArtefactError(f"{path} is no safetensors file{reason}.") from error
 
 
 EXPORTER = Exporter(

@@ -27,7 +27,7 @@ def build(
         graph: An ONNX model whose inputs have a dynamic first axis.
         target: The library to build with and the GPU to build for.
         batches: Smallest, usual and largest batch; TensorRT tunes for the usual one.
-        refittable: Names of weights that can be replaced later; TensorRT needs the GPU to mark them.
+        refittable: Names of weights that can be replaced later; any needs the GPU while building.
 
     Raises:
         OutputError: TensorRT cannot read the graph or build the engine.

@@ -134,8 +134,8 @@ def target(capability: str | None) -> Target:
             )
     elif wanted not in _capabilities(chosen.module):
         raise SettingError(
-            f"tensorrt-rtx {chosen.version} does not build for compute capability {wanted}, but for "
-            f"{', '.join(_capabilities(chosen.module))}: choose one of these, or build with "
+            f"tensorrt-rtx {chosen.version} does not build for compute capability {wanted}, but "
+            f"for {', '.join(_capabilities(chosen.module))}: choose one of these, or build with "
             "tensorrt on a machine with the GPU."
         )
     return Target(chosen, wanted)

@@ -112,7 +112,7 @@ class Sample:
         return replace(self, logits=rows, allowed=tolerance * largest + 4 * rounding)
 
     def difference(self, engine: Runner, batches: tuple[int, int, int]) -> float:
-        """Largest difference of an engine's logits; inf if they are finite elsewhere."""
+        """Largest difference from an engine's logits; inf if they differ in their −inf entries."""
         expected = np.array(self.logits, np.float32)  # None becomes nan
         answers = self.answers(engine, batches)
         finite = np.isfinite(expected)
@@ -204,8 +204,8 @@ class Metadata:
             return cls(inputs=inputs, batches=(smallest, usual, largest), sample=sample, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtefactError(
-                f"{path} does not describe the plan beside it ({error!r:.80}): it is damaged or was not "
-                "written by aoft-export."
+                f"{path} does not describe the plan beside it ({error!r:.80}): it is damaged or was "
+                "not written by aoft-export."
             ) from error
 
     def check_here(self, path: Path, version: str, capability: str) -> None:

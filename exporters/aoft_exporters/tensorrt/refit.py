@@ -90,9 +90,7 @@ def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes
     if refitter.get_missing_weights() or not refitter.refit_cuda_engine():
         raise OutputError(f"TensorRT cannot refit the engine ({_reason(log)}).")
     options = engine.create_serialization_config()
-    if hasattr(
-        trt.SerializationFlag, "INCLUDE_REFIT"
-    ):  # from 10.14 on: keeps the new plan refittable
+    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # from 10.14 on
         options.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     return bytes(engine.serialize_with_config(options))
 

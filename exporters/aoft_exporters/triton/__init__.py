@@ -1,1 +1,1 @@
-"""Models of a Triton repository, with ONNX or a TensorRT plan."""
+"""Export to model folders of a Triton repository, with ONNX or a TensorRT plan."""

@@ -1,4 +1,4 @@
-"""What NVIDIA Triton reads beside a model: its configuration and the names of its classes."""
+"""Write the configuration of a Triton model, and the names of its classes or tasks."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ TASKS = "tasks.json"
 
 
 class Word(NamedTuple):
-    """A name of the configuration's own, which stands without quotes."""
+    """An enum value of the configuration, written without quotes."""
 
     text: str
 
 
 def check_labels(spec: ExportSpec) -> None:
-    """Refuse classes that a file of one name a line cannot hold.
+    """Check that the class names can be written one per line.
 
     Raises:
-        SettingError: A name breaks the line.
+        SettingError: A name contains a line break.
     """
     for name in _classes(spec) or ():
         if "\n" in name or "\r" in name:
             raise SettingError(
-                f"The class {name!r} has a line break, but Triton's labels are one a line: rename "
-                "it, or export to onnx."
+                f"The class {name!r} has a line break, but Triton's labels are one per line: "
+                "rename it, or export to onnx."
             )
 
 
 def write_config(folder: Path, spec: ExportSpec, backend: str) -> None:
     """Write the configuration, and the labels of a single model or the tasks of a fleet.
 
-    The model's name is left out: it is that of its folder, whatever that is called.
+    The configuration does not name the model: Triton takes the folder's name.
 
     Args:
         folder: The model's folder in a repository.
-        spec: Input form, classes or tasks, and batches.
-        backend: Triton's name of what runs the model.
+        spec: Input form, classes or tasks, and batch sizes.
+        backend: Triton's name of the backend that runs the model.
     """
     text = "".join(f"{line}\n" for line in _lines(_config(spec, backend)))
     (folder / CONFIG).write_text(text, "utf-8")
@@ -57,10 +57,10 @@ def write_config(folder: Path, spec: ExportSpec, backend: str) -> None:
 
 
 def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
-    """Fields of Triton's ``ModelConfig``. Shapes leave the batch out, since the batch is its own.
+    """Fields of Triton's ``ModelConfig``. Shapes do not include the batch axis.
 
-    ``task`` has one number a sample for clients, as Triton asks for at least one axis, and none for
-    the model. Waiting for a preferred batch helps engines that are tuned for one alone.
+    Clients send ``task`` with shape [1], since Triton requires at least one axis; it is reshaped to
+    [] for the model. A preferred batch size is set only for TensorRT, which is tuned for it.
     """
     info = ArtefactInfo(spec.metadata)
     classes = _classes(spec)
@@ -78,37 +78,39 @@ def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
     if info.is_fleet:
         inputs["task"] = {"data_type": Word("TYPE_INT64"), "dims": [1]}
     reshape: dict[str, dict[str, Any]] = {"task": {"reshape": {"shape": []}}}
-    tuned = {"preferred_batch_size": [spec.build.batch_range[1]]} if backend == "tensorrt" else {}
-    warm = [
+    batching = (
+        {"preferred_batch_size": [spec.build.batch_range[1]]} if backend == "tensorrt" else {}
+    )
+    warmup_inputs = [
         {"key": name, "value": {**tensor, "zero_data": True}} for name, tensor in inputs.items()
     ]
-    told = ("preprocessing", "precision", "method")
+    metadata_keys = ("preprocessing", "precision", "method")
     return {
         "backend": backend,
         "max_batch_size": spec.build.batch_range[2],
         "input": [{"name": n, **tensor, **reshape.get(n, {})} for n, tensor in inputs.items()],
         "output": [output],
-        "dynamic_batching": tuned,
+        "dynamic_batching": batching,
         "model_warmup": [
-            {"name": f"batch of {size}", "batch_size": size, "inputs": warm}
+            {"name": f"batch of {size}", "batch_size": size, "inputs": warmup_inputs}
             for size in sorted(set(spec.build.batch_range))
         ],
         "parameters": [
             {"key": key, "value": {"string_value": spec.metadata[key]}}
-            for key in told
+            for key in metadata_keys
             if key in spec.metadata
         ],
     }
 
 
 def _classes(spec: ExportSpec) -> list[str] | None:
-    """Names of a single model's classes, if they are known."""
+    """Class names of a single model; None for a fleet or if they are unknown."""
     info = ArtefactInfo(spec.metadata)
     return list(info.classes) if "classes" in info.texts else None
 
 
 def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Protobuf's text form of a message; a list is a repeated field."""
+    """Lines of a message in protobuf's text format; a list is a repeated field."""
     for name, value in fields.items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, Mapping):

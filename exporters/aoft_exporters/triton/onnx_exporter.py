@@ -1,8 +1,8 @@
-"""Triton: a model for a repository of NVIDIA's inference server, run by its ONNX Runtime.
+"""Export to a Triton model folder, run by Triton's ONNX Runtime backend.
 
-The artefact is the model's folder: ``config.pbtxt``, ``labels.txt`` (of a fleet ``tasks.json``),
-and the ONNX exporter's file as ``1/model.onnx``. The folder that it stands in is the repository,
-and its own name the model's, so models come and go by one rename each.
+The folder holds ``config.pbtxt``, ``labels.txt`` (``tasks.json`` for a fleet), and the ONNX
+exporter's file as ``1/model.onnx``. Its parent folder is the model repository, and its name is the
+model's name. So one rename adds or removes a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EXPORTER", "MARKER", "emulation", "export", "export_fleet", "load"]
+__all__ = ["EXPORTER", "MARKER", "describe", "emulation", "export", "export_fleet", "load"]
 
 MARKER = "1/model.onnx"
 
@@ -35,17 +35,17 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
-        path: Folder to make.
-        spec: Input form, normalisation, metadata, precision, and the largest batch.
+        path: Folder to create.
+        spec: Input form, normalisation, metadata, precision, and batch sizes.
 
     Raises:
-        SettingError: A class has a line break in its name.
-        OutputError: The weights do not fit into a single ONNX file.
-        AttachError: ``uint8`` is asked of a model without a plain patch embedding.
+        SettingError: A class name contains a line break.
+        OutputError: The weights do not fit into one ONNX file.
+        AttachError: ``uint8`` is set, but the model has no plain patch embedding.
     """
     check_labels(spec)
-    file = _new_version(path)
-    onnx_exporter.export(model, file, _of_old_opset(spec))
+    file = _create_version(path)
+    onnx_exporter.export(model, file, _with_old_opset(spec))
     write_config(path, spec, "onnxruntime")
 
 
@@ -54,42 +54,46 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
-        path: Folder to make.
-        spec: As for ``export``, without ``uint8``.
-        tables: As for the ONNX exporter.
+        path: Folder to create.
+        spec: As for ``export``; ``uint8`` is not supported.
+        tables: The tasks' tables; they are stored as constants.
 
     Raises:
         AoftError: As ``export``.
     """
-    file = _new_version(path)
-    onnx_exporter.export_fleet(model, file, _of_old_opset(spec), tables)
+    file = _create_version(path)
+    onnx_exporter.export_fleet(model, file, _with_old_opset(spec), tables)
     write_config(path, spec, "onnxruntime")
 
 
-def _new_version(path: Path) -> Path:
-    """Path of the model's file in version 1, whose folder is made."""
+def _create_version(path: Path) -> Path:
+    """Create the folder of version 1 and return the path of its model file."""
     file = path / MARKER
     file.parent.mkdir(parents=True)
     return file
 
 
 def emulation(path: Path) -> Engine:
-    """The model in the folder with every result rounded to its precision."""
+    """An engine that emulates the folder's model with every result rounded to its precision."""
     return onnx_exporter.emulation(path / MARKER)
 
 
-def _of_old_opset(spec: ExportSpec) -> ExportSpec:
-    """With the older opset as the default: servers are updated more rarely than clients."""
+def _with_old_opset(spec: ExportSpec) -> ExportSpec:
+    """The spec with opset 20 as the default, which older Triton servers support too."""
     return replace(spec, build=replace(spec.build, opset=spec.build.opset or OPSET))
 
 
 def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
-    """Open the model in the folder, as Triton would; see the ONNX exporter."""
+    """Open the folder's model; see the ONNX exporter."""
     return onnx_exporter.load(path / MARKER, options)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Operators and metadata of the model in the folder."""
+    """Operators and metadata of the folder's model.
+
+    Raises:
+        ArtefactError: The folder holds no valid ONNX model.
+    """
     if not (path / MARKER).is_file():
         raise ArtefactError(f"{path} is a Triton model without {MARKER}.")
     return {**onnx_exporter.describe(path / MARKER), "kind": "Triton artefact"}

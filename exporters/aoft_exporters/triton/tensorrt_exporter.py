@@ -1,8 +1,8 @@
-"""Triton with TensorRT: a model for a repository of NVIDIA's inference server, run by its TensorRT.
+"""Export to a Triton model folder, run by Triton's TensorRT backend.
 
-The folder is that of the exporter ``triton`` with the TensorRT exporter's ``model.plan`` and
-``engine.json`` as version 1. Triton runs plans of ``tensorrt``, which are built on the GPU that
-serves them, and in the version of TensorRT that it comes with.
+The folder is that of the exporter ``triton``, with the TensorRT exporter's ``model.plan`` and
+``engine.json`` as version 1. Triton runs plans of ``tensorrt`` only, built on the GPU that serves
+them and with the TensorRT version that Triton contains.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
-        path: Folder to make.
+        path: Folder to create.
         spec: As for the TensorRT exporter.
 
     Raises:
-        SettingError: A class has a line break in its name, or tensorrt-rtx alone is installed.
+        SettingError: A class name contains a line break, or only tensorrt-rtx is installed.
         AoftError: As the TensorRT exporter's ``export``.
     """
     check_labels(spec)
@@ -54,9 +54,9 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 
     Args:
         model: The model that all tasks share, of the mixed form; it is not changed.
-        path: Folder to make.
+        path: Folder to create.
         spec: As for the TensorRT exporter.
-        tables: As for the ONNX exporter.
+        tables: The tasks' tables; they become constants of the engine.
 
     Raises:
         AoftError: As ``export``.
@@ -67,8 +67,8 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 def _write(path: Path, spec: ExportSpec, write_plan: Callable[[Path], None]) -> None:
     if library.target(spec.build.compute_capability).library.name != "tensorrt":
         raise SettingError(
-            "Triton does not run plans of tensorrt-rtx: install tensorrt on a machine with the GPU "
-            "that serves, or export to triton, which runs ONNX."
+            "Triton does not run plans of tensorrt-rtx: install tensorrt on a machine with the "
+            "serving GPU, or export to triton, which uses ONNX."
         )
     path.mkdir()
     write_plan(path / VERSION)
@@ -76,22 +76,26 @@ def _write(path: Path, spec: ExportSpec, write_plan: Callable[[Path], None]) -> 
 
 
 def device(path: Path) -> str | None:
-    """Name of the GPU that the engine at ``path`` runs on here; None if it is for another."""
+    """Name of this machine's GPU if the engine at ``path`` runs on it, else None."""
     return tensorrt_exporter.device(path / VERSION)
 
 
 def load_intermediate(path: Path) -> OnnxEngine:
-    """The graph that the engine was built from, in ONNX Runtime on the CPU."""
+    """Open the graph that the engine was built from in ONNX Runtime; verification deletes it."""
     return tensorrt_exporter.load_intermediate(path / VERSION)
 
 
 def load(path: Path, options: EngineOptions = EngineOptions()) -> TensorrtEngine:
-    """Open the plan in the folder on a GPU of this machine; see the TensorRT exporter."""
+    """Open the folder's plan on a GPU of this machine; see the TensorRT exporter."""
     return tensorrt_exporter.load(path / VERSION, options)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What is recorded beside the plan."""
+    """Metadata of the folder's plan.
+
+    Raises:
+        ArtefactError: The plan is missing, or its metadata are missing or damaged.
+    """
     return {**tensorrt_exporter.describe(path / VERSION), "kind": "Triton artefact with TensorRT"}
 
 

@@ -292,7 +292,7 @@ def test_metadata_that_are_missing_or_of_others_are_refused(text: str | None, co
     (copy / METADATA).unlink()
     if text is not None:
         (copy / METADATA).write_text(text)
-    with pytest.raises(ArtefactError, match="does not say what the plan beside it is") as error:
+    with pytest.raises(CheckpointError, match="does not describe the plan beside it") as error:
         exporter.load(copy)
     assert len(str(error.value).splitlines()) == 1
 
