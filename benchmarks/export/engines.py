@@ -1,10 +1,10 @@
-"""One merged model in every engine and precision that the CPU offers, beside what people use today.
+"""Time one merged model in every CPU engine and precision, and the usual alternatives.
 
-All run the same ViT in one interleaved run: what torch's exporter writes in ONNX Runtime (the
-first, to which ratios are), the same of timm's, PyTorch as it is and compiled, PEFT's unmerged
-LoRA, the plain backbone by our exporter, and the merged artefacts. Medians; random weights and
-images: for the speed, not the answers, which `aoft-export` judges on images. Each runs in a process
-of its own: see aoft_deploy/artefacts/isolation.py.
+One interleaved run times the same ViT as written by torch's exporter (the baseline of all ratios)
+and by timm's, both in ONNX Runtime; in PyTorch, eager and compiled; as PEFT's unmerged LoRA; as the
+plain backbone of our exporter; and as our merged artefacts. Figures are medians. Weights and images
+are random, so only speed is measured, not accuracy. Each engine runs in a subprocess: see
+aoft_deploy/artefacts/isolation.py.
 
     python benchmarks/export/engines.py --out benchmarks/results/engines.json
 """
@@ -47,7 +47,7 @@ Load = Callable[[], Engine]
 
 
 class Variants:
-    """What is timed, made when asked for."""
+    """Creates the variants that are timed."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -55,7 +55,7 @@ class Variants:
         self.size = int(self.plain.pretrained_cfg["input_size"][-1])
 
     def stock(self) -> Load:
-        """What ``torch.onnx.export`` writes, in ONNX Runtime."""
+        """The output of ``torch.onnx.export``, in ONNX Runtime."""
         path = self.folder / "stock.onnx"
         with _quiet():
             torch.onnx.export(
@@ -69,8 +69,8 @@ class Variants:
             )
         return partial(OnnxEngine, path, self.options.threads)
 
-    def timms(self) -> Load:
-        """What timm's own exporter writes by default, by way of TorchScript, in ONNX Runtime."""
+    def timm(self) -> Load:
+        """The output of timm's exporter with its defaults (TorchScript), in ONNX Runtime."""
         from timm.utils.onnx import onnx_export
 
         path = self.folder / "timm.onnx"
@@ -86,21 +86,21 @@ class Variants:
         return partial(OnnxEngine, path, self.options.threads)
 
     def torch(self, make: Callable[[str, str, int], Engine]) -> Load:
-        """One of PyTorch's own ways."""
+        """A variant of ``torch_engines``."""
         return partial(make, self.options.model, self.options.method, self.options.threads)
 
     def ours(
-        self, exporter: Exporter, precision: str, model: nn.Module | None = None, **more: Any
+        self, exporter: Exporter, precision: str, model: nn.Module | None = None, **build: Any
     ) -> Load:
-        """An artefact of ours."""
-        learns = precision in exporter.calibrated
-        pixels = random_pixels(self.options.calibration, self.size, seed=1) if learns else None
+        """An artefact of our exporters."""
+        calibrated = precision in exporter.calibrated
+        pixels = random_pixels(self.options.calibration, self.size, seed=1) if calibrated else None
         spec = ExportSpec(
             InputSpec(self.size, self.size, False, HALF, HALF),
             {},
             precision,
             calibration=None if pixels is None else Calibration(pixels),
-            build=BuildOptions(**more),
+            build=BuildOptions(**build),
         )
         name = f"{len(list(self.folder.iterdir()))}{exporter.suffix}"
         exporter.export(model or self.merged, self.folder / name, spec)
@@ -109,7 +109,7 @@ class Variants:
         )
 
     def nodes(self) -> dict[str, int]:
-        """Nodes of each ONNX file that was written."""
+        """Number of nodes of each ONNX file."""
         return {
             path.name: len(onnx_library.load(path, load_external_data=False).graph.node)
             for path in sorted(self.folder.glob("*.onnx"))
@@ -118,7 +118,7 @@ class Variants:
 
 VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
     "torch.onnx.export, ONNX Runtime": ("fp32", Variants.stock),
-    "timm's export, ONNX Runtime": ("fp32", Variants.timms),
+    "timm's export, ONNX Runtime": ("fp32", Variants.timm),
     "PyTorch": ("fp32", lambda v: v.torch(torch_engines.pytorch)),
     "torch.compile": ("fp32", lambda v: v.torch(torch_engines.compiled)),
     "PEFT, unmerged": ("fp32", lambda v: v.torch(torch_engines.peft)),
@@ -132,7 +132,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
 }
 FIRST = next(iter(VARIANTS))
 OPTIONAL = ("torch.compile", "openvino bf16")
-"""Need a compiler, or a processor that computes in bf16."""
+"""Not run by default: they need a compiler, or a processor with bf16."""
 
 
 @contextlib.contextmanager
@@ -143,13 +143,13 @@ def _quiet() -> Any:
 
 
 def main() -> None:
-    """Time, print, and write the figures."""
+    """Time the variants, print the figures and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--method", default="aoft-lora-star")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    usual = [name for name in VARIANTS if name not in OPTIONAL]
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=usual)
+    default = [name for name in VARIANTS if name not in OPTIONAL]
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=default)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--calibration", type=int, default=32, help="images for openvino int8")
@@ -176,15 +176,15 @@ def main() -> None:
     print(f"{'batch':>5}  {'variant':34}{'ms':>9}{'img/s':>8}{'ratio':>7}  of the peak")
     for timing in timings:
         share = timing.share(peaks)
-        told = "" if share is None else f"{share:6.0%} {timing.subject.precision}"
+        text = "" if share is None else f"{share:6.0%} {timing.subject.precision}"
         print(
             f"{timing.batch:5}  {timing.subject.name:34}{timing.median * 1e3:9.1f}"
-            f"{timing.throughput:8.2f}{timing.ratio:7.2f}  {told}"
+            f"{timing.throughput:8.2f}{timing.ratio:7.2f}  {text}"
         )
     print(f"nodes {nodes}; peak GOP/s { {n: round(p / 1e9) for n, p in measured.items()} }")
     if options.out:
         packages = ("torch", "timm", "onnxruntime", "openvino", "nncf", "peft")
-        found = {
+        results = {
             "machine": machine(options.threads),
             "versions": {package: version(package) for package in packages},
             "model": options.model,
@@ -193,7 +193,7 @@ def main() -> None:
             "gemm_peaks": measured,
             "rows": [timing.to_dict(peaks) for timing in timings],
         }
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

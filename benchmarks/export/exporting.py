@@ -1,8 +1,8 @@
-"""How long the first export of a backbone takes, and a further task's, by the command and within.
+"""Time the first export of a backbone and the export of further tasks.
 
-Two tasks of one ViT with random weights are exported by ``aoft-export`` with an empty cache of
-graphs, again and again; medians. ``within`` leaves out starting Python and importing torch, timm
-and onnx: it is a loop over tasks in one process.
+Each round starts with an empty graph cache and exports tasks of one ViT with random weights.
+``command`` runs ``aoft-export`` for each of two tasks. ``within`` exports three tasks in one
+process, without the time to start Python and import torch, timm and onnx. Figures are medians.
 
     python benchmarks/export/exporting.py --out benchmarks/results/exporting.json
 """
@@ -35,18 +35,20 @@ WITHIN = """
 import json, sys, time
 from pathlib import Path
 import onnxruntime, torch, timm, onnx
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.export.merged import export_merged
+backbone = BackboneSource(weights=Path(sys.argv[1]))
 seconds = []
 for task in sys.argv[2:]:
     start = time.perf_counter()
-    export_merged(Path(task), Path(task).with_suffix(".onnx"), weights=Path(sys.argv[1]))
+    export_merged(Path(task), Path(task).with_suffix(".onnx"), backbone=backbone)
     seconds.append(time.perf_counter() - start)
 print(json.dumps(seconds))
 """
 
 
 def tasks(model: str, folder: Path) -> tuple[Path, list[Path]]:
-    """A file of random weights, and three checkpoints on it."""
+    """A file of random backbone weights and three checkpoints on it."""
     torch.manual_seed(0)
     weights = folder / "backbone.safetensors"
     save_file(timm.create_model(model, num_classes=0).state_dict(), weights)
@@ -66,14 +68,14 @@ def tasks(model: str, folder: Path) -> tuple[Path, list[Path]]:
 
 
 def main() -> None:
-    """Time, print, and write the figures."""
+    """Time the exports, print the figures and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[float]] = {"command first": [], "command further": []}
-    found |= {"within first": [], "within further": []}
+    seconds: dict[str, list[float]] = {"command first": [], "command further": []}
+    seconds |= {"within first": [], "within further": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights, paths = tasks(options.model, folder)
@@ -88,7 +90,7 @@ def main() -> None:
                     check=True,
                     capture_output=True,
                 )
-                found[f"command {kind}"].append(time.perf_counter() - start)
+                seconds[f"command {kind}"].append(time.perf_counter() - start)
             environment["AOFT_CACHE_DIR"] = str(folder / f"within{turn}")
             done = subprocess.run(
                 [sys.executable, "-c", WITHIN, str(weights), *map(str, paths)],
@@ -98,11 +100,11 @@ def main() -> None:
                 text=True,
             )
             first, *further = json.loads(done.stdout.splitlines()[-1])
-            found["within first"].append(first)
-            found["within further"] += further
-    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+            seconds["within first"].append(first)
+            seconds["within further"] += further
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     result: dict[str, Any] = {"machine": machine(processors()), "model": options.model}
-    result |= {"medians": medians, "seconds": found}
+    result |= {"medians": medians, "seconds": seconds}
     for kind in ("command", "within"):
         first, further = medians[f"{kind} first"], medians[f"{kind} further"]
         print(f"{kind}: first {first:.1f} s, further {further:.1f} s, {further / first:.0%}")

@@ -1,4 +1,4 @@
-"""PyTorch's ways to run a model, as engines that another process can make by their name."""
+"""PyTorch engines for ``engines``: functions that a subprocess can import by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aoft_deploy.tuning.merging import merge
 CLASSES = 100
 
 
-class InTorch:
+class TorchModule:
     """A PyTorch module as an engine."""
 
     device, takes_pixels, takes_tasks = "cpu", False, False
@@ -31,36 +31,36 @@ class InTorch:
     def run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits."""
+        """Logits of a batch."""
         with torch.inference_mode():
             logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
         return logits
 
 
 def models(name: str, method: str) -> tuple[nn.Module, nn.Module]:
-    """A plain backbone with random weights, and a merged model on it; always the same."""
+    """A plain backbone with random weights and a merged model on it, from a fixed seed."""
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=CLASSES).eval()
-    taken = copy.deepcopy(plain)
-    return plain, merge(attach(taken, method, backbone=identify(taken)).eval())
+    backbone = copy.deepcopy(plain)
+    return plain, merge(attach(backbone, method, backbone=identify(backbone)).eval())
 
 
-def pytorch(name: str, method: str, threads: int) -> InTorch:
-    """The merged model as it is."""
+def pytorch(name: str, method: str, threads: int) -> TorchModule:
+    """The merged model in eager mode."""
     torch.set_num_threads(threads)
-    return InTorch(models(name, method)[1])
+    return TorchModule(models(name, method)[1])
 
 
-def compiled(name: str, method: str, threads: int) -> InTorch:
-    """The merged model by torch's own compiler."""
+def compiled(name: str, method: str, threads: int) -> TorchModule:
+    """The merged model with ``torch.compile``."""
     torch.set_num_threads(threads)
-    return InTorch(torch.compile(models(name, method)[1], dynamic=False))
+    return TorchModule(torch.compile(models(name, method)[1], dynamic=False))
 
 
-def peft(name: str, method: str, threads: int) -> InTorch:
-    """PEFT's LoRA of rank 8, unmerged beside the frozen weights; ``method`` is not used."""
+def peft(name: str, method: str, threads: int) -> TorchModule:
+    """PEFT's unmerged LoRA of rank 8; ``method`` is not used."""
     import peft as library
 
     torch.set_num_threads(threads)
     config = library.LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
-    return InTorch(library.get_peft_model(models(name, method)[0], config).eval())
+    return TorchModule(library.get_peft_model(models(name, method)[0], config).eval())

@@ -204,8 +204,8 @@ class Metadata:
             return cls(inputs=inputs, batches=(smallest, usual, largest), sample=sample, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtefactError(
-                f"{path} does not describe the plan beside it ({error!r:.80}): it is damaged or was "
-                "not written by aoft-export."
+                f"{path} does not describe the plan beside it ({error!r:.80}): it is damaged or "
+                "was not written by aoft-export."
             ) from error
 
     def check_here(self, path: Path, version: str, capability: str) -> None:

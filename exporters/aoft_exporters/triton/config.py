@@ -78,9 +78,8 @@ def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
     if info.is_fleet:
         inputs["task"] = {"data_type": Word("TYPE_INT64"), "dims": [1]}
     reshape: dict[str, dict[str, Any]] = {"task": {"reshape": {"shape": []}}}
-    batching = (
-        {"preferred_batch_size": [spec.build.batch_range[1]]} if backend == "tensorrt" else {}
-    )
+    usual = spec.build.batch_range[1]
+    batching = {"preferred_batch_size": [usual]} if backend == "tensorrt" else {}
     warmup_inputs = [
         {"key": name, "value": {**tensor, "zero_data": True}} for name, tensor in inputs.items()
     ]
