@@ -53,7 +53,7 @@ def kinds(proto: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("opset", "separate"), [(20, False), (20, True), (23, False)])
-def test_every_form_gives_the_models_answers(name: str, opset: int, separate: bool) -> None:
+def test_every_lowering_gives_the_models_logits(name: str, opset: int, separate: bool) -> None:
     model = small(name)
     side = SMALL[name]["img_size"]
     x = torch.randn(3, 3, side, side)
@@ -78,7 +78,7 @@ def test_attention_on_timms_packed_qkv_takes_two_nodes() -> None:
     assert sum(found.values()) == 2 * 15 + 11
 
 
-def test_separate_maps_hold_the_rows_of_the_packed_one() -> None:
+def test_separate_maps_hold_the_columns_of_the_packed_weight() -> None:
     model = small("vit_tiny_patch16_224")
     proto = graph(model, 32, 20, separate=True)
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -89,7 +89,7 @@ def test_separate_maps_hold_the_rows_of_the_packed_one() -> None:
     assert kinds(proto)["Split"] == 0
 
 
-def test_a_model_without_attention_keeps_the_opset_that_more_runtimes_read() -> None:
+def test_a_model_without_attention_keeps_opset_20() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=3).eval()
     proto = graph_of(
@@ -115,7 +115,7 @@ class Fancy(nn.Module):
 @pytest.mark.parametrize(
     "options", [{"is_causal": True}, {"attn_mask": torch.tensor([[True, False, True, True]])}]
 )
-def test_other_attention_is_left_to_torch(options: dict[str, Any]) -> None:
+def test_causal_and_boolean_masks_are_exported_by_torch(options: dict[str, Any]) -> None:
     model, x = Fancy(**options).eval(), torch.randn(2, 2, 4, 8)
     proto = graph_of(model, {"pixel_values": (x, "batch")}, None, opset=ATTENTION_OPSET)
     assert kinds(proto)["Attention"] == 0
@@ -124,7 +124,7 @@ def test_other_attention_is_left_to_torch(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("axes", [3, 5])
 @pytest.mark.parametrize("opset", [20, 23])
-def test_attention_of_other_than_four_axes_is_one_node_too(axes: int, opset: int) -> None:
+def test_attention_with_three_or_five_axes_is_one_node_too(axes: int, opset: int) -> None:
     x = torch.randn(3, *(2, 2)[: axes - 3], 4, 8)
     model = Fancy(attn_mask=torch.randn(4, 4)).eval()
     proto = graph_of(model, {"pixel_values": (x, "batch")}, None, opset=opset)
@@ -135,7 +135,7 @@ def test_attention_of_other_than_four_axes_is_one_node_too(axes: int, opset: int
         )
 
 
-def test_torchs_function_is_back_after_an_error() -> None:
+def test_torchs_function_is_restored_after_an_error() -> None:
     before = nn.functional.scaled_dot_product_attention
     with pytest.raises(ZeroDivisionError), attention_as_one_node():
         assert nn.functional.scaled_dot_product_attention is not before

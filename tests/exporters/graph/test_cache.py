@@ -43,7 +43,7 @@ def answers(proto: Any, x: np.ndarray) -> np.ndarray:
     return result
 
 
-def test_a_second_task_of_a_backbone_is_exported_without_a_trace(
+def test_a_second_task_of_a_backbone_is_exported_without_tracing(
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
     kept: Path,
@@ -79,7 +79,7 @@ def test_a_second_task_of_a_backbone_is_exported_without_a_trace(
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
 
 
-def test_a_kept_graph_has_no_weights_and_gives_the_traced_graphs_answers(kept: Path) -> None:
+def test_a_cached_graph_has_no_weights_and_gives_the_models_logits(kept: Path) -> None:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -98,7 +98,7 @@ def test_a_kept_graph_has_no_weights_and_gives_the_traced_graphs_answers(kept: P
     assert not any(tensor.doc_string for tensor in filled.graph.initializer)
 
 
-def test_a_fleets_graph_is_kept_too(
+def test_a_fleets_graph_is_cached_too(
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
     kept: Path,
@@ -117,7 +117,7 @@ def test_a_fleets_graph_is_kept_too(
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
-def test_weights_inside_computed_constants_are_not_kept(name: str, kept: Path) -> None:
+def test_graphs_with_weights_in_folded_constants_are_not_cached(name: str, kept: Path) -> None:
     model = timm.create_model(name, num_classes=4).eval()
     x = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     for seed in range(2):
@@ -132,7 +132,7 @@ def test_weights_inside_computed_constants_are_not_kept(name: str, kept: Path) -
     assert next(kept.iterdir()).stat().st_size == 0  # BatchNorm's, LayerScale's are computed with
 
 
-def test_models_that_look_alike_do_not_share_a_graph_unless_they_are_named(kept: Path) -> None:
+def test_models_without_a_kind_are_not_cached(kept: Path) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     for heads in (3, 6):  # neither repr nor shapes tell
         torch.manual_seed(heads)
@@ -144,7 +144,7 @@ def test_models_that_look_alike_do_not_share_a_graph_unless_they_are_named(kept:
     assert not kept.exists()
 
 
-def test_a_damaged_kept_graph_is_traced_again(
+def test_a_damaged_cached_graph_is_traced_again(
     checkpoint: Path, backbone_weights: Path, kept: Path, tmp_path: Path
 ) -> None:
     export_merged(
@@ -160,7 +160,7 @@ def test_a_damaged_kept_graph_is_traced_again(
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
-def test_nothing_is_kept_where_that_is_turned_off_or_not_possible(
+def test_nothing_is_cached_if_the_cache_is_disabled_or_not_writable(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AOFT_CACHE_DIR", "")
@@ -177,7 +177,7 @@ def test_nothing_is_kept_where_that_is_turned_off_or_not_possible(
 
 
 @pytest.mark.parametrize("package", ["aoft_deploy", "aoft_exporters"])
-def test_a_change_in_a_folder_of_our_code_is_another_graph(
+def test_a_change_of_source_code_changes_the_cache_key(
     package: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = tmp_path / package / "room" / "inner"

@@ -85,7 +85,7 @@ def product(left: list[float], weight: list[list[float]]) -> tuple[Any, NDArray[
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_operator_takes_the_precision_in_its_opset(precision: str) -> None:
+def test_every_operator_accepts_the_precision_in_its_opset(precision: str) -> None:
     kind = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[precision]
     for name in PRODUCTS | ELEMENTWISE | MOVES:
         schema = onnx.defs.get_schema(name, OPSETS[precision])
@@ -93,7 +93,7 @@ def test_every_operator_takes_the_precision_in_its_opset(precision: str) -> None
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_graph_is_valid_and_its_inputs_outputs_names_and_metadata_stay(
+def test_the_converted_graph_is_valid_and_keeps_inputs_outputs_names_and_metadata(
     precision: str, graph: Any
 ) -> None:
     before = graph.SerializeToString()
@@ -131,7 +131,7 @@ def test_weights_of_products_are_low_and_norms_softmax_residual_and_classifier_a
     assert (checked, len(sums)) == (4, 2)
 
 
-def test_fp16_runs_and_computes_what_its_emulation_computes(graph: Any) -> None:
+def test_an_fp16_graph_agrees_with_its_emulation(graph: Any) -> None:
     x = images(7)
     exact, found = run(graph, pixel_values=x), run(typed(graph, "fp16"), pixel_values=x)
     rounded = run(emulated(typed(graph, "fp16")), pixel_values=x)
@@ -160,7 +160,7 @@ def test_bf16_loses_more_than_fp16_and_keeps_the_answers(graph: Any) -> None:
     assert 2 * errors[0] < errors[1] < 0.05 * np.ptp(exact)
 
 
-def test_a_result_beyond_the_range_of_fp16_is_not_hidden() -> None:
+def test_the_emulation_shows_results_beyond_the_range_of_fp16() -> None:
     proto, x = product([300.0, 300.0], [[300.0, 1.0], [300.0, 1.0]])
     assert run(proto, x=x).tolist() == [[[[180000.0, 600.0]]]]
     assert not np.isfinite(run(emulated(typed(proto, "fp16")), x=x)).all()
@@ -177,7 +177,7 @@ def test_a_constant_beyond_the_range_of_fp16_keeps_its_operator_in_float32() -> 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_numbers_of_a_fleets_tasks_stay_float32_and_answers_agree(
+def test_a_fleets_task_parameters_stay_in_float32_and_logits_agree(
     precision: str, fleet: Any
 ) -> None:
     kinds = {i.name: i.data_type for i in typed(fleet, precision).graph.initializer}
@@ -203,7 +203,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_other_architectures_compute_what_pytorch_does_in_the_precision(
+def test_other_architectures_agree_with_pytorch_in_the_precision(
     architecture: str, precision: str, tmp_path: Path
 ) -> None:
     name, arguments = ARCHITECTURES[architecture]
@@ -240,7 +240,7 @@ def test_other_architectures_compute_what_pytorch_does_in_the_precision(
     assert left_in_float(low) == []
 
 
-def test_the_graph_in_fp16_answers_as_onnx_evaluates_it_in_numpy(graph: Any) -> None:
+def test_the_fp16_graph_agrees_with_onnxs_numpy_evaluator(graph: Any) -> None:
     x = images(3)
     low = typed(graph, "fp16")
     evaluator: Any = ReferenceEvaluator(low)
@@ -253,7 +253,7 @@ def test_the_graph_in_fp16_answers_as_onnx_evaluates_it_in_numpy(graph: Any) -> 
     assert np.abs(evaluated - exact).max() > 0
 
 
-def test_what_is_computed_low_is_told_by_its_name_in_the_float_graph() -> None:
+def test_low_precision_results_are_listed_with_their_float32_names() -> None:
     proto, _ = product([1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]])
     assert low_results(typed(proto, "fp16")) == {"x.fp16": "x", "a": "a", "b": "b"}
     kept = typed(proto, "fp16", {"a"})
@@ -263,7 +263,7 @@ def test_what_is_computed_low_is_told_by_its_name_in_the_float_graph() -> None:
     assert left_in_float(typed(proto, "fp16", {"x"})) == ["w"]
 
 
-def test_another_precision_and_branches_are_refused(graph: Any) -> None:
+def test_unknown_precisions_and_branches_are_refused(graph: Any) -> None:
     with pytest.raises(UnknownNameError, match="Unknown precision of a typed graph 'fp8'"):
         typed(graph, "fp8")
     branch = helper.make_graph([], "b", [], [])
@@ -271,5 +271,7 @@ def test_another_precision_and_branches_are_refused(graph: Any) -> None:
     proto.graph.node.append(
         helper.make_node("If", ["c"], ["d"], then_branch=branch, else_branch=branch)
     )
-    with pytest.raises(SettingError, match=r"branches \(If\), and branches cannot be converted to bf16"):
+    with pytest.raises(
+        SettingError, match=r"branches \(If\), and branches cannot be converted to bf16"
+    ):
         typed(proto, "bf16")

@@ -85,7 +85,7 @@ def test_the_artefact_gives_the_unmerged_logits_at_every_batch_size(
         np.testing.assert_allclose(answer(artefact, x), expected, atol=5e-5, rtol=0)
 
 
-def test_a_sample_does_not_depend_on_its_batch(artefact: Path) -> None:
+def test_logits_of_an_image_do_not_depend_on_its_batch(artefact: Path) -> None:
     x = inputs(7)
     alone = np.concatenate([answer(artefact, x[i : i + 1]) for i in range(7)])
     np.testing.assert_allclose(answer(artefact, x), alone, atol=1e-5, rtol=0)
@@ -121,7 +121,7 @@ def test_the_artefact_is_one_valid_file_of_opset_23(graph: Any, artefact: Path) 
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
 
 
-def test_the_file_can_be_moved_alone(artefact: Path, tmp_path: Path) -> None:
+def test_the_file_can_be_moved_without_its_manifest(artefact: Path, tmp_path: Path) -> None:
     (tmp_path / "moved.onnx").write_bytes(artefact.read_bytes())
     np.testing.assert_array_equal(
         answer(tmp_path / "moved.onnx", inputs(2)), answer(artefact, inputs(2))
@@ -132,7 +132,7 @@ def shape_of(value: Any) -> list[str | int]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def test_input_and_output_have_the_contracts_names_types_and_shapes(graph: Any) -> None:
+def test_input_and_output_have_the_documented_names_types_and_shapes(graph: Any) -> None:
     (given,), (result,) = graph.graph.input, graph.graph.output
     assert (given.name, result.name) == ("pixel_values", "logits")
     assert (
@@ -182,7 +182,7 @@ def test_pixels_cost_two_operators_on_the_input(graph: Any, pixel_artefact: Path
     assert {name: count for name, count in more.items() if count} == {"Cast": 1, "Transpose": 1}
 
 
-def test_the_metadata_hold_the_task(graph: Any, classes: tuple[str, ...]) -> None:
+def test_the_metadata_describe_the_exported_task(graph: Any, classes: tuple[str, ...]) -> None:
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     assert metadata["format"] == "aoft-deploy/1"
     assert json.loads(metadata["classes"]) == list(classes)
@@ -192,7 +192,7 @@ def test_the_metadata_hold_the_task(graph: Any, classes: tuple[str, ...]) -> Non
     assert "日本" in metadata["classes"]
 
 
-def test_no_shape_is_recorded_of_an_initialiser(graph: Any) -> None:
+def test_value_info_holds_no_initialisers(graph: Any) -> None:
     # onnxruntime#25890: the quantiser takes such a weight's old shape for its new one.
     names = {i.name for i in graph.graph.initializer}
     assert not names & {info.name for info in graph.graph.value_info}
@@ -268,7 +268,7 @@ def test_pixels_are_refused_by_a_padded_patch_embedding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", "16"), ("fp16", "8"), ("int8", "4")])
-def test_more_weights_than_one_file_holds_in_any_form_are_refused_at_once(
+def test_models_too_large_for_one_file_are_refused_before_tracing(
     precision: str, size: str, tmp_path: Path
 ) -> None:
     with torch.device("meta"):
@@ -278,7 +278,7 @@ def test_more_weights_than_one_file_holds_in_any_form_are_refused_at_once(
 
 
 @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
-def test_the_limit_of_a_file_is_that_of_its_precision_to_the_byte(
+def test_the_size_limit_counts_the_stored_bytes_of_the_precision_exactly(
     precision: str, merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = replace(SPEC, precision=precision)
@@ -298,7 +298,7 @@ def test_the_limit_of_a_file_is_that_of_its_precision_to_the_byte(
     assert not (tmp_path / "c.onnx").exists()
 
 
-def test_what_does_not_fit_in_float32_fits_in_half_the_bytes_or_a_quarter(
+def test_a_model_too_large_in_float32_fits_in_fp16_and_int8(
     merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = sum(4 * tensor.numel() for tensor in merged.state_dict().values())
@@ -311,7 +311,7 @@ def test_what_does_not_fit_in_float32_fits_in_half_the_bytes_or_a_quarter(
         exporter.export(merged, tmp_path / "a.onnx", replace(SPEC, precision=precision))
 
 
-def test_a_fleets_limit_counts_its_tasks_and_not_what_low_precision_saves(
+def test_the_size_limit_of_a_fleet_counts_its_float32_tables(
     make_tuned: Callable[..., TunedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = MixedModel(make_tuned("aoft-lora-star"))
@@ -338,7 +338,7 @@ class Cuda:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt"])
-def test_products_of_float32_are_never_tf32_on_a_gpu(device: str) -> None:
+def test_float32_products_never_use_tf32_on_a_gpu(device: str) -> None:
     """CUDA's provider rounds them to 10 bits by default, which no verification has seen."""
     chosen = dict(_providers(Cuda, device))
     index = device.partition(":")[2] or "0"
@@ -346,7 +346,9 @@ def test_products_of_float32_are_never_tf32_on_a_gpu(device: str) -> None:
     assert ("TensorrtExecutionProvider" in chosen) is (device == "tensorrt")
 
 
-def test_the_engine_tells_what_the_file_says(artefact: Path, pixel_artefact: Path) -> None:
+def test_the_engine_reports_the_files_metadata_and_input_form(
+    artefact: Path, pixel_artefact: Path
+) -> None:
     engine = exporter.load(artefact)
     assert not engine.takes_pixels
     assert json.loads(engine.info["preprocessing"])["size"] == 16
@@ -386,7 +388,7 @@ def test_a_graph_without_inputs_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_vit_b_16_is_exact_and_costs_nothing(tmp_path: Path) -> None:
+def test_a_full_vit_b_16_is_exact_and_has_no_additional_operators(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = timm.create_model("vit_base_patch16_224", num_classes=100).eval()
     with torch.no_grad():

@@ -103,7 +103,7 @@ def nothing_left_in_float(
     return typed(proto, spec.precision), []
 
 
-def test_the_case_is_real_in_half_precision_and_hidden_in_float32(
+def test_the_model_overflows_in_half_precision_only(
     massive: Callable[..., Any], photos: list[Path]
 ) -> None:
     _, _, tuned = massive("real")
@@ -214,7 +214,7 @@ def test_a_fleet_keeps_in_float32_what_one_of_its_tasks_overflows(
         assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
-def test_a_product_that_the_last_of_the_tasks_alone_overflows_stays_in_float32(
+def test_a_product_that_overflows_for_one_task_of_a_fleet_stays_in_float32(
     massive: Callable[..., Any], photos: list[Path], tmp_path: Path
 ) -> None:
     """Updates of q and v so large that scores of attention leave the range."""
@@ -233,7 +233,7 @@ def test_a_product_that_the_last_of_the_tasks_alone_overflows_stays_in_float32(
     assert any("attention_0" in name for name in left[1] - left[0])
 
 
-def test_the_figures_are_those_of_the_rounded_arithmetic(
+def test_verification_reports_the_emulated_fp16_logits(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -267,7 +267,7 @@ def test_the_figures_are_those_of_the_rounded_arithmetic(
         ("timm", "fp32", "fp32 by torch on CPU"),
     ],
 )
-def test_a_manifest_says_which_arithmetic_its_figures_are_of(
+def test_the_manifest_names_the_arithmetic_of_its_verification(
     to: str,
     precision: str,
     arithmetic: str,
@@ -320,7 +320,7 @@ def spec(*pixels: int) -> ExportSpec:
 
 
 @pytest.mark.parametrize("factor", [0.999, 1.001])
-def test_what_comes_within_the_headroom_of_the_end_of_the_range_stays_in_float32(
+def test_tensors_within_the_headroom_of_the_range_stay_in_float32(
     factor: float,
 ) -> None:
     end = factor * LARGEST_FP16 / HEADROOM
@@ -331,7 +331,7 @@ def test_what_comes_within_the_headroom_of_the_end_of_the_range_stays_in_float32
     assert kinds == {"w0": low, "w1": low, "w2": TensorProto.FLOAT}
 
 
-def test_every_image_is_measured_and_negative_results_count() -> None:
+def test_every_image_is_measured_and_negative_values_count() -> None:
     for place in range(20):
         pixels = [1] * 20
         pixels[place] = 255
@@ -340,7 +340,7 @@ def test_every_image_is_measured_and_negative_results_count() -> None:
     assert in_range(maps(eye(-6e4), eye(1e-3), eye(1)), spec(*[1] * 20))[1] == []
 
 
-def test_images_three_times_as_strong_as_those_measured_do_not_overflow() -> None:
+def test_inputs_three_times_larger_than_those_measured_do_not_overflow() -> None:
     for weight in (2.1e4, 1.6e4):
         proto, left = in_range(maps(eye(weight), eye(1e-3), eye(1)), spec(255))
         assert left == (["w0", "w1"] if weight > 2e4 else [])
@@ -349,7 +349,7 @@ def test_images_three_times_as_strong_as_those_measured_do_not_overflow() -> Non
         np.testing.assert_allclose(found, 3e-3 * weight, rtol=2e-3)
 
 
-def test_inputs_beyond_the_range_keep_the_first_map_in_float32() -> None:
+def test_inputs_beyond_the_range_keep_the_first_product_in_float32() -> None:
     far = export_spec(1, False, (0,) * 3, (1e-6,) * 3, {}, "fp16", judged=spec(255).judged)
     proto, left = in_range(maps(eye(1e-6), eye(1), eye(1)), far)
     assert left == ["w0"]
@@ -357,7 +357,7 @@ def test_inputs_beyond_the_range_keep_the_first_map_in_float32() -> None:
     np.testing.assert_allclose(reference(proto, pixel_values=x), 1, rtol=2e-3)
 
 
-def test_weights_too_small_for_normal_numbers_of_fp16_stay_in_float32() -> None:
+def test_weights_that_are_subnormal_in_fp16_stay_in_float32() -> None:
     x = np.ones((1, 3, 1, 4), np.float32)
     generator = np.random.default_rng(0)
     for size, low in ((1e-3, True), (1e-6, False)):
@@ -371,7 +371,7 @@ def test_weights_too_small_for_normal_numbers_of_fp16_stay_in_float32() -> None:
         np.testing.assert_allclose(found, exact, atol=2e-3 * np.abs(exact).max())
 
 
-def test_magnitudes_are_those_of_float32_under_the_names_of_the_float_graph() -> None:
+def test_magnitudes_are_computed_in_float32_and_listed_by_float32_names() -> None:
     low = typed(maps(eye(5e4), eye(3e4), eye(1)), "fp16")
     x = np.array([-1, 0.5, 0], np.float32).reshape(1, 3, 1, 1)
     found = magnitudes(low, lambda: [{"pixel_values": x}, {"pixel_values": 2 * x}])
@@ -380,7 +380,7 @@ def test_magnitudes_are_those_of_float32_under_the_names_of_the_float_graph() ->
     assert np.isnan(list(broken.values())).all()
 
 
-def test_without_images_or_in_bf16_nothing_is_measured() -> None:
+def test_nothing_is_measured_without_images_or_in_bf16() -> None:
     proto = maps(eye(5e4), eye(3e4), eye(1))
     alone = export_spec(1, False, (0,) * 3, (1,) * 3, {}, "fp16")
     wide = export_spec(1, False, (0,) * 3, (1,) * 3, {}, "bf16", judged=spec(255).judged)

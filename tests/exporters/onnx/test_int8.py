@@ -65,7 +65,7 @@ def both(request: Any, tmp_path_factory: Any) -> tuple[nn.Module, Any, Any]:
     return model, exported(model, path, "fp32"), exported(model, path, "int8")
 
 
-def test_every_parameter_keeps_its_name_or_bears_it_with_its_scale(
+def test_every_parameter_keeps_its_name_or_gets_a_suffix(
     both: tuple[nn.Module, Any, Any],
 ) -> None:
     model, exact, small = both
@@ -98,7 +98,7 @@ def test_the_classifier_stays_in_float(both: tuple[nn.Module, Any, Any]) -> None
     assert 5 in weight.shape
 
 
-def test_weights_take_seven_bits_so_that_no_pair_of_products_saturates(
+def test_weights_use_seven_bits_so_that_no_pair_of_products_saturates(
     both: tuple[nn.Module, Any, Any],
 ) -> None:
     weights = [w for w in stored(both[2]).values() if w.dtype == np.int8 and w.ndim > 1]
@@ -110,7 +110,7 @@ def test_weights_take_seven_bits_so_that_no_pair_of_products_saturates(
         assert (largest >= 63).mean() > 0.9  # of each output channel, the whole range is used
 
 
-def test_products_are_those_of_integers_written_out_by_hand() -> None:
+def test_int8_products_agree_with_integer_arithmetic_in_numpy() -> None:
     """x → uint8 with one range, W → int8 with a range a column; sums of integers."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(3, 8)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_products_are_those_of_integers_written_out_by_hand() -> None:
     np.testing.assert_allclose(found, product @ head, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gemm_with_a_bias_becomes_integers_under_its_own_name(tmp_path: Path) -> None:
+def test_a_quantised_gemm_with_a_bias_keeps_its_names(tmp_path: Path) -> None:
     """Of two maps of pooled features the first is quantised, the second the classifier."""
     names = set(stored(exported(small("two linear maps after pooling"), tmp_path / "a", "int8")))
     fc = "head.pre_logits.fc"

@@ -120,7 +120,7 @@ def test_the_artefact_gives_the_unmerged_logits(
     np.testing.assert_allclose(logits, expected, atol=5e-5, rtol=0)
 
 
-def test_the_folder_holds_the_graph_and_its_weights_alone(folder: Path, merged: nn.Module) -> None:
+def test_the_folder_holds_only_the_graph_and_its_weights(folder: Path, merged: nn.Module) -> None:
     assert sorted(os.listdir(folder)) == [BIN, MARKER]
     numbers = sum(tensor.numel() for tensor in merged.state_dict().values())
     assert 4 * numbers <= (folder / BIN).stat().st_size < 4 * numbers + 4000
@@ -136,7 +136,7 @@ def test_no_path_of_the_exporting_machine_is_in_the_artefact(folder: Path) -> No
     assert ".aoft-" not in text
 
 
-def test_threads_and_arithmetic_are_those_asked_for(folder: Path, int8: Path) -> None:
+def test_the_engine_uses_the_requested_threads_and_precision(folder: Path, int8: Path) -> None:
     engine = load(folder, EngineOptions(threads=1))
     assert (engine.threads, engine.arithmetic) == (1, "f32")
     assert load(folder, EngineOptions(threads=2)).threads == 2
@@ -150,7 +150,7 @@ def test_the_artefact_is_found_by_suffix_and_by_its_marker(folder: Path, int8: P
         assert engine.info["format"] == "aoft-deploy/1"
 
 
-def test_the_metadata_come_back_unchanged(
+def test_the_metadata_are_read_back_unchanged(
     merged: nn.Module, folder: Path, classes: tuple[str, ...], tmp_path: Path
 ) -> None:
     strange = {"classes": '["日本", "a\\"<&>\'", " b\\n"]', "empty": "", "number": "1.50"}
@@ -176,7 +176,7 @@ def test_the_same_input_gives_the_same_files(merged: nn.Module, tmp_path: Path) 
             assert first == second
 
 
-def test_the_pixel_graph_takes_images_and_agrees(
+def test_the_pixel_graph_takes_images_and_agrees_with_the_float_graph(
     checkpoint: Path, backbone_weights: Path, folder: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "pixels.openvino"
@@ -201,7 +201,7 @@ def test_aoft_predict_answers_as_with_onnx(
     assert printed[0] == printed[1] != ""
 
 
-def test_predicting_needs_neither_torch_nor_timm_and_sends_no_report(
+def test_predicting_imports_neither_torch_nor_timm_nor_telemetry(
     folder: Path, photos: list[Path]
 ) -> None:
     code = (
@@ -213,7 +213,7 @@ def test_predicting_needs_neither_torch_nor_timm_and_sends_no_report(
     subprocess.run([sys.executable, "-c", code, str(folder), str(photos[0])], check=True)
 
 
-def test_int8_keeps_the_answers_and_its_classifier_in_float(
+def test_int8_keeps_the_top_classes_and_the_classifier_in_float32(
     int8: Path, folder: Path, many: Path, make_tuned: Callable[..., TunedModel]
 ) -> None:
     manifest = json.loads(int8.with_name("task.json").read_text("utf-8"))
@@ -237,7 +237,7 @@ def test_int8_keeps_the_answers_and_its_classifier_in_float(
     assert 0 <= 3 * sum(rows * columns for rows, columns in integers) - saved < scales
 
 
-def test_weights_take_seven_bits_so_that_no_pair_of_products_saturates(int8: Path) -> None:
+def test_weights_use_seven_bits_so_that_no_pair_of_products_saturates(int8: Path) -> None:
     core: Any = importlib.import_module("openvino").Core()
     nodes = core.read_model(int8 / MARKER).get_ops()
     constants = [n for n in nodes if n.get_type_name() == "Constant"]
@@ -250,7 +250,9 @@ def test_weights_take_seven_bits_so_that_no_pair_of_products_saturates(int8: Pat
         assert (largest >= 62).mean() > 0.9  # of each output channel, the whole range is used
 
 
-def test_the_manifest_says_which_arithmetic_its_figures_are_of(folder: Path, int8: Path) -> None:
+def test_the_openvino_manifest_names_the_arithmetic_of_its_verification(
+    folder: Path, int8: Path
+) -> None:
     for path, precision in ((folder, "fp32"), (int8, "int8")):
         manifest = json.loads(path.with_name(f"{path.name}.json").read_text("utf-8"))
         told = manifest["verification"]
@@ -258,7 +260,9 @@ def test_the_manifest_says_which_arithmetic_its_figures_are_of(folder: Path, int
         assert "verified_on_device" not in told
 
 
-def test_layers_that_cost_top_classes_stay_in_float(many: Path, tmp_path: Path) -> None:
+def test_products_that_change_top_classes_are_restored_to_float32(
+    many: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"img_size": 16, "depth": 1, "embed_dim": 32, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", patch_size=8, num_classes=5, **sizes).eval()
@@ -284,7 +288,7 @@ def test_layers_that_cost_top_classes_stay_in_float(many: Path, tmp_path: Path) 
     assert "left_in_float" not in load(tmp_path / "rough").info
 
 
-def test_where_no_choice_of_layers_suffices_all_stay_in_int8(
+def test_all_products_stay_in_int8_if_restoring_does_not_help(
     merged: nn.Module, many: Path, tmp_path: Path
 ) -> None:
     spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels_of(many), min_agreement=1.1)
@@ -292,7 +296,7 @@ def test_where_no_choice_of_layers_suffices_all_stay_in_int8(
     assert "left_in_float" not in load(tmp_path / "a").info
 
 
-def test_int8_of_pixels_is_calibrated_with_pixels(
+def test_an_int8_pixel_graph_is_calibrated_with_pixels(
     merged: nn.Module, many: Path, tmp_path: Path
 ) -> None:
     pixels = pixels_of(many)
@@ -302,7 +306,7 @@ def test_int8_of_pixels_is_calibrated_with_pixels(
     assert np.abs(logits - expected).max() < 0.1 * np.ptp(expected)
 
 
-def test_the_command_prints_nothing_of_nncf(
+def test_the_command_prints_no_output_of_nncf(
     checkpoint: Path, backbone_weights: Path, photos: list[Path], many: Path, tmp_path: Path
 ) -> None:
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "openvino"]
@@ -319,7 +323,7 @@ def test_the_command_prints_nothing_of_nncf(
     ]
 
 
-def test_bf16_runs_in_bf16_or_is_refused_by_name(
+def test_bf16_runs_in_bf16_or_the_processor_is_refused_by_name(
     checkpoint: Path,
     backbone_weights: Path,
     folder: Path,
@@ -346,7 +350,7 @@ def test_bf16_runs_in_bf16_or_is_refused_by_name(
     assert load(tmp_path / "a").arithmetic == "bf16"
 
 
-def test_many_threads_get_their_own_answers(folder: Path) -> None:
+def test_concurrent_threads_get_their_own_logits(folder: Path) -> None:
     engine = load(folder, EngineOptions(threads=1))
     batches = [inputs(1 + i % 9) for i in range(200)]
     alone = [engine.run(batch) for batch in batches[:9]]
@@ -356,7 +360,7 @@ def test_many_threads_get_their_own_answers(folder: Path) -> None:
         np.testing.assert_allclose(answer, alone[i % 9], atol=1e-6, rtol=0)
 
 
-def test_an_answer_is_not_overwritten_by_the_next(folder: Path) -> None:
+def test_logits_are_not_overwritten_by_the_next_run(folder: Path) -> None:
     engine = load(folder)
     first = engine.run(inputs(2))
     kept = first.copy()
@@ -375,7 +379,7 @@ def test_an_answer_is_not_overwritten_by_the_next(folder: Path) -> None:
     ],
     ids=lambda x: f"{x.dtype}{x.shape}",
 )
-def test_other_images_are_refused(images: NDArray[Any], folder: Path) -> None:
+def test_images_of_another_type_or_shape_are_refused(images: NDArray[Any], folder: Path) -> None:
     with pytest.raises(SettingError, match=r"takes float32 \[batch, 3, 16, 16\], but got"):
         load(folder).run(images)
 
@@ -396,7 +400,7 @@ def test_a_truncated_artefact_is_refused(
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_onnx_file_with_weights_elsewhere_is_refused_before_openvino_opens_them(
+def test_an_onnx_file_with_external_weights_is_refused_before_openvino_opens_them(
     artefact: Path, tmp_path: Path
 ) -> None:
     import onnx
@@ -410,7 +414,7 @@ def test_an_onnx_file_with_weights_elsewhere_is_refused_before_openvino_opens_th
         load_artefact(tmp_path / "a.onnx", EngineOptions(engine="openvino"))
 
 
-def test_aoft_inspect_tells_what_the_artefact_holds(folder: Path, int8: Path) -> None:
+def test_aoft_inspect_describes_an_openvino_artefact(folder: Path, int8: Path) -> None:
     found = describe(int8)
     assert (found["kind"], found["precision"], found["method"]) == (
         "OpenVINO artefact",
@@ -468,12 +472,12 @@ def test_a_missing_package_is_named_with_its_extra(
     assert not (tmp_path / "a").exists()
 
 
-def test_int8_without_a_recipe_of_images_is_refused(merged: nn.Module, tmp_path: Path) -> None:
+def test_int8_without_calibration_images_is_refused(merged: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="needs a spec with images to calibrate with"):
         exporter.export(merged, tmp_path / "a", export_spec(16, False, MEAN, STD, {}, "int8"))
 
 
-def test_calibration_is_refused_where_it_is_missing_unused_or_too_small(
+def test_missing_unused_or_too_few_calibration_images_are_refused(
     checkpoint: Path,
     backbone_weights: Path,
     photos: list[Path],
@@ -494,14 +498,14 @@ def test_calibration_is_refused_where_it_is_missing_unused_or_too_small(
         assert "needs no calibration images: leave --calibrate out" in line
 
 
-def test_calibration_does_not_go_with_a_fleet_in_fp32(
+def test_calibration_images_are_refused_for_a_fleet_in_fp32(
     checkpoint: Path, many: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, "--fleet", checkpoint, "--to", "openvino", "--calibrate", many)
     assert "needs no calibration images: leave --calibrate out" in line
 
 
-def test_judged_images_are_not_calibrated_with_and_many_are_thinned(
+def test_calibration_excludes_verification_images_and_uses_a_subset_of_many(
     many: Path, tmp_path: Path
 ) -> None:
     openvino = get_exporter("openvino")

@@ -66,7 +66,7 @@ def unmerged(task: Path, weights: Path, x: NDArray[np.float32]) -> NDArray[np.fl
     return logits
 
 
-def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
+def test_each_image_gets_the_logits_of_its_own_tasks_unmerged_model(
     fleet: Path, tasks: list[Path], backbone_weights: Path
 ) -> None:
     x, task = images(7), np.array([2, 0, 1, 1, 0, 2, 2])
@@ -82,7 +82,7 @@ def test_each_image_is_answered_by_its_own_tasks_unmerged_model(
     assert [entry["name"] for entry in manifest["tasks"]] == ["cats", "dogs", "日"]
 
 
-def test_a_live_fleet_takes_the_folder(
+def test_a_live_fleet_opens_the_folder(
     fleet: Path, tasks: list[Path], backbone_weights: Path, tmp_path: Path
 ) -> None:
     x = images(4)
@@ -96,7 +96,7 @@ def test_a_live_fleet_takes_the_folder(
         np.testing.assert_allclose(answers[i].logits, expected, atol=2e-5, rtol=0)
 
 
-def test_threads_that_ask_at_once_get_their_own_answers(fleet: Path) -> None:
+def test_concurrent_threads_get_their_own_logits(fleet: Path) -> None:
     engine = load_artefact(fleet, EngineOptions(threads=1))
     x = images(3)
     alone = [engine.run(x, np.full(3, task)) for task in range(3)]
@@ -119,12 +119,12 @@ def test_threads_that_ask_at_once_get_their_own_answers(fleet: Path) -> None:
     ("task", "message"),
     [(None, "needs a task for each image"), (np.array([3]), "give one from 0 to 2")],
 )
-def test_tasks_that_do_not_fit_are_refused(fleet: Path, task: Any, message: str) -> None:
+def test_invalid_tasks_are_refused(fleet: Path, task: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         load_artefact(fleet).run(images(1), task)
 
 
-def test_int8_keeps_the_tasks_own_numbers_in_float(
+def test_int8_keeps_the_task_parameters_in_float32(
     make_checkpoint: Callable[..., Path],
     make_picture: Callable[..., Image.Image],
     backbone_weights: Path,
@@ -169,7 +169,7 @@ def test_int8_keeps_the_tasks_own_numbers_in_float(
     assert predict([str(output), "--task", "b", str(judged / "0.png")]) == 0
 
 
-def test_a_folder_without_its_tasks_is_refused(fleet: Path, tmp_path: Path) -> None:
+def test_a_fleet_without_its_tables_is_refused(fleet: Path, tmp_path: Path) -> None:
     import shutil
 
     broken = tmp_path / "broken.openvino"
@@ -184,6 +184,6 @@ def test_a_folder_without_its_tasks_is_refused(fleet: Path, tmp_path: Path) -> N
         Fleet(broken)
 
 
-def test_an_artefact_whose_tasks_cannot_change_is_no_live_fleet(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="is no fleet whose tasks can change"):
+def test_an_artefact_with_fixed_tasks_is_no_live_fleet(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no fleet whose tasks can change"):
         Fleet(tmp_path / "model.safetensors")

@@ -124,7 +124,7 @@ def test_our_own_reader_gives_the_unmerged_logits(
         torch.testing.assert_close(merge(tuned)(X), expected, atol=1e-5, rtol=0)
 
 
-def test_the_full_circle_ends_where_it_began(
+def test_a_round_trip_through_peft_gives_the_same_tensors_and_logits(
     folder: Path, backbone_weights: Path, make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     options = ["--merge", folder, "--backbone-weights", backbone_weights]
@@ -142,7 +142,7 @@ def test_the_full_circle_ends_where_it_began(
     assert classes == describe(folder)["classes"]
 
 
-def test_q_and_v_stand_beside_each_other_in_their_fused_layer(folder: Path) -> None:
+def test_q_and_v_share_one_block_wise_pair_in_the_fused_layer(folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     prefix = "base_model.model."
@@ -169,7 +169,7 @@ def test_every_field_of_the_config_is_one_of_pefts(folder: Path, peft: Any) -> N
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
-def test_the_folder_holds_two_files_and_the_task_in_one_of_them(
+def test_the_folder_holds_two_files_with_the_task_in_the_tensors_metadata(
     folder: Path, classes: tuple[str, ...]
 ) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -224,7 +224,7 @@ def test_inspect_describes_the_folder(
     assert "PEFT LoRA folder" in capsys.readouterr().out
 
 
-def test_inspect_tells_a_changed_folder(folder: Path, tmp_path: Path) -> None:
+def test_inspect_reports_a_changed_folder(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a"
     copy.mkdir()
     for path in folder.iterdir():
@@ -287,7 +287,7 @@ def spec(model: nn.Module, size: int) -> ExportSpec:
     return export_spec(size, False, HALF, HALF, texts)
 
 
-def test_a_layer_that_timm_does_not_call_is_refused_since_peft_would_skip_it(
+def test_a_layer_that_timm_does_not_call_is_refused_because_peft_would_ignore_it(
     tmp_path: Path, peft: Any
 ) -> None:
     tuned = attach(small("beit_base_patch16_224", **BEIT), "aoft-lora")
@@ -361,7 +361,7 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(
     assert (tmp_path / "empty.json").is_file()
 
 
-def test_a_manifest_name_that_is_taken_by_a_folder_is_refused(
+def test_a_folder_with_the_manifests_name_is_refused(
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
     tmp_path: Path,
@@ -386,7 +386,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_folder_on_file_weights_is_no_artefact_to_run_by_itself(folder: Path) -> None:
+def test_a_folder_on_weights_from_a_file_needs_the_file(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="give them with `weights`"):
         load_artefact(folder)
 
@@ -398,7 +398,7 @@ def test_a_folder_without_adapter_is_no_artefact(name: str, tmp_path: Path) -> N
         load_artefact(tmp_path / name)
 
 
-def test_a_folder_on_weights_that_timm_has_answers_by_itself(
+def test_a_folder_on_timms_weights_runs_without_a_file(
     tmp_path: Path, make_picture: Callable[..., Any]
 ) -> None:
     model, identity = create_backbone("aoft_vit_nano", num_classes=3)
@@ -427,7 +427,7 @@ def test_a_folder_on_weights_that_timm_has_answers_by_itself(
         (lambda task: json.dumps({**task, "backbone": {}}), "names no backbone"),
     ],
 )
-def test_a_doctored_description_is_refused(
+def test_a_tampered_description_is_refused(
     change: Callable[[dict[str, Any]], str],
     message: str,
     folder: Path,
@@ -443,7 +443,7 @@ def test_a_doctored_description_is_refused(
         open_checkpoint(tmp_path, BackboneSource(weights=backbone_weights))
 
 
-def test_the_folder_may_be_given_as_the_present_one(
+def test_the_folder_may_be_the_current_directory(
     folder: Path, backbone_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)

@@ -41,7 +41,7 @@ PROMPTS = ("aoft-vpt", "aoft-vpt-star", "vpt")
 
 
 @pytest.mark.parametrize("method", PROMPTS)
-def test_prompts_have_no_place_in_timms_architecture(
+def test_prompts_are_refused(
     method: str,
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
@@ -81,7 +81,7 @@ def test_timm_loads_every_methods_export_strictly_and_gives_the_unmerged_logits(
     assert ((unchanged - expected).abs().max() > 1e-2) == (method != "linear")
 
 
-def test_untouched_weights_keep_every_bit(
+def test_unchanged_weights_keep_every_bit(
     backbone_weights: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
     checkpoint = make_checkpoint("lora", targets=["v"])
@@ -102,7 +102,7 @@ def test_the_metadata_describe_the_task(artefact: Path, classes: tuple[str, ...]
     assert json.loads(metadata["preprocessing"])["size"] == 16
 
 
-def test_the_engine_gives_the_models_logits(
+def test_the_engine_gives_the_unmerged_logits_of_the_model(
     artefact: Path, make_tuned: Callable[..., TunedModel]
 ) -> None:
     engine = exporter.load(artefact)
@@ -158,7 +158,7 @@ def doctored(source: Path, target: Path, **metadata: object) -> Path:
     ],
     ids=str,
 )
-def test_a_file_with_doctored_metadata_is_refused(
+def test_a_file_with_tampered_metadata_is_refused(
     metadata: dict[str, Any], artefact: Path, tmp_path: Path
 ) -> None:
     path = doctored(artefact, tmp_path / "a.safetensors", **metadata)
@@ -176,7 +176,7 @@ def test_metadata_cannot_make_timm_read_another_file(artefact: Path, tmp_path: P
         exporter.load(path)
 
 
-def test_a_state_dict_of_somebody_else_is_refused(backbone_weights: Path) -> None:
+def test_a_state_dict_of_another_program_is_refused(backbone_weights: Path) -> None:
     with pytest.raises(
         ArtefactError, match=r"is no (state dict of the timm exporter|safetensors file)"
     ):
@@ -194,7 +194,7 @@ def test_a_truncated_file_is_refused(kept: float, artefact: Path, tmp_path: Path
         exporter.load(path)
 
 
-def test_the_file_needs_no_architecture_of_this_project(artefact: Path) -> None:
+def test_the_file_loads_into_timms_own_architecture(artefact: Path) -> None:
     size: dict[str, Any] = {
         "img_size": 16,
         "patch_size": 8,

@@ -158,7 +158,7 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
 
 @without_gpu
 @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
-def test_without_a_gpu_the_figures_are_those_of_the_precisions_own_arithmetic(
+def test_without_a_gpu_verification_emulates_the_precision(
     precision: str,
     options: list[str],
     photos: list[Path],
@@ -175,7 +175,7 @@ def test_without_a_gpu_the_figures_are_those_of_the_precisions_own_arithmetic(
 
 
 @without_gpu
-def test_without_a_gpu_command_and_manifest_say_so(
+def test_without_a_gpu_command_and_manifest_report_it(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "task"
@@ -189,7 +189,7 @@ def test_without_a_gpu_command_and_manifest_say_so(
     check_built(path, "fp32", [2, 2, 4])
 
 
-def test_the_graph_between_gives_the_unmerged_logits(
+def test_the_intermediate_graph_gives_the_unmerged_logits(
     make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     tuned = make_tuned("rlrr")
@@ -206,7 +206,7 @@ def test_the_graph_between_gives_the_unmerged_logits(
     assert exporter.device(tmp_path / "a") == (GPU.name if GPU else None)
 
 
-def test_answers_that_an_engine_must_give_catch_another_model(
+def test_the_sample_detects_another_models_engine(
     make_tuned: Callable[..., TunedModel], folder: Path, tmp_path: Path
 ) -> None:
     sample = Metadata.read(folder / METADATA).sample
@@ -221,7 +221,7 @@ def test_answers_that_an_engine_must_give_catch_another_model(
     assert sample.allowed < 1e-3
 
 
-def test_the_answers_of_a_fleet_keep_their_infinite_ones() -> None:
+def test_a_fleets_sample_keeps_infinite_logits() -> None:
     inf = float("inf")
     answers = np.array([[1.0, -inf], [0.5, 2.0]], np.float32)
     sample = Sample(16, False, 2).answered(answers, answers, 1e-4)
@@ -239,7 +239,7 @@ def test_the_pixel_graph_builds(options: list[str], tmp_path: Path) -> None:
     assert checked(metadata, pixels, None)["image"].dtype == np.uint8
 
 
-def test_batches_outside_the_profile_and_other_images_are_refused(folder: Path) -> None:
+def test_batches_outside_the_profile_and_invalid_inputs_are_refused(folder: Path) -> None:
     metadata = Metadata.read(folder / METADATA)
     assert list(checked(metadata, inputs(32), None)) == ["pixel_values"]
     for size in (33, 100):
@@ -253,14 +253,14 @@ def test_batches_outside_the_profile_and_other_images_are_refused(folder: Path) 
         checked(metadata, inputs(1), np.array([0]))
 
 
-def test_a_batch_is_cut_and_filled_to_what_an_artefact_takes() -> None:
+def test_a_batch_is_split_and_padded_to_the_artefacts_range() -> None:
     pieces = [(indices.tolist(), count) for indices, count in batch_pieces(5, (2, 2, 4))]
     assert pieces == [([0, 1, 2, 3], 4), ([4, 4], 1)]
     assert [count for _, count in batch_pieces(33, (1, 8, 32))] == [32, 1]
 
 
 @pytest.mark.parametrize("file", [MARKER, METADATA])
-def test_an_artefact_that_was_changed_is_not_run(file: str, copy: Path) -> None:
+def test_a_changed_artefact_is_not_run(file: str, copy: Path) -> None:
     data = bytearray((copy / file).read_bytes())
     place = len(data) // 2 if file == MARKER else data.index(b'"rlrr"') + 1
     data[place] ^= 1
@@ -288,7 +288,7 @@ def test_a_truncated_plan_is_not_run(manifest: bool, kept: float, copy: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', None])
-def test_metadata_that_are_missing_or_of_others_are_refused(text: str | None, copy: Path) -> None:
+def test_missing_or_foreign_metadata_are_refused(text: str | None, copy: Path) -> None:
     (copy / METADATA).unlink()
     if text is not None:
         (copy / METADATA).write_text(text)
@@ -297,7 +297,7 @@ def test_metadata_that_are_missing_or_of_others_are_refused(text: str | None, co
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_manifest_of_something_else_is_refused(copy: Path) -> None:
+def test_a_foreign_manifest_is_refused(copy: Path) -> None:
     copy.with_name(f"{copy.name}.json").write_text("[]")
     with pytest.raises(ArtefactError, match="is no manifest of aoft-export"):
         exporter.load(copy)
@@ -312,7 +312,7 @@ def test_engines_of_another_version_or_gpu_are_refused(folder: Path) -> None:
         metadata.check_here(folder, metadata.version, "5.0")
 
 
-def test_aoft_inspect_tells_what_an_engine_is_for(folder: Path, copy: Path) -> None:
+def test_aoft_inspect_describes_an_engine(folder: Path, copy: Path) -> None:
     found = describe(folder)
     assert (found["kind"], found["precision"], found["method"]) == (
         "TensorRT artefact",
@@ -350,7 +350,7 @@ def test_a_missing_artefact_is_refused(tmp_path: Path) -> None:
         exporter.load(tmp_path)
 
 
-def test_nonsense_is_refused_in_one_line_and_leaves_nothing(
+def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
     options: list[str],
     fleet_tasks: list[Path],
     photos: list[Path],
@@ -379,7 +379,7 @@ def test_nonsense_is_refused_in_one_line_and_leaves_nothing(
         assert "does not build for compute capability 9.9, but for 7.5" in line
 
 
-def test_a_difference_above_the_tolerance_leaves_nothing(
+def test_a_difference_above_the_tolerance_leaves_no_file(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = replace(exporter.EXPORTER, tolerance=1e-12)
@@ -439,7 +439,7 @@ class TestOnDevice:
             np.testing.assert_allclose(engine.run(inputs(batch)), expected, atol=1e-4, rtol=0)
         assert engine.device == "cuda:0"
 
-    def test_many_threads_get_their_own_answers(self, folder: Path) -> None:
+    def test_concurrent_threads_get_their_own_logits(self, folder: Path) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         engine = exporter.load(folder, lanes=2)
@@ -449,7 +449,7 @@ class TestOnDevice:
             for i, answer in enumerate(pool.map(engine.run, batches)):
                 np.testing.assert_allclose(answer, alone[i % 9], atol=1e-5, rtol=0)
 
-    def test_an_engine_with_other_answers_is_not_used(self, copy: Path) -> None:
+    def test_an_engine_with_other_logits_is_not_used(self, copy: Path) -> None:
         metadata = json.loads((copy / METADATA).read_text("utf-8"))
         metadata["sample"]["logits"][0][0] += 1
         (copy / METADATA).write_text(json.dumps(metadata))

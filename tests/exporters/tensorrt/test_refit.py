@@ -45,7 +45,7 @@ def names(make_tuned: Callable[..., TunedModel]) -> set[str]:
 
 
 @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
-def test_every_weight_of_timm_can_be_marked(
+def test_every_weight_can_be_marked_by_its_timm_name(
     precision: str, graphs: list[Any], names: set[str]
 ) -> None:
     graph = graphs[0] if precision == "fp32" else typed(graphs[0], precision)
@@ -87,7 +87,7 @@ def test_tasks_of_one_backbone_share_a_structure_and_other_graphs_do_not(
 
 @pytest.mark.skipif(GPU is not None, reason="is about machines without a GPU")
 @pytest.mark.parametrize("wish", [{"refittable": True}, {"refit": Path("old")}])
-def test_without_a_gpu_neither_is_promised(
+def test_without_a_gpu_refitting_is_refused(
     wish: dict[str, Any], make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     spec = with_build(SPEC, compute_capability="8.9", **wish)
@@ -100,7 +100,7 @@ def test_without_a_gpu_neither_is_promised(
 @pytest.mark.skipif(GPU is None, reason="needs a CUDA device")
 class TestOnDevice:
     @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
-    def test_a_refitted_engine_answers_as_the_new_task(
+    def test_a_refitted_engine_gives_the_new_tasks_logits(
         self, precision: str, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
         spec = replace(with_build(SPEC, refittable=True), precision=precision)
@@ -116,7 +116,7 @@ class TestOnDevice:
         atol = 1e-4 if precision == "fp32" else 0.05 * np.ptp(expected)
         np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
-    def test_an_engine_without_marked_weights_is_built_again(
+    def test_an_engine_without_refittable_weights_is_rebuilt(
         self, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
         exporter.export(merge(make_tuned("rlrr", seed=2)), tmp_path / "old", SPEC)
@@ -124,7 +124,7 @@ class TestOnDevice:
         exporter.export(merge(make_tuned("rlrr", seed=3)), tmp_path / "new", again)
         assert Metadata.read(tmp_path / "new" / METADATA).origin == "built"
 
-    def test_what_is_no_engine_is_refused(
+    def test_a_folder_without_a_plan_is_refused(
         self, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
         with pytest.raises(CheckpointError, match=r"There is no folder .* to refit"):

@@ -71,7 +71,7 @@ def fleet(
     return folder / "models" / "fleet"
 
 
-def test_the_folder_is_what_triton_looks_for(repository: Path, classes: tuple[str, ...]) -> None:
+def test_the_folder_has_tritons_layout(repository: Path, classes: tuple[str, ...]) -> None:
     folder = repository / "numbers"
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files == [exporter.MARKER, CONFIG, LABELS]
@@ -87,7 +87,7 @@ def test_the_folder_is_what_triton_looks_for(repository: Path, classes: tuple[st
 
 
 @pytest.mark.parametrize("name", ["numbers", "pixels", "fleet"])
-def test_the_configuration_states_the_graphs_inputs_and_outputs_without_the_batch(
+def test_the_configuration_describes_the_graphs_inputs_and_outputs_without_the_batch(
     name: str, repository: Path, fleet: Path
 ) -> None:
     folder = fleet if name == "fleet" else repository / name
@@ -105,9 +105,7 @@ def test_the_configuration_states_the_graphs_inputs_and_outputs_without_the_batc
                 assert axis.dim_value in (0, side)
 
 
-def test_the_warm_up_gives_every_input_at_the_sizes_that_are_named(
-    repository: Path, fleet: Path
-) -> None:
+def test_the_warm_up_covers_every_input_and_batch_size(repository: Path, fleet: Path) -> None:
     for folder, sizes in ((repository / "pixels", [1, 4, 6]), (fleet, [1, 8, 32])):
         config = parsed(folder)
         assert config.max_batch_size == sizes[-1]
@@ -120,7 +118,7 @@ def test_the_warm_up_gives_every_input_at_the_sizes_that_are_named(
                 assert warm.inputs[tensor.name].zero_data
 
 
-def test_the_model_answers_as_the_onnx_artefact(
+def test_the_model_agrees_with_the_onnx_artefact(
     repository: Path, artefact: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = [Image.open(photo).convert("RGB") for photo in photos]
@@ -136,7 +134,7 @@ def test_the_model_answers_as_the_onnx_artefact(
     assert manifest["verification"]["max_abs"] < 5e-5
 
 
-def test_aoft_inspect_tells_what_the_model_is(repository: Path, tmp_path: Path) -> None:
+def test_aoft_inspect_describes_a_triton_model(repository: Path, tmp_path: Path) -> None:
     found = describe(repository / "numbers")
     assert (found["kind"], found["precision"], found["manifest"]) == (
         "Triton artefact",
@@ -151,7 +149,7 @@ def test_aoft_inspect_tells_what_the_model_is(repository: Path, tmp_path: Path) 
         describe(tmp_path)
 
 
-def test_a_fleet_takes_one_task_a_sample_and_mixes_them_in_a_batch(fleet: Path) -> None:
+def test_a_fleet_takes_a_task_for_each_sample_of_a_batch(fleet: Path) -> None:
     config = parsed(fleet)
     task = {tensor.name: tensor for tensor in config.input}["task"]
     assert list(task.dims) == [1]
@@ -181,7 +179,7 @@ def test_the_same_input_gives_the_same_configuration(
     assert not (tmp_path / "z" / LABELS).exists()
 
 
-def test_strange_text_comes_back_unchanged(tmp_path: Path) -> None:
+def test_special_characters_are_escaped(tmp_path: Path) -> None:
     strange = "a\"b\\c\nd\re 日本 ' {}"
     spec = export_spec(16, False, MEAN, STD, {"method": strange})
     write_config(tmp_path, spec, "tensorrt")
@@ -198,7 +196,7 @@ def test_a_class_with_a_line_break_is_refused(module: Any, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_what_triton_cannot_run_is_refused(
+def test_options_that_triton_does_not_support_are_refused(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     options = ["--backbone-weights", backbone_weights, "-o", tmp_path / "a"]
