@@ -95,7 +95,7 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
 def _images(spec: ExportSpec) -> Callable[[int], NDArray[Any]]:
     """A function that returns one calibration image as a batch of one."""
     if spec.precision == "int8" and spec.calibration is None:
-        raise SettingError("int8 of openvino needs images to calibrate with.")
+        raise SettingError("int8 of openvino needs calibration images: give them with `calibrate`.")
 
     def image(index: int) -> NDArray[Any]:
         assert spec.calibration is not None

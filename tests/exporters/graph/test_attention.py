@@ -39,7 +39,7 @@ def graph(model: nn.Module, side: int, opset: int, separate: bool = False) -> An
     return proto
 
 
-def answer(proto: Any, x: torch.Tensor) -> Any:
+def logits(proto: Any, x: torch.Tensor) -> Any:
     import onnxruntime
 
     ort: Any = onnxruntime
@@ -62,20 +62,20 @@ def test_every_lowering_gives_the_models_logits(name: str, opset: int, separate:
     assert np.ptp(expected) > 0.1
     proto = graph(model, side, opset, separate)
     for batch in (1, 3):
-        np.testing.assert_allclose(answer(proto, x[:batch]), expected[:batch], atol=2e-5, rtol=0)
-    found = kinds(proto)
-    assert found["Attention"] == (2 if opset >= ATTENTION_OPSET else 0)
-    assert found["Softmax"] == (0 if opset >= ATTENTION_OPSET else 2)
+        np.testing.assert_allclose(logits(proto, x[:batch]), expected[:batch], atol=2e-5, rtol=0)
+    counts = kinds(proto)
+    assert counts["Attention"] == (2 if opset >= ATTENTION_OPSET else 0)
+    assert counts["Softmax"] == (0 if opset >= ATTENTION_OPSET else 2)
     assert proto.opset_import[0].version == opset
     assert {node.domain for node in proto.graph.node} == {""}
 
 
 def test_attention_on_timms_packed_qkv_takes_two_nodes() -> None:
-    found = kinds(graph(small("vit_tiny_patch16_224"), 32, ATTENTION_OPSET))
-    assert found["Split"] == found["Attention"] == 2
-    assert found["Transpose"] == 1  # the patch embedding's
-    assert found["Slice"] + found["Squeeze"] + found["Shape"] <= 2  # the class token's
-    assert sum(found.values()) == 2 * 15 + 11
+    counts = kinds(graph(small("vit_tiny_patch16_224"), 32, ATTENTION_OPSET))
+    assert counts["Split"] == counts["Attention"] == 2
+    assert counts["Transpose"] == 1  # of the patch embedding
+    assert counts["Slice"] + counts["Squeeze"] + counts["Shape"] <= 2  # of the class token
+    assert sum(counts.values()) == 2 * 15 + 11
 
 
 def test_separate_maps_hold_the_columns_of_the_packed_weight() -> None:
@@ -98,8 +98,8 @@ def test_a_model_without_attention_keeps_opset_20() -> None:
     assert proto.opset_import[0].version == 20
 
 
-class Fancy(nn.Module):
-    """Attention that the one node cannot state."""
+class Attention(nn.Module):
+    """One attention with the given options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -116,22 +116,22 @@ class Fancy(nn.Module):
     "options", [{"is_causal": True}, {"attn_mask": torch.tensor([[True, False, True, True]])}]
 )
 def test_causal_and_boolean_masks_are_exported_by_torch(options: dict[str, Any]) -> None:
-    model, x = Fancy(**options).eval(), torch.randn(2, 2, 4, 8)
+    model, x = Attention(**options).eval(), torch.randn(2, 2, 4, 8)
     proto = graph_of(model, {"pixel_values": (x, "batch")}, None, opset=ATTENTION_OPSET)
     assert kinds(proto)["Attention"] == 0
-    np.testing.assert_allclose(answer(proto, x), model(x).detach().numpy(), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(logits(proto, x), model(x).detach().numpy(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("axes", [3, 5])
 @pytest.mark.parametrize("opset", [20, 23])
 def test_attention_with_three_or_five_axes_is_one_node_too(axes: int, opset: int) -> None:
     x = torch.randn(3, *(2, 2)[: axes - 3], 4, 8)
-    model = Fancy(attn_mask=torch.randn(4, 4)).eval()
+    model = Attention(attn_mask=torch.randn(4, 4)).eval()
     proto = graph_of(model, {"pixel_values": (x, "batch")}, None, opset=opset)
     assert kinds(proto)["Softmax" if opset == 20 else "Attention"] == 1
     for batch in (1, 3):
         np.testing.assert_allclose(
-            answer(proto, x[:batch]), model(x[:batch]).detach().numpy(), atol=1e-6, rtol=0
+            logits(proto, x[:batch]), model(x[:batch]).detach().numpy(), atol=1e-6, rtol=0
         )
 
 

@@ -1,4 +1,4 @@
-"""A backbone's graph is traced once; what is kept holds no weights and answers the same."""
+"""A backbone's graph is traced once; the cached graph holds no weights and agrees with the model."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from aoft_exporters.graph.cache import graph_of
 from aoft_exporters.onnx import exporter
 
 
-def never(*arguments: Any) -> Any:
+def fail_if_traced(*arguments: Any) -> Any:
     raise AssertionError("traced again")
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path / "kept"))
-    return tmp_path / "kept"
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path / "cache_dir"))
+    return tmp_path / "cache_dir"
 
 
 def example(side: int = 32) -> dict[str, tuple[torch.Tensor, str]]:
     return {"pixel_values": (torch.zeros(2, 3, side, side), "batch")}
 
 
-def answers(proto: Any, x: np.ndarray) -> np.ndarray:
+def logits(proto: Any, x: np.ndarray) -> np.ndarray:
     import onnxruntime
 
     ort: Any = onnxruntime
@@ -46,15 +46,15 @@ def answers(proto: Any, x: np.ndarray) -> np.ndarray:
 def test_a_second_task_of_a_backbone_is_exported_without_tracing(
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
-    kept: Path,
+    cache_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = make_checkpoint("lora")
     export_merged(first, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights))
-    assert len(list(kept.iterdir())) == 1
-    monkeypatch.setattr(cache, "trace", never)
-    for method in ("rlrr", "aoft-adapter"):  # merged, they are all the plain backbone
+    assert len(list(cache_dir.iterdir())) == 1
+    monkeypatch.setattr(cache, "trace", fail_if_traced)
+    for method in ("rlrr", "aoft-adapter"):  # merged, all are the plain backbone
         other = make_checkpoint(method)
         exported = export_merged(
             other, tmp_path / f"{method}.onnx", backbone=BackboneSource(weights=backbone_weights)
@@ -79,7 +79,7 @@ def test_a_second_task_of_a_backbone_is_exported_without_tracing(
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
 
 
-def test_a_cached_graph_has_no_weights_and_gives_the_models_logits(kept: Path) -> None:
+def test_a_cached_graph_has_no_weights_and_gives_the_models_logits(cache_dir: Path) -> None:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -87,27 +87,27 @@ def test_a_cached_graph_has_no_weights_and_gives_the_models_logits(kept: Path) -
         models.append(model.eval())
     x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
     graph_of(models[0], example(), {"name": "tiny"})
-    file = next(kept.iterdir())
+    file = next(cache_dir.iterdir())
     assert 10_000 < file.stat().st_size < 300_000 < sum(p.numel() for p in models[0].parameters())
     filled, direct = (graph_of(models[1], example(), kind) for kind in ({"name": "tiny"}, None))
     assert [n.op_type for n in filled.graph.node] == [n.op_type for n in direct.graph.node]
     onnx.checker.check_model(filled)
     with torch.no_grad():
         expected = models[1](torch.from_numpy(x)).numpy()
-    assert np.abs(answers(filled, x) - expected).max() < 1e-5
+    assert np.abs(logits(filled, x) - expected).max() < 1e-5
     assert not any(tensor.doc_string for tensor in filled.graph.initializer)
 
 
 def test_a_fleets_graph_is_cached_too(
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
-    kept: Path,
+    cache_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = make_checkpoint("aoft-lora-star")
     export_fleet([task], tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights))
-    monkeypatch.setattr(cache, "trace", never)
+    monkeypatch.setattr(cache, "trace", fail_if_traced)
     assert (
         export_fleet(
             [task], tmp_path / "b.onnx", backbone=BackboneSource(weights=backbone_weights)
@@ -117,7 +117,7 @@ def test_a_fleets_graph_is_cached_too(
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
-def test_graphs_with_weights_in_folded_constants_are_not_cached(name: str, kept: Path) -> None:
+def test_graphs_with_weights_in_folded_constants_are_not_cached(name: str, cache_dir: Path) -> None:
     model = timm.create_model(name, num_classes=4).eval()
     x = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     for seed in range(2):
@@ -127,36 +127,36 @@ def test_graphs_with_weights_in_folded_constants_are_not_cached(name: str, kept:
                 if tensor.is_floating_point():
                     tensor.add_(0.1 * torch.rand_like(tensor))
             expected = model(torch.from_numpy(x)).numpy()
-        found = answers(graph_of(model, example(64), {"name": name}), x)
-        assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
-    assert next(kept.iterdir()).stat().st_size == 0  # BatchNorm's, LayerScale's are computed with
+        computed = logits(graph_of(model, example(64), {"name": name}), x)
+        assert np.abs(computed - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    assert next(cache_dir.iterdir()).stat().st_size == 0  # BatchNorm and LayerScale are folded
 
 
-def test_models_without_a_kind_are_not_cached(kept: Path) -> None:
+def test_models_without_a_kind_are_not_cached(cache_dir: Path) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    for heads in (3, 6):  # neither repr nor shapes tell
+    for heads in (3, 6):  # repr and shapes are equal
         torch.manual_seed(heads)
         name: Any = "vit_tiny_patch16_224"
         model = timm.create_model(name, img_size=32, depth=1, num_heads=heads, num_classes=4)
-        found = answers(graph_of(model.eval(), example(), None), x)
+        computed = logits(graph_of(model.eval(), example(), None), x)
         with torch.no_grad():
-            assert np.abs(found - model(torch.from_numpy(x)).numpy()).max() < 1e-5
-    assert not kept.exists()
+            assert np.abs(computed - model(torch.from_numpy(x)).numpy()).max() < 1e-5
+    assert not cache_dir.exists()
 
 
 def test_a_damaged_cached_graph_is_traced_again(
-    checkpoint: Path, backbone_weights: Path, kept: Path, tmp_path: Path
+    checkpoint: Path, backbone_weights: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     export_merged(
         checkpoint, tmp_path / "a.onnx", backbone=BackboneSource(weights=backbone_weights)
     )
-    file = next(kept.iterdir())
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    file = next(cache_dir.iterdir())
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
     export_merged(
         checkpoint, tmp_path / "b.onnx", backbone=BackboneSource(weights=backbone_weights)
     )
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == content
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
@@ -178,7 +178,7 @@ def test_nothing_is_cached_if_the_cache_is_disabled_or_not_writable(
 
 @pytest.mark.parametrize("package", ["aoft_deploy", "aoft_exporters"])
 def test_a_change_of_source_code_changes_the_cache_key(
-    package: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = tmp_path / package / "room" / "inner"
     room.mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_a_change_of_source_code_changes_the_cache_key(
 
     def graphs() -> int:
         graph_of(model, example(), {"identity": "same"})
-        return len(list(kept.iterdir()))
+        return len(list(cache_dir.iterdir()))
 
     assert graphs() == 1
     assert graphs() == 1

@@ -1,4 +1,4 @@
-"""Low precision written into a graph: what is rounded, what is not, and what it computes."""
+"""Conversion of graphs to low precision: which tensors are rounded, and the results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def images(batch: int) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def graph(checkpoint: Path, backbone_weights: Path, tmp_path_factory: Any) -> Any:
-    """A merged model of five tokens."""
+    """A merged model with five tokens."""
     path = tmp_path_factory.mktemp("typed") / "a.onnx"
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "triton"]
     assert main([*map(str, options), "-o", str(path.parent / "a")]) == 0
@@ -66,14 +66,14 @@ def fleet(
 
 
 def product(left: list[float], weight: list[list[float]]) -> tuple[Any, NDArray[np.float32]]:
-    """A graph whose third product is the classifier, and what to give it."""
+    """A graph of three products, the last of which is the classifier, and an input for it."""
     make, info = helper.make_node, helper.make_tensor_value_info
     x = np.array(left, np.float32).reshape(1, 1, 1, -1)
     eye = np.eye(len(weight[0]), dtype=np.float32)
     nodes = [make("MatMul", ["x", "w"], ["a"]), make("MatMul", ["a", "eye"], ["b"])]
     nodes += [make("MatMul", ["b", "head"], ["logits"])]
     stored = {"w": np.array(weight, np.float32), "eye": eye, "head": eye}
-    whole = helper.make_graph(
+    proto = helper.make_graph(
         nodes,
         "g",
         [info("x", TensorProto.FLOAT, ["batch", 1, 1, len(left)])],
@@ -81,7 +81,7 @@ def product(left: list[float], weight: list[list[float]]) -> tuple[Any, NDArray[
         [numpy_helper.from_array(values, name) for name, values in stored.items()],
     )
     opsets = [helper.make_opsetid("", 20)]
-    return helper.make_model(whole, opset_imports=opsets, ir_version=10), x
+    return helper.make_model(proto, opset_imports=opsets, ir_version=10), x
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -99,8 +99,8 @@ def test_the_converted_graph_is_valid_and_keeps_inputs_outputs_names_and_metadat
     before = graph.SerializeToString()
     for result in (typed(graph, precision), emulated(typed(graph, precision))):
         onnx.checker.check_model(result, full_check=True)
-        for what in ("input", "output"):
-            assert list(getattr(result.graph, what)) == list(getattr(graph.graph, what))
+        for field in ("input", "output"):
+            assert list(getattr(result.graph, field)) == list(getattr(graph.graph, field))
         assert list(result.metadata_props) == list(graph.metadata_props)
         names = [[i.name for i in each.graph.initializer] for each in (result, graph)]
         assert names[0] == names[1]
@@ -198,7 +198,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", SMALL_VIT),
     "convnext": ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}),
 }
-"""A pooling attention with a query of its own; masks, shifts and position biases; convolutions."""
+"""Attention pooling with a learned query; masks, shifts and position biases; convolutions."""
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -220,10 +220,12 @@ def test_other_architectures_agree_with_pytorch_in_the_precision(
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     with torch.inference_mode():
         exact = model.double()(torch.from_numpy(x).double()).numpy()
-        whole = model.to(dtype)(torch.from_numpy(x).to(dtype)).float().numpy()
-    error, theirs = np.abs(found - exact).max(), np.abs(whole - exact).max()
+        half = model.to(dtype)(torch.from_numpy(x).to(dtype)).float().numpy()
+    error, pytorch_error = np.abs(found - exact).max(), np.abs(half - exact).max()
     step = {"fp16": 2.0**-11, "bf16": 2.0**-8}[precision] * np.abs(exact).max()
-    assert step / 10 < error < min(2 * theirs, 20 * step)  # theirs rounds norms and sums too
+    assert (
+        step / 10 < error < min(2 * pytorch_error, 20 * step)
+    )  # PyTorch rounds norms and sums too
     kinds = {i.name: i.data_type for i in low.graph.initializer}
     products = [n for n, p in model.named_parameters() if p.ndim > 1 and n in kinds]
     products = [n for n in products if "embed" not in n or "proj" in n]
@@ -247,7 +249,7 @@ def test_the_fp16_graph_agrees_with_onnxs_numpy_evaluator(graph: Any) -> None:
     (evaluated,) = evaluator.run(None, {"pixel_values": x})
     rounded = run(emulated(low), pixel_values=x)
     exact = run(graph, pixel_values=x)
-    step = 2.0**-11 * np.abs(exact).max()  # each rounds norms and sums in an order of its own
+    step = 2.0**-11 * np.abs(exact).max()  # the order of rounding differs
     assert np.abs(evaluated - rounded).max() < 4 * step
     assert step / 10 < np.abs(rounded - exact).max() < 4 * step
     assert np.abs(evaluated - exact).max() > 0
@@ -271,7 +273,5 @@ def test_unknown_precisions_and_branches_are_refused(graph: Any) -> None:
     proto.graph.node.append(
         helper.make_node("If", ["c"], ["d"], then_branch=branch, else_branch=branch)
     )
-    with pytest.raises(
-        SettingError, match=r"branches \(If\), and branches cannot be converted to bf16"
-    ):
+    with pytest.raises(SettingError, match=r"branches \(If\), and branches cannot be"):
         typed(proto, "bf16")

@@ -43,7 +43,7 @@ def pixels(batch: int, size: int = 16) -> NDArray[np.uint8]:
 
 
 def normalised(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Independent of the product: float64, rounded once."""
+    """Reference in float64, rounded once."""
     scaled = (image / 255 - np.array(MEAN)) / np.array(STD)
     result: NDArray[np.float32] = scaled.transpose(0, 3, 1, 2).astype(np.float32)
     return result
@@ -55,7 +55,7 @@ def logits_of(model: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return logits
 
 
-def answer(path: Path, x: NDArray[Any]) -> NDArray[np.float32]:
+def run(path: Path, x: NDArray[Any]) -> NDArray[np.float32]:
     runtime: Any = importlib.import_module("onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (value,) = session.get_inputs()
@@ -82,13 +82,13 @@ def test_the_artefact_gives_the_unmerged_logits_at_every_batch_size(
         x = inputs(batch)
         expected = logits_of(tuned, x)
         assert np.ptp(expected) > 0.5
-        np.testing.assert_allclose(answer(artefact, x), expected, atol=5e-5, rtol=0)
+        np.testing.assert_allclose(run(artefact, x), expected, atol=5e-5, rtol=0)
 
 
 def test_logits_of_an_image_do_not_depend_on_its_batch(artefact: Path) -> None:
     x = inputs(7)
-    alone = np.concatenate([answer(artefact, x[i : i + 1]) for i in range(7)])
-    np.testing.assert_allclose(answer(artefact, x), alone, atol=1e-5, rtol=0)
+    alone = np.concatenate([run(artefact, x[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(run(artefact, x), alone, atol=1e-5, rtol=0)
 
 
 def test_initialisers_keep_timms_names_and_the_folded_values(graph: Any, merged: nn.Module) -> None:
@@ -107,10 +107,10 @@ def test_no_path_of_the_exporting_machine_is_in_the_file(artefact: Path) -> None
 
 
 def test_weights_are_stored_once(graph: Any, artefact: Path, merged: nn.Module) -> None:
-    numbers = sum(tensor.numel() for tensor in merged.state_dict().values())
+    parameters = sum(tensor.numel() for tensor in merged.state_dict().values())
     stored = sum(int(np.prod(i.dims)) for i in graph.graph.initializer)
-    assert numbers <= stored < numbers + 100
-    assert artefact.stat().st_size < 4 * numbers + 60_000
+    assert parameters <= stored < parameters + 100
+    assert artefact.stat().st_size < 4 * parameters + 60_000
 
 
 def test_the_artefact_is_one_valid_file_of_opset_23(graph: Any, artefact: Path) -> None:
@@ -123,9 +123,7 @@ def test_the_artefact_is_one_valid_file_of_opset_23(graph: Any, artefact: Path) 
 
 def test_the_file_can_be_moved_without_its_manifest(artefact: Path, tmp_path: Path) -> None:
     (tmp_path / "moved.onnx").write_bytes(artefact.read_bytes())
-    np.testing.assert_array_equal(
-        answer(tmp_path / "moved.onnx", inputs(2)), answer(artefact, inputs(2))
-    )
+    np.testing.assert_array_equal(run(tmp_path / "moved.onnx", inputs(2)), run(artefact, inputs(2)))
 
 
 def shape_of(value: Any) -> list[str | int]:
@@ -133,26 +131,26 @@ def shape_of(value: Any) -> list[str | int]:
 
 
 def test_input_and_output_have_the_documented_names_types_and_shapes(graph: Any) -> None:
-    (given,), (result,) = graph.graph.input, graph.graph.output
-    assert (given.name, result.name) == ("pixel_values", "logits")
+    (source,), (result,) = graph.graph.input, graph.graph.output
+    assert (source.name, result.name) == ("pixel_values", "logits")
     assert (
-        given.type.tensor_type.elem_type == result.type.tensor_type.elem_type == TensorProto.FLOAT
+        source.type.tensor_type.elem_type == result.type.tensor_type.elem_type == TensorProto.FLOAT
     )
-    assert shape_of(given) == ["batch", 3, 16, 16]
+    assert shape_of(source) == ["batch", 3, 16, 16]
     assert shape_of(result) == ["batch", 5]
 
 
 def test_with_uint8_the_input_is_an_image(pixel_artefact: Path) -> None:
     graph = onnx.load(pixel_artefact).graph
-    (given,), (result,) = graph.input, graph.output
-    assert (given.name, result.name) == ("image", "logits")
-    assert given.type.tensor_type.elem_type == TensorProto.UINT8
-    assert shape_of(given) == ["batch", 16, 16, 3]
+    (source,), (result,) = graph.input, graph.output
+    assert (source.name, result.name) == ("image", "logits")
+    assert source.type.tensor_type.elem_type == TensorProto.UINT8
+    assert shape_of(source) == ["batch", 16, 16, 3]
     assert shape_of(result) == ["batch", 5]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """No two tensors equal, which a trained model's are not either."""
+    """The model with noise, so that no two tensors are equal, as in a trained model."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -177,9 +175,12 @@ def test_the_merge_adds_no_operator_to_the_plain_backbone(
 
 
 def test_pixels_cost_two_operators_on_the_input(graph: Any, pixel_artefact: Path) -> None:
-    more = operators(onnx.load(pixel_artefact))
-    more.subtract(operators(graph))
-    assert {name: count for name, count in more.items() if count} == {"Cast": 1, "Transpose": 1}
+    additional = operators(onnx.load(pixel_artefact))
+    additional.subtract(operators(graph))
+    assert {name: count for name, count in additional.items() if count} == {
+        "Cast": 1,
+        "Transpose": 1,
+    }
 
 
 def test_the_metadata_describe_the_exported_task(graph: Any, classes: tuple[str, ...]) -> None:
@@ -193,7 +194,7 @@ def test_the_metadata_describe_the_exported_task(graph: Any, classes: tuple[str,
 
 
 def test_value_info_holds_no_initialisers(graph: Any) -> None:
-    # onnxruntime#25890: the quantiser takes such a weight's old shape for its new one.
+    # onnxruntime#25890: the quantiser would use the shape of the weight before transposing.
     names = {i.name for i in graph.graph.initializer}
     assert not names & {info.name for info in graph.graph.value_info}
 
@@ -202,15 +203,15 @@ def test_value_info_holds_no_initialisers(graph: Any) -> None:
 def test_onnx_runtimes_dynamic_quantiser_runs_on_the_artefact_of_opset_20(
     merged: nn.Module, artefact: Path, tmp_path: Path
 ) -> None:
-    # In opset 23 it takes ONNX's operator Attention for one of its own.
+    # In opset 23, the quantiser confuses ONNX's operator Attention with its own.
     quantization: Any = importlib.import_module("onnxruntime.quantization")
-    older, small = tmp_path / "older.onnx", tmp_path / "int8.onnx"
+    older, int8 = tmp_path / "older.onnx", tmp_path / "int8.onnx"
     exporter.export(merged, older, with_build(SPEC, opset=20))
-    quantization.quantize_dynamic(older, small)
-    found = operators(onnx.load(small))
+    quantization.quantize_dynamic(older, int8)
+    found = operators(onnx.load(int8))
     assert found["MatMulInteger"] + found["DynamicQuantizeMatMul"] > 0
-    exact, rough = answer(artefact, inputs(7)), answer(small, inputs(7))
-    assert np.abs(rough - exact).max() < 0.2 * np.abs(exact).max()
+    exact, quantised = run(artefact, inputs(7)), run(int8, inputs(7))
+    assert np.abs(quantised - exact).max() < 0.2 * np.abs(exact).max()
 
 
 def test_the_pixel_graph_agrees_with_the_float_graph_on_the_same_images(
@@ -218,15 +219,15 @@ def test_the_pixel_graph_agrees_with_the_float_graph_on_the_same_images(
 ) -> None:
     for batch in (1, 7):
         image = pixels(batch)
-        expected = answer(artefact, normalised(image))
-        np.testing.assert_allclose(answer(pixel_artefact, image), expected, atol=5e-5, rtol=0)
+        expected = run(artefact, normalised(image))
+        np.testing.assert_allclose(run(pixel_artefact, image), expected, atol=5e-5, rtol=0)
 
 
 def test_the_pixel_graph_agrees_on_black_and_white(artefact: Path, pixel_artefact: Path) -> None:
     for value in (0, 1, 254, 255):
         image = np.full((1, 16, 16, 3), value, np.uint8)
-        expected = answer(artefact, normalised(image))
-        np.testing.assert_allclose(answer(pixel_artefact, image), expected, atol=5e-5, rtol=0)
+        expected = run(artefact, normalised(image))
+        np.testing.assert_allclose(run(pixel_artefact, image), expected, atol=5e-5, rtol=0)
 
 
 def test_pixels_work_on_a_patch_embedding_without_bias(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_pixels_work_on_a_patch_embedding_without_bias(tmp_path: Path) -> None:
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     image = pixels(3, 32)
     expected = logits_of(model, normalised(image))
-    np.testing.assert_allclose(answer(tmp_path / "clip.onnx", image), expected, atol=5e-5, rtol=0)
+    np.testing.assert_allclose(run(tmp_path / "clip.onnx", image), expected, atol=5e-5, rtol=0)
     names = {i.name for i in onnx.load(tmp_path / "clip.onnx").graph.initializer}
     assert set(before) <= names
 
@@ -301,8 +302,8 @@ def test_the_size_limit_counts_the_stored_bytes_of_the_precision_exactly(
 def test_a_model_too_large_in_float32_fits_in_fp16_and_int8(
     merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sum(4 * tensor.numel() for tensor in merged.state_dict().values())
-    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 0.7 * whole)
+    size = sum(4 * tensor.numel() for tensor in merged.state_dict().values())
+    monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 0.7 * size)
     with pytest.raises(
         OutputError, match="choose a lower `precision`, or export to openvino or timm with"
     ):
@@ -330,7 +331,7 @@ def test_the_size_limit_of_a_fleet_counts_its_float32_tables(
 
 
 class Cuda:
-    """The part of ONNX Runtime that names what this machine computes on."""
+    """Stands for ONNX Runtime on a machine with all execution providers."""
 
     @staticmethod
     def get_available_providers() -> list[str]:
@@ -339,11 +340,11 @@ class Cuda:
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt"])
 def test_float32_products_never_use_tf32_on_a_gpu(device: str) -> None:
-    """CUDA's provider rounds them to 10 bits by default, which no verification has seen."""
-    chosen = dict(_providers(Cuda, device))
+    """CUDA's provider rounds float32 to 10 bits by default, but artefacts are verified without."""
+    providers = dict(_providers(Cuda, device))
     index = device.partition(":")[2] or "0"
-    assert chosen["CUDAExecutionProvider"] == {"device_id": index, "use_tf32": "0"}
-    assert ("TensorrtExecutionProvider" in chosen) is (device == "tensorrt")
+    assert providers["CUDAExecutionProvider"] == {"device_id": index, "use_tf32": "0"}
+    assert ("TensorrtExecutionProvider" in providers) is (device == "tensorrt")
 
 
 def test_the_engine_reports_the_files_metadata_and_input_form(
@@ -353,11 +354,11 @@ def test_the_engine_reports_the_files_metadata_and_input_form(
     assert not engine.takes_pixels
     assert json.loads(engine.info["preprocessing"])["size"] == 16
     x = inputs(3)
-    np.testing.assert_array_equal(engine.run(x), answer(artefact, x))
+    np.testing.assert_array_equal(engine.run(x), run(artefact, x))
     other = exporter.load(pixel_artefact, EngineOptions(threads=1))
     assert other.takes_pixels
     np.testing.assert_allclose(
-        other.run(pixels(3)), answer(pixel_artefact, pixels(3)), atol=1e-6, rtol=0
+        other.run(pixels(3)), run(pixel_artefact, pixels(3)), atol=1e-6, rtol=0
     )
 
 
@@ -407,7 +408,7 @@ def test_a_full_vit_b_16_is_exact_and_has_no_additional_operators(tmp_path: Path
     for depth in (1, 2):
         shallow = timm.create_model("vit_base_patch16_224", num_classes=100, depth=depth)
         exporter.export(randomised(shallow), tmp_path / f"{depth}.onnx", spec)
-    whole = operators(onnx.load(path))
+    full = operators(onnx.load(path))
     one, two = (operators(onnx.load(tmp_path / f"{depth}.onnx")) for depth in (1, 2))
     block = {name: two[name] - one[name] for name in two}
-    assert whole == Counter({name: one[name] + 11 * block[name] for name in two})
+    assert full == Counter({name: one[name] + 11 * block[name] for name in two})

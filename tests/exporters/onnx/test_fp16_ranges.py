@@ -1,4 +1,4 @@
-"""fp16 judged by arithmetic that overflows as a GPU's does, and what stays in float32 therefore."""
+"""fp16 is verified by arithmetic that overflows as on a GPU; such products stay in float32."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def unmerged(tuned: TunedModel, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def reference(proto: Any, **feed: NDArray[Any]) -> NDArray[np.float32]:
-    """ONNX's own evaluator, in numpy: fp16 operators compute in float16."""
+    """Logits by ONNX's numpy evaluator, which computes fp16 operators in float16."""
     evaluator: Any = ReferenceEvaluator(proto)
     with np.errstate(all="ignore"):
         logits: NDArray[np.float32] = evaluator.run(None, feed)[0]
@@ -208,16 +208,16 @@ def test_a_fleet_keeps_in_float32_what_one_of_its_tasks_overflows(
     assert manifest["left_in_float"] == [FC1, FC2]
     assert "emulated" in manifest["verification"]["arithmetic"]
     x = inputs_of(photos)
-    for place, (_, _, tuned) in enumerate(tasks):
+    for index, (_, _, tuned) in enumerate(tasks):
         exact = unmerged(tuned, x)
-        found = reference(onnx.load(path), pixel_values=x, task=np.full(len(x), place))
+        found = reference(onnx.load(path), pixel_values=x, task=np.full(len(x), index))
         assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
 def test_a_product_that_overflows_for_one_task_of_a_fleet_stays_in_float32(
     massive: Callable[..., Any], photos: list[Path], tmp_path: Path
 ) -> None:
-    """Updates of q and v so large that scores of attention leave the range."""
+    """The last task's updates of q and v are so large that attention scores overflow."""
     tasks = [massive("calm", seed=0), massive("calm too", seed=1), massive("wild", 2, 300.0)]
     left = []
     for count in (2, 3):
@@ -291,12 +291,12 @@ def test_the_manifest_names_the_arithmetic_of_its_verification(
 
 
 def maps(*weights: NDArray[np.float32]) -> Any:
-    """A graph of linear maps, the last of which is the classifier."""
+    """A graph of linear maps; the last is the classifier."""
     names = [f"w{place}" for place in range(len(weights))]
     results = [*(f"a{place}" for place in range(len(weights) - 1)), "logits"]
     nodes = [
-        helper.make_node("MatMul", [given, name], [result], f"map of {name}")
-        for given, name, result in zip(["pixel_values", *results], names, results, strict=False)
+        helper.make_node("MatMul", [source, name], [result], f"map of {name}")
+        for source, name, result in zip(["pixel_values", *results], names, results, strict=False)
     ]
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -314,7 +314,7 @@ def eye(scale: float) -> NDArray[np.float32]:
 
 
 def spec(*pixels: int) -> ExportSpec:
-    """For images of one pixel; 255 is 1."""
+    """A spec with images of one pixel; 255 is 1."""
     judged = np.array(pixels, np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
     return export_spec(1, False, (0,) * 3, (1,) * 3, {}, "fp16", judged=judged)
 

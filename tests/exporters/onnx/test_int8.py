@@ -1,4 +1,4 @@
-"""8-bit weights in an ONNX graph: their names, values, range and arithmetic."""
+"""int8 weights in an ONNX graph: names, values, range and arithmetic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def small(architecture: str, classes: int = 5) -> nn.Module:
-    """A model of random weights, no two parameters alike."""
+    """A model with different random weights in every parameter."""
     name, options = ARCHITECTURES[architecture]
     model: nn.Module = timm.create_model(name, num_classes=classes, **options).eval()
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def stored(proto: Any) -> dict[str, NDArray[Any]]:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def both(request: Any, tmp_path_factory: Any) -> tuple[nn.Module, Any, Any]:
-    """A model, its graph in float32, and in int8."""
+    """A model and its graphs in float32 and int8."""
     model, path = small(request.param), tmp_path_factory.mktemp("int8") / "a.onnx"
     return model, exported(model, path, "fp32"), exported(model, path, "int8")
 
@@ -107,11 +107,11 @@ def test_weights_use_seven_bits_so_that_no_pair_of_products_saturates(
         largest = np.abs(weight.astype(np.int64)).max(0)
         assert largest.max() in (63, 64)
         assert 2 * 255 * largest.max() < 2**15  # what AVX2's vpmaddubsw adds, two by two
-        assert (largest >= 63).mean() > 0.9  # of each output channel, the whole range is used
+        assert (largest >= 63).mean() > 0.9  # every output channel uses the full range
 
 
 def test_int8_products_agree_with_integer_arithmetic_in_numpy() -> None:
-    """x → uint8 with one range, W → int8 with a range a column; sums of integers."""
+    """x is uint8 with one range, W is int8 with one range per column; sums are integers."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(3, 8)).astype(np.float32)
     weight = (generator.normal(size=(8, 6)) * 10.0 ** np.arange(-3, 3)).astype(np.float32)
@@ -142,7 +142,7 @@ def test_int8_products_agree_with_integer_arithmetic_in_numpy() -> None:
 
 
 def test_a_quantised_gemm_with_a_bias_keeps_its_names(tmp_path: Path) -> None:
-    """Of two maps of pooled features the first is quantised, the second the classifier."""
+    """Of two maps of pooled features, the first is quantised; the second is the classifier."""
     names = set(stored(exported(small("two linear maps after pooling"), tmp_path / "a", "int8")))
     fc = "head.pre_logits.fc"
     assert {f"{fc}.weight_quantized", f"{fc}.weight_scale", f"{fc}.weight_zero_point"} <= names

@@ -1,4 +1,4 @@
-"""OpenVINO: the unmerged model's answers in the artefact's own precision, or a clear refusal."""
+"""OpenVINO folders: the unmerged model's logits in the artefact's precision, or a refusal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import describe
 from aoft_deploy.cli.predict import main as predict
-from aoft_deploy.errors import CheckpointError, MissingExtraError, SettingError
+from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError
 from aoft_deploy.export.calibration import MOST, calibration_files
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
@@ -53,7 +53,7 @@ def pixels_of(folder: Path) -> NDArray[np.uint8]:
 
 
 def normalised(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Independent of the product: float64, rounded once."""
+    """Reference in float64, rounded once."""
     scaled = (pixels / 255 - np.array(MEAN)) / np.array(STD)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
 
@@ -122,8 +122,8 @@ def test_the_artefact_gives_the_unmerged_logits(
 
 def test_the_folder_holds_only_the_graph_and_its_weights(folder: Path, merged: nn.Module) -> None:
     assert sorted(os.listdir(folder)) == [BIN, MARKER]
-    numbers = sum(tensor.numel() for tensor in merged.state_dict().values())
-    assert 4 * numbers <= (folder / BIN).stat().st_size < 4 * numbers + 4000
+    parameters = sum(tensor.numel() for tensor in merged.state_dict().values())
+    assert 4 * parameters <= (folder / BIN).stat().st_size < 4 * parameters + 4000
     manifest = json.loads(folder.with_name(f"{folder.name}.json").read_text("utf-8"))
     assert manifest["exporter"] == "openvino"
     assert manifest["versions"]["openvino"]
@@ -153,12 +153,12 @@ def test_the_artefact_is_found_by_suffix_and_by_its_marker(folder: Path, int8: P
 def test_the_metadata_are_read_back_unchanged(
     merged: nn.Module, folder: Path, classes: tuple[str, ...], tmp_path: Path
 ) -> None:
-    strange = {"classes": '["日本", "a\\"<&>\'", " b\\n"]', "empty": "", "number": "1.50"}
-    spec = export_spec(16, False, MEAN, STD, strange)
+    special = {"classes": '["日本", "a\\"<&>\'", " b\\n"]', "empty": "", "number": "1.50"}
+    spec = export_spec(16, False, MEAN, STD, special)
     exporter.export(merged, tmp_path / "a", spec)
     found = dict(load(tmp_path / "a").info)
     assert re.fullmatch("[0-9a-f]{64}", found.pop("files_sha256"))
-    assert found == {**strange, "precision": "fp32"}
+    assert found == {**special, "precision": "fp32"}
     info = load(folder).info
     assert json.loads(info["classes"]) == list(classes)
     assert json.loads(info["preprocessing"])["size"] == 16
@@ -247,7 +247,7 @@ def test_weights_use_seven_bits_so_that_no_pair_of_products_saturates(int8: Path
         largest = np.abs(weight.astype(np.int64)).max(1)
         assert largest.max() in (63, 64)
         assert 2 * 255 * largest.max() < 2**15  # what AVX2's vpmaddubsw adds, two by two
-        assert (largest >= 62).mean() > 0.9  # of each output channel, the whole range is used
+        assert (largest >= 62).mean() > 0.9  # every output channel uses the full range
 
 
 def test_the_openvino_manifest_names_the_arithmetic_of_its_verification(
@@ -255,9 +255,9 @@ def test_the_openvino_manifest_names_the_arithmetic_of_its_verification(
 ) -> None:
     for path, precision in ((folder, "fp32"), (int8, "int8")):
         manifest = json.loads(path.with_name(f"{path.name}.json").read_text("utf-8"))
-        told = manifest["verification"]
-        assert told["arithmetic"] == f"{precision} by openvino on CPU"
-        assert "verified_on_device" not in told
+        verification = manifest["verification"]
+        assert verification["arithmetic"] == f"{precision} by openvino on CPU"
+        assert "verified_on_device" not in verification
 
 
 def test_products_that_change_top_classes_are_restored_to_float32(
@@ -270,22 +270,25 @@ def test_products_that_change_top_classes_are_restored_to_float32(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-        # products so large that 8 bits decide which token is looked at
+        # attention scores so large that rounding to 8 bits changes the attended token
         model.get_parameter("blocks.0.attn.qkv.weight")[:64].mul_(12)
     x = normalised(pixels)
     expected = logits_of(model, x)
-    wanted, found = expected.argmax(1), {}
-    for name, asked in (("rough", 0.0), ("finer", 0.95)):
-        spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels, min_agreement=asked)
+    classes, found = expected.argmax(1), {}
+    for name, agreement in (("quantised", 0.0), ("restored", 0.95)):
+        spec = export_spec(16, False, MEAN, STD, {}, "int8", pixels, min_agreement=agreement)
         exporter.export(model, tmp_path / name, spec)
         engine = load(tmp_path / name)
         logits = engine.run(x)
-        found[name] = float((logits.argmax(1) == wanted).mean()), np.square(logits - expected).sum()
-    assert found["rough"][0] < 0.95 <= found["finer"][0]
-    assert found["finer"][1] < 0.5 * found["rough"][1]
+        found[name] = (
+            float((logits.argmax(1) == classes).mean()),
+            np.square(logits - expected).sum(),
+        )
+    assert found["quantised"][0] < 0.95 <= found["restored"][0]
+    assert found["restored"][1] < 0.5 * found["quantised"][1]
     left = json.loads(engine.info["left_in_float"])
     assert left and len(set(left)) == len(left)
-    assert "left_in_float" not in load(tmp_path / "rough").info
+    assert "left_in_float" not in load(tmp_path / "quantised").info
 
 
 def test_all_products_stay_in_int8_if_restoring_does_not_help(
@@ -353,11 +356,11 @@ def test_bf16_runs_in_bf16_or_the_processor_is_refused_by_name(
 def test_concurrent_threads_get_their_own_logits(folder: Path) -> None:
     engine = load(folder, EngineOptions(threads=1))
     batches = [inputs(1 + i % 9) for i in range(200)]
-    alone = [engine.run(batch) for batch in batches[:9]]
+    expected = [engine.run(batch) for batch in batches[:9]]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(engine.run, batches))
     for i, answer in enumerate(answers):
-        np.testing.assert_allclose(answer, alone[i % 9], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(answer, expected[i % 9], atol=1e-6, rtol=0)
 
 
 def test_logits_are_not_overwritten_by_the_next_run(folder: Path) -> None:
@@ -395,7 +398,7 @@ def test_a_truncated_artefact_is_refused(
             len(data) if name != file else kept if isinstance(kept, int) else int(kept * len(data))
         )
         (tmp_path / name).write_bytes(data[:end])
-    with pytest.raises(CheckpointError, match="is no OpenVINO model") as error:
+    with pytest.raises(ArtefactError, match="is no OpenVINO model") as error:
         load(tmp_path)
     assert len(str(error.value).splitlines()) == 1
 
@@ -410,7 +413,7 @@ def test_an_onnx_file_with_external_weights_is_refused_before_openvino_opens_the
     onnx.external_data_helper.set_external_data(tensor, "missing.bin")
     tensor.ClearField("raw_data")
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(CheckpointError, match="keeps weights in other files"):
+    with pytest.raises(ArtefactError, match="keeps weights in other files"):
         load_artefact(tmp_path / "a.onnx", EngineOptions(engine="openvino"))
 
 
@@ -431,14 +434,14 @@ def test_aoft_inspect_refuses_a_damaged_artefact(file: str, folder: Path, tmp_pa
     (tmp_path / MARKER).write_bytes((folder / MARKER).read_bytes())
     (tmp_path / BIN).write_bytes((folder / BIN).read_bytes())
     (tmp_path / BIN).unlink() if file == BIN else (tmp_path / MARKER).write_text("<net>")
-    with pytest.raises(CheckpointError, match="is no OpenVINO model"):
+    with pytest.raises(ArtefactError, match="is no OpenVINO model"):
         describe(tmp_path)
 
 
 def test_a_missing_artefact_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.openvino").write_text("")
     for path in (tmp_path, tmp_path / "a.openvino", tmp_path / "none.openvino"):
-        with pytest.raises(CheckpointError, match=r"There is no folder .* with an openvino_model"):
+        with pytest.raises(ArtefactError, match=r"There is no folder .* with an openvino_model"):
             load(path)
 
 
@@ -448,7 +451,7 @@ def test_another_programs_model_is_refused(folder: Path, tmp_path: Path) -> None
     for start, end in (("<aoft>", "</aoft>"), ("<precision", "/>")):
         before, _, rest = text.partition(start)
         (tmp_path / MARKER).write_text(before + rest.partition(end)[2])
-        with pytest.raises(CheckpointError, match="was not written by aoft-export"):
+        with pytest.raises(ArtefactError, match="was not written by aoft-export"):
             load(tmp_path)
 
 
@@ -456,7 +459,7 @@ def test_a_graph_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path
     (tmp_path / BIN).write_bytes((folder / BIN).read_bytes())
     text = (folder / MARKER).read_text("utf-8")
     (tmp_path / MARKER).write_text(text.replace('type="MatMul"', 'type="NoSuchOperator"'))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ArtefactError):
         load(tmp_path)
 
 
@@ -473,7 +476,9 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_int8_without_calibration_images_is_refused(merged: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="needs a spec with images to calibrate with"):
+    with pytest.raises(
+        SettingError, match="int8 of openvino needs calibration images: give them with `calibrate`"
+    ):
         exporter.export(merged, tmp_path / "a", export_spec(16, False, MEAN, STD, {}, "int8"))
 
 

@@ -1,4 +1,4 @@
-"""Fleets in OpenVINO: the same tasks, the same answers, live ones too."""
+"""Fleets in OpenVINO folders, with fixed and with live tasks."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def test_a_live_fleet_opens_the_folder(
 def test_concurrent_threads_get_their_own_logits(fleet: Path) -> None:
     engine = load_artefact(fleet, EngineOptions(threads=1))
     x = images(3)
-    alone = [engine.run(x, np.full(3, task)) for task in range(3)]
+    expected = [engine.run(x, np.full(3, task)) for task in range(3)]
     wrong: list[int] = []
 
     def ask(task: int) -> None:
         for _ in range(10):
-            if not np.array_equal(engine.run(x, np.full(3, task)), alone[task]):
+            if not np.array_equal(engine.run(x, np.full(3, task)), expected[task]):
                 wrong.append(task)
 
     threads = [threading.Thread(target=ask, args=(task,)) for task in range(3)]
@@ -150,22 +150,22 @@ def test_int8_keeps_the_task_parameters_in_float32(
     assert engine.info["precision"] == "int8"
     for task, path in enumerate(tasks):
         expected = unmerged(path, backbone_weights, x)
-        rough = engine.run(x, np.full(6, task))[:, : expected.shape[1]]
-        assert 0 < np.abs(rough - expected).max() < 0.1 * np.ptp(expected)
+        quantised = engine.run(x, np.full(6, task))[:, : expected.shape[1]]
+        assert 0 < np.abs(quantised - expected).max() < 0.1 * np.ptp(expected)
     core: Any = importlib.import_module("openvino").Core()
     nodes = core.read_model(output / "openvino_model.xml").get_ops()
     inputs = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Parameter"}
-    after, reached = [inputs["bank"]], set[str]()
-    while after:
-        node = after.pop()
+    pending, reached = [inputs["bank"]], set[str]()
+    while pending:
+        node = pending.pop()
         for target in node.output(0).get_target_inputs():
-            taker = target.get_node()
-            if taker.get_type_name() in ("MatMul", "Add"):
+            consumer = target.get_node()
+            if consumer.get_type_name() in ("MatMul", "Add"):
                 continue
-            assert taker.get_type_name() != "FakeQuantize"
-            if taker.get_friendly_name() not in reached:
-                reached.add(taker.get_friendly_name())
-                after.append(taker)
+            assert consumer.get_type_name() != "FakeQuantize"
+            if consumer.get_friendly_name() not in reached:
+                reached.add(consumer.get_friendly_name())
+                pending.append(consumer)
     assert predict([str(output), "--task", "b", str(judged / "0.png")]) == 0
 
 
@@ -185,5 +185,5 @@ def test_a_fleet_without_its_tables_is_refused(fleet: Path, tmp_path: Path) -> N
 
 
 def test_an_artefact_with_fixed_tasks_is_no_live_fleet(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no fleet whose tasks can change"):
+    with pytest.raises(ArtefactError, match="is no fleet whose tasks can change"):
         Fleet(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Our updates as PEFT LoRA folders, read by PEFT itself."""
+"""Export of updates to PEFT LoRA folders, read by PEFT and by our reader."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("aoft-lora-star", {"strict": True, "rank": 3, "scale": 2.0}),
     ("aoft-lora-star", {"targets": ["k", "proj", "fc1", "fc2"]}),
     ("aoft-lora-star", {"targets": ["qkv"], "rank": 32}),
-    ("aoft-lora-star", {"rank": 20}),  # 40 together, more than the width of 32
+    ("aoft-lora-star", {"rank": 20}),  # 40 in total, more than the width of 32
     ("lora", {"scale": 1.5}),
     ("lora", {"targets": ["q", "k", "v"], "rank": 1}),
     ("lora", {"targets": ["v"]}),
@@ -73,7 +73,7 @@ def plain_model(
 
 
 def export(checkpoint: Path, weights: Path, *more: object) -> Path:
-    """The folder that the command writes for a checkpoint."""
+    """Export a checkpoint with the command and return the folder."""
     options = ["--merge", checkpoint, "--backbone-weights", weights, "--to", "peft", *more]
     assert main([str(option) for option in options]) == 0
     return checkpoint.with_suffix(".peft")
@@ -297,7 +297,7 @@ def test_a_layer_that_timm_does_not_call_is_refused_because_peft_would_ignore_it
         before = model(x)
         config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
         adapted = peft.get_peft_model(model, config)
-        assert torch.equal(adapted(x), before)  # PEFT leaves it out without a word
+        assert torch.equal(adapted(x), before)  # PEFT ignores it silently
         assert not torch.equal(adapted.merge_and_unload()(x), before)
     with pytest.raises(SettingError, match=r"Beit reads the weight of blocks\.0\.attn\.qkv with"):
         exporter.export(tuned, tmp_path / "a", spec(tuned, 32))
@@ -351,9 +351,9 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(
     (full / "thesis.txt").write_text("years of work")
     file.write_text("too")
     (tmp_path / "link").symlink_to(empty)
-    for taken in (full, file):
-        line = refused(main, *options, "-o", taken)
-        assert f"{taken} exists and is no empty folder: give a new name with --output" in line
+    for existing in (full, file):
+        line = refused(main, *options, "-o", existing)
+        assert f"{existing} exists and is no empty folder: give a new name with --output" in line
     for odd in (tmp_path / "link", tmp_path / "empty" / ".."):
         assert "cannot become a folder" in refused(main, *options, "-o", odd)
     assert main([*map(str, options), "-o", str(empty)]) == 0
@@ -378,7 +378,9 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     tuned = make_tuned("lora")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))  # the config fits, the rest not
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2048, limits[1])
+    )  # the config fits, the weights do not
     try:
         with pytest.raises(OutputError, match="a could not be written"):
             exporter.export(tuned, tmp_path / "a", spec(tuned, 16))

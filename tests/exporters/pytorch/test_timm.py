@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_written_is_refused(
         exporter.export(merge(make_tuned()), tmp_path / "missing" / "a.safetensors", SPEC)
 
 
-def doctored(source: Path, target: Path, **metadata: object) -> Path:
+def tampered(source: Path, target: Path, **metadata: object) -> Path:
     with safe_open(source, "pt") as file:
         values = dict(file.metadata())
     changes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
@@ -161,7 +161,7 @@ def doctored(source: Path, target: Path, **metadata: object) -> Path:
 def test_a_file_with_tampered_metadata_is_refused(
     metadata: dict[str, Any], artefact: Path, tmp_path: Path
 ) -> None:
-    path = doctored(artefact, tmp_path / "a.safetensors", **metadata)
+    path = tampered(artefact, tmp_path / "a.safetensors", **metadata)
     with pytest.raises(
         ArtefactError, match=r"is no (state dict of the timm exporter|safetensors file)"
     ):
@@ -171,7 +171,7 @@ def test_a_file_with_tampered_metadata_is_refused(
 def test_metadata_cannot_make_timm_read_another_file(artefact: Path, tmp_path: Path) -> None:
     args = {"img_size": 16, "pretrained_cfg": {"file": str(tmp_path / "other.pth")}}
     backbone = {"name": "aoft_vit_nano", "digest": "", "origin": "", "args": args}
-    path = doctored(artefact, tmp_path / "a.safetensors", backbone=backbone)
+    path = tampered(artefact, tmp_path / "a.safetensors", backbone=backbone)
     with pytest.raises(ArtefactError, match="must not be made with pretrained_cfg"):
         exporter.load(path)
 

@@ -1,4 +1,4 @@
-"""TensorRT: engines built without a GPU, proven by their graphs, refused where they do not fit."""
+"""TensorRT engines: built without a GPU, verified by their graphs, refused on other machines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GPU = find_gpu()
 NAMED = ["--compute-capability", "8.9"] if GPU is None else []
-without_gpu = pytest.mark.skipif(GPU is not None, reason="is about machines without a GPU")
+without_gpu = pytest.mark.skipif(GPU is not None, reason="needs a machine without a GPU")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPU is None, reason="needs a CUDA device")]
 
 
@@ -94,7 +94,7 @@ def fleet_tasks(make_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> 
 
 
 def check_built(path: Path, precision: str, batches: list[int]) -> None:
-    """The plan is there as recorded, alone with its metadata."""
+    """Check that the folder holds only the plan and its metadata, and that they agree."""
     assert sorted(entry.name for entry in path.iterdir()) == [METADATA, MARKER]
     metadata = Metadata.read(path / METADATA)
     plan = (path / MARKER).read_bytes()
@@ -113,8 +113,17 @@ def test_a_merged_model_builds_in_every_precision(
     precision: str, options: list[str], photos: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "task"
-    more = ["--precision", precision, "--images", *photos, "--min-agreement", 0.8, "-o", path]
-    assert main([*options, *texts(*more), "--batches", "1", "8", "32"]) == 0
+    other_options = [
+        "--precision",
+        precision,
+        "--images",
+        *photos,
+        "--min-agreement",
+        0.8,
+        "-o",
+        path,
+    ]
+    assert main([*options, *texts(*other_options), "--batches", "1", "8", "32"]) == 0
     check_built(path, precision, [1, 8, 32])
 
 
@@ -165,8 +174,8 @@ def test_without_a_gpu_verification_emulates_the_precision(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    more = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
-    assert main([*options, *texts(*more), "--min-agreement", "0.8"]) == 0
+    other_options = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
+    assert main([*options, *texts(*other_options), "--min-agreement", "0.8"]) == 0
     emulation = f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
     arithmetic = "fp32 by onnxruntime on CPU" if precision == "fp32" else emulation
     manifest = json.loads((tmp_path / "task.json").read_text("utf-8"))
@@ -262,8 +271,8 @@ def test_a_batch_is_split_and_padded_to_the_artefacts_range() -> None:
 @pytest.mark.parametrize("file", [MARKER, METADATA])
 def test_a_changed_artefact_is_not_run(file: str, copy: Path) -> None:
     data = bytearray((copy / file).read_bytes())
-    place = len(data) // 2 if file == MARKER else data.index(b'"rlrr"') + 1
-    data[place] ^= 1
+    index = len(data) // 2 if file == MARKER else data.index(b'"rlrr"') + 1
+    data[index] ^= 1
     (copy / file).write_bytes(data)
     with pytest.raises(ArtefactError, match=r"was changed after (it|its manifest)"):
         exporter.load(copy)
@@ -292,7 +301,7 @@ def test_missing_or_foreign_metadata_are_refused(text: str | None, copy: Path) -
     (copy / METADATA).unlink()
     if text is not None:
         (copy / METADATA).write_text(text)
-    with pytest.raises(CheckpointError, match="does not describe the plan beside it") as error:
+    with pytest.raises(ArtefactError, match="does not describe the plan beside it") as error:
         exporter.load(copy)
     assert len(str(error.value).splitlines()) == 1
 
@@ -328,7 +337,7 @@ def test_aoft_inspect_describes_an_engine(folder: Path, copy: Path) -> None:
     for text in ("[]", "{}", None):
         (copy / METADATA).write_text(text) if text else (copy / MARKER).unlink()
         with pytest.raises(
-            ArtefactError, match=r"does not say what the plan|engine\.json|There is no model\.plan"
+            ArtefactError, match=r"does not describe the plan|engine\.json|There is no model\.plan"
         ):
             describe(copy)
 
@@ -424,7 +433,7 @@ def test_the_exporter_is_found_by_name() -> None:
 
 
 class TestOnDevice:
-    """Runs where a GPU is."""
+    """Tests that need a GPU."""
 
     pytestmark = on_gpu
 
@@ -444,10 +453,10 @@ class TestOnDevice:
 
         engine = exporter.load(folder, lanes=2)
         batches = [inputs(1 + i % 9) for i in range(100)]
-        alone = [engine.run(batch) for batch in batches[:9]]
+        expected = [engine.run(batch) for batch in batches[:9]]
         with ThreadPoolExecutor(8) as pool:
-            for i, answer in enumerate(pool.map(engine.run, batches)):
-                np.testing.assert_allclose(answer, alone[i % 9], atol=1e-5, rtol=0)
+            for i, logits in enumerate(pool.map(engine.run, batches)):
+                np.testing.assert_allclose(logits, expected[i % 9], atol=1e-5, rtol=0)
 
     def test_an_engine_with_other_logits_is_not_used(self, copy: Path) -> None:
         metadata = json.loads((copy / METADATA).read_text("utf-8"))

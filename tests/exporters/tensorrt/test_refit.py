@@ -1,4 +1,4 @@
-"""New weights for an engine: named as timm names them, and only where all else is the same."""
+"""Refitting: weights have timm's names, and the rest of the graph must be equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from specs import export_spec, with_build
 
-from aoft_deploy.errors import CheckpointError, OutputError, SettingError
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.low_precision import typed
@@ -85,12 +85,12 @@ def test_tasks_of_one_backbone_share_a_structure_and_other_graphs_do_not(
     assert structure(changed, weights) != hashes[0]
 
 
-@pytest.mark.skipif(GPU is not None, reason="is about machines without a GPU")
-@pytest.mark.parametrize("wish", [{"refittable": True}, {"refit": Path("old")}])
+@pytest.mark.skipif(GPU is not None, reason="needs a machine without a GPU")
+@pytest.mark.parametrize("build", [{"refittable": True}, {"refit": Path("old")}])
 def test_without_a_gpu_refitting_is_refused(
-    wish: dict[str, Any], make_tuned: Callable[..., TunedModel], tmp_path: Path
+    build: dict[str, Any], make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
-    spec = with_build(SPEC, compute_capability="8.9", **wish)
+    spec = with_build(SPEC, compute_capability="8.9", **build)
     with pytest.raises(SettingError, match="leave `refit` and `refittable` out"):
         exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", spec)
     assert not list(tmp_path.iterdir())
@@ -127,7 +127,7 @@ class TestOnDevice:
     def test_a_folder_without_a_plan_is_refused(
         self, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
-        with pytest.raises(CheckpointError, match=r"There is no folder .* to refit"):
+        with pytest.raises(ArtefactError, match=r"There is no folder .* to refit"):
             exporter.export(
                 merge(make_tuned("rlrr")), tmp_path / "a", with_build(SPEC, refit=tmp_path)
             )

@@ -1,4 +1,4 @@
-"""Triton: a configuration that NVIDIA's own definition reads, for a model that answers right."""
+"""Triton folders: a configuration that NVIDIA's schema accepts, and a model with right logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def texts(*options: object) -> list[str]:
 
 
 def parsed(folder: Path) -> Any:
-    """The configuration by NVIDIA's definition, which knows every field's name and type."""
+    """The configuration parsed with NVIDIA's schema, which checks field names and types."""
     definition: Any = importlib.import_module("tritonclient.grpc.model_config_pb2")
     text_format: Any = importlib.import_module("google.protobuf.text_format")
     text = (folder / CONFIG).read_text("utf-8")
@@ -50,10 +50,10 @@ def kind(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def repository(checkpoint: Path, backbone_weights: Path, tmp_path_factory: Any) -> Path:
-    """One task, as numbers and as pixels."""
+    """One task with normalised input (``floats``) and with uint8 input (``pixels``)."""
     path: Path = tmp_path_factory.mktemp("models")
     options = texts("--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "triton")
-    assert main([*options, "-o", str(path / "numbers")]) == 0
+    assert main([*options, "-o", str(path / "floats")]) == 0
     assert main([*options, "-o", str(path / "pixels"), "--uint8", "--batches", "1", "4", "6"]) == 0
     return path
 
@@ -62,7 +62,7 @@ def repository(checkpoint: Path, backbone_weights: Path, tmp_path_factory: Any) 
 def fleet(
     make_checkpoint: Callable[..., Path], backbone_weights: Path, tmp_path_factory: Any
 ) -> Path:
-    """Two tasks of RLRR, which elsewhere would be folded one at a time."""
+    """Two tasks of RLRR, whose default form for other exporters is folded."""
     folder: Path = tmp_path_factory.mktemp("fleet")
     for name in ("cats", "犬"):
         (folder / f"{name}.ckpt").write_bytes(make_checkpoint("rlrr").read_bytes())
@@ -72,7 +72,7 @@ def fleet(
 
 
 def test_the_folder_has_tritons_layout(repository: Path, classes: tuple[str, ...]) -> None:
-    folder = repository / "numbers"
+    folder = repository / "floats"
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files == [exporter.MARKER, CONFIG, LABELS]
     assert (folder / LABELS).read_text("utf-8") == "".join(f"{name}\n" for name in classes)
@@ -86,7 +86,7 @@ def test_the_folder_has_tritons_layout(repository: Path, classes: tuple[str, ...
     assert (parameters["precision"], parameters["method"]) == ("fp32", "rlrr")
 
 
-@pytest.mark.parametrize("name", ["numbers", "pixels", "fleet"])
+@pytest.mark.parametrize("name", ["floats", "pixels", "fleet"])
 def test_the_configuration_describes_the_graphs_inputs_and_outputs_without_the_batch(
     name: str, repository: Path, fleet: Path
 ) -> None:
@@ -123,11 +123,11 @@ def test_the_model_agrees_with_the_onnx_artefact(
 ) -> None:
     pictures = [Image.open(photo).convert("RGB") for photo in photos]
     exact = load_classifier(artefact).probabilities(pictures)
-    for name in ("numbers", "pixels"):
+    for name in ("floats", "pixels"):
         found = load_classifier(repository / name).probabilities(pictures)
         np.testing.assert_allclose(found, exact, atol=2e-5, rtol=0)
     capsys.readouterr()
-    assert predict([str(repository / "numbers"), str(photos[0])]) == 0
+    assert predict([str(repository / "floats"), str(photos[0])]) == 0
     assert capsys.readouterr().out
     manifest = json.loads((repository / "numbers.json").read_text("utf-8"))
     assert manifest["exporter"] == "triton"
@@ -135,7 +135,7 @@ def test_the_model_agrees_with_the_onnx_artefact(
 
 
 def test_aoft_inspect_describes_a_triton_model(repository: Path, tmp_path: Path) -> None:
-    found = describe(repository / "numbers")
+    found = describe(repository / "floats")
     assert (found["kind"], found["precision"], found["manifest"]) == (
         "Triton artefact",
         "fp32",
@@ -180,11 +180,11 @@ def test_the_same_input_gives_the_same_configuration(
 
 
 def test_special_characters_are_escaped(tmp_path: Path) -> None:
-    strange = "a\"b\\c\nd\re 日本 ' {}"
-    spec = export_spec(16, False, MEAN, STD, {"method": strange})
+    special = "a\"b\\c\nd\re 日本 ' {}"
+    spec = export_spec(16, False, MEAN, STD, {"method": special})
     write_config(tmp_path, spec, "tensorrt")
     config = parsed(tmp_path)
-    assert config.parameters["method"].string_value == strange
+    assert config.parameters["method"].string_value == special
     assert (config.backend, list(config.dynamic_batching.preferred_batch_size)) == ("tensorrt", [8])
 
 
