@@ -9,8 +9,8 @@ from typing import Any
 
 __all__ = ["DOMAIN", "attention_as_one_node"]
 
-
 DOMAIN = "aoft"
+"""Operator domain of the node."""
 
 
 @contextlib.contextmanager

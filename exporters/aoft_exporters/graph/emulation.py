@@ -69,7 +69,7 @@ def low_results(proto: Any) -> dict[str, str]:
     """Computed tensors in low precision.
 
     Returns:
-        Their names, each with the tensor's name in the float32 graph that ``typed`` was given.
+        Their names, each with the tensor's name in the float32 graph before ``typed``.
     """
     kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in low_kinds()}
     results = {}

@@ -5,6 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+__all__ = [
+    "ELEMENTWISE",
+    "MOVES",
+    "NORMS",
+    "NO_FLOATS",
+    "PRODUCTS",
+    "cast_node",
+    "classifier_nodes",
+    "depending_nodes",
+    "low_kinds",
+    "rank",
+    "result_kind",
+]
+
 PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 """Matrix products and convolutions, computed in low precision."""
 
@@ -21,7 +35,7 @@ NORMS = frozenset(
     "BatchNormalization GlobalAveragePool GroupNormalization InstanceNormalization "
     "LayerNormalization RMSNormalization Softmax".split()
 )
-"""Norms, poolings and softmax: their output is taken as the classifier's features."""
+"""Norms, poolings and softmax, whose last output is the features of the classifier."""
 
 NO_FLOATS = frozenset(
     "And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or "

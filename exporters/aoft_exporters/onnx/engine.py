@@ -240,11 +240,11 @@ def _fleet_logits(
 ) -> NDArray[np.float32]:
     """Logits of a fleet; the folded form options one task at a time."""
 
-    def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
         logits: Any = session.run(["logits"], {"pixel_values": images, "task": task, **tables})[0]
         return np.asarray(logits, np.float32)
 
     task = np.asarray(task, np.int64)
     if info.get("form") == "folded":
-        return folded_logits(answer, images, task)
-    return answer(images, task)
+        return folded_logits(run, images, task)
+    return run(images, task)

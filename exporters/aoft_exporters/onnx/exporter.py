@@ -54,7 +54,7 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
         AttachError: ``uint8`` is set, but the model has no plain patch embedding.
         SettingError: The opset is not available in this precision.
     """
-    _check_size(least_bytes(model, spec.precision), spec.precision)
+    _check_size(_least_bytes(model, spec.precision), spec.precision)
     _save(plain_graph(model, spec, opset=_opset(spec)), path, spec)
 
 
@@ -89,7 +89,7 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
     """
     import onnx
 
-    least = least_bytes(model, spec.precision) + sum(
+    least = _least_bytes(model, spec.precision) + sum(
         table.nbytes for table in tables.by_name().values()
     )
     _check_size(least, spec.precision, fleet=True)
@@ -116,7 +116,7 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
         proto, left = in_range(proto, spec, tables)
         metadata |= {"left_in_float": json.dumps(left)} if left else {}
     onnx.helper.set_model_props(proto, metadata)
-    _check_size(stored_bytes(proto), spec.precision, fleet=tables is not None)
+    _check_size(_stored_bytes(proto), spec.precision, fleet=tables is not None)
     content = proto.SerializeToString()  # serialise once: large weights take a second
     onnx.checker.check_model(content)
     with path.open("wb") as file:
@@ -124,13 +124,13 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
         file.write(digest_entry(content))
 
 
-def least_bytes(model: nn.Module, precision: str) -> int:
+def _least_bytes(model: nn.Module, precision: str) -> int:
     """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
     full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return int(full) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
 
 
-def stored_bytes(proto: Any) -> int:
+def _stored_bytes(proto: Any) -> int:
     """Total size of an ONNX model's initialisers, in bytes."""
     import onnx
 

@@ -81,7 +81,7 @@ def _restore_names(graph: Any, known: Collection[str]) -> None:
 
 
 def _classifier(graph: Any) -> list[str]:
-    """Names of the node that computes the logits: as it is, and rewritten as a MatMul."""
+    """Names of the product that computes the logits, before and after the quantiser's rewrite."""
     producers = {name: node for node in graph.node for name in node.output}
     node = producers.get(graph.output[0].name)
     while node is not None and node.op_type in ("Add", "Identity", "Reshape", "Cast"):

@@ -84,8 +84,8 @@ class OpenvinoEngine:
         """Logits of a batch in the artefact's input form; see ``Engine``."""
         check_batch(images, task, takes=self._expects, tasks=self._tasks)
         if task is None:
-            return self._compiled.answer({self._name: images})
-        return self._compiled.fleet_answer(images, task, self._tables)
+            return self._compiled.run({self._name: images})
+        return self._compiled.run_fleet(images, task, self._tables)
 
 
 class OpenvinoFleet:
@@ -121,7 +121,7 @@ class OpenvinoFleet:
         tables: FleetTables,
     ) -> NDArray[np.float32]:
         """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
-        return self._compiled.fleet_answer(images, np.asarray(task, np.int64), tables)
+        return self._compiled.run_fleet(images, np.asarray(task, np.int64), tables)
 
 
 class _Compiled:
@@ -161,7 +161,7 @@ class _Compiled:
         """A property of the compiled model."""
         return self._model.get_property(name)
 
-    def answer(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Logits of a batch. Contiguous inputs are read in place."""
         try:
             request = self._idle.pop()  # deque.pop is atomic
@@ -174,40 +174,40 @@ class _Compiled:
         finally:
             self._idle.append(request)
 
-    def fleet_answer(
+    def run_fleet(
         self, images: NDArray[Any], task: NDArray[np.int64], tables: FleetTables | None
     ) -> NDArray[np.float32]:
         """Logits of a fleet. Without ``tables``, the graph holds them as constants."""
-        task, rows = (task, {}) if tables is None else _rows_of(task, tables)
+        task, inputs = (task, {}) if tables is None else _batch_tables(task, tables)
 
-        def answer(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
-            return self.answer({"pixel_values": images, "task": task, **rows})
+        def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
+            return self.run({"pixel_values": images, "task": task, **inputs})
 
         if self.info.get("form") == "folded":
-            return folded_logits(answer, images, task)
-        return answer(images, task)
+            return folded_logits(run, images, task)
+        return run(images, task)
 
 
-def _rows_of(
+def _batch_tables(
     task: NDArray[np.int64], tables: FleetTables
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
-    """Each image's task among a batch's tasks, and the tables of these tasks alone.
+    """Each image's row in the tables of the batch's tasks, and these tables.
 
-    OpenVINO fails on tables of more than 2³¹ elements, which a live fleet may have.
+    OpenVINO returns no logits for tables of more than 2³¹ elements, which a live fleet may have.
     """
     unique, index = np.unique(task, return_inverse=True)
     first, count = tables.first[unique], tables.count[unique]
     heads = np.concatenate(
         [tables.heads[start : start + height] for start, height in zip(first, count, strict=True)]
     )
-    rows = {
+    inputs = {
         "bank": tables.bank[unique],
         "heads": heads,
         "first": np.cumsum(count) - count,
         "count": count,
         "columns": tables.columns,
     }
-    return index.astype(np.int64), rows
+    return index.astype(np.int64), inputs
 
 
 def _tables(path: Path) -> FleetTables:

@@ -92,7 +92,7 @@ def _restored_until(
         return int8_graph, []
     subset = samples[:: max(1, len(samples) // RANKED)][:RANKED]
     exact = expected[:: max(1, len(samples) // RANKED)][:RANKED]
-    remaining_error = {
+    remaining_error = {  # if this product alone is restored
         name: float(np.square(_logits(_restored(int8_graph, [name]), subset) - exact).sum())
         for name in _products(int8_graph)
     }
@@ -151,10 +151,9 @@ def _agreement(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> fl
 def _kept_in_float(graph: Any) -> list[str]:
     """Names of the nodes that are never quantised.
 
-    These are the patch embedding, the classifier and products with task parameters.
-
-    The patch embedding is 1 % of a ViT's arithmetic, and quantising it causes the largest error of
-    all layers: it rounds the pixels themselves.
+    These are the patch embedding, the classifier and products with task parameters. The patch
+    embedding is 1 % of a ViT's arithmetic, and quantising it causes the largest error of all
+    layers: it rounds the pixels themselves.
     """
     kinds = ((node.get_type_name(), node.get_friendly_name()) for node in graph.get_ordered_ops())
     first = [name for kind, name in kinds if kind == "Convolution"][:1]

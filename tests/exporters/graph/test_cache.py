@@ -1,4 +1,4 @@
-"""A backbone's graph is traced once; the cached graph holds no weights and agrees with the model."""
+"""A backbone's graph is traced once; the cached graph has no weights and agrees with the model."""
 
 from __future__ import annotations
 
