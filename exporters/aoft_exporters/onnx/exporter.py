@@ -113,8 +113,8 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
     if spec.precision == "int8":
         proto = quantised(proto)
     elif spec.precision != "fp32":
-        proto, left = in_range(proto, spec, tables)
-        metadata |= {"left_in_float": json.dumps(left)} if left else {}
+        proto, float_products = in_range(proto, spec, tables)
+        metadata |= {"left_in_float": json.dumps(float_products)} if float_products else {}
     onnx.helper.set_model_props(proto, metadata)
     _check_size(_stored_bytes(proto), spec.precision, fleet=tables is not None)
     content = proto.SerializeToString()  # serialise once: large weights take a second

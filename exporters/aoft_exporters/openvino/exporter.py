@@ -124,10 +124,10 @@ def _write(
     _renumber(graph)
     if spec.precision == "int8" and spec.calibration is not None:
         count, min_agreement = len(spec.calibration.pixels), spec.calibration.min_agreement
-        graph, left = int8.quantised(graph, count, sample, min_agreement)
+        graph, float_products = int8.quantised(graph, count, sample, min_agreement)
         _renumber(graph)
-        if left:
-            texts["left_in_float"] = json.dumps(left)
+        if float_products:
+            texts["left_in_float"] = json.dumps(float_products)
     for name, text in texts.items():
         graph.set_rt_info(text, [SECTION, name])
     openvino.save_model(graph, path / MARKER, compress_to_fp16=False)

@@ -126,8 +126,8 @@ def _write(
     sample = Sample.of(graph, spec)
     exact = sample.answers(OnnxEngine(graph_file))
     if low:
-        graph, left = in_range(graph, spec, tables)
-        texts = {"left_in_float": json.dumps(left)} if left else {}
+        graph, float_products = in_range(graph, spec, tables)
+        texts = {"left_in_float": json.dumps(float_products)} if float_products else {}
         spec = replace(spec, metadata={**spec.metadata, **texts})
         onnx.helper.set_model_props(graph, dict(spec.metadata))
         onnx.save(emulated(graph), graph_file)
