@@ -56,7 +56,7 @@ def tasks(model: str, folder: Path) -> tuple[Path, list[Path]]:
     paths = []
     for name in ("first", "second", "third"):
         backbone, identity = create_backbone(model, num_classes=20, weights=weights)
-        size = int(backbone.pretrained_cfg["input_size"][-1])  # type: ignore[index,union-attr]
+        size = int(backbone.pretrained_cfg["input_size"][-1])  # type: ignore[index]
         tuned = attach(backbone, "aoft-lora-star", backbone=identity)
         with torch.no_grad():
             for parameter in tuned.trained().values():

@@ -372,14 +372,14 @@ def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
         line = refused(main, *options, *output, "--batches", *batches)
         assert "must be the smallest, usual and largest batch" in line
     line = refused(main, *options, *output, "--precision", "int8", "--images", *photos)
-    assert "Unknown precision of --to tensorrt 'int8'. Known: bf16, fp16, fp32." in line
+    assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32." in line
     onnx_options = [*merge_only[:-1], "onnx", "-o", tmp_path / "a.onnx"]
-    assert "--to onnx takes any batch" in refused(main, *onnx_options, "--batches", 1, 2, 3)
+    assert "onnx takes any batch" in refused(main, *onnx_options, "--batches", 1, 2, 3)
     assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
     fleet = ["--fleet", *fleet_tasks, *merge_only[2:4], *output]
     line = refused(main, *fleet, "--to", "tensorrt", "--form", "folded")
-    assert "does not support fleets of the form folded" in line
-    assert "--to timm writes no fleets: choose onnx or " in refused(main, *fleet, "--to", "timm")
+    assert "would answer all images of a batch by one task in the form folded" in line
+    assert "timm writes no fleets: choose onnx or " in refused(main, *fleet, "--to", "timm")
     if GPU is None:
         assert "name the one to build for with --compute-capability, one of 7.5" in refused(
             main, *merge_only, *output

@@ -129,7 +129,7 @@ def test_the_model_agrees_with_the_onnx_artefact(
     capsys.readouterr()
     assert predict([str(repository / "floats"), str(photos[0])]) == 0
     assert capsys.readouterr().out
-    manifest = json.loads((repository / "numbers.json").read_text("utf-8"))
+    manifest = json.loads((repository / "floats.json").read_text("utf-8"))
     assert manifest["exporter"] == "triton"
     assert manifest["verification"]["max_abs"] < 5e-5
 
