@@ -374,7 +374,7 @@ def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
     line = refused(main, *options, *output, "--precision", "int8", "--images", *photos)
     assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32." in line
     onnx_options = [*merge_only[:-1], "onnx", "-o", tmp_path / "a.onnx"]
-    assert "onnx takes any batch" in refused(main, *onnx_options, "--batches", 1, 2, 3)
+    assert "onnx takes batches of any size" in refused(main, *onnx_options, "--batches", 1, 2, 3)
     assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
     fleet = ["--fleet", *fleet_tasks, *merge_only[2:4], *output]
     line = refused(main, *fleet, "--to", "tensorrt", "--form", "folded")
