@@ -378,7 +378,7 @@ def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
     assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
     fleet = ["--fleet", *fleet_tasks, *merge_only[2:4], *output]
     line = refused(main, *fleet, "--to", "tensorrt", "--form", "folded")
-    assert "would answer all images of a batch by one task in the form folded" in line
+    assert "does not support fleets of the form folded" in line
     assert "timm writes no fleets: choose onnx or " in refused(main, *fleet, "--to", "timm")
     if GPU is None:
         assert "name the one to build for with --compute-capability, one of 7.5" in refused(
