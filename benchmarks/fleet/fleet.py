@@ -49,6 +49,7 @@ from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged
+from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.processors import processors
 from aoft_deploy.tuning.attaching import attach
@@ -227,7 +228,7 @@ class Rivals:
     @property
     def in_int8(self) -> dict[str, Any]:
         """Options for an 8-bit artefact, measured for its speed and not for its answers."""
-        return {"precision": "int8", "images": self.noise[:1], "min_agreement": 0.0}
+        return {"precision": "int8", "verify": VerifyOptions(self.noise[:1], min_agreement=0.0)}
 
     @cached_property
     def merged_int8(self) -> Any:
@@ -242,14 +243,16 @@ class Rivals:
     @cached_property
     def merged_openvino(self) -> Any:
         """OpenVINO's, in 8 bits."""
-        how = {"to": "openvino", "calibrate": self.noise[1:], **self.in_int8}
+        verify = VerifyOptions(self.noise[:1], self.noise[1:], min_agreement=0.0)
+        how = {"to": "openvino", "precision": "int8", "verify": verify}
         path = self.exported("merged.openvino", **how)
         return load_artefact(path, EngineOptions(threads=self.options.threads))
 
     @cached_property
     def fleet_openvino(self) -> Fleet:
         """OpenVINO's, in 8 bits."""
-        how = {"to": "openvino", "calibrate": self.noise[1:], **self.in_int8}
+        verify = VerifyOptions(self.noise[:1], self.noise[1:], min_agreement=0.0)
+        how = {"to": "openvino", "precision": "int8", "verify": verify}
         return self.filled(self.exported_fleet("fleet.openvino", **how), [])
 
     @cached_property

@@ -116,7 +116,7 @@ def test_the_timings_are_printed_before_the_peaks_are_measured(
     [
         (["--engines", "tensorrt"], "Unknown engine for .* 'tensorrt'. Known: onnxruntime"),
         (["--device", "cuda"], "onnxruntime-gpu is not installed"),
-        (["--device", "tpu"], "no device 'tpu': give cpu, cuda or tensorrt"),
+        (["--device", "tpu"], "Unknown device of ONNX Runtime 'tpu': give cpu, cuda or tensorrt"),
         (["--json", "/nowhere/figures.json"], "The figures cannot be written"),
     ],
 )
