@@ -17,6 +17,7 @@ in the server, whose process is not that of the bare engine and may be faster or
 from __future__ import annotations
 
 import argparse
+import atexit
 import http.client
 import io
 import json
@@ -49,6 +50,7 @@ BARE = """
 import json, sys, time
 import numpy as np
 from pathlib import Path
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.fleet.fleet import Fleet
 path, batch, seconds, tasks, threads, repository = json.loads(sys.argv[1])
@@ -99,6 +101,7 @@ class Server:
     def __init__(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "aoft_deploy.cli.serve", *map(str, arguments)]
         self.process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE)
+        atexit.register(self.process.kill)  # a failure must leave no server behind
         assert self.process.stderr is not None
         self.port = 0
         for line in self.process.stderr:
