@@ -22,7 +22,7 @@ from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.resident_tasks import ResidentTasks
 from aoft_deploy.fleet.slots import Residency
@@ -68,7 +68,8 @@ class Fleet:
         threads: Threads within an operator; None lets the runtime choose.
 
     Raises:
-        CheckpointError: The file is not a fleet, or the store cannot be used or is of another kind.
+        ArtefactError: The file is missing, damaged or no fleet.
+        CheckpointError: The store cannot be used or is of another kind.
         SettingError: The artefact's own tasks exceed the budget.
     """
 
@@ -93,7 +94,7 @@ class Fleet:
             parameters = map(TaskParameters, tables.bank, heads, classes)
             own = list(zip(names, parameters, strict=True))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no fleet of aoft-export ({error}).") from error
+            raise ArtefactError(f"{path} is no fleet of aoft-export ({error}).") from error
         for name, task in own:
             self.kind.check_parameters(name, task)
         self.preprocessing = Preprocessing.from_dict(self.kind.preprocessing)

@@ -24,7 +24,7 @@ from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.checkpoint import save as save_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError, OutputError
+from aoft_deploy.errors import ArtefactError, OutputError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.files import file_digest, replacing, write_json
 from aoft_deploy.fleet.fleet import Fleet
@@ -191,7 +191,7 @@ def test_a_killed_export_leaves_no_partial_artefact(
     assert (output.read_bytes() if output.exists() else None) == before
     if moment == "artefact":  # the old artefact has the new manifest, and is refused
         assert leftovers(tmp_path) == names
-        with pytest.raises(CheckpointError, match="was changed after its manifest"):
+        with pytest.raises(ArtefactError, match="was changed after its manifest"):
             load_artefact(output)
     else:
         assert leftovers(tmp_path) == (names if older else set())
