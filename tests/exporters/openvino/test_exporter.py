@@ -493,7 +493,7 @@ def test_missing_unused_or_too_few_calibration_images_are_refused(
     options: list[Any] = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
     options += ["-o", tmp_path / "a.onnx", "--images", *photos]
     line = refused(main, *options, "--to", "openvino", "--precision", "int8")
-    assert "give 16 or more of the task's training images, or a folder of them, with" in line
+    assert "give 16 or more training images of the task, or a folder of them, with" in line
     few = ["--to", "openvino", "--precision", "int8", "--calibrate", *photos]
     assert "gives 0 images that are not among --images, but 16 or more" in refused(
         main, *options, *few
