@@ -3,7 +3,8 @@
 Tracing a model takes most of an export's time and does not depend on the values of its weights. A
 cached graph holds its operators, its constants and the names of its weights, some hundred
 kilobytes; each export fills in the weights of its own model. A graph is cached only if it stores
-every weight that its output depends on unchanged, so that no weight hides in a folded constant.
+every weight that its output depends on, whole or as its three row blocks q, k and v, transposed or
+not; any other folded constant would hide a weight.
 Every export is verified against the unmerged model, with a cached graph too.
 
 The cache is ``$AOFT_CACHE_DIR``, by default ``aoft-deploy`` in the user's cache folder. An empty
@@ -17,18 +18,19 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_deploy.files import replacing
 from aoft_exporters.graph.attention_lowering import lower
-from aoft_exporters.graph.tracing import OPSET, TRANSPOSED, plain_name, trace
+from aoft_exporters.graph.tracing import OPSET, plain_name, trace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,24 +126,50 @@ def _read(path: Path) -> Any:
 
 
 def _skeleton(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
-    """The graph without weights; None if it does not store a weight unchanged."""
-    import onnx
+    """The graph without weights; None if it does not store a weight as one of its forms.
 
+    The ``doc_string`` of each weight's initialiser holds its name and form as JSON.
+    """
     model = copy.deepcopy(model)
     _make_distinct(model)
     proto, used = trace(model, examples)
     weights = _weights(model)
+    names = weights.keys() & {tensor.name for tensor in proto.graph.initializer}
+    needed = names | used.intersection(weights)
+    derived = {_digest(_stored(weights, form)): form for form in _forms(weights, needed - names)}
     found = set()
     for tensor in proto.graph.initializer:
-        weight = weights.get(tensor.name)
-        if weight is None:
-            continue
-        values = onnx.numpy_helper.to_array(tensor)
-        if not np.array_equal(values, weight.T if tensor.doc_string == TRANSPOSED else weight):
-            return None
-        tensor.ClearField("raw_data")
-        found.add(tensor.name)
-    return proto if used.intersection(weights) <= found else None
+        whole = [(tensor.name, 0, 1, transposed) for transposed in (False, True)]
+        forms = whole if tensor.name in names else [derived.get(_digest(tensor.raw_data))]
+        stored = [f for f in forms if f and _stored(weights, f).tobytes() == tensor.raw_data]
+        tensor.doc_string = json.dumps(stored[0]) if stored else ""
+        if stored:
+            tensor.ClearField("raw_data")
+            found.add(stored[0][0])
+    return proto if needed <= found else None
+
+
+Form = tuple[str, int, int, bool]
+"""A weight's name, one of its row blocks, their number, and whether the block is transposed."""
+
+
+def _forms(weights: Mapping[str, NDArray[Any]], names: Set[str]) -> Iterator[Form]:
+    """Every form in which a graph can store these weights."""
+    for name in sorted(names):
+        for count in (1, 3) if len(weights[name]) % 3 == 0 else (1,):
+            for block in range(count):
+                yield from ((name, block, count, transposed) for transposed in (True, False))
+
+
+def _digest(values: Any) -> bytes:
+    return hashlib.sha256(values).digest()
+
+
+def _stored(weights: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
+    """A weight in one of its forms."""
+    name, block, count, transposed = form
+    weight = np.split(weights[name], count)[block] if count > 1 else weights[name]
+    return np.ascontiguousarray(weight.T if transposed else weight)
 
 
 def _make_distinct(model: nn.Module) -> None:
@@ -156,7 +184,7 @@ def _make_distinct(model: nn.Module) -> None:
                 tensor.copy_(positive + 0.1 * torch.rand(tensor.shape, generator=generator))
 
 
-def _weights(model: nn.Module) -> dict[str, Any]:
+def _weights(model: nn.Module) -> dict[str, NDArray[Any]]:
     """Floating-point parameters and buffers by their names in a graph."""
     return {
         plain_name(name): tensor.detach().numpy()
@@ -166,10 +194,8 @@ def _weights(model: nn.Module) -> dict[str, Any]:
 
 
 def _fill(graph: Any, model: nn.Module) -> None:
-    """Store the model's weights in the graph's initialisers of the same names."""
+    """Store the model's weights in the graph's initialisers."""
     weights = _weights(model)
     for tensor in graph.graph.initializer:
-        weight = weights.get(tensor.name)
-        if weight is not None:
-            stored = weight.T if tensor.doc_string == TRANSPOSED else weight
-            tensor.raw_data = np.ascontiguousarray(stored).tobytes()
+        if tensor.doc_string:
+            tensor.raw_data = _stored(weights, json.loads(tensor.doc_string)).tobytes()

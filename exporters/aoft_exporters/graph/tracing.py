@@ -104,12 +104,17 @@ def _store_transposed(graph: Any) -> None:
 
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.name not in graph.initializers or len(weight.uses()) > 1:
+        if weight is None or weight.name not in graph.initializers:
             continue
-        transposed = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
-        note = TRANSPOSED if tuple(node.attributes["perm"].as_ints()) == (1, 0) else None
+        order = node.attributes["perm"].as_ints()
+        uses = [use.node for use in weight.uses()]
+        if any(u.op_type != "Transpose" or u.attributes["perm"].as_ints() != order for u in uses):
+            continue
+        transposed = weight.const_value.numpy().transpose(order)
+        note = TRANSPOSED if tuple(order) == (1, 0) else None
         contiguous = np.ascontiguousarray(transposed)
         weight.const_value = onnx_ir.tensor(contiguous, name=weight.name, doc_string=note)
         weight.shape = weight.const_value.shape
-        node.outputs[0].replace_all_uses_with(weight)
-        graph.remove(node, safe=True)
+        for use in uses:
+            use.outputs[0].replace_all_uses_with(weight)
+        graph.remove(uses, safe=True)
