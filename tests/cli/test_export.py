@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_python
 
 from aoft_deploy.cli.export import main
 
@@ -150,9 +151,9 @@ def interrupted(number: signal.Signals, folder: Path, *options: object) -> tuple
         f"{int(number)}) if event == 'open' and given[1] == 'r' "
         "and str(given[0]).endswith('a.onnx') else None); "
     )
-    process = running("export", *options, "-o", folder / "a.onnx", before=send_signal)
-    error = process.communicate(timeout=120)[1]
-    return process.returncode, error
+    code = "from aoft_deploy.cli.export import main; sys.exit(main())"
+    done = run_python("-c", f"import sys; {send_signal}{code}", *options, "-o", folder / "a.onnx")
+    return done.returncode, done.stderr
 
 
 @pytest.mark.slow

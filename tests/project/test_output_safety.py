@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ForkedPython, run_python
 
 from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.artefacts.registry import load_artefact
@@ -185,7 +184,7 @@ def test_a_killed_export_leaves_no_partial_artefact(
     before = output.read_bytes() if older else None
     options = ["--merge", make_checkpoint("rlrr"), "--backbone-weights", backbone_weights]
     words = [str(word) for word in (*options, "-o", output)]
-    process = subprocess.run([sys.executable, "-c", KILLED, moment, *words], timeout=120)
+    process = run_python("-c", KILLED, moment, *words, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".aoft-*"))
     assert (output.read_bytes() if output.exists() else None) == before
@@ -207,13 +206,12 @@ def test_an_export_killed_by_another_process_leaves_only_temporary_files(
 ) -> None:
     output = tmp_path / "task.onnx"
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "-o", output]
-    command = [sys.executable, "-m", "aoft_deploy.cli.export", *map(str, options)]
-    process = subprocess.Popen(command)
+    process = ForkedPython("-m", "aoft_deploy.cli.export", *options)
     end = time.monotonic() + 120
     while not list(tmp_path.glob(".aoft-*")) and time.monotonic() < end:
-        assert process.poll() is None
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+        assert process.returncode is None
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
     assert leftovers(tmp_path) == set()
     assert main([str(word) for word in options]) == 0
     assert matches_manifest(output)

@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 import pytest
 import torch
+from forked import run_python
 from numpy.typing import NDArray
 
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
@@ -194,9 +195,9 @@ def test_a_run_interrupted_in_any_epoch_and_resumed_gives_the_same_result(tmp_pa
 @pytest.mark.slow
 def test_a_process_killed_twice_and_resumed_gives_the_same_result(tmp_path: Path) -> None:
     write_folder(SHAPES, tmp_path / "shapes")
-    command = [sys.executable, "-m", "aoft_deploy.cli.train", "--data", str(tmp_path / "shapes")]
+    command = ["-m", "aoft_deploy.cli.train", "--data", str(tmp_path / "shapes")]
     command += ["--img-size", "16", "--epochs", "6", "--batch-size", "16", "--augment", "flip"]
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, timeout=120)
+    assert run_python(*command, "--out", tmp_path / "whole").returncode == 0
     command += ["--out", str(tmp_path / "killed"), "--resume"]
     for epochs in (1, 3):
         dying = (
@@ -209,10 +210,10 @@ def test_a_process_killed_twice_and_resumed_gives_the_same_result(tmp_path: Path
             "sys.addaudithook(killing)\n"
             "from aoft_deploy.cli.train import main; sys.exit(main())"
         )
-        killed = subprocess.run([sys.executable, "-c", dying, *command[3:]], timeout=600)
+        killed = run_python("-c", dying, *command[2:])
         assert killed.returncode == -signal.SIGKILL
         assert metrics(tmp_path / "killed")[-1]["epoch"] == epochs
-    subprocess.run(command, check=True, timeout=120)
+    assert run_python(*command).returncode == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from forked import run_python
 
 from aoft_deploy.errors import DataError, SettingError, UnknownNameError
 from aoft_deploy.training.paper_benchmarks.suite import run_suite
@@ -153,7 +152,7 @@ def test_unknown_names_and_no_seeds_are_refused(root: Path, tmp_path: Path) -> N
 def test_a_process_killed_in_a_suite_and_started_again_gives_the_same_table(
     root: Path, finished: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "aoft_deploy.cli.train", "--suite", "vtab", "--any-size"]
+    command = ["-m", "aoft_deploy.cli.train", "--suite", "vtab", "--any-size"]
     command += ["--data", str(root), "--out", str(tmp_path / "out"), "--seeds", "2", "--quiet"]
     command += ["--tasks", *TASKS, "--backbone", "aoft_vit_nano", "--img-size", "16"]
     command += ["--epochs", "2", "--method", "linear", "--head-lr", "0.03", "--precision", "fp32"]
@@ -162,12 +161,10 @@ def test_a_process_killed_in_a_suite_and_started_again_gives_the_same_table(
         "if event == 'os.mkdir' and 'cifar/seed-1/search' in str(given[0]) else None); "
         "from aoft_deploy.cli.train import main; sys.exit(main())"
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", dying, *command[3:]], stdout=subprocess.DEVNULL, timeout=600
-    )
+    killed = run_python("-c", dying, *command[2:])
     assert killed.returncode == -signal.SIGKILL
     assert 3 <= results(tmp_path / "out")["runs"]["finished"] < 6
-    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert run_python(*command).returncode == 0
     assert results(tmp_path / "out") == results(finished)
     assert (tmp_path / "out/table.md").read_bytes() == (finished / "table.md").read_bytes()
 
