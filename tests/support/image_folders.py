@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.data.splits import ImageList, find_faults, refuse_faults
+from aoft_deploy.data.splits import ImageList, find_faults
 
 
 def fill(folder: Path, count: int, first: int = 0) -> None:
@@ -36,7 +36,6 @@ def pixels(images: ImageList | None) -> list[NDArray[np.uint8]]:
     return [np.asarray(images[i][0]) for i in range(len(images))]
 
 
-def check_images(split: ImageList, *, whole: bool = False) -> None:
-    """Read all files; a fault raises ``DataError``."""
-    paths = split.files()
-    refuse_faults(find_faults(paths, whole=whole), len(paths))
+def faulty(split: ImageList, *, whole: bool = False) -> list[str]:
+    """Names of the files that cannot be used."""
+    return [path.name for path, _ in find_faults(split.files(), whole=whole)]
