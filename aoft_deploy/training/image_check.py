@@ -52,10 +52,10 @@ def find_unreadable(splits: Splits, options: RunOptions, reporter: Reporter) -> 
     if len(faults) > 1 or options.skip_unreadable:
         reporter.say(*[fault for _, fault in faults[:_PRINTED]])
     if faults and not options.skip_unreadable:
+        total = sum(map(len, files.values()))
         raise DataError(
-            f"{len(faults):,} of {sum(map(len, files.values())):,} images cannot be used: repair "
-            "or remove them, or leave them out with `skip_unreadable=True` "
-            f"({named_faults(faults)})."
+            f"{len(faults):,} of {total:,} images cannot be used: {named_faults(faults)}; repair "
+            "or remove them, or leave them out with `skip_unreadable=True`."
         )
     return {_relative(path, splits): fault for path, fault in faults}
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aoft_deploy.texts import shortened
 from aoft_deploy.training.model import parameter_counts
 from aoft_deploy.training.run_folder import LEFT_OUT, Progress
 from aoft_deploy.tuning.backbones.bundled import WEIGHTS
@@ -43,8 +42,9 @@ def _model(run: TrainingLoop) -> list[tuple[str, str]]:
     added = sum(p.numel() for name, p in tuned.trained().items() if not name.startswith("backbone"))
     whole = sum(parameter.numel() for parameter in tuned.parameters()) - added
     settings = ", ".join(
-        f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in tuned.settings.items()
+        if value != {}
     )
     return [
         (
@@ -52,7 +52,7 @@ def _model(run: TrainingLoop) -> list[tuple[str, str]]:
             f"{tuned.identity.name}, {whole:,} parameters, {_origin(run)}, "
             f"input {size.width} x {size.height} pixels",
         ),
-        ("method", ": ".join(filter(None, (tuned.method, shortened(settings, 200)[1:-1])))),
+        ("method", f"{tuned.method}: {settings}" if settings else tuned.method),
         (
             "trained",
             f"{count:,} parameters ({count / whole:.2%} of the backbone) + {head:,} (classifier)",
@@ -74,14 +74,14 @@ def _origin(run: TrainingLoop) -> str:
 
 def _training(run: TrainingLoop, done: int) -> str:
     settings = run.settings
-    epochs = f"{settings.epochs_done:,} epochs" + (f" ({done:,} of them are done)" if done else "")
+    epochs = "1 epoch" if settings.epochs_done == 1 else f"{settings.epochs_done:,} epochs"
+    epochs += f" ({done:,} of them done)" if done else ""
     update_rate, head_rate = settings.peak_rates()
-    rates = f"{update_rate:g} (classifier {head_rate:g})"
-    if set(run.tuned.direct) == set(run.tuned.classifier) and not run.tuned.updates:
-        rates = f"{head_rate:g}"
+    has_updates = parameter_counts(run.tuned)[0] > 0
+    rates = f"{update_rate:g} (classifier {head_rate:g})" if has_updates else f"{head_rate:g}"
     return (
         f"{epochs} of {run.steps:,} steps, up to {settings.batch_size:,} images per step, "
-        f"learning rate {rates}, augmentation {settings.augment}"
+        f"learning rate {rates}, augment {settings.augment}"
     )
 
 

@@ -230,7 +230,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished: Path) -> 
     with pytest.raises(SettingError, match="started with batch size 16, but now it is 8"):
         train(DIGITS, finished, replace(SMALL, batch_size=8), RunOptions(resume=True))
     fewer = ImageList(DIGITS.train.images[1:], DIGITS.train.labels[1:])
-    with pytest.raises(SettingError, match="started with train images"):
+    with pytest.raises(SettingError, match="started with other images in train: continue with"):
         train(replace(DIGITS, train=fewer), finished, SMALL, RunOptions(resume=True))
 
 
@@ -343,7 +343,12 @@ def test_checked_images_and_those_of_a_complete_run_are_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks: list[int] = []
-    monkeypatch.setattr(run, "check_splits", lambda *_, **__: checks.append(1))
+
+    def checking(*_: object) -> dict[str, str]:
+        checks.append(1)
+        return {}
+
+    monkeypatch.setattr(run, "find_unreadable", checking)
     settings = replace(SMALL, epochs=1)
     train(DIGITS, tmp_path / "run", settings, checked=True)
     train(DIGITS, tmp_path / "run", settings, RunOptions(resume=True))
@@ -363,7 +368,7 @@ def test_unknown_names_and_missing_weights_are_found_before_training(tmp_path: P
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="Cannot write into"):
+    with pytest.raises(OutputError, match="/file is a file: give a folder as `out`"):
         train(DIGITS, tmp_path / "file" / "run", SMALL)
 
 

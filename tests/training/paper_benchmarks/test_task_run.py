@@ -13,7 +13,7 @@ from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.splits import ImageList, Splits, find_faults
 from aoft_deploy.errors import CheckpointError, DataError, DivergedError, OutputError, SettingError
-from aoft_deploy.training import run
+from aoft_deploy.training import image_check
 from aoft_deploy.training.paper_benchmarks import task_run
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe, get_recipe
 from aoft_deploy.training.paper_benchmarks.task_run import Outcome, load_splits, run_recipe
@@ -157,11 +157,11 @@ def test_every_image_is_checked_once_before_the_search(
 ) -> None:
     checked: list[Path] = []
 
-    def recording(paths: Sequence[Path], **options: Any) -> list[str]:
+    def recording(paths: Sequence[Path], **options: Any) -> list[tuple[Path, str]]:
         checked.extend(paths)
         return find_faults(paths, **options)
 
-    monkeypatch.setattr(run, "find_faults", recording)
+    monkeypatch.setattr(image_check, "find_faults", recording)
     run_recipe(recipe(epochs=1), splits, tmp_path / "run")
     assert splits.test is not None
     assert checked == [*splits.train.images, *splits.val.images, *splits.test.images]
@@ -211,7 +211,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(
     with pytest.raises(SettingError, match=r"started with weight decay 0\.05, but now it is 0\.5"):
         run_recipe(recipe(weight_decay=0.5), splits, out, RunOptions(resume=True))
     fewer = ImageList(splits.train.images[1:], splits.train.labels[1:])
-    with pytest.raises(SettingError, match="started with train images"):
+    with pytest.raises(SettingError, match="started with other images in train"):
         run_recipe(recipe(), replace(splits, train=fewer), out, RunOptions(resume=True))
     (tmp_path / "weights.pth").write_bytes(b"other")
     with pytest.raises(SettingError, match="started with backbone weights null"):
