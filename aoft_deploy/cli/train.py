@@ -82,7 +82,7 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[R
         ("chosen epoch", f"{result.best_epoch} of {result.epochs}"),
         ("val accuracy", _percent(result.val_accuracy)),
         ("test accuracy", _percent(result.test_accuracy)),
-        ("left out", f"{result.left_out:,} unreadable images"),
+        ("left out", f"{result.left_out:,} unreadable, see {options.out / 'unreadable.json'}"),
         ("seconds", f"{result.seconds:.1f}"),
         ("checkpoint", f"{result.checkpoint} ({result.checkpoint_bytes:,} bytes)"),
     ]

@@ -72,8 +72,8 @@ def load_folder(
         fractions = {part: fraction for part, fraction in fractions.items() if fraction}
         parts |= cut_parts(train, fractions, seed)
         origins["train"] = f"the rest of {source}"
-        reason = "" if source == "each class" else ": there is no folder val"
         for part, fraction in fractions.items():
+            reason = "" if source == "each class" else f": there is no folder {part}"
             origins[part] = f"{fraction:.0%} of {source}, split off with seed {seed}{reason}"
     lists = {part: _listed(folder, classes, part) for part, folder in parts.items()}
     for part in ("val", "test"):

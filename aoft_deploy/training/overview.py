@@ -90,6 +90,7 @@ def _device(run: TrainingLoop) -> str:
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     else:
-        what = f"{torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        what = "1 thread" if count == 1 else f"{count} threads"
     shared = f", {processes} processes" if processes > 1 else ""
     return f"{device.type} ({what}){shared}, precision {run.learner.precision}"

@@ -118,6 +118,7 @@ def test_the_command_first_says_what_it_trains(
     names = "circle, cross, ring, square, star, triangle"
     plain = timm.create_model("aoft_vit_nano", num_classes=0, img_size=16)
     size = sum(parameter.numel() for parameter in plain.parameters())
+    threads = f"{torch.get_num_threads()} threads".replace("1 threads", "1 thread")
     precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     start = [
         *notes,
@@ -129,7 +130,7 @@ def test_the_command_first_says_what_it_trains(
         "method    linear",
         "trained   0 parameters (0.00% of the backbone) + 1,158 (classifier)",
         "training  1 epoch of 2 steps, up to 16 images per step, learning rate 0.03, augment none",
-        f"device    cpu ({torch.get_num_threads()} threads), precision {precision}",
+        f"device    cpu ({threads}), precision {precision}",
         f"output    {tmp_path / 'run'}",
     ]
     lines = capsys.readouterr().err.splitlines()
@@ -209,7 +210,7 @@ def test_unreadable_images_are_left_out_on_request(
     assert main([*options, "--quiet"]) == 1
     assert "or leave them out with --skip-unreadable.\n" in capsys.readouterr().err
     assert main([*options, "--skip-unreadable"]) == 0
-    assert re.search("^left out +1 unreadable images$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^left out +1 unreadable, see /\S+/unreadable\.json$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_an_interrupt_says_what_can_be_continued(
