@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ class Reporter:
 
     def __init__(self, shown: bool) -> None:
         self.shown = shown
-        self.draws = shown and sys.stderr.isatty()
+        self.draws = shown and _is_terminal()
         self.start = self.last = time.monotonic()
 
     def say(self, *lines: str) -> None:
@@ -75,6 +76,11 @@ class Reporter:
 
         with bar:
             yield tick
+
+
+def _is_terminal() -> bool:
+    """Whether stderr is a terminal with a width, which one in a container may not have."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def duration(seconds: float) -> str:

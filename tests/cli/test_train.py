@@ -210,7 +210,11 @@ def test_unreadable_images_are_left_out_on_request(
     assert main([*options, "--quiet"]) == 1
     assert "or leave them out with --skip-unreadable.\n" in capsys.readouterr().err
     assert main([*options, "--skip-unreadable"]) == 0
-    assert re.search(r"^left out +1 unreadable, see /\S+/unreadable\.json$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^left out +1 unreadable, see /\S+/unreadable\.json$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
 
 
 def test_an_interrupt_says_what_can_be_continued(

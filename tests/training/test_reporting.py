@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import pty
 import re
 import sys
+import termios
 
 import pytest
 
@@ -75,17 +78,23 @@ def test_nothing_is_printed_unless_shown(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(
-    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_gets_a_bar_and_one_without_a_width_gets_lines(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Reporter(True).counting("check images", 50) as tick:
-        for _ in range(50):
-            clock[0] += 1
-            tick(1, lambda: "loss 0.5")
-    printed = capsys.readouterr().err
-    assert re.search(r"check images: +0%", printed)
-    assert "\n" not in printed
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Reporter(True).counting("check images", 50) as tick:
+            for _ in range(50):
+                clock[0] += 1
+                tick(1, lambda: "loss 0.5")
+        stderr.flush()
+        printed = os.read(screen, 100_000).decode()
+    os.close(screen)
+    assert bool(re.search(r"check images: +0%\|", printed)) == (columns > 0)
+    assert printed.count("\n") == (0 if columns else 4)
 
 
 def test_durations_are_readable() -> None:
