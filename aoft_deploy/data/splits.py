@@ -96,7 +96,7 @@ class Splits:
             if empty or not kept:
                 which = f" of class {empty[0]!r}" if empty else ""
                 raise DataError(f"No image{which} in {name} can be used: add some.")
-        return replace(self, **left)
+        return replace(self, train=left["train"], val=left["val"], test=left.get("test"))
 
     def summary(self) -> list[tuple[str, str]]:
         """A name and a phrase for the data set and for each part: images, classes, origin."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.data.splits import ImageList, Splits
-from aoft_deploy.errors import ImageError
+from aoft_deploy.errors import ImageError, SettingError
 from aoft_deploy.processors import processors
 from aoft_deploy.training.augmentation import (
     AUGMENTATION,
@@ -200,6 +200,7 @@ class Loader:
 
         Raises:
             ImageError: An image cannot be read.
+            SettingError: The system killed a worker process.
         """
         self.current = tuple(self.parts(number))
         try:
@@ -207,6 +208,14 @@ class Loader:
                 yield part, pixels, labels
         except ImageError as error:  # the message of a worker's error contains its traceback
             raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise SettingError(
+                "A process that loads images was killed, as happens if a container has little "
+                "shared memory: use fewer `workers`, such as `workers=0`, or start the container "
+                "with a larger shm-size."
+            ) from error
 
 
 class _CurrentParts:

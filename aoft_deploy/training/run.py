@@ -7,14 +7,19 @@ repeatable on the same machine, and a run that was killed and resumed gives the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.accelerator import Accelerator
 
 from aoft_deploy.data.splits import Splits
+from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import processors
+from aoft_deploy.texts import one_line
 from aoft_deploy.training.augmentation import preserved_randomness
 from aoft_deploy.training.environment import deterministic, tensorboard_writer
 from aoft_deploy.training.image_check import find_unreadable, leave_out
@@ -84,8 +89,8 @@ def train(
     Raises:
         UnknownNameError: Unknown backbone, method or method setting.
         BackboneError: The backbone's weights are missing or do not fit.
-        SettingError: A setting is outside its range, or ``out`` holds a run with other settings or
-            data.
+        SettingError: A setting is outside its range, ``out`` holds a run with other settings or
+            data, or the GPU has too little memory.
         DivergedError: A loss or gradient is not finite.
         DataError: An image cannot be used.
         OutputError: ``out`` cannot be written, or holds a run and ``options`` neither resumes nor
@@ -100,27 +105,37 @@ def train(
         workers = min(8, processors()) if accelerator.device.type == "cuda" else 0
     folder = RunFolder(out)
     state = folder.open(resume=options.resume, overwrite=options.overwrite)
-    with preserved_randomness(accelerator.device), deterministic(accelerator.device):
+    with preserved_randomness(accelerator.device), deterministic(accelerator.device), _memory():
         tuned = create_model(settings, len(splits.classes))
         model_preprocessing(tuned, settings)  # refuses wrong settings before images are read
-        left_out = folder.left_out() if state.lines or checked else None
-        if left_out is None:
+        if state.lines or checked:
+            left_out = folder.left_out()
+        else:
             left_out = find_unreadable(splits, options, reporter)
         splits = leave_out(splits, left_out)
         run = TrainingLoop(accelerator, tuned, splits, folder, settings, workers, reporter)
         accelerator.wait_for_everyone()  # no process writes before all have read the folder
         run.restore(state)
-        if run.writes and not state.lines:
-            folder.prepare(left_out)
-        if state.result is None:
-            reporter.say(*overview(run, state, len(left_out)))
-        else:
-            reporter.say(f"The run in {out} is already complete.")
         wants_log = options.tensorboard and run.writes
         with tensorboard_writer(out, len(state.lines), wants_log) as log:
+            if run.writes and not state.lines:
+                folder.prepare(left_out)
+            complete = f"The run in {out} is already complete."
+            reporter.say(*([complete] if state.result else overview(run, state, len(left_out))))
             for epoch in range(len(state.lines), settings.epochs_done):
                 log(run.do_epoch(state, epoch))
         if state.result is None:
             run.finish(state)
-        result = Result(checkpoint=folder.checkpoint, left_out=len(left_out), **state.result or {})
-    return result
+        return Result(checkpoint=folder.checkpoint, left_out=len(left_out), **state.result or {})
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Report a GPU without enough memory as wrong settings."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SettingError(
+            "The GPU has too little memory: compute each step in parts with `accumulate`, such as "
+            f"`accumulate=4`, or choose a smaller `batch_size` ({one_line(error, 100)})."
+        ) from error

@@ -103,8 +103,6 @@ class RunFolder:
         with writable_folder(self.path):
             for path in (self.checkpoint, self.metrics, self.state, self.path / LEFT_OUT):
                 path.unlink(missing_ok=True)
-            for path in self.path.glob("events.out.tfevents.*"):  # TensorBoard's
-                path.unlink()
         if left_out:
             with replacing(self.path / LEFT_OUT) as temporary:  # ASCII: names may not be UTF-8
                 temporary.write_text(json.dumps(dict(left_out), indent=2) + "\n", "ascii")

@@ -152,8 +152,13 @@ def test_accumulated_parts_equal_the_whole_step(finished: Path, tmp_path: Path) 
 class Interrupting(Sequence[Path | NDArray[np.uint8]]):
     """Images that interrupt the program on a certain access, like a signal."""
 
-    def __init__(self, images: Sequence[Path | NDArray[np.uint8]], accesses: int) -> None:
-        self.images, self.left = images, accesses
+    def __init__(
+        self,
+        images: Sequence[Path | NDArray[np.uint8]],
+        accesses: int,
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
+        self.images, self.left, self.error = images, accesses, error
 
     def __len__(self) -> int:
         return len(self.images)
@@ -165,7 +170,7 @@ class Interrupting(Sequence[Path | NDArray[np.uint8]]):
     def __getitem__(self, index: int | slice) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise KeyboardInterrupt
+            raise self.error
         return self.images[index]
 
     def __iter__(self) -> Iterator[Path | NDArray[np.uint8]]:
@@ -298,6 +303,13 @@ def test_diverging_training_stops_and_keeps_the_best_epoch(tmp_path: Path) -> No
     assert kept["val_accuracy"] == max(line["val_accuracy"] for line in lines)
 
 
+def test_a_gpu_without_enough_memory_is_one_sentence(tmp_path: Path) -> None:
+    images = Interrupting(DIGITS.train.images, 3, torch.OutOfMemoryError)
+    train_images = ImageList(images, DIGITS.train.labels)
+    with pytest.raises(SettingError, match="too little memory: compute each step in parts with"):
+        train(replace(DIGITS, train=train_images), tmp_path / "run", SMALL)
+
+
 def test_an_image_that_cannot_be_used_is_found_before_training(tmp_path: Path) -> None:
     write_folder(DIGITS, tmp_path / "digits")
     path = next((tmp_path / "digits" / "train").rglob("*.png"))
@@ -394,8 +406,11 @@ def test_without_tensorboard_its_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.ckpt").touch()
     with pytest.raises(MissingExtraError, match=r"pip install 'aoft-deploy\[tensorboard\]'"):
-        train(DIGITS, tmp_path / "run", SMALL, RunOptions(tensorboard=True))
+        train(DIGITS, tmp_path / "run", SMALL, RunOptions(tensorboard=True, overwrite=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model.ckpt"]
 
 
 @pytest.mark.slow

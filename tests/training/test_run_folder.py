@@ -59,7 +59,6 @@ def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
 
 def test_a_new_run_deletes_the_old_one_and_nothing_else(tmp_path: Path) -> None:
     saved(tmp_path).append_metrics({"epoch": 1})
-    (tmp_path / "events.out.tfevents.1").touch()
     (tmp_path / "notes.txt").touch()
     RunFolder(tmp_path).prepare({"caf\udce9.png": "it is empty", "zürich.png": "it is empty"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "unreadable.json"]
