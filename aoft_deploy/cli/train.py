@@ -136,6 +136,10 @@ def _run_suite(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[R
 
 def _next_commands(options: argparse.Namespace, splits: Splits) -> list[str]:
     """Commands that export, try and serve the trained model, quoted for the shell."""
+    from aoft_deploy.training.image_check import leave_out
+    from aoft_deploy.training.run_folder import RunFolder
+
+    splits = leave_out(splits, RunFolder(options.out).left_out())
     weights = getattr(options, "backbone_weights", None)
     artefact, images = options.out / "model.onnx", splits.test or splits.val
     picture = images.images[-1] if images.files() else "IMAGE"

@@ -184,7 +184,8 @@ def _check_train(train: ClassFolders, root: Path, notes: Sequence[str]) -> None:
     if empty:
         note = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
-            f"No images for training in class folder {quoted(empty)}: add some or remove it{note}."
+            f"No images for training in class folder {quoted(empty)}: add some, as JPEG, PNG, "
+            f"WebP, BMP, GIF or TIFF, or remove it{note}."
         )
 
 

@@ -172,7 +172,8 @@ def test_without_a_backbone_the_demo_model_is_named_and_a_real_one_offered(
     for option in re.findall(r"--[\w-]+", note):
         assert option in parser()._option_string_actions
     (name,) = re.findall(r"--backbone (vit\S+),", note)
-    assert timm.is_model(name) and timm.get_pretrained_cfg(name).hf_hub_id
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None and config.hf_hub_id
     assert main(["--data", "digits", "--out", str(tmp_path / "digits"), "--method", "x"]) == 1
     assert capsys.readouterr().err.startswith("error: Unknown method 'x'")
 
@@ -205,14 +206,17 @@ def test_unreadable_images_are_left_out_on_request(
 ) -> None:
     data = tmp_path / "shapes"
     shutil.copytree(folder, data)
-    (data / "test" / "star" / "00010.png").write_bytes(b"")
+    last = data / "test" / "triangle" / "00011.png"
+    last.write_bytes(b"")
     options = ["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--method", "linear"]
     assert main([*options, "--quiet"]) == 1
     assert "or leave them out with --skip-unreadable.\n" in capsys.readouterr().err
     assert main([*options, "--skip-unreadable"]) == 0
+    printed = capsys.readouterr()
+    assert "aoft-predict" in printed.err and f"{last}\n" not in printed.err.partition("Next:")[2]
     assert re.search(
         r"^left out +1 unreadable, see /\S+/unreadable\.json$",
-        capsys.readouterr().out,
+        printed.out,
         re.MULTILINE,
     )
 
