@@ -66,10 +66,12 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[R
 
     from accelerate.state import PartialState
 
+    from aoft_deploy.data.folder import check_outside
     from aoft_deploy.data.sources import load_data
     from aoft_deploy.training.run import train
 
     splits = load_data(options.data, seed=settings.seed)
+    check_outside(splits, options.out)
     if PartialState().is_main_process:
         if "backbone" not in given and options.data not in TASKS:
             print(DEMO_BACKBONE, file=sys.stderr)

@@ -15,7 +15,7 @@ from aoft_deploy.data.splits import ImageList, Splits, check_seed
 from aoft_deploy.errors import DataError, OutputError, SettingError
 from aoft_deploy.file_signatures import file_kind
 
-__all__ = ["cut_parts", "load_folder", "write_folder"]
+__all__ = ["check_outside", "cut_parts", "load_folder", "write_folder"]
 
 _ARCHIVES = ("zip", "archive", "cut", "tar", "gzip", "bzip2", "xz", "zstd", "7z", "rar")
 
@@ -83,6 +83,25 @@ def load_folder(
     return Splits(
         lists["train"], lists["val"], lists.get("test"), classes, str(root), origins, tuple(notes)
     )
+
+
+def check_outside(splits: Splits, out: Path) -> None:
+    """Refuse an output folder that would count as a class the next time the splits are loaded.
+
+    Args:
+        splits: Result of ``load_folder``.
+        out: The output folder.
+
+    Raises:
+        OutputError: ``out`` lies beside or below the class folders.
+    """
+    beside = {folder.parent.resolve() for folder in {path.parent for path in splits.train.files()}}
+    found = next((folder for folder in out.resolve().parents if folder in beside), None)
+    if found is not None:
+        raise OutputError(
+            f"{out} lies among the class folders of {found} and would count as a class next time: "
+            "give a folder outside as `out`."
+        )
 
 
 def cut_parts(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from image_folders import fill, names, pixels
 
-from aoft_deploy.data.folder import load_folder, write_folder
+from aoft_deploy.data.folder import check_outside, load_folder, write_folder
+from aoft_deploy.data.sources import load_data
 from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import DataError, ImageError, OutputError, SettingError
@@ -124,6 +125,17 @@ def test_a_file_in_place_of_a_folder_is_refused_by_what_it_is(tmp_path: Path) ->
     for path in (tmp_path / "labels.csv", Path("/dev/null")):
         with pytest.raises(DataError, match=f"{path.name}' is a file, and lists of images are not"):
             load_folder(path)
+
+
+def test_an_output_folder_among_the_class_folders_is_refused(parted: Path) -> None:
+    splits = load_folder(parted / "train")
+    for out in (parted / "train" / "runs", parted / "train" / "cat" / "run"):
+        with pytest.raises(
+            OutputError, match=rf"{out} lies among the class folders of .*/train an"
+        ):
+            check_outside(splits, out)
+    check_outside(load_folder(parted), parted / "runs")
+    check_outside(load_data("digits"), parted)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
