@@ -78,17 +78,18 @@ def _run_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[R
         for sentence in splits.notes:
             print(f"note: {sentence}.", file=sys.stderr)
     result = train(splits, options.out, settings, how)
-    rows = [
+    file = options.out / "unreadable.json"
+    left_out = [("left out", f"{result.left_out:,} unreadable, see {file}")]
+    return [
         ("method", result.method),
         ("trained parameters", f"{result.update_parameters:,} + {result.head_parameters:,} (head)"),
         ("chosen epoch", f"{result.best_epoch} of {result.epochs}"),
         ("val accuracy", _percent(result.val_accuracy)),
         ("test accuracy", _percent(result.test_accuracy)),
-        ("left out", f"{result.left_out:,} unreadable, see {options.out / 'unreadable.json'}"),
+        *(left_out if result.left_out else []),
         ("seconds", f"{result.seconds:.1f}"),
         ("checkpoint", f"{result.checkpoint} ({result.checkpoint_bytes:,} bytes)"),
-    ]
-    return [row for row in rows if result.left_out or row[0] != "left out"], splits
+    ], splits
 
 
 def _run_recipe(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[Rows, Splits]:

@@ -81,8 +81,6 @@ class Splits:
         Raises:
             DataError: A part has no images left, or a class has none left in ``train``.
         """
-        if not files:
-            return self
         gone, left = frozenset(files), {}
         for name, images in self.parts().items():
             kept = [

@@ -66,9 +66,9 @@ def leave_out(splits: Splits, faults: Mapping[str, str]) -> Splits:
     Raises:
         DataError: A part has no images left, or a class has none left in ``train``.
     """
-    files = (
-        {path for images in splits.parts().values() for path in images.files()} if faults else ()
-    )
+    if not faults:
+        return splits
+    files = (path for images in splits.parts().values() for path in images.files())
     return splits.without([path for path in files if _relative(path, splits) in faults])
 
 

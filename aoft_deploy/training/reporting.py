@@ -64,7 +64,7 @@ class Reporter:
             done += images
             now = time.monotonic()
             wait = max(1.0 if self.draws else SECONDS, SHARE * (now - self.start))
-            if self.shown and now - self.last >= wait and done < total:
+            if self.shown and now - self.last >= wait and begin < now and done < total:
                 self.last = now
                 bar.set_postfix_str(figures(), refresh=False)
                 if not self.draws:
