@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import filecmp
 import os
 import tempfile
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ def load_folder(
         missing = [name for name in classes if part in parts and not parts[part].get(name)]
         if missing:
             notes.append(f"{part} has no images of class {quoted(missing)}")
+        if part in found.parts:
+            notes += _copies(found.parts[part], train, part)
     return Splits(
         lists["train"], lists["val"], lists.get("test"), classes, str(root), origins, tuple(notes)
     )
@@ -206,6 +209,25 @@ def _check_train(train: ClassFolders, root: Path, notes: Sequence[str]) -> None:
             f"No images for training in class folder {quoted(empty)}: add some, as JPEG, PNG, "
             f"WebP, BMP, GIF or TIFF, or remove it{note}."
         )
+
+
+def _copies(folder: ClassFolders, train: ClassFolders, part: str) -> list[str]:
+    """A note on files of a part that ``train`` has too, under the same class and name."""
+
+    def is_copy(path: Path, other: Path | None) -> bool:
+        try:
+            return other is not None and filecmp.cmp(path, other, shallow=False)
+        except OSError:  # reported when all images are read
+            return False
+
+    trained = {(name, path.name): path for name, paths in train.items() for path in paths}
+    files = [(path, trained.get((name, path.name))) for name in folder for path in folder[name]]
+    count = sum(is_copy(path, other) for path, other in files)
+    if not count:
+        return []
+    return [
+        f"{count:,} of {len(files):,} images of {part} are also in train: its accuracy misleads"
+    ]
 
 
 def _listed(folder: ClassFolders, classes: tuple[str, ...], part: str) -> ImageList:

@@ -127,6 +127,17 @@ def test_a_file_in_place_of_a_folder_is_refused_by_what_it_is(tmp_path: Path) ->
             load_folder(path)
 
 
+def test_copies_of_training_images_in_other_parts_are_told(parted: Path) -> None:
+    assert not load_folder(parted).notes
+    for number in (0, 2):
+        copied = parted / "train" / "cat" / f"{number:03}.png"
+        shutil.copyfile(copied, parted / "test" / "cat" / copied.name)
+    (parted / "val" / "cat" / "001.png").unlink()
+    (parted / "val" / "cat" / "001.png").symlink_to("nowhere")
+    note = "2 of 6 images of test are also in train: its accuracy misleads"
+    assert load_folder(parted).notes == (note,)
+
+
 def test_an_output_folder_among_the_class_folders_is_refused(parted: Path) -> None:
     splits = load_folder(parted / "train")
     for out in (parted / "train" / "runs", parted / "train" / "cat" / "run"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from aoft_deploy.data.splits import ImageList, find_faults
 def fill(folder: Path, count: int, first: int = 0) -> None:
     """Write ``count`` small images of different colours into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    place = zlib.crc32("/".join(folder.parts[-2:]).encode())
     for number in range(first, first + count):
-        Image.new("RGB", (3, 2), (number, 0, 0)).save(folder / f"{number:03}.png")
+        colour = (number, place & 255, place >> 8 & 255)
+        Image.new("RGB", (3, 2), colour).save(folder / f"{number:03}.png")
 
 
 def fill_classes(root: Path, part: str, count: int = 4) -> None:
