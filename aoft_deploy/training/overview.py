@@ -26,8 +26,11 @@ def overview(run: TrainingLoop, state: Progress, left_out: int) -> list[str]:
     """
     folder = run.folder.path
     rows = run.splits.summary()
+    if run.settings.train_on == "train+val":
+        rows = [(name, f"{text}, trained on" if name == "val" else text) for name, text in rows]
     if run.splits.test is None:
-        rows.append(("test", "none"))
+        only_val = ", so accuracy is measured only on val, which also chooses the epoch"
+        rows.append(("test", "none" + (only_val if run.settings.train_on == "train" else "")))
     if left_out:
         images = "1 unreadable image" if left_out == 1 else f"{left_out:,} unreadable images"
         rows.append(("left out", f"{images}, listed in {folder / LEFT_OUT}"))
