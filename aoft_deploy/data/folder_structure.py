@@ -35,12 +35,13 @@ class ImageFolder:
     Attributes:
         parts: Classes of ``train``, and of ``val`` and ``test`` if they exist.
         folders: Folder name of each part; ``.`` if the root holds the classes.
-        skipped: A sentence, without its full stop, on each thing in the folder that is not used.
+        notes: A sentence, without its full stop, on each thing in the folder that is not used, or
+            that may not be meant.
     """
 
     parts: Mapping[str, ClassFolders]
     folders: Mapping[str, str]
-    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def part_of(name: str) -> str | None:
@@ -81,7 +82,7 @@ def read_image_folder(root: Path) -> ImageFolder:
         _check_no_part(root, folders)
         _check_class_folders(root, folders)
         notes = _loose_images(root)
-        parts = {"train": _read_classes(root, folders, skipped_files)}
+        parts = {"train": _read_classes(root, folders, skipped_files, notes)}
         return ImageFolder(parts, {"train": "."}, _with_files(notes, skipped_files))
     named = _named_parts(root, folders)
     unused = [name for name in folders if name not in named.values()]
@@ -102,7 +103,7 @@ def read_image_folder(root: Path) -> ImageFolder:
             del named[part]  # a test folder often holds unlabelled images
         else:
             _check_class_folders(folders[name], classes)
-            parts[part] = _read_classes(folders[name], classes, skipped_files)
+            parts[part] = _read_classes(folders[name], classes, skipped_files, notes)
         notes += loose
     return ImageFolder(parts, named, _with_files(notes, skipped_files))
 
@@ -226,12 +227,16 @@ def _check_common(parent: Path, below: list[set[str]]) -> None:
 
 
 def _read_classes(
-    folder: Path, folders: Mapping[str, Path], skipped_files: Counter[str]
+    folder: Path, folders: Mapping[str, Path], skipped_files: Counter[str], notes: list[str]
 ) -> ClassFolders:
-    """Images of each class. Class names are normalised to Unicode's composed form (NFC)."""
+    """Images of each class. Class names are normalised to Unicode's composed form (NFC).
+
+    A class with images in several folders adds to the notes: these may be the classes.
+    """
     _check_targets(folder, folders)
     above = {folder.resolve(), *folder.resolve().parents}
     classes: ClassFolders = {}
+    nested = ""
     for name, path in folders.items():
         try:
             name.encode()
@@ -245,7 +250,15 @@ def _read_classes(
                 f"Two class folders in {str(folder)!r} are called {composed!r}, in different "
                 "Unicode forms: rename one."
             )
-        classes[composed] = list(walk_images(path, set(above), skipped_files))
+        images = classes[composed] = list(walk_images(path, set(above), skipped_files))
+        holders = sorted({str(image.parent.relative_to(folder)) for image in images})
+        if len(holders) > 1:
+            nested = nested or holders[-1]
+    if nested:
+        notes.append(
+            f"Sub-folders of class folders, such as {nested!r}, are not classes of their own: "
+            "their images belong to the class above"
+        )
     return classes
 
 

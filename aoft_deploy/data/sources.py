@@ -21,11 +21,13 @@ def load_data(source: str, *, seed: int = 0) -> Splits:
         seed: Seed of the task, or of the split if the folder has none.
 
     Raises:
-        UnknownNameError: Neither a task nor a path that exists.
+        UnknownNameError: A single word that is neither a task nor a path that exists.
         DataError: As for :func:`load_folder`.
     """
     if source in task_names():
         return load_task(source, seed=seed)
-    if not Path(source).exists():
-        raise UnknownNameError("folder or task", source, task_names())
-    return load_folder(Path(source), seed=seed)
+    path = Path(source)
+    if path.name == source and not path.exists():
+        folders = (p.name for p in Path().glob("[!.]*") if p.is_dir())
+        raise UnknownNameError("folder or task", source, {*task_names(), *folders})
+    return load_folder(path, seed=seed)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from aoft_deploy.data.images import read_image, read_size
 from aoft_deploy.errors import DataError, ImageError, SettingError
 from aoft_deploy.processors import processors
 
-__all__ = ["ImageList", "Splits", "check_seed", "find_faults", "refuse_faults"]
+__all__ = ["ImageList", "Splits", "check_seed", "find_faults", "named_faults"]
 
 _LISTED_CLASSES = 10  # class names in a summary
 _QUEUED_FILES = 1024  # files that are queued for the threads at a time
@@ -56,34 +57,60 @@ class Splits:
         val: Images to choose settings and epochs by.
         test: Images for one final test, or None.
         classes: Class names in the order of the labels; sorted if they are folder names.
+        source: Folder or task that the images come from.
         origins: A phrase on where each part comes from; parts without need of one are absent.
-        skipped: Sentences on files and folders beside the images that are not used.
+        notes: Sentences, without full stops, on what is not used or may not be meant.
     """
 
     train: ImageList
     val: ImageList
     test: ImageList | None
     classes: tuple[str, ...]
+    source: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, ImageList]:
         """The parts that exist, by name."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {name: images for name, images in parts.items() if images is not None}
 
-    def summary(self) -> list[str]:
-        """Two lines: the classes, and the number and origin of the images of each part."""
+    def without(self, files: Collection[Path]) -> Splits:
+        """The same data set without some files.
+
+        Raises:
+            DataError: A part has no images left, or a class has none left in ``train``.
+        """
+        gone, left = frozenset(files), {}
+        for name, images in self.parts().items():
+            kept = [
+                (image, label)
+                for image, label in zip(images.images, images.labels, strict=True)
+                if not (isinstance(image, Path) and image in gone)
+            ]
+            left[name] = ImageList([image for image, _ in kept], [label for _, label in kept])
+            used = set(left[name].labels)
+            empty = [c for i, c in enumerate(self.classes) if name == "train" and i not in used]
+            if empty or not kept:
+                which = f" of class {empty[0]!r}" if empty else ""
+                raise DataError(f"No image{which} in {name} can be used: add some.")
+        return replace(self, train=left["train"], val=left["val"], test=left.get("test"))
+
+    def summary(self) -> list[tuple[str, str]]:
+        """A name and a phrase for the data set and for each part: images, classes, origin."""
+        parts = self.parts()
+        count = f"{sum(map(len, parts.values())):,} images of {len(self.classes):,} classes"
         more = ", …" if len(self.classes) > _LISTED_CLASSES else ""
-        phrases, parts = [], self.parts()
-        for part in ("train", "val", "test"):
-            count = f"{len(parts[part]):,}" if part in parts else "none"
+        names = ", ".join(self.classes[:_LISTED_CLASSES])
+        rows = [("data", f"{f'{self.source}: ' if self.source else ''}{count} ({names}{more})")]
+        for part, images in parts.items():
             origin = f" ({self.origins[part]})" if part in self.origins else ""
-            phrases.append(f"{part} {count}{origin}")
-        return [
-            f"{len(self.classes):,} classes: {', '.join(self.classes[:_LISTED_CLASSES])}{more}",
-            f"images: {', '.join(phrases)}",
-        ]
+            counts = Counter(images.labels)
+            fewest = min(counts[label] for label in range(len(self.classes)))
+            most = max(counts.values())
+            share = f"{fewest:,} of each" if fewest == most else f"{fewest:,} to {most:,} of a"
+            rows.append((part, f"{len(images):,} images, {share} class{origin}"))
+        return rows
 
 
 def check_seed(seed: int) -> None:
@@ -98,8 +125,8 @@ def check_seed(seed: int) -> None:
 
 def find_faults(
     paths: Sequence[Path], *, whole: bool, tick: Callable[[], object] = lambda: None
-) -> list[str]:
-    """Read files in threads; return a sentence for each that cannot be used, in order.
+) -> list[tuple[Path, str]]:
+    """Read files in threads; return each that cannot be used, with a sentence, in order.
 
     Args:
         paths: The files.
@@ -117,24 +144,15 @@ def find_faults(
     faults = []
     with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
         for start in range(0, len(paths), _QUEUED_FILES):
-            for found in pool.map(fault, paths[start : start + _QUEUED_FILES]):
+            queued = paths[start : start + _QUEUED_FILES]
+            for path, found in zip(queued, pool.map(fault, queued), strict=True):
                 tick()
                 if found:
-                    faults.append(found)
+                    faults.append((path, found))
     return faults
 
 
-def refuse_faults(faults: Sequence[str], total: int) -> None:
-    """Refuse a data set with images that cannot be used.
-
-    Args:
-        faults: From :func:`find_faults`.
-        total: Number of images that were checked.
-
-    Raises:
-        DataError: There are faults; the first five are quoted.
-    """
-    if faults:
-        first = "; ".join(fault.rstrip(".") for fault in faults[:5])
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise DataError(f"{len(faults)} of {total} images cannot be used: {first}{more}.")
+def named_faults(faults: Sequence[tuple[Path, str]]) -> str:
+    """The first five faults that ``find_faults`` returned, as the end of a sentence."""
+    first = "; ".join(fault.rstrip(".") for _, fault in faults[:5])
+    return first + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")

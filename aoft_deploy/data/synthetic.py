@@ -6,6 +6,7 @@ A scene task is one function in ``scenes`` that draws an image of a given class,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -67,7 +68,8 @@ def load_task(
         if number is not None and number < least:
             raise SettingError(f"`{what}` is {number}, but must be a whole number from {least}.")
     check_seed(seed)
-    return _TASKS[name](seed=seed, train=train, val=val, test=test)
+    splits = _TASKS[name](seed=seed, train=train, val=val, test=test)
+    return replace(splits, source=f"{name}, a built-in task")
 
 
 def _digits(*, seed: int, train: int, val: int, test: int | None) -> Splits:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.data.splits import ImageList, Splits
-from aoft_deploy.errors import ImageError
+from aoft_deploy.errors import ImageError, SettingError
 from aoft_deploy.processors import processors
 from aoft_deploy.training.augmentation import (
     AUGMENTATION,
@@ -106,10 +106,16 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         preprocessing: How an image becomes pixels.
         augment: One of ``AUGMENTATIONS``.
         seed: Seed of the augmentation.
+        tick: Called after each image that is cached.
     """
 
     def __init__(
-        self, images: ImageList, preprocessing: Preprocessing, augment: str = "none", seed: int = 0
+        self,
+        images: ImageList,
+        preprocessing: Preprocessing,
+        augment: str = "none",
+        seed: int = 0,
+        tick: Callable[[], object] = lambda: None,
     ) -> None:
         self.images, self.preprocessing = images, preprocessing
         self.augment, self.seed = augment, seed
@@ -120,9 +126,9 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         needed = 3 * preprocessing.height * preprocessing.width * len(images)
         self.cached: NDArray[np.uint8] | None = None
         if self.transform is None and needed <= MEMORY:
-            self.cached = self._all_pixels()
+            self.cached = self._all_pixels(tick)
 
-    def _all_pixels(self) -> NDArray[np.uint8]:
+    def _all_pixels(self, tick: Callable[[], object]) -> NDArray[np.uint8]:
         height, width = self.preprocessing.height, self.preprocessing.width
         pixels = np.empty((len(self.images), 3, height, width), dtype=np.uint8)
 
@@ -130,7 +136,8 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
             pixels[index] = self._pixels(index)
 
         with ThreadPoolExecutor(processors()) as pool:
-            list(pool.map(fill, range(len(self.images))))
+            for _ in pool.map(fill, range(len(self.images))):
+                tick()
         return pixels
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
@@ -175,7 +182,7 @@ class Loader:
         workers: int = 0,
         pin: bool = False,
     ) -> None:
-        self.parts = parts
+        self.batches, self.parts = batches, parts
         self.current: Sequence[Part] = ()
         workers = workers if batches.cached is None else 0
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
@@ -193,6 +200,7 @@ class Loader:
 
         Raises:
             ImageError: An image cannot be read.
+            SettingError: The system killed a worker process.
         """
         self.current = tuple(self.parts(number))
         try:
@@ -200,6 +208,14 @@ class Loader:
                 yield part, pixels, labels
         except ImageError as error:  # the message of a worker's error contains its traceback
             raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise SettingError(
+                "A process that loads images was killed, as happens if a container has little "
+                "shared memory: use fewer `workers`, such as `workers=0`, or start the container "
+                "with a larger shm-size."
+            ) from error
 
 
 class _CurrentParts:

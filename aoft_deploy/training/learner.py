@@ -65,14 +65,15 @@ class Learner:
             self.precision = "bf16" if fast_bf16(self.device) else "fp32"
 
     def fit(
-        self, loader: Loader, epoch: int, tick: Callable[[], object]
+        self, loader: Loader, epoch: int, tick: Callable[[int, Callable[[], str]], object]
     ) -> tuple[float, float, float]:
         """Train one epoch.
 
         Args:
             loader: Gives the parts of this process.
             epoch: The epoch, from 0.
-            tick: Called after each step.
+            tick: Called after each step with the step, from 0, and a function that returns the mean
+                loss so far, as text.
 
         Returns:
             Last learning rate, mean loss, accuracy.
@@ -83,13 +84,17 @@ class Learner:
         only_depth_is_random(self.tuned)
         sums = torch.zeros(3, device=self.device)
         rate, parts = 0.0, self.settings.accumulate
+
+        def loss() -> str:  # waits for the GPU
+            return f"loss {(sums[0] / sums[2]).item():.4f}"
+
         for i, (part, pixels, labels) in enumerate(loader.epoch(epoch)):
             is_last = (i + 1) % parts == 0
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 sums += self._backward(part, pixels, labels)
             if is_last:
                 rate = self._step(epoch, part.step)
-                tick()
+                tick(part.step, loss)
         return rate, *self._means(sums)
 
     def _backward(self, part: Part, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -131,14 +136,20 @@ class Learner:
         return rate
 
     @torch.no_grad()
-    def evaluate(self, loader: Loader) -> tuple[float, float]:
-        """Mean loss and accuracy over all images of a loader."""
+    def evaluate(self, loader: Loader, tick: Callable[[int], object]) -> tuple[float, float]:
+        """Mean loss and accuracy over all images of a loader.
+
+        Args:
+            loader: Gives the parts of this process.
+            tick: Called after each part with the number of its images.
+        """
         self.tuned.eval()
         sums = torch.zeros(3, device=self.device)
         for _, pixels, labels in loader.epoch(0):
             labels = labels.to(self.device)
             logits = self._logits(self.tuned, self._prepared(pixels))
             sums += _sums(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+            tick(len(labels))
         return self._means(sums)
 
     def _means(self, sums: Tensor) -> tuple[float, float]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.splits import ImageList, Splits
@@ -24,10 +21,12 @@ from aoft_deploy.training.batches import (
     training_parts,
 )
 from aoft_deploy.training.learner import Learner, diverged
-from aoft_deploy.training.model import create_model, is_head, model_preprocessing
+from aoft_deploy.training.model import model_preprocessing, parameter_counts
 from aoft_deploy.training.optimisation import moments, restore_moments
-from aoft_deploy.training.run_folder import Progress, RunFolder
+from aoft_deploy.training.reporting import Reporter, duration
+from aoft_deploy.training.run_folder import Progress, RunFolder, check_same
 from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["TrainingLoop", "merit"]
 
@@ -37,38 +36,40 @@ class TrainingLoop:
 
     Args:
         accelerator: Manages devices and processes.
+        tuned: The model.
         splits: The images.
-        out: Folder of the run.
+        folder: Folder of the run.
         settings: The hyper-parameters.
         workers: Processes that prepare images.
-        progress: Show progress on stderr.
+        reporter: Shows the progress.
     """
 
     def __init__(
         self,
         accelerator: Any,
+        tuned: TunedModel,
         splits: Splits,
-        out: Path,
+        folder: RunFolder,
         settings: TrainingSettings,
         workers: int,
-        progress: bool,
+        reporter: Reporter,
     ) -> None:
-        self.accelerator, self.settings, self.splits = accelerator, settings, splits
+        self.accelerator, self.tuned, self.splits = accelerator, tuned, splits
+        self.folder, self.settings = folder, settings
+        self.workers, self.reporter = workers, reporter
         self.writes = bool(accelerator.is_main_process)
-        self.shows_progress, self.workers = progress and self.writes, workers
         self.fitted = splits.train
         if settings.train_on == "train+val":
             labels = [*splits.train.labels, *splits.val.labels]
             self.fitted = ImageList([*splits.train.images, *splits.val.images], labels)
         self.steps = math.ceil(len(self.fitted) / settings.batch_size)
-        self.tuned = create_model(settings, len(splits.classes))
-        self.preprocessing = model_preprocessing(self.tuned, settings)
-        self.learner = Learner(accelerator, self.tuned, self.preprocessing, settings, self.steps)
-        self.folder = RunFolder(out, self._record())
+        self.preprocessing = model_preprocessing(tuned, settings)
+        self.learner = Learner(accelerator, tuned, self.preprocessing, settings, self.steps)
+        self.started: tuple[float, int] | None = None
 
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Everything that determines the results of the run, as JSON values."""
-        return {
+        values = {
             **self.settings.to_dict(),
             "method_settings": self.tuned.settings,
             "backbone_weights": self.tuned.identity.digest[:16],
@@ -76,6 +77,8 @@ class TrainingLoop:
             "classes": list(self.splits.classes),
             **fingerprints(self.splits),
         }
+        found: dict[str, Any] = json.loads(json.dumps(values))
+        return found
 
     @cached_property
     def train_loader(self) -> Loader:
@@ -90,15 +93,17 @@ class TrainingLoop:
             range(first, first + settings.accumulate),
             settings.seed,
         )
-        pixels = PixelBatches(self.fitted, self.preprocessing, settings.augment, settings.seed)
+        with self.reporter.counting("read training images", len(self.fitted)) as tick:
+            augment, seed = settings.augment, settings.seed
+            pixels = PixelBatches(self.fitted, self.preprocessing, augment, seed, tick)
         return Loader(pixels, plan, workers=self.workers, pin=self.learner.device.type == "cuda")
 
     @cached_property
     def val_loader(self) -> Loader:
         """Validation images that this process evaluates."""
-        return self._evaluation_loader(self.splits.val)
+        return self._evaluation_loader("val", self.splits.val)
 
-    def _evaluation_loader(self, images: ImageList) -> Loader:
+    def _evaluation_loader(self, name: str, images: ImageList) -> Loader:
         def plan(epoch: int) -> Iterator[Part]:
             return evaluation_parts(
                 len(images),
@@ -107,10 +112,26 @@ class TrainingLoop:
                 self.accelerator.num_processes,
             )
 
-        return Loader(PixelBatches(images, self.preprocessing), plan, workers=self.workers)
+        with self.reporter.counting(f"read {name} images", len(images)) as tick:
+            pixels = PixelBatches(images, self.preprocessing, tick=tick)
+        return Loader(pixels, plan, workers=self.workers)
+
+    def _evaluate(self, name: str, loader: Loader) -> tuple[float, float]:
+        """Mean loss and accuracy; the progress is that of this process."""
+        own = math.ceil(len(loader.batches) / self.accelerator.num_processes)
+        with self.reporter.counting(name, own) as tick:
+            return self.learner.evaluate(loader, tick)
 
     def restore(self, state: Progress) -> None:
-        """Restore the model, the optimiser and the metrics file from the progress."""
+        """Restore the model, the optimiser and the metrics file from the progress.
+
+        Raises:
+            SettingError: The run was started with other settings or data.
+        """
+        record = self.record()
+        if state.run:
+            check_same(self.folder.path, state.run, record)
+        state.run = record
         if state.lines and self.writes:
             self.folder.rewrite_metrics(state)
         if state.tensors:
@@ -121,14 +142,19 @@ class TrainingLoop:
     def do_epoch(self, state: Progress, epoch: int) -> dict[str, Any]:
         """Train and validate an epoch, save it, and return its metrics."""
         start = time.perf_counter()
-        name = f"epoch {epoch + 1}/{self.settings.epochs_done}"
-        hidden = None if self.shows_progress else True  # None: hidden where stderr is no terminal
-        with tqdm(total=self.steps, desc=name, disable=hidden, leave=False) as bar:
-            rate, loss, accuracy = self.learner.fit(self.train_loader, epoch, bar.update)
+        self.started = self.started or (start, epoch)
+        name, images = f"epoch {epoch + 1}/{self.settings.epochs_done}", len(self.fitted)
+        loader = self.train_loader
+        with self.reporter.counting(name, images) as count:
+
+            def tick(step: int, loss: Callable[[], str]) -> None:
+                count(images * (step + 1) // self.steps - images * step // self.steps, loss)
+
+            rate, loss, accuracy = self.learner.fit(loader, epoch, tick)
         fitted = time.perf_counter()
         val_loss, val_accuracy = None, None
         if self.settings.train_on == "train":
-            val_loss, val_accuracy = self.learner.evaluate(self.val_loader)
+            val_loss, val_accuracy = self._evaluate(f"{name}, val", self.val_loader)
         if not math.isfinite(loss) or not math.isfinite(val_loss or 0):
             raise diverged(epoch, self.settings)
         line = {
@@ -139,13 +165,25 @@ class TrainingLoop:
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
             "seconds": time.perf_counter() - start,
-            "images_per_second": len(self.fitted) / (fitted - start),
+            "images_per_second": images / (fitted - start),
             **orthogonality(self.tuned),
         }
         self._keep(state, line)
-        if self.shows_progress:
-            print(_progress_line(line, self.settings.epochs_done), file=sys.stderr)
+        self.reporter.say(self._progress_line(line))
         return line
+
+    def _progress_line(self, line: Mapping[str, Any]) -> str:
+        epoch, epochs = line["epoch"], self.settings.epochs_done
+        text = (
+            f"epoch {epoch}/{epochs}  train loss {line['train_loss']:.4f}  "
+            f"accuracy {line['train_accuracy']:.1%}"
+        )
+        if line["val_accuracy"] is not None:
+            text += f"  val loss {line['val_loss']:.4f}  accuracy {line['val_accuracy']:.1%}"
+        text += f"  {line['images_per_second']:.0f} images/s"
+        begin, first = self.started or (0.0, 0)
+        left = (time.perf_counter() - begin) / (epoch - first) * (epochs - epoch)
+        return f"{text}  {duration(left)} left" if left else text
 
     def _keep(self, state: Progress, line: dict[str, Any]) -> None:
         """Add an epoch to the progress, and save it to the folder."""
@@ -176,7 +214,12 @@ class TrainingLoop:
             self.folder.checkpoint,
             classes=self.splits.classes,
             preprocessing=self.preprocessing,
-            training={**figures, "images": len(self.fitted), "settings": settings},
+            training={
+                **figures,
+                "images": len(self.fitted),
+                "left_out": len(self.folder.left_out()),
+                "settings": settings,
+            },
         )
 
     def finish(self, state: Progress) -> None:
@@ -185,7 +228,8 @@ class TrainingLoop:
         self.tuned.load_trained(state.group("best"))
         loss, accuracy = None, None
         if self.splits.test is not None:
-            loss, accuracy = self.learner.evaluate(self._evaluation_loader(self.splits.test))
+            loader = self._evaluation_loader("test", self.splits.test)
+            loss, accuracy = self._evaluate("test", loader)
         figures = {**state.best, "test_loss": loss, "test_accuracy": accuracy}
         line = {**figures, "seconds": time.perf_counter() - start}
         if self.writes:
@@ -193,11 +237,10 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         state.lines.append(line)
         state.tensors = {}
-        sizes = {n: p.numel() for n, p in self.tuned.trained().items()}
-        head = sum(size for name, size in sizes.items() if is_head(name))
+        updates, head = parameter_counts(self.tuned)
         state.result = {
             "method": self.tuned.method,
-            "update_parameters": sum(sizes.values()) - head,
+            "update_parameters": updates,
             "head_parameters": head,
             "epochs": self.settings.epochs_done,
             "best_epoch": state.best["epoch"],
@@ -220,13 +263,3 @@ def merit(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
     if metrics["val_accuracy"] is None:
         return 0.0, 0.0, metrics["epoch"]
     return metrics["val_accuracy"], -metrics["val_loss"], 0
-
-
-def _progress_line(line: Mapping[str, Any], epochs: int) -> str:
-    text = (
-        f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f}  "
-        f"accuracy {line['train_accuracy']:.1%}"
-    )
-    if line["val_accuracy"] is not None:
-        text += f"  val loss {line['val_loss']:.4f}  accuracy {line['val_accuracy']:.1%}"
-    return f"{text}  {line['images_per_second']:.0f} images/s"

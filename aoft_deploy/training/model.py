@@ -18,7 +18,13 @@ from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["create_model", "is_head", "model_preprocessing", "only_depth_is_random"]
+__all__ = [
+    "create_model",
+    "is_head",
+    "model_preprocessing",
+    "only_depth_is_random",
+    "parameter_counts",
+]
 
 
 def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
@@ -65,6 +71,13 @@ def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
 def is_head(name: str) -> bool:
     """Whether a trained parameter of this name belongs to the classifier."""
     return name.startswith("head.")
+
+
+def parameter_counts(tuned: TunedModel) -> tuple[int, int]:
+    """Number of trained parameters of the updates, or of the backbone, and of the classifier."""
+    sizes = {name: parameter.numel() for name, parameter in tuned.trained().items()}
+    head = sum(size for name, size in sizes.items() if is_head(name))
+    return sum(sizes.values()) - head, head
 
 
 def only_depth_is_random(model: nn.Module) -> None:

@@ -7,24 +7,30 @@ repeatable on the same machine, and a run that was killed and resumed gives the 
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.accelerator import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils.operations import gather_object
-from tqdm import tqdm
 
-from aoft_deploy.data.splits import Splits, find_faults, refuse_faults
+from aoft_deploy.data.splits import Splits
+from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import processors
+from aoft_deploy.texts import one_line
 from aoft_deploy.training.augmentation import preserved_randomness
 from aoft_deploy.training.environment import deterministic, tensorboard_writer
+from aoft_deploy.training.image_check import find_unreadable, leave_out
 from aoft_deploy.training.loop import TrainingLoop
+from aoft_deploy.training.model import create_model, model_preprocessing
+from aoft_deploy.training.overview import overview
+from aoft_deploy.training.reporting import Reporter
+from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import RunOptions, TrainingSettings
 
-__all__ = ["Result", "check_splits", "train"]
+__all__ = ["Result", "train"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Result:
         checkpoint: Path of the checkpoint.
         checkpoint_bytes: Size of the checkpoint.
         seconds: Time of all epochs and the test, also those before a resume.
+        left_out: Number of images that were left out because they cannot be read.
     """
 
     method: str
@@ -56,6 +63,7 @@ class Result:
     checkpoint: Path
     checkpoint_bytes: int
     seconds: float
+    left_out: int
 
 
 def train(
@@ -76,71 +84,58 @@ def train(
         out: Folder for ``model.ckpt``, ``metrics.jsonl`` and ``resume.safetensors``.
         settings: The hyper-parameters; None for the defaults.
         options: How to execute the run; None for the defaults.
-        checked: ``check_splits`` has checked the images already.
+        checked: ``find_unreadable`` has checked the images already.
 
     Raises:
         UnknownNameError: Unknown backbone, method or method setting.
         BackboneError: The backbone's weights are missing or do not fit.
-        SettingError: A setting is outside its range, or ``out`` holds a run with other settings or
-            data.
+        SettingError: A setting is outside its range, ``out`` holds a run with other settings or
+            data, or the GPU has too little memory.
         DivergedError: A loss or gradient is not finite.
         DataError: An image cannot be used.
-        OutputError: ``out`` cannot be written, or holds a run and ``options.resume`` is false.
+        OutputError: ``out`` cannot be written, or holds a run and ``options`` neither resumes nor
+            overwrites it.
         MissingExtraError: TensorBoard is requested but not installed.
     """
     settings, options = settings or TrainingSettings(), options or RunOptions()
     accelerator: Any = Accelerator(mixed_precision="no")  # its autocast is fixed for the process
+    reporter = Reporter(options.progress and accelerator.is_main_process)
     workers = options.workers
     if workers is None:
         workers = min(8, processors()) if accelerator.device.type == "cuda" else 0
-    with preserved_randomness(accelerator.device), deterministic(accelerator.device):
-        run = TrainingLoop(accelerator, splits, out, settings, workers, options.progress)
-        state = run.folder.open(options.resume)
-        if not checked and state.result is None:
-            check_splits(splits, trust_images=options.trust_images, progress=options.progress)
-        if run.shows_progress:
-            print(*splits.summary(), sep="\n", file=sys.stderr)
+    folder = RunFolder(out)
+    state = folder.open(resume=options.resume, overwrite=options.overwrite)
+    with preserved_randomness(accelerator.device), deterministic(accelerator.device), _memory():
+        tuned = create_model(settings, len(splits.classes))
+        model_preprocessing(tuned, settings)  # refuses wrong settings before images are read
+        if state.lines or checked:
+            left_out = folder.left_out()
+        else:
+            left_out = find_unreadable(splits, options, reporter)
+        splits = leave_out(splits, left_out)
+        run = TrainingLoop(accelerator, tuned, splits, folder, settings, workers, reporter)
         accelerator.wait_for_everyone()  # no process writes before all have read the folder
         run.restore(state)
         wants_log = options.tensorboard and run.writes
         with tensorboard_writer(out, len(state.lines), wants_log) as log:
+            if run.writes and not state.lines:
+                folder.prepare(left_out)
+            complete = f"The run in {out} is already complete."
+            reporter.say(*([complete] if state.result else overview(run, state, len(left_out))))
             for epoch in range(len(state.lines), settings.epochs_done):
                 log(run.do_epoch(state, epoch))
         if state.result is None:
             run.finish(state)
-        elif run.shows_progress:
-            print(f"The run in {out} is already complete.", file=sys.stderr)
-        return Result(checkpoint=run.folder.checkpoint, **state.result or {})
+        return Result(checkpoint=folder.checkpoint, left_out=len(left_out), **state.result or {})
 
 
-def check_splits(splits: Splits, *, trust_images: bool = False, progress: bool = False) -> None:
-    """Read every image before the first epoch, and report all that cannot be used.
-
-    Under ``accelerate launch``, the processes share the files.
-
-    Args:
-        splits: The images; those of ``val`` and ``test`` are always decoded.
-        trust_images: Read only the headers of the training images.
-        progress: Show progress on stderr, and a line for each file that cannot be used.
-
-    Raises:
-        DataError: Some images cannot be used; the first five are named.
-    """
-    processes: Any = PartialState()
-    shows_progress = progress and processes.is_main_process
-    lists = [(splits.train, not trust_images), (splits.val, True)]
-    if splits.test is not None:
-        lists.append((splits.test, True))
-    files = [(images.files(), whole) for images, whole in lists]
-    index, count = processes.process_index, processes.num_processes
-    own = [(paths[index::count], whole) for paths, whole in files]
-    hidden = None if shows_progress else True
-    total = sum(len(paths) for paths, _ in own)
-    with tqdm(total=total, desc="check images", disable=hidden, leave=False) as bar:
-        found = [find_faults(paths, whole=whole, tick=bar.update) for paths, whole in own]
-    faults = [fault for each in found for fault in each]
-    if count > 1:
-        faults = gather_object(faults)
-    if shows_progress and len(faults) > 1:
-        print(*faults, sep="\n", file=sys.stderr)
-    refuse_faults(faults, sum(len(paths) for paths, _ in files))
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Report a GPU without enough memory as wrong settings."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SettingError(
+            "The GPU has too little memory: compute each step in parts with `accumulate`, such as "
+            f"`accumulate=4`, or choose a smaller `batch_size` ({one_line(error, 100)})."
+        ) from error

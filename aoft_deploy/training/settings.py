@@ -13,6 +13,7 @@ from aoft_deploy.errors import SettingError
 __all__ = [
     "AUGMENTATIONS",
     "LEARNING_RATES",
+    "METHODS",
     "PRECISIONS",
     "TRAIN_ON",
     "RunOptions",
@@ -42,6 +43,9 @@ LEARNING_RATES = {
 
 HEAD_LEARNING_RATES = {"linear": 3e-2}
 """Default peak learning rate of the classifier; 1e-2 for methods with updates."""
+
+METHODS = tuple(sorted(LEARNING_RATES | HEAD_LEARNING_RATES))
+"""Names of the methods, without importing them."""
 
 
 @dataclass(frozen=True)
@@ -187,27 +191,40 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is executed; its results do not depend on these options.
+    """How a run is executed; its results depend on these options only if images are unreadable.
 
     Attributes:
         resume: Continue the run in the output folder if there is one; the result is the same as
             that of an uninterrupted run.
+        overwrite: Replace the run in the output folder if there is one, after all checks.
         workers: Processes that prepare images; None for none on a CPU and up to 8 for a GPU.
-        progress: Show progress on stderr.
+        progress: Show on stderr what is trained, and the progress.
         tensorboard: Also write the metrics for TensorBoard into the output folder.
         trust_images: Check only the headers of the training images before the first epoch, without
             decoding them.
+        skip_unreadable: Leave out images that cannot be read, and list them in the output folder's
+            ``unreadable.json``; a resumed run leaves out the same.
 
     Raises:
-        SettingError: A value is outside its range.
+        SettingError: A value is outside its range, or options exclude each other.
     """
 
     resume: bool = False
+    overwrite: bool = False
     workers: int | None = None
     progress: bool = False
     tensorboard: bool = False
     trust_images: bool = False
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise SettingError(
+                "`resume=True` continues a run and `overwrite=True` replaces it: give one of them."
+            )
+        if self.trust_images and self.skip_unreadable:
+            raise SettingError(
+                "`skip_unreadable=True` decodes every image: leave out `trust_images=True`."
+            )
         if self.workers is not None and self.workers < 0:
             raise SettingError(f"`workers` is {self.workers}, but must be a whole number from 0.")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,16 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from folder_contents import folder_contents
 
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.cli.train import main
 from aoft_deploy.cli.train_options import given_settings, parser
 from aoft_deploy.data.folder import write_folder
-from aoft_deploy.data.synthetic import load_task
+from aoft_deploy.data.synthetic import load_task, task_names
+from aoft_deploy.training.learner import fast_bf16
+from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import TrainingSettings
+from aoft_deploy.tuning.backbones.bundled import WEIGHTS
+from aoft_deploy.tuning.methods import method_names
 
 SHAPES = load_task("shape", train=30, val=12, test=12)
 SMALL = ["--img-size", "16", "--epochs", "1", "--batch-size", "16"]
+SMALL += ["--backbone", "aoft_vit_nano"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +69,15 @@ def test_every_training_setting_has_an_option_whose_help_shows_its_default() -> 
     for name, value in vars(TrainingSettings()).items():
         if name != "method_settings":
             option = "--" + name.replace("_", "-")
-            after = text.partition(f" {option} ")[2]
-            assert after, name
-            assert value is None or f"({value})" in after.partition(" --")[0], name
+            after = text.partition(f" {option} ")[2].partition(" --")[0]
+            assert "(default: " in after, name
+            assert value is None or f"(default: {value}" in after, name
+
+
+def test_the_help_lists_all_methods_and_tasks() -> None:
+    text = " ".join(parser().format_help().replace("aoft-\n", "aoft-").split()).replace("- ", "-")
+    assert f"fine-tuning method: {', '.join(method_names())} (default" in text
+    assert f"a built-in task: {', '.join(task_names())} " in text
 
 
 def test_training_on_a_folder_writes_a_checkpoint_and_prints_a_table(
@@ -78,9 +93,14 @@ def test_training_on_a_folder_writes_a_checkpoint_and_prints_a_table(
     for name in ("method", "trained parameters", "chosen epoch", "val accuracy", "test accuracy"):
         assert re.search(rf"^{name} +\S", printed.out, re.MULTILINE)
     assert "epoch 1/1" in printed.err
+    assert "method    lora: rank 3, scale 0.5, targets k fc1\n" in printed.err
+    update, head = re.findall(r"^trained parameters +(\S+) \+ (\S+) ", printed.out, re.MULTILINE)[0]
+    assert re.search(
+        rf"^trained   {update} parameters .* \+ {head} \(classifier\)$", printed.err, 8
+    )
 
 
-def test_the_command_first_prints_skipped_files_classes_and_image_counts(
+def test_the_command_first_says_what_it_trains(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "shapes"
@@ -95,16 +115,129 @@ def test_the_command_first_prints_skipped_files_classes_and_image_counts(
         "note: Folder 'unlabelled' skipped.",
         "note: 1 file with another suffix skipped (.heic 1).",
     ]
+    names = "circle, cross, ring, square, star, triangle"
+    plain = timm.create_model("aoft_vit_nano", num_classes=0, img_size=16)
+    size = sum(parameter.numel() for parameter in plain.parameters())
+    threads = f"{torch.get_num_threads()} threads".replace("1 threads", "1 thread")
+    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     start = [
         *notes,
-        "6 classes: circle, cross, ring, square, star, triangle",
-        "images: train 30 (from Training), val 12 (from Valid), test 12 (from test)",
+        f"data      {data}: 54 images of 6 classes ({names})",
+        "train     30 images, 5 of each class (from Training)",
+        "val       12 images, 2 of each class (from Valid)",
+        "test      12 images, 2 of each class (from test)",
+        f"backbone  aoft_vit_nano, {size:,} parameters, bundled weights, input 16 x 16 pixels",
+        "method    linear",
+        "trained   0 parameters (0.00% of the backbone) + 1,158 (classifier)",
+        "training  1 epoch of 2 steps, up to 16 images per step, learning rate 0.03, augment none",
+        f"device    cpu ({threads}), precision {precision}",
+        f"output    {tmp_path / 'run'}",
     ]
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
-    assert lines[:4] == start
-    assert lines[4].startswith("epoch 1/1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[: len(start)] == start
+    assert lines[len(start)].startswith("epoch 1/1")
     assert main([*options, "--out", str(tmp_path / "quiet"), "--quiet"]) == 0
     assert capsys.readouterr().err.splitlines() == notes
+
+
+def test_after_training_commands_to_copy_export_try_and_serve_the_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, weights = (tmp_path / name for name in ("my photös", "run 1", "it's.safetensors"))
+    shutil.copytree(folder, data)
+    shutil.copyfile(WEIGHTS, weights)
+    options = ["--data", str(data), "--out", str(out), "--backbone-weights", str(weights)]
+    assert main([*options, *SMALL, "--method", "linear"]) == 0
+    *_, export, predict, serve = (shlex.split(s) for s in capsys.readouterr().err.splitlines()[-3:])
+    checkpoint, artefact = str(out / "model.ckpt"), str(out / "model.onnx")
+    assert export == ["aoft-export", "--merge", checkpoint, "--backbone-weights", str(weights)]
+    assert predict[:2] == ["aoft-predict", artefact]
+    assert Path(predict[2]).is_relative_to(data / "test")
+    assert Path(predict[2]).is_file()
+    assert serve == ["aoft-serve", artefact]
+    Path(artefact).touch()
+    assert main([*options, *SMALL, "--method", "linear", "--overwrite"]) == 0
+    again = shlex.split(capsys.readouterr().err.splitlines()[-3])
+    assert again == [*export, "--overwrite"]
+
+
+def test_without_a_backbone_the_demo_model_is_named_and_a_real_one_offered(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--img-size", "16", "--epochs", "1", "--method", "linear", "--quiet"]
+    assert main(["--data", str(folder), "--out", str(tmp_path / "run"), *options]) == 0
+    note = capsys.readouterr().err
+    assert note.startswith("note: Without --backbone, aoft_vit_nano is trained, a small demo model")
+    assert note.count("\n") == 1
+    for option in re.findall(r"--[\w-]+", note):
+        assert option in parser()._option_string_actions
+    (name,) = re.findall(r"--backbone (vit\S+),", note)
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None and config.hf_hub_id
+    assert main(["--data", "digits", "--out", str(tmp_path / "digits"), "--method", "x"]) == 1
+    assert capsys.readouterr().err.startswith("error: Unknown method 'x'")
+
+
+def test_a_run_is_overwritten_only_on_request_and_only_by_a_run_that_can_start(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(folder), "--out", str(tmp_path), *SMALL, "--method", "linear"]
+    assert main(options) == 0
+    before = folder_contents(tmp_path)
+    capsys.readouterr()
+    assert main(options) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} already holds a run (model.ckpt): continue it with --resume, replace "
+        "it with --overwrite, or give another folder as --out.\n"
+    )
+    assert main([*options, "--overwrite", "--rank", "4"]) == 1
+    assert folder_contents(tmp_path) == before
+    assert main([*options, "--overwrite", "--seed", "1"]) == 0
+    assert read_checkpoint(tmp_path / "model.ckpt").training["settings"]["seed"] == 1
+    assert main([*options, "--resume"]) == 1
+    assert (
+        "was started with seed 1, but now it is 0: continue with the same, or start a new run "
+        "with --overwrite" in capsys.readouterr().err
+    )
+
+
+def test_unreadable_images_are_left_out_on_request(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "shapes"
+    shutil.copytree(folder, data)
+    last = data / "test" / "triangle" / "00011.png"
+    last.write_bytes(b"")
+    options = ["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--method", "linear"]
+    assert main([*options, "--quiet"]) == 1
+    assert "or leave them out with --skip-unreadable.\n" in capsys.readouterr().err
+    assert main([*options, "--skip-unreadable"]) == 0
+    printed = capsys.readouterr()
+    assert "aoft-predict" in printed.err and f"{last}\n" not in printed.err.partition("Next:")[2]
+    assert re.search(
+        r"^left out +1 unreadable, see /\S+/unreadable\.json$",
+        printed.out,
+        re.MULTILINE,
+    )
+
+
+def test_an_interrupt_says_what_can_be_continued(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupting(self: RunFolder, line: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["--data", str(folder), "--out", str(tmp_path / "run"), *SMALL, "--method", "linear"]
+    monkeypatch.setattr(RunFolder, "append_metrics", interrupting)
+    assert main([*options, "--quiet"]) == 1
+    hint = f"Finished epochs are in {tmp_path / 'run'}. To continue, add --resume."
+    assert hint in capsys.readouterr().err
+    monkeypatch.setattr(RunFolder, "save", interrupting)
+    assert main([*options, "--quiet", "--overwrite"]) == 1
+    assert capsys.readouterr().err == "error: Interrupted; nothing unfinished was left.\n"
 
 
 def test_trust_images_skips_the_check_of_all_images(
@@ -180,7 +313,10 @@ def test_wrong_usage_exits_with_2(options: list[str]) -> None:
         (["--seeds", "2"], "--seeds and --tasks need --suite"),
         (["--recipe", "vtab/kitti", "--seeds", "2"], "--seeds and --tasks need --suite"),
         (["--recipe", "vtab/kitti", "--tasks", "kitti"], "--seeds and --tasks need --suite"),
-        (["--suite", "vtab", "--seeds", "0"], "--seeds must be 1 or more"),
+        (["--suite", "vtab", "--seeds", "0"], "--seeds: '0' is no whole number from 1"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--skip-unreadable", "--trust-images"], "not allowed with argument"),
+        (["--recipe", "vtab/kitti", "--skip-unreadable"], "--any-size accepts that"),
         (["--suite", "vtab", "--seed", "1"], "give --seeds instead of --seed"),
         (["--any-size"], "--any-size needs --recipe or --suite"),
         (["--recipe", "vtab/kitti", "--train-on", "train"], "decide --train-on and --stop-after"),

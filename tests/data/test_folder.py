@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_folders import fill, names, pixels
 
-from aoft_deploy.data.folder import load_folder, write_folder
+from aoft_deploy.data.folder import check_outside, load_folder, write_folder
+from aoft_deploy.data.sources import load_data
 from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import DataError, ImageError, OutputError, SettingError
@@ -90,13 +92,61 @@ def test_folders_within_class_folders_are_searched(tmp_path: Path) -> None:
     splits = load_folder(tmp_path)
     assert splits.test is not None
     assert [len(images) for images in (splits.train, splits.val, splits.test)] == [8, 2, 2]
+    (note,) = splits.notes
+    assert note.startswith("Sub-folders of class folders, such as 'cat/indoors/asleep', are not")
 
 
-def test_a_folder_that_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for name in ("none", "file"):
-        with pytest.raises(DataError, match=f"Data folder '.*{name}' is not a folder: give one"):
+def test_one_folder_of_images_within_each_class_folder_is_no_reason_for_a_note(
+    tmp_path: Path,
+) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name / "images", 4)
+    assert not load_folder(tmp_path).notes
+
+
+def test_a_folder_that_does_not_exist_is_refused_with_a_similar_one(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"photoes' does not exist; did you mean '.*/photos'.$"):
+        load_folder(tmp_path / "photoes")
+    with pytest.raises(DataError, match="other' does not exist: check the path"):
+        load_folder(tmp_path / "other")
+
+
+def test_a_file_in_place_of_a_folder_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    fill(tmp_path / "cat", 1)
+    for name, format in (("a.zip", "zip"), ("a.tar", "tar"), ("a.tgz", "gztar")):
+        made = shutil.make_archive(str(tmp_path / "made"), format, tmp_path / "cat")
+        Path(made).rename(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}' is an archive: unpack it"):
             load_folder(tmp_path / name)
+    with pytest.raises(DataError, match=r"000.png' is one image: give the folder"):
+        load_folder(tmp_path / "cat" / "000.png")
+    (tmp_path / "labels.csv").write_text("000.png,cat")
+    for path in (tmp_path / "labels.csv", Path("/dev/null")):
+        with pytest.raises(DataError, match=f"{path.name}' is a file, and lists of images are not"):
+            load_folder(path)
+
+
+def test_copies_of_training_images_in_other_parts_are_told(parted: Path) -> None:
+    assert not load_folder(parted).notes
+    for number in (0, 2):
+        copied = parted / "train" / "cat" / f"{number:03}.png"
+        shutil.copyfile(copied, parted / "test" / "cat" / copied.name)
+    (parted / "val" / "cat" / "001.png").unlink()
+    (parted / "val" / "cat" / "001.png").symlink_to("nowhere")
+    note = "2 of 6 images of test are also in train: its accuracy misleads"
+    assert load_folder(parted).notes == (note,)
+
+
+def test_an_output_folder_among_the_class_folders_is_refused(parted: Path) -> None:
+    splits = load_folder(parted / "train")
+    for out in (parted / "train" / "runs", parted / "train" / "cat" / "run"):
+        with pytest.raises(
+            OutputError, match=rf"{out} lies among the class folders of .*/train an"
+        ):
+            check_outside(splits, out)
+    check_outside(load_folder(parted), parted / "runs")
+    check_outside(load_data("digits"), parted)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
@@ -121,12 +171,29 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
         load_folder(tmp_path)
 
 
-def test_a_class_too_small_to_split_is_named(flat: Path) -> None:
+def test_a_class_too_small_to_split_is_in_train_and_then_in_val(flat: Path) -> None:
+    before = load_folder(flat)
     fill(flat / "eel", 2)
-    message = r"Class 'eel' has too few images \(2\) to split into train and val and test: add"
-    with pytest.raises(DataError, match=message):
-        load_folder(flat)
-    assert load_folder(flat, test_fraction=0).classes == ("cat", "dog", "eel")
+    fill(flat / "fly", 1)
+    splits = load_folder(flat)
+    assert splits.notes == (
+        "val has no images of class 'fly'",
+        "test has no images of class 'eel', 'fly'",
+    )
+    assert [list(images.labels).count(2) for images in splits.parts().values()] == [1, 1, 0]
+    assert [list(images.labels).count(3) for images in splits.parts().values()] == [1, 0, 0]
+    assert splits.val.images[: len(before.val)] == before.val.images
+
+
+def test_without_a_class_of_two_or_three_images_there_is_no_val_or_test(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, 1)
+    with pytest.raises(DataError, match="No class has two images to split into train and val and"):
+        load_folder(tmp_path)
+    fill(tmp_path / "dog", 2)
+    splits = load_folder(tmp_path)
+    assert (names(splits.train)[0], len(splits.train), len(splits.val)) == ("cat/000.png", 2, 1)
+    assert splits.test is None
 
 
 def test_a_class_missing_in_train_is_named_with_a_similar_one(parted: Path) -> None:

@@ -36,7 +36,7 @@ def test_parts_are_recognised_by_their_usual_names(
     assert splits.classes == ("ant", "bee", "cow")
     assert (len(splits.train), len(splits.val)) == ((30, 9) if val else (27, 3))
     assert splits.test is not None and len(splits.test) == 6
-    assert not splits.skipped
+    assert not splits.notes
     for images, folder in ((splits.train, train), (splits.val, val or train), (splits.test, test)):
         assert {Path(str(path)).parts[-3] for path in images.images} == {folder}
 
@@ -130,7 +130,7 @@ def test_one_common_sub_folder_may_hold_the_images(tmp_path: Path) -> None:
         (tmp_path / "train" / name / f"{name}_boxes.txt").touch()
     splits = load_folder(tmp_path)
     assert splits.classes == ("n01443537", "n01629819")
-    assert splits.skipped == ("2 files with other suffixes skipped (.txt 2)",)
+    assert splits.notes == ("2 files with other suffixes skipped (.txt 2)",)
 
 
 @pytest.mark.parametrize("beside", [(), ("docs",)])
@@ -154,7 +154,7 @@ def test_folders_beside_train_are_reported(parted: Path) -> None:
     fill(parted / "unlabelled", 3)
     fill_classes(parted, "holdout")
     splits = load_folder(parted)
-    assert splits.skipped == ("Folders 'holdout', 'unlabelled' skipped",)
+    assert splits.notes == ("Folders 'holdout', 'unlabelled' skipped",)
     assert splits.classes == ("cat", "dog")
 
 
@@ -179,7 +179,7 @@ def test_system_folders_are_no_classes(parted: Path, flat: Path) -> None:
     splits = load_folder(parted)
     assert splits.classes == ("cat", "dog")
     assert len(splits.train) == 6
-    assert not splits.skipped
+    assert not splits.notes
 
 
 def test_an_unlabelled_test_part_is_skipped_and_an_unlabelled_val_is_refused(parted: Path) -> None:
@@ -194,7 +194,7 @@ def test_an_unlabelled_test_part_is_skipped_and_an_unlabelled_val_is_refused(par
         path.unlink()
     (parted / "val").rmdir()
     splits = load_folder(parted)
-    assert splits.skipped == (f"6 images outside of class folders skipped (in '{parted}/test')",)
+    assert splits.notes == (f"6 images outside of class folders skipped (in '{parted}/test')",)
     assert splits.test is not None
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [2, 2, 2]
 
@@ -203,13 +203,13 @@ def test_an_unlabelled_test_part_is_skipped_and_an_unlabelled_val_is_refused(par
 def test_images_beside_class_folders_are_reported(parted: Path, where: str) -> None:
     fill(parted / where, 1)
     note = f"1 image outside of class folders skipped (in {str(parted / where)!r})"
-    assert load_folder(parted).skipped == (note,)
+    assert load_folder(parted).notes == (note,)
 
 
 def test_classes_that_a_part_lacks_are_reported(parted: Path) -> None:
     for path in [*(parted / "val" / "cat").iterdir()]:
         path.unlink()
-    assert load_folder(parted).skipped == ("val has no images of class 'cat'",)
+    assert load_folder(parted).notes == ("val has no images of class 'cat'",)
 
 
 def test_two_links_to_one_folder_are_refused(flat: Path) -> None:

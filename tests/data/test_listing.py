@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from image_folders import check_images, fill, names
+from image_folders import faulty, fill, names
 from PIL import Image
 
 from aoft_deploy.data.folder import load_folder
@@ -65,7 +65,7 @@ def test_files_with_other_suffixes_are_counted(parted: Path) -> None:
         (parted / "train" / "cat" / f"{number}.HEIC").write_bytes(b"-")
     (parted / "val" / "dog" / "list.txt").touch()
     note = "13 files with other suffixes skipped (.heic 12, .txt 1)"
-    assert load_folder(parted).skipped == (note,)
+    assert load_folder(parted).notes == (note,)
 
 
 def test_a_class_with_only_other_suffixes_is_refused_with_their_number(flat: Path) -> None:
@@ -85,15 +85,15 @@ def test_files_with_unusual_or_no_suffixes_are_images(flat: Path, suffix: str) -
     splits = load_folder(flat)
     assert splits.test is not None
     assert len(splits.train) + len(splits.val) + len(splits.test) == 54
-    assert not splits.skipped
+    assert not splits.notes
     for images in (splits.train, splits.val, splits.test):
-        check_images(images, whole=True)
+        assert not faulty(images, whole=True)
 
 
 def test_text_without_a_suffix_is_no_image(flat: Path) -> None:
     for name, text in (("BMW", "BM is a brand"), ("P2", "P2 is a class"), ("riff", "RIFF...")):
         (flat / "cat" / name).write_text(text)
-    assert load_folder(flat).skipped == ("3 files with other suffixes skipped (no suffix 3)",)
+    assert load_folder(flat).notes == ("3 files with other suffixes skipped (no suffix 3)",)
 
 
 def test_pipes_are_no_images_and_broken_links_are_faults(flat: Path) -> None:
@@ -103,5 +103,4 @@ def test_pipes_are_no_images_and_broken_links_are_faults(flat: Path) -> None:
     assert splits.test is not None
     paths = [*splits.train.images, *splits.val.images, *splits.test.images]
     assert not any(Path(str(path)).name == "pipe.png" for path in paths)
-    with pytest.raises(DataError, match=r"dead\.png': no such file or directory"):
-        check_images(ImageList(paths, [0] * len(paths)))
+    assert faulty(ImageList(paths, [0] * len(paths))) == ["dead.png"]

@@ -20,11 +20,16 @@ def test_data_is_a_task_or_a_folder(flat: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_data("./digits").classes == ("one", "two")
 
 
-def test_an_unknown_name_is_refused_with_the_known_tasks(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_known_tasks_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
         UnknownNameError, match=r"Unknown folder or task 'digts'\. Did you mean digi"
     ):
         load_data("digts")
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="is not a folder"):
-        load_data(str(tmp_path / "file"))
+    with pytest.raises(DataError, match="/digits' does not exist: check the path"):
+        load_data(str(tmp_path / "digits"))
+    (tmp_path / "my photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownNameError, match=r"Did you mean my photos\? Known: .*digits, my ph"):
+        load_data("my-photos")

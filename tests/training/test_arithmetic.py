@@ -96,7 +96,7 @@ def gradients(learner: Learner, loader: Loader) -> list[dict[str, Tensor]]:
         found.append({n: p.grad.clone() for n, p in trained.items() if p.grad is not None})
 
     learner.optimiser.register_step_pre_hook(look)
-    learner.fit(loader, 0, lambda: None)
+    learner.fit(loader, 0, lambda *_: None)
     return found
 
 
@@ -193,7 +193,7 @@ def test_three_steps_equal_those_computed_by_hand(changes: dict[str, Any]) -> No
     ours = learner(settings)
     start = {name: p.detach().clone() for name, p in ours.tuned.trained().items()}
     expected = by_hand(settings, start)
-    ours.fit(loader(settings), 0, lambda: None)
+    ours.fit(loader(settings), 0, lambda *_: None)
     for name, parameter in ours.tuned.trained().items():
         moved = (expected[name] - start[name]).abs().max()
         assert (parameter - expected[name]).abs().max() <= 1e-9 * moved, name

@@ -1,6 +1,9 @@
 import os
 import pickle
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from aoft_deploy.data.folder import write_folder
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.data.splits import ImageList
 from aoft_deploy.data.synthetic import load_task
-from aoft_deploy.errors import ImageError
+from aoft_deploy.errors import ImageError, SettingError
 from aoft_deploy.training.batches import (
     Loader,
     Part,
@@ -98,6 +101,24 @@ def test_batches_can_be_sent_to_workers_that_do_not_fork(augment: str) -> None:
     batches = PixelBatches(DIGITS, PREPROCESSING, augment)
     received = pickle.loads(pickle.dumps(batches))
     assert torch.equal(received[whole()][0], batches[whole()][0])
+
+
+class Fatal(Sequence[Path]):
+    """Images whose access kills the process, as the system does without shared memory."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@FORKS
+def test_a_worker_that_the_system_kills_is_one_sentence() -> None:
+    batches = PixelBatches(ImageList(Fatal(), [0]), PREPROCESSING, "crop")
+    loader = Loader(batches, lambda epoch: iter([Part(0, 0, 0, (0,), 1.0)]), workers=1)
+    with pytest.raises(SettingError, match=r"was killed, as happens .* use fewer `workers`, such"):
+        list(loader.epoch(0))
 
 
 @FORKS

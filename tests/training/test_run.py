@@ -153,8 +153,13 @@ def test_accumulated_parts_equal_the_whole_step(finished: Path, tmp_path: Path) 
 class Interrupting(Sequence[Path | NDArray[np.uint8]]):
     """Images that interrupt the program on a certain access, like a signal."""
 
-    def __init__(self, images: Sequence[Path | NDArray[np.uint8]], accesses: int) -> None:
-        self.images, self.left = images, accesses
+    def __init__(
+        self,
+        images: Sequence[Path | NDArray[np.uint8]],
+        accesses: int,
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
+        self.images, self.left, self.error = images, accesses, error
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,7 +171,7 @@ class Interrupting(Sequence[Path | NDArray[np.uint8]]):
     def __getitem__(self, index: int | slice) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise KeyboardInterrupt
+            raise self.error
         return self.images[index]
 
     def __iter__(self) -> Iterator[Path | NDArray[np.uint8]]:
@@ -231,7 +236,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished: Path) -> 
     with pytest.raises(SettingError, match="started with batch size 16, but now it is 8"):
         train(DIGITS, finished, replace(SMALL, batch_size=8), RunOptions(resume=True))
     fewer = ImageList(DIGITS.train.images[1:], DIGITS.train.labels[1:])
-    with pytest.raises(SettingError, match="started with train images"):
+    with pytest.raises(SettingError, match="started with other images in train: continue with"):
         train(replace(DIGITS, train=fewer), finished, SMALL, RunOptions(resume=True))
 
 
@@ -299,6 +304,13 @@ def test_diverging_training_stops_and_keeps_the_best_epoch(tmp_path: Path) -> No
     assert kept["val_accuracy"] == max(line["val_accuracy"] for line in lines)
 
 
+def test_a_gpu_without_enough_memory_is_one_sentence(tmp_path: Path) -> None:
+    images = Interrupting(DIGITS.train.images, 3, torch.OutOfMemoryError)
+    train_images = ImageList(images, DIGITS.train.labels)
+    with pytest.raises(SettingError, match="too little memory: compute each step in parts with"):
+        train(replace(DIGITS, train=train_images), tmp_path / "run", SMALL)
+
+
 def test_an_image_that_cannot_be_used_is_found_before_training(tmp_path: Path) -> None:
     write_folder(DIGITS, tmp_path / "digits")
     path = next((tmp_path / "digits" / "train").rglob("*.png"))
@@ -344,7 +356,12 @@ def test_checked_images_and_those_of_a_complete_run_are_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks: list[int] = []
-    monkeypatch.setattr(run, "check_splits", lambda *_, **__: checks.append(1))
+
+    def checking(*_: object) -> dict[str, str]:
+        checks.append(1)
+        return {}
+
+    monkeypatch.setattr(run, "find_unreadable", checking)
     settings = replace(SMALL, epochs=1)
     train(DIGITS, tmp_path / "run", settings, checked=True)
     train(DIGITS, tmp_path / "run", settings, RunOptions(resume=True))
@@ -364,7 +381,7 @@ def test_unknown_names_and_missing_weights_are_found_before_training(tmp_path: P
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="Cannot write into"):
+    with pytest.raises(OutputError, match="/file is a file: give a folder as `out`"):
         train(DIGITS, tmp_path / "file" / "run", SMALL)
 
 
@@ -390,8 +407,11 @@ def test_without_tensorboard_its_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.ckpt").touch()
     with pytest.raises(MissingExtraError, match=r"pip install 'aoft-deploy\[tensorboard\]'"):
-        train(DIGITS, tmp_path / "run", SMALL, RunOptions(tensorboard=True))
+        train(DIGITS, tmp_path / "run", SMALL, RunOptions(tensorboard=True, overwrite=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model.ckpt"]
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def load_fgvc(root: Path, name: str, *, seed: int = 0, any_size: bool = False) -
     Each file is a JSON object from image paths to class ids. The sorted ids of all files become
     the labels, from 0. (The published code numbers the ids of each file separately, which mixes up
     classes if a file lacks one.) Without ``train``, ``trainval`` is read; a tenth of each class, at
-    least one image, becomes ``val``, which differs from VPT's split.
+    least one image of two, becomes ``val``, which differs from VPT's split.
 
     Args:
         root: Folder of the benchmark.
@@ -53,8 +53,7 @@ def load_fgvc(root: Path, name: str, *, seed: int = 0, any_size: bool = False) -
     Raises:
         UnknownNameError: The benchmark has no such data set.
         DataError: A file cannot be read, is no such object, or has another size; a path leads out
-            of the folder or is not a file; an image is listed twice; or a class of ``trainval`` has
-            only one image.
+            of the folder or is not a file; or an image is listed twice.
         SettingError: The seed is negative.
     """
     task = FGVC.task(name)
@@ -72,7 +71,8 @@ def load_fgvc(root: Path, name: str, *, seed: int = 0, any_size: bool = False) -
     lists = _located(folder, files, ids, task)
     if "trainval" in lists:
         lists |= _split_trainval(lists.pop("trainval"), ids, seed)
-    return Splits(lists["train"], lists["val"], lists["test"], tuple(map(str, ids)))
+    classes = tuple(map(str, ids))
+    return Splits(lists["train"], lists["val"], lists["test"], classes, str(folder))
 
 
 def _read_ids(path: Path) -> _Ids:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from aoft_deploy.training.paper_benchmarks.recipes import Recipe, get_recipe
 from aoft_deploy.training.paper_benchmarks.report import Summary, markdown
 from aoft_deploy.training.paper_benchmarks.task_run import RECORD, Outcome, load_splits, run_recipe
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
+from aoft_deploy.training.reporting import Reporter
 from aoft_deploy.training.settings import RunOptions
 
 __all__ = ["RESULTS", "TABLE", "run_suite"]
@@ -37,7 +37,8 @@ def run_suite(
     """Run tasks of a benchmark by their recipes, one seed after the other.
 
     Each run has the folder ``out/TASK/seed-N``. Finished runs are not repeated, and interrupted
-    ones are resumed. After each run, ``table.md`` and ``results.json`` in ``out`` are updated.
+    ones are resumed, unless ``options.overwrite`` starts all of them anew. After each run,
+    ``table.md`` and ``results.json`` in ``out`` are updated.
 
     Args:
         name: ``vtab`` or ``fgvc``.
@@ -48,7 +49,7 @@ def run_suite(
         given: Values of ``TrainingSettings`` except the seed, such as the method, that override
             the recipes.
         any_size: Accept other numbers of images than in the benchmark.
-        options: How to execute the runs; they are always resumed. None for the defaults.
+        options: How to execute the runs. None for the defaults.
 
     Raises:
         UnknownNameError: No such benchmark or task.
@@ -60,7 +61,9 @@ def run_suite(
         raise UnknownNameError("benchmark", name, BENCHMARKS)
     if seeds < 1:
         raise SettingError(f"`seeds` is {seeds}, but must be a whole number from 1.")
-    options = replace(options or RunOptions(), resume=True)
+    options = options or RunOptions()
+    options = replace(options, resume=not options.overwrite)
+    reporter = Reporter(options.progress and PartialState().is_main_process)
     benchmark = BENCHMARKS[name]
     plan = {
         out / task.name / f"seed-{seed}": get_recipe(
@@ -69,7 +72,7 @@ def run_suite(
         for seed in range(seeds)
         for task in benchmark.chosen(tasks)
     }
-    outcomes = _finished(plan, root, any_size)
+    outcomes = _finished(plan, root, any_size, options)
     summary = Summary(benchmark, tuple(outcomes.values()), len(plan))
     if outcomes:
         _write(summary, out)
@@ -79,18 +82,21 @@ def run_suite(
         in_order = tuple(outcomes[each] for each in plan if each in outcomes)
         summary = replace(summary, outcomes=in_order)
         _write(summary, out)
-        if options.progress:
-            _print_progress(summary, outcomes[folder])
+        done = f"{len(summary.outcomes)} of {summary.wanted} runs"
+        last = outcomes[folder]
+        reporter.say(f"{last.task}, seed {last.seed}: {last.test_accuracy:.2%} ({done})")
     return summary
 
 
-def _finished(plan: Mapping[Path, Recipe], root: Path, any_size: bool) -> dict[Path, Outcome]:
+def _finished(
+    plan: Mapping[Path, Recipe], root: Path, any_size: bool, options: RunOptions
+) -> dict[Path, Outcome]:
     """Outcomes of the finished runs; reads the lists of all runs, so that none fails late."""
     outcomes = {}
     for folder, recipe in plan.items():
         splits = load_splits(recipe, root, any_size=any_size)
-        if (folder / RECORD).exists():
-            outcomes[folder] = run_recipe(recipe, splits, folder, RunOptions(resume=True))
+        if options.resume and (folder / RECORD).exists():
+            outcomes[folder] = run_recipe(recipe, splits, folder, options)
     return outcomes
 
 
@@ -99,9 +105,3 @@ def _write(summary: Summary, out: Path) -> None:
         write_json(out / RESULTS, summary.to_dict())
         with replacing(out / TABLE) as temporary:
             temporary.write_text(markdown(summary), "utf-8")
-
-
-def _print_progress(summary: Summary, last: Outcome) -> None:
-    if PartialState().is_main_process:
-        done = f"{len(summary.outcomes)} of {summary.wanted} runs"
-        print(f"{last.task}, seed {last.seed}: {last.test_accuracy:.2%} ({done})", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,13 +15,15 @@ from aoft_deploy.data.splits import Splits
 from aoft_deploy.errors import DivergedError
 from aoft_deploy.files import file_digest, write_json
 from aoft_deploy.training.batches import fingerprints
+from aoft_deploy.training.image_check import find_unreadable, leave_out
 from aoft_deploy.training.loop import merit
 from aoft_deploy.training.paper_benchmarks.fgvc import load_fgvc
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe
 from aoft_deploy.training.paper_benchmarks.tasks import VTAB, deviations
 from aoft_deploy.training.paper_benchmarks.vtab import load_vtab
-from aoft_deploy.training.run import Result, check_splits, train
-from aoft_deploy.training.run_folder import check_same, existing_run, unreadable
+from aoft_deploy.training.reporting import Reporter
+from aoft_deploy.training.run import Result, train
+from aoft_deploy.training.run_folder import RunFolder, check_same, existing_run, unreadable
 from aoft_deploy.training.settings import RunOptions
 
 __all__ = ["RECORD", "Outcome", "load_splits", "run_recipe"]
@@ -95,21 +97,34 @@ def run_recipe(
         options: How to execute the runs; a finished run is not repeated. None for the defaults.
 
     Raises:
-        OutputError: ``out`` cannot be written, or holds a run and ``options.resume`` is false.
+        OutputError: ``out`` cannot be written, or holds a run and ``options`` neither resumes nor
+            overwrites it.
         SettingError: The run in ``out`` has other settings or data.
         CheckpointError: A file of the run in ``out`` cannot be read.
         DivergedError: Training diverges with every rate.
         AoftError: As for ``train``.
     """
     options = options or RunOptions()
+    processes: Any = PartialState()
+    reporter = Reporter(options.progress and processes.is_main_process)
+    folder, record = RunFolder(out), out / RECORD
+    folder.open(resume=options.resume, overwrite=options.overwrite)
+    if record.exists() and options.resume:
+        return _read(record, _inputs(recipe, leave_out(splits, folder.left_out())))
+    if record.exists() and not options.overwrite:
+        raise existing_run(out, record)
+    search = out / "search"
+    started = options.resume and search.exists()
+    faults = folder.left_out() if started else find_unreadable(splits, options, reporter)
+    splits = leave_out(splits, faults)
     inputs = _inputs(recipe, splits)
-    record = out / RECORD
-    if record.exists():
-        if not options.resume:
-            raise existing_run(out, record)
-        return _read(record, inputs)
-    check_splits(splits, trust_images=options.trust_images, progress=options.progress)
-    rate, searched, seconds = _search(recipe, splits, out / "search", options)
+    if processes.is_main_process and not started:
+        record.unlink(missing_ok=True)
+        shutil.rmtree(search, ignore_errors=True)
+        folder.prepare(faults)
+    processes.wait_for_everyone()
+    options = replace(options, overwrite=False)
+    rate, searched, seconds = _search(recipe, splits, search, options, reporter)
     settings = replace(recipe.at(rate), train_on="train+val", stop_after=searched.best_epoch)
     final = train(splits, out, settings, options, checked=True)
     outcome = Outcome(
@@ -126,7 +141,6 @@ def run_recipe(
         deviations=deviations(recipe.task, splits),
         seconds=seconds + final.seconds,
     )
-    processes: Any = PartialState()
     if processes.is_main_process:
         write_json(record, {"run": inputs, "outcome": asdict(outcome)})
     processes.wait_for_everyone()
@@ -159,16 +173,17 @@ def _read(record: Path, inputs: Mapping[str, Any]) -> Outcome:
 
 
 def _search(
-    recipe: Recipe, splits: Splits, out: Path, options: RunOptions
+    recipe: Recipe, splits: Splits, out: Path, options: RunOptions, reporter: Reporter
 ) -> tuple[float, Result, float]:
     """The best rate, its result, and the seconds of all runs; the test images are not used."""
     without_test = replace(splits, test=None)
     found: list[tuple[float, Result]] = []
     seconds = 0.0
     failures: list[DivergedError] = []
-    for rate in recipe.rates:
-        if options.progress and PartialState().is_main_process:
-            print(f"{recipe.task.name}, learning rate {rate:g}", file=sys.stderr)
+    for number, rate in enumerate(recipe.rates, 1):
+        reporter.say(
+            f"{recipe.task.name}, learning rate {rate:g} ({number} of {len(recipe.rates)})"
+        )
         settings = replace(recipe.at(rate), train_on="train")
         try:
             result = train(without_test, out / f"lr-{rate:g}", settings, options, checked=True)

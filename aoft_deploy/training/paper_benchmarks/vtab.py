@@ -56,7 +56,7 @@ def load_vtab(root: Path, name: str, *, any_size: bool = False) -> Splits:
         ImageList([path for _, path, _ in entries], [label for _, _, label in entries])
         for entries in lists.values()
     )
-    return Splits(train, val, test, tuple(map(str, range(task.classes))))
+    return Splits(train, val, test, tuple(map(str, range(task.classes))), str(folder))
 
 
 def _read_list(folder: Path, file: str, task: BenchmarkTask) -> list[Entry]:

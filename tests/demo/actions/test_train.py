@@ -53,7 +53,7 @@ def test_a_fleet_without_a_manifest_cannot_be_trained_for(
 
 def test_a_failed_training_reports_the_commands_error(tmp_path: Path) -> None:
     arguments = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
-    with pytest.raises(SettingError, match="Training failed: Unknown folder or task"):
+    with pytest.raises(SettingError, match=r"Training failed: Data folder .* does not exist"):
         list(run_training(arguments, tmp_path / "run", 3, Training()))
 
 

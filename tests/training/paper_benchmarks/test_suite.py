@@ -100,13 +100,23 @@ def test_a_suite_grows_by_seeds_and_tasks(root: Path, finished: Path, tmp_path: 
     assert results(tmp_path) == results(finished)
 
 
+def test_a_suite_is_overwritten_on_request(root: Path, tmp_path: Path) -> None:
+    changed = {"tasks": TASKS[:1], "seeds": 1, "options": RunOptions(overwrite=True)}
+    run(root, tmp_path, **changed)
+    before = stamps(tmp_path)
+    run(root, tmp_path, **changed, given={**GIVEN, "head_lr": 0.1})
+    after = stamps(tmp_path)
+    assert before.keys() == {Path(str(path).replace("lr-0.1", "lr-0.03")) for path in after}
+    assert not before.items() & after.items()
+
+
 def test_a_run_that_fails_leaves_the_table_of_those_before(
     root: Path, finished: Path, tmp_path: Path
 ) -> None:
     blocked = tmp_path / "eurosat" / "seed-0"
     blocked.mkdir(parents=True)
     (blocked / "model.ckpt").touch()
-    with pytest.raises(OSError, match="so it cannot be resumed: use another folder"):
+    with pytest.raises(OSError, match="so it cannot be resumed: start a new run"):
         run(root, tmp_path)
     assert results(tmp_path)["runs"] == {"finished": 1, "wanted": 6}
     assert "1 of 6 runs are finished" in (tmp_path / "table.md").read_text()

@@ -13,7 +13,7 @@ from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.splits import ImageList, Splits, find_faults
 from aoft_deploy.errors import CheckpointError, DataError, DivergedError, OutputError, SettingError
-from aoft_deploy.training import run
+from aoft_deploy.training import image_check
 from aoft_deploy.training.paper_benchmarks import task_run
 from aoft_deploy.training.paper_benchmarks.recipes import Recipe, get_recipe
 from aoft_deploy.training.paper_benchmarks.task_run import Outcome, load_splits, run_recipe
@@ -157,11 +157,11 @@ def test_every_image_is_checked_once_before_the_search(
 ) -> None:
     checked: list[Path] = []
 
-    def recording(paths: Sequence[Path], **options: Any) -> list[str]:
+    def recording(paths: Sequence[Path], **options: Any) -> list[tuple[Path, str]]:
         checked.extend(paths)
         return find_faults(paths, **options)
 
-    monkeypatch.setattr(run, "find_faults", recording)
+    monkeypatch.setattr(image_check, "find_faults", recording)
     run_recipe(recipe(epochs=1), splits, tmp_path / "run")
     assert splits.test is not None
     assert checked == [*splits.train.images, *splits.val.images, *splits.test.images]
@@ -206,17 +206,46 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(
     finished: tuple[Path, Outcome], splits: Splits, tmp_path: Path
 ) -> None:
     out, _ = finished
-    with pytest.raises(OutputError, match=r"already holds a run \(result\.json\): .*`resume=True`"):
+    with pytest.raises(OutputError, match=r"already holds a run \(\S+\): .*`resume=True`"):
         run_recipe(recipe(), splits, out)
     with pytest.raises(SettingError, match=r"started with weight decay 0\.05, but now it is 0\.5"):
         run_recipe(recipe(weight_decay=0.5), splits, out, RunOptions(resume=True))
     fewer = ImageList(splits.train.images[1:], splits.train.labels[1:])
-    with pytest.raises(SettingError, match="started with train images"):
+    with pytest.raises(SettingError, match="started with other images in train"):
         run_recipe(recipe(), replace(splits, train=fewer), out, RunOptions(resume=True))
     (tmp_path / "weights.pth").write_bytes(b"other")
     with pytest.raises(SettingError, match="started with backbone weights null"):
         other = recipe(backbone_weights=tmp_path / "weights.pth")
         run_recipe(other, splits, out, RunOptions(resume=True))
+
+
+def test_an_overwritten_run_starts_anew_with_other_settings(splits: Splits, tmp_path: Path) -> None:
+    made = {"method": "linear", "epochs": 1}
+    run_recipe(recipe(**made, head_lr=0.1), splits, tmp_path)
+    overwrite = RunOptions(overwrite=True)
+    outcome = run_recipe(
+        recipe(**made, head_lr=0.03, weight_decay=0.5), splits, tmp_path, overwrite
+    )
+    assert outcome.lr == 0.03
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["lr-0.03"]
+
+
+def test_unreadable_images_are_left_out_of_all_runs_and_when_resuming(
+    splits: Splits, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(b"")
+    train = ImageList([damaged, *splits.train.images], [0, *splits.train.labels])
+    given, out = replace(splits, train=train), tmp_path / "run"
+    made, skip = recipe(method="linear", epochs=1, head_lr=0.1), RunOptions(skip_unreadable=True)
+    outcome = run_recipe(made, given, out, skip)
+    assert "train has 12 images instead of 800" in outcome.deviations
+    assert read_checkpoint(out / "model.ckpt").training["left_out"] == 1
+    damaged.write_bytes(Path(str(splits.train.images[0])).read_bytes())
+    assert run_recipe(made, given, out, RunOptions(resume=True)) == outcome
+    (out / "result.json").unlink()
+    again = run_recipe(made, given, out, RunOptions(resume=True))
+    assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"run": {}, "outcome": {}}'])
