@@ -3,7 +3,7 @@
     python tools/transcripts.py README.md docs/tutorials/photographs.md
     python tools/transcripts.py --check README.md      # compare, and write nothing
 
-The commands of one document run in order in one new folder. It holds ``photos/``: 60 drawn pictures
+The commands of one document run in order in one new folder. It holds ``photos/``: 60 scanned digits
 in three folders, named by class. A command that ends with ``&`` runs until the document ends.
 Long output is shortened. The check ignores the values of numbers, which differ between machines.
 """
@@ -25,21 +25,22 @@ from pathlib import Path
 HEAD, TAIL = 9, 6
 """Output of more lines is shortened to its first and last ones."""
 
-CLASSES = ("ring", "star", "triangle")
+CLASSES = {"four": "4", "seven": "7", "zero": "0"}
 PER_CLASS = 20
+_NUMBER = re.compile(r"\b[0-9a-f]{32,}\b|[-+]?\d[\d.,e+-]*")
 BLOCK = re.compile(r"^( *)```console\n(.*?)^ *```", re.M | re.S)
 
 
 def write_photos(folder: Path) -> None:
-    """Write pictures of three shapes as JPEG files, in one folder per class."""
+    """Write scanned digits as JPEG files, in one folder per class."""
     from PIL import Image
 
     from aoft_deploy.data.synthetic import load_task
 
-    splits = load_task("shape", train=400, val=1, test=0)
-    for name in CLASSES:
+    splits = load_task("digits", train=400, val=1, test=0)
+    for name, digit in CLASSES.items():
         (folder / name).mkdir(parents=True)
-        label = splits.classes.index(name)
+        label = splits.classes.index(digit)
         found = [i for i, of in enumerate(splits.train.labels) if of == label][:PER_CLASS]
         for number, index in enumerate(found, 1):
             picture, _ = splits.train[index]
@@ -145,7 +146,7 @@ def masked(text: str) -> Iterator[str]:
     """The lines of a document's console blocks without the values of numbers."""
     for block in BLOCK.finditer(text):
         for line in block[2].splitlines():
-            shown = line if line.strip().startswith("$") else re.sub(r"[-+]?\d[\d.,e+-]*", "#", line)
+            shown = line if line.strip().startswith("$") else _NUMBER.sub("#", line)
             yield " ".join(shown.split())
 
 
