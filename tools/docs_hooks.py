@@ -125,7 +125,7 @@ def commands_page() -> str:
 def command_page(name: str) -> str:
     """A command's reference: its description, and a table for each group of options."""
     parser = command_parser(name)
-    usage = " ".join(_usage(action) for action in parser._actions if _is_needed(action))
+    usage = " ".join([*_choices(parser), *map(_usage, filter(_is_needed, parser._actions))])
     lines = [f"# {name}", "", _cell(parser.description), "", f"```\n{name} {usage}\n```", ""]
     for group in parser._action_groups:
         actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
@@ -150,6 +150,13 @@ def reference_page() -> str:
             if not name.startswith("__"):
                 lines += [f"::: {package}.{name}", ""]
     return "\n".join(lines)
+
+
+def _choices(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The groups of options of which one is needed."""
+    for group in parser._mutually_exclusive_groups:
+        if group.required:
+            yield f"({' | '.join(map(_usage, group._group_actions))})"
 
 
 def _is_needed(action: argparse.Action) -> bool:
