@@ -185,7 +185,7 @@ def with_code() -> Iterator[Any]:
             yield pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks)
 
 
-@pytest.mark.parametrize("path", with_code())
+@pytest.mark.parametrize("path", list(with_code()))
 def test_python_snippets_run(
     path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
