@@ -38,7 +38,9 @@ def test_figures_are_those_of_the_results() -> None:
     step = measured("training_step_fp32")["variants"]["aoft-lora-8"]
     assert row("training step") == [f"{step['time_ratio']:.2f}", f"{step['memory_ratio']:.2f}"]
 
-    engines = {r["name"]: f"{r['ratio']:.2f}" for r in measured("engines")["rows"] if r["batch"] == 1}
+    engines = {
+        r["name"]: f"{r['ratio']:.2f}" for r in measured("engines")["rows"] if r["batch"] == 1
+    }
     names = ("onnxruntime fp32", "onnxruntime fp32, plain backbone")
     assert row("merged model") == [engines[name] for name in names]
     assert row("the same in int8") == [engines["onnxruntime int8"], engines["openvino int8"]]
