@@ -118,8 +118,12 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 def commands_page() -> str:
     """The list of all commands, each with its description."""
     rows = (f"| [`{n}`]({n}.md) | {_sentence(command_parser(n).description)} |" for n in COMMANDS)
-    head = "# Commands\n\nEvery page here is made from the command's parser: it says what `--help` says."
-    return "\n".join([head, "", "| command | what it does |", "|---|---|", *rows, ""])
+    head = [
+        "# Commands",
+        "",
+        "These pages are made from the commands' parsers and say what `--help` says.",
+    ]
+    return "\n".join([*head, "", "| command | what it does |", "|---|---|", *rows, ""])
 
 
 def command_page(name: str) -> str:
@@ -201,6 +205,11 @@ def _cell(text: str | None) -> str:
 
 def _sentence(text: str | None) -> str:
     return _cell(text).partition(". ")[0].rstrip(".") + "."
+
+
+def on_page_content(html: str, *, page: Any, config: Any, files: Files) -> str:
+    """Remove the roles of reStructuredText, such as ``:func:``, from docstrings."""
+    return re.sub(r":(?:attr|class|data|func|meth|mod):(?=<code>)", "", html)
 
 
 def on_config(config: Any) -> Any:
