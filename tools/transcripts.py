@@ -3,50 +3,61 @@
     python tools/transcripts.py README.md docs/tutorials/photographs.md
     python tools/transcripts.py --check README.md      # compare, and write nothing
 
-The commands of one document run in order in one new folder. It holds ``photos/``: 60 scanned digits
-in three folders, named by class. A command that ends with ``&`` runs until the document ends.
-Long output is shortened. The check ignores the values of numbers, which differ between machines.
+The commands of one document run in order in one new folder, which has ``photos/``, ``shapes/`` and
+``colours/``: 60 scanned digits and 60 drawn pictures twice, each in three folders, named by class.
+A command that ends with ``&`` runs until the document ends. A server listens on another port than
+8000, which may be in use. Long output is shortened.
+
+The check requires that every shown line is still printed. It ignores the values of numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
-HEAD, TAIL = 9, 6
+HEAD, TAIL = 9, 8
 """Output of more lines is shortened to its first and last ones."""
 
-CLASSES = {"four": "4", "seven": "7", "zero": "0"}
+PICTURES = {
+    "photos": ("digits", {"four": "4", "seven": "7", "zero": "0"}),
+    "shapes": ("shape", {"ring": "ring", "star": "star", "triangle": "triangle"}),
+    "colours": ("colour", {"blue": "blue", "green": "green", "red": "red"}),
+}
+"""The built-in task of each folder, and the task's class of each of its folders."""
+
 PER_CLASS = 20
+BLOCK = re.compile(r"^```console\n(.*?)^```", re.M | re.S)
 _NUMBER = re.compile(r"\b[0-9a-f]{32,}\b|[-+]?\d[\d.,e+-]*")
-BLOCK = re.compile(r"^( *)```console\n(.*?)^ *```", re.M | re.S)
 
 
-def write_photos(folder: Path) -> None:
-    """Write scanned digits as JPEG files, in one folder per class."""
+def write_pictures(folder: Path) -> None:
+    """Write the folders of JPEG files that the documents' commands read."""
     from PIL import Image
 
     from aoft_deploy.data.synthetic import load_task
 
-    splits = load_task("digits", train=400, val=1, test=0)
-    for name, digit in CLASSES.items():
-        (folder / name).mkdir(parents=True)
-        label = splits.classes.index(digit)
-        found = [i for i, of in enumerate(splits.train.labels) if of == label][:PER_CLASS]
-        for number, index in enumerate(found, 1):
-            picture, _ = splits.train[index]
-            assert isinstance(picture, Image.Image)
-            large = picture.resize((320, 320), Image.Resampling.BICUBIC)
-            large.save(folder / name / f"{number:02}.jpg", quality=92)
+    for data, (task, classes) in PICTURES.items():
+        splits = load_task(task, train=400, val=1, test=0)
+        for name, of_task in classes.items():
+            (folder / data / name).mkdir(parents=True)
+            label = splits.classes.index(of_task)
+            found = [i for i, of in enumerate(splits.train.labels) if of == label][:PER_CLASS]
+            for number, index in enumerate(found, 1):
+                picture, _ = splits.train[index]
+                assert isinstance(picture, Image.Image)
+                large = picture.resize((320, 320), Image.Resampling.BICUBIC)
+                large.save(folder / data / name / f"{number:02}.jpg", quality=92)
 
 
 def commands(block: str) -> list[str]:
@@ -71,103 +82,101 @@ class Shell:
         self._folder = folder
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, "PATH": path, "AOFT_CACHE_DIR": str(folder / ".cache")}
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._servers: list[subprocess.Popen[bytes]] = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = str(free.getsockname()[1])
 
     def run(self, command: str) -> str:
-        """The output of a command, standard error included; of a background command its start."""
+        """The output of a command, standard error included; of a server that of its start."""
+        actual = command.replace("127.0.0.1:8000", f"127.0.0.1:{self._port}")
         if command.endswith("&"):
-            return self._start(command.removesuffix("&").strip())
+            return self._start(f"{actual.removesuffix('&')} --port {self._port}")
+        bash = ["bash", "-c", actual]
         done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=self._folder,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            bash, cwd=self._folder, env=self._environment, stdout=PIPE, stderr=STDOUT
         )
-        text = self._without_folder(done.stdout)
         if done.returncode:
-            raise SystemExit(f"$ {command}\n{text}\nexit code {done.returncode}")
-        return text
+            raise SystemExit(f"$ {command}\n{done.stdout.decode()}\nexit code {done.returncode}")
+        return self._as_shown(done.stdout)
 
     def _start(self, command: str) -> str:
-        log = self._folder / f".log-{len(self._running)}"
+        log = self._folder / f".log-{len(self._servers)}"
+        bash = ["bash", "-c", f"exec {command}"]
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
-                cwd=self._folder,
-                env=self._environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+            server = subprocess.Popen(
+                bash, cwd=self._folder, env=self._environment, stdout=file, stderr=STDOUT
             )
-        self._running.append(process)
+        self._servers.append(server)
         end = time.monotonic() + 120
         while b'"ready"' not in log.read_bytes():
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"$ {command} &\n{log.read_text('utf-8')}")
+            if server.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"$ {command}\n{log.read_text('utf-8')}")
             time.sleep(0.1)
-        return self._without_folder(log.read_bytes())
+        return self._as_shown(log.read_bytes())
 
     def close(self) -> None:
-        """End the background commands."""
-        for process in self._running:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        """End the servers."""
+        for server in self._servers:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
 
-    def _without_folder(self, output: bytes) -> str:
+    def _as_shown(self, output: bytes) -> str:
         text = output.decode("utf-8", "replace").replace(f"{self._folder}/", "")
-        return text.replace("\r", "\n")
+        return text.replace("\r", "\n").replace(self._port, "8000")
 
 
-def shortened(text: str) -> list[str]:
-    """The lines of an output; of a long one, the first and the last."""
-    lines = [line.rstrip() for line in text.splitlines()]
-    while lines and not lines[-1]:
-        lines.pop()
+def lines_of(output: str) -> list[str]:
+    """The lines of an output, without empty ones at its end."""
+    return [line.rstrip() for line in output.rstrip().splitlines()]
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first and the last lines of a long output."""
     if len(lines) <= HEAD + TAIL + 1:
         return lines
     return [*lines[:HEAD], "…", *lines[-TAIL:]]
 
 
-def with_outputs(text: str, shell: Shell) -> str:
-    """The document with new outputs in its console blocks."""
-
-    def rewritten(match: re.Match[str]) -> str:
-        indent = match[1]
-        lines: list[str] = []
-        for command in commands(match[2].replace(f"\n{indent}", "\n").removeprefix(indent)):
-            lines += [f"$ {command}", *shortened(shell.run(command))]
-        body = "".join(f"{indent}{line}".rstrip() + "\n" for line in "\n".join(lines).split("\n"))
-        return f"{indent}```console\n{body}{indent}```"
-
-    return BLOCK.sub(rewritten, text)
+def masked(line: str) -> str:
+    """A line without the values of its numbers."""
+    return " ".join(_NUMBER.sub("#", line).split())
 
 
-def masked(text: str) -> Iterator[str]:
-    """The lines of a document's console blocks without the values of numbers."""
-    for block in BLOCK.finditer(text):
-        for line in block[2].splitlines():
-            shown = line if line.strip().startswith("$") else _NUMBER.sub("#", line)
-            yield " ".join(shown.split())
+def missing(block: str, printed: list[str]) -> list[str]:
+    """The shown lines of a block that are not printed."""
+    known = {masked(line) for line in printed} | {"…", ""}
+    shown = (line for line in block.splitlines() if not line.startswith("$ "))
+    return [line for line in shown if masked(line) not in known]
 
 
-def update(path: Path, *, check: bool) -> bool:
-    """Run a document's commands; write the outputs or compare. Whether it was right."""
-    before = path.read_text("utf-8")
+def run_document(text: str) -> tuple[str, list[str]]:
+    """Run a document's commands.
+
+    Args:
+        text: The document.
+
+    Returns:
+        The document with new outputs, and the lines of the old ones that are not printed now.
+    """
+    faults: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        write_photos(folder / "photos")
+        write_pictures(folder)
         shell = Shell(folder)
+
+        def rewritten(match: re.Match[str]) -> str:
+            lines, printed = [], []
+            for command in commands(match[1]):
+                output = lines_of(shell.run(command))
+                lines += [f"$ {command}", *shortened(output)]
+                printed += output
+            faults.extend(missing(match[1], printed))
+            return "\n".join(["```console", *lines, "```"])
+
         try:
-            after = with_outputs(before, shell)
+            return BLOCK.sub(rewritten, text), faults
         finally:
             shell.close()
-    old, new = list(masked(before)), list(masked(after))
-    if check:
-        print("\n".join(difflib.unified_diff(old, new, str(path), "now", lineterm="")))
-    elif after != before:
-        path.write_text(after, "utf-8")
-        print(f"{path}: written")
-    return old == new
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,8 +185,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args(argv)
-    right = [update(path, check=options.check) for path in options.documents]
-    return 0 if all(right) or not options.check else 1
+    wrong = False
+    for path in options.documents:
+        text, faults = run_document(path.read_text("utf-8"))
+        if options.check:
+            wrong = wrong or bool(faults)
+            print("".join(f"{path}: not printed now: {line}\n" for line in faults), end="")
+        else:
+            path.write_text(text, "utf-8")
+    return int(wrong)
 
 
 if __name__ == "__main__":

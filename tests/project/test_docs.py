@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +29,10 @@ from aoft_deploy.tuning.methods import method_names
 
 sys.path.append(str(ROOT / "tools"))
 hooks = importlib.import_module("docs_hooks")
+transcripts = importlib.import_module("transcripts")
+
+TRANSCRIPTS = ("README.md", "docs/tutorials/many-tasks.md", "docs/tutorials/photographs.md")
+"""Documents whose commands are run. The page of the first ten minutes repeats the README's."""
 
 OPTIONS_OF_OTHERS = {"--check", "--version", "--input-data"}
 """Options in the text of tools/transcripts.py, of every command, and of perf_analyzer."""
@@ -149,59 +153,49 @@ def test_all_metrics_are_documented() -> None:
     assert metrics == set(re.findall(r"^\| `(aoft_\w+)`", page, re.M))
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the documents' Python code reads: photos, runs and artefacts."""
-    folder = tmp_path_factory.mktemp("workspace")
-    transcripts = importlib.import_module("transcripts")
-    transcripts.write_photos(folder / "photos")
-    bundled = ROOT / "demo" / "aoft_demo" / "bundled"
-    for name, task in {"photos": "digits", "shape": "shape", "colour": "colour"}.items():
-        (folder / "runs" / name).mkdir(parents=True)
-        shutil.copy(bundled / f"{task}.ckpt", folder / "runs" / name / "model.ckpt")
-    run = folder / "runs"
-    tasks = [str(run / name / "model.ckpt") for name in ("photos", "shape")]
-    assert export_main(["--merge", tasks[0]]) == 0
-    assert export_main(["--merge", tasks[0], "--to", "timm"]) == 0
-    assert export_main(["--fleet", *tasks, "-o", str(folder / "fleet.onnx")]) == 0
-    return folder
+def reads_files(path: Path) -> bool:
+    """Whether a document's Python code needs the workspace or a server."""
+    code = "".join(blocks(path, "python"))
+    return bool(re.search(r'"(?:photos|runs|fleet\.onnx)|127\.0\.0\.1', code))
 
 
-@pytest.fixture
-def address(serve: Callable[..., Served], workspace: Path) -> Iterator[str]:
-    """Address of a server with the model photos."""
-    server = serve(f"photos={workspace}/runs/photos/model.onnx")
-    yield f"127.0.0.1:{server.port}"
-
-
-def with_code() -> Iterator[Any]:
-    """The documents with Python code; slow if it reads files, which have to be made first."""
-    for path in DOCUMENTS:
-        code = "".join(blocks(path, "python"))
-        reads = re.search(r'"(?:photos|runs|fleet\.onnx)|127\.0\.0\.1', code)
-        marks = [pytest.mark.slow] if reads else []
-        if code:
-            yield pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks)
-
-
-@pytest.mark.parametrize("path", list(with_code()))
-def test_python_snippets_run(
-    path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    if any(mark.name == "slow" for mark in request.node.iter_markers()):
-        monkeypatch.chdir(request.getfixturevalue("workspace"))
+def run_code(path: Path, address: str = "") -> None:
+    """Run a document's Python code, with a server's address instead of 127.0.0.1:8000."""
     names: dict[str, Any] = {}
     for code in blocks(path, "python"):
-        if "127.0.0.1:8000" in code:
-            code = code.replace("127.0.0.1:8000", request.getfixturevalue("address"))
+        code = code.replace("127.0.0.1:8000", address)
         exec(compile(code, str(path.relative_to(ROOT)), "exec"), names)
 
 
+@EVERY_DOCUMENT
+def test_python_code_runs(path: Path) -> None:
+    if not reads_files(path):
+        run_code(path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", [p for p in DOCUMENTS if blocks(p, "console")], ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_transcripts_are_what_the_commands_print(path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "transcripts.py"), "--check", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_python_code_runs_that_reads_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Served]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    transcripts.write_pictures(tmp_path)
+    bundled = ROOT / "demo" / "aoft_demo" / "bundled"
+    tasks = []
+    for name, task in {"photos": "digits", "shapes": "shape", "colours": "colour"}.items():
+        tasks.append(tmp_path / "runs" / name / "model.ckpt")
+        tasks[-1].parent.mkdir(parents=True)
+        shutil.copy(bundled / f"{task}.ckpt", tasks[-1])
+    assert export_main(["--merge", str(tasks[0])]) == 0
+    assert export_main(["--merge", str(tasks[0]), "--to", "timm"]) == 0
+    assert export_main(["--fleet", *map(str, tasks[:2]), "-o", "fleet.onnx"]) == 0
+    server = serve(f"photos={tasks[0].with_suffix('.onnx')}")
+    for path in filter(reads_files, DOCUMENTS):
+        run_code(path, f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSCRIPTS)
+def test_transcripts_show_what_the_commands_print(name: str) -> None:
+    command = [sys.executable, "tools/transcripts.py", "--check", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
