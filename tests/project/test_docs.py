@@ -101,9 +101,11 @@ def test_commands_parse(path: Path) -> None:
     for name, *arguments in commands(path):
         if "--help" in arguments or "--version" in arguments:
             continue
+        parser = hooks.command_parser(name)
+        parser.allow_abbrev = False
         try:
             with contextlib.redirect_stderr(io.StringIO()) as errors:
-                options = hooks.command_parser(name).parse_args(arguments)
+                options = parser.parse_args(arguments)
         except SystemExit:
             pytest.fail(f"{name} {' '.join(arguments)}: {errors.getvalue()}")
         method = getattr(options, "method", None)
