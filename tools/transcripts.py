@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
-HEAD, TAIL = 9, 11
+HEAD, TAIL = 9, 13
 """Output of more lines is shortened to its first and last ones."""
 
 PICTURES = {
