@@ -84,7 +84,8 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._environment = {**os.environ, "PATH": path, "AOFT_CACHE_DIR": str(folder / ".cache")}
+        cache = {"AOFT_CACHE_DIR": str(folder / ".cache")}
+        self._environment = {**cache, **os.environ, "PATH": path}
         self._servers: list[subprocess.Popen[bytes]] = []
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = str(free.getsockname()[1])
