@@ -135,7 +135,8 @@ def command_page(name: str) -> str:
         actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
         if not actions:
             continue
-        lines += [f"## {(group.title or 'options').capitalize()}", ""]
+        title = group.title or "options"
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
         lines += [_cell(group.description), ""] if group.description else []
         lines += ["| option | meaning |", "|---|---|"]
         lines += [f"| {_names(action)} | {_meaning(parser, action)} |" for action in actions]

@@ -105,7 +105,7 @@ def test_commands_parse(path: Path) -> None:
         parser.allow_abbrev = False
         try:
             with contextlib.redirect_stderr(io.StringIO()) as errors:
-                options = parser.parse_args(arguments)
+                options = parser.parse_intermixed_args(arguments)
         except SystemExit:
             pytest.fail(f"{name} {' '.join(arguments)}: {errors.getvalue()}")
         method = getattr(options, "method", None)
