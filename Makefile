@@ -10,7 +10,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %)
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-latest constraints lint clean
+.PHONY: quickstart test test-latest docs constraints lint clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py
@@ -22,6 +22,9 @@ test: $(VENV)/.test
 test-latest:
 	rm -rf .venv-latest
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 constraints:
 	$(MAKE) .venv-latest/.lint VENV=.venv-latest CONSTRAINTS=
@@ -48,4 +51,4 @@ $(VENV)/.lint: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-latest build dist runs
+	rm -rf $(VENV) .venv-latest build dist runs site

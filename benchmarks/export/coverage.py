@@ -11,7 +11,7 @@ A model with a method attached that is not exact is a bug; so is a linear map of
 without an update under a method for every map. The script reports bugs and exits with code 1.
 
     python benchmarks/export/coverage.py --out benchmarks/results/coverage.json \
-        --table docs/coverage.md
+        --table docs/evidence/coverage.md
     python benchmarks/export/coverage.py --families eva hiera --resume --out ... --table ...
 """
 
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     report: dict[str, Any] = {
         "command": "python benchmarks/export/coverage.py --out benchmarks/results/coverage.json "
-        "--table docs/coverage.md",
+        "--table docs/evidence/coverage.md",
         "versions": {
             "python": platform.python_version(),
             "timm": timm.__version__,

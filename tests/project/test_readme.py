@@ -1,61 +1,73 @@
-"""The README: its snippets run, its commands parse, and the quickstart prints its output."""
+"""The README is short, its figures are the measured ones, and the quickstart prints its output.
+
+``test_docs.py`` checks the links, commands and code of the README together with the site's.
+"""
 
 from __future__ import annotations
 
-import importlib
+import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import ROOT
+from documents import README
 
-README = (ROOT / "README.md").read_text("utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+INSTALL = ROOT / "docs" / "start" / "install.md"
 
 
-def commands() -> list[str]:
-    """The README's command lines of this project."""
-    lines = (line for block in blocks("") for line in block.splitlines())
-    return [line for line in lines if re.match(r"aoft-\w+ .*-|aoft-\w+ +\S+/", line)]
+def measured(name: str) -> Any:
+    """The content of a file in benchmarks/results."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_snippets_run(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+def row(start: str) -> list[str]:
+    """The factors in a row of the README's table of measurements."""
+    (line,) = re.findall(rf"^\| {re.escape(start)}.*$", README.read_text("utf-8"), re.M)
+    return re.findall(r"([\d.]+) ×", line)
 
 
-def test_there_are_snippets_and_commands() -> None:
-    assert blocks("python") and len(commands()) >= 8
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("line", commands())
-def test_commands_parse(line: str) -> None:
-    name, *arguments = shlex.split(line, comments=True)
-    command = name.removeprefix("aoft-")
-    name = "aoft_demo.cli" if command == "demo" else f"aoft_deploy.cli.{command}"
-    module = importlib.import_module(name)
-    module.parser().parse_args(arguments)
+def test_figures_are_those_of_the_results() -> None:
+    step = measured("training_step_fp32")["variants"]["aoft-lora-8"]
+    assert row("training step") == [f"{step['time_ratio']:.2f}", f"{step['memory_ratio']:.2f}"]
+
+    engines = {
+        r["name"]: f"{r['ratio']:.2f}" for r in measured("engines")["rows"] if r["batch"] == 1
+    }
+    names = ("onnxruntime fp32", "onnxruntime fp32, plain backbone")
+    assert row("merged model") == [engines[name] for name in names]
+    assert row("the same in int8") == [engines["onnxruntime int8"], engines["openvino int8"]]
+
+    (fleet,) = [r for r in measured("fleet_16")["rows"] if r["variant"] == "fleet"]
+    assert row("16 images of 16 tasks") == [f"{fleet['of merged']:.2f}"]
+
+    served = measured("serving")["cases"]["JPEGs"]
+    assert row("a served JPEG") == [f"{served['share']:.2f}"]
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)", README))
-def test_links_to_files_of_the_project_exist(path: str) -> None:
-    assert (ROOT / path).exists()
+def test_every_measurement_names_its_script() -> None:
+    table = README.read_text("utf-8").partition("## Measured")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 5
+    for line in rows:
+        (script,) = re.findall(r"`(benchmarks/\S+\.py)`", line)
+        assert (ROOT / script).is_file()
 
 
 @pytest.mark.slow
-def test_the_quickstart_prints_the_readmes_output(tmp_path: Path) -> None:
+def test_the_quickstart_prints_the_documented_output(tmp_path: Path) -> None:
     options = ["--epochs", "2", "--out", str(tmp_path / "run")]
     command = [sys.executable, "tools/quickstart.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    shown = README.partition("<!-- quickstart -->")[2].split("```")[1].splitlines()[2:]
-    for line in shown:
+    page = INSTALL.read_text("utf-8").partition("<!-- quickstart -->")[2]
+    for line in page.split("```")[1].splitlines()[2:]:
         label = line[:46].strip()
         assert label in done.stdout, label
     merged, unmerged = (

@@ -122,11 +122,14 @@ NOT_IN_TABLE = {
     "benchmarks/serving/peer_servers/bento.py": "tested below",
     "benchmarks/serving/peer_servers/lit.py": "tested below",
     "benchmarks/serving/peer_servers/rays.py": "tested below",
+    "tools/demo_animation.py": "it uses the page as tests/demo/test_browser.py does",
+    "tools/docs_hooks.py": "tests/project/test_docs.py",
     "tools/mutants.py": "it runs the tests itself",
     "tools/pretraining/figures.py": "a module of train.py",
     "tools/pretraining/model.py": "a module of train.py",
     "tools/pretraining/scenes.py": "a module of train.py",
     "tools/quickstart.py": "tests/project/test_readme.py",
+    "tools/transcripts.py": "tests/project/test_docs.py",
 }
 """Scripts that are not in the table, and why."""
 

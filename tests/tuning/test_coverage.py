@@ -39,7 +39,7 @@ from aoft_deploy.tuning.sites.discovery import find_sites
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
-PAGE = ROOT / "docs" / "coverage.md"
+PAGE = ROOT / "docs" / "evidence" / "coverage.md"
 
 
 @pytest.fixture(scope="module")
