@@ -31,12 +31,15 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-inspect",
-        description="Show the contents of a checkpoint, artefact, manifest or PEFT LoRA folder. "
-        "With --plots, plot the angles between the vectors of a checkpoint's matrices, their "
-        "spectral norms and their deviation from orthogonality.",
+        description="Show the contents of a checkpoint, a training run, an artefact, a manifest or "
+        "a PEFT LoRA folder. With --plots, plot the angles between the vectors of a checkpoint's "
+        "matrices, their spectral norms and their deviation from orthogonality.",
     )
     options.add_argument(
-        "file", type=Path, metavar="FILE", help="with --plots, also the folder of a training run"
+        "file",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder that aoft-train, aoft-export or PEFT wrote",
     )
     options.add_argument("--json", action="store_true", help="print everything as JSON")
     plots = options.add_argument_group("plots (needs the backbone's weights)")
@@ -70,11 +73,13 @@ def inspect(options: argparse.Namespace) -> None:
         print(json.dumps(description, indent=2, ensure_ascii=False))
         return
     for key, value in description.items():
-        print(f"{key.replace('_', ' '):18}{_text(value)}")
+        rows = value.items() if key == "runs" else [(key.replace("_", " "), value)]
+        for name, entry in rows:
+            print(f"{name:17} {_text(entry)}")
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Describe an artefact, a manifest or a checkpoint as JSON values."""
+    """Describe an artefact, a manifest, a checkpoint or a folder of runs as JSON values."""
     from aoft_deploy.artefacts.inspection import describe_artefact
 
     description = describe_artefact(path)

@@ -50,8 +50,8 @@ def test_a_file_of_another_kind_is_refused(
     (tmp_path / "a").write_text("text")
     assert "is no checkpoint" in refused(main, tmp_path / "a")
     assert "There is no file" in refused(main, tmp_path / "missing")
-    assert "is a folder" in refused(main, tmp_path)
-    assert "no checkpoint of aoft-train" in refused(main, backbone_weights)
+    assert "is a folder without a model" in refused(main, tmp_path)
+    assert "is a file of weights, such as a backbone's" in refused(main, backbone_weights)
 
 
 def test_a_name_that_is_too_long_for_the_system_is_refused(
@@ -300,9 +300,9 @@ def test_a_file_that_cannot_be_analysed_is_refused(
     line = refused(main, make_checkpoint("linear"), *given)
     assert "linear, which changes only the classifier: there is nothing to analyse" in line
     assert "give them with --backbone-weights" in refused(main, run, "--plots", folder)
-    assert "no checkpoint" in refused(main, artefact, *given)
+    assert "is an ONNX model: give the checkpoint" in refused(main, artefact, *given)
     assert "There is no file" in refused(main, tmp_path / "missing", *given)
-    assert "There is no file" in refused(main, tmp_path, *given)
+    assert "is an empty folder" in refused(main, tmp_path, *given)
 
 
 def test_other_backbone_weights_need_force(
