@@ -49,7 +49,7 @@ def test_two_artefacts_are_timed_in_one_run(
 
 
 @pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_torch(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hides PyTorch, without which no peaks are measured."""
     monkeypatch.setitem(sys.modules, "torch", None)
 
@@ -65,10 +65,10 @@ def test_every_engine_and_number_of_threads_gets_a_line(
     assert [label in line for label, line in zip(labels, lines, strict=True)] == [True] * 4
 
 
-@pytest.mark.usefixtures("without_torch")
 def test_a_fleet_is_timed_with_its_tasks_in_turn(
-    fleet_artefact: Path, capsys: pytest.CaptureFixture[str]
+    fleet_artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert main([str(fleet_artefact), "--rounds", "2"]) == 0
     assert capsys.readouterr().out.count(fleet_artefact.name) == 2
 
