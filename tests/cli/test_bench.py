@@ -48,28 +48,27 @@ def test_two_artefacts_are_timed_in_one_run(
         assert min(image.size) > 200
 
 
-@pytest.fixture
-def without_torch(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hides PyTorch, without which no peaks are measured."""
-    monkeypatch.setitem(sys.modules, "torch", None)
+def without_torch(*arguments: object) -> int:
+    """Run the command where PyTorch is not installed, so that it measures no peaks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        return main([str(argument) for argument in arguments])
 
 
-@pytest.mark.usefixtures("without_torch")
 def test_every_engine_and_number_of_threads_gets_a_line(
     artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines = ["--engines", "onnxruntime", "openvino", "--threads", "1", "2"]
-    assert main([str(artefact), *engines, "--batches", "2", "--rounds", "2"]) == 0
+    assert without_torch(artefact, *engines, "--batches", "2", "--rounds", "2") == 0
     lines = capsys.readouterr().out.splitlines()[1:-1]
     labels = [f"{artefact.name} {e} ×{n}" for e in ("onnxruntime", "openvino") for n in (1, 2)]
     assert [label in line for label, line in zip(labels, lines, strict=True)] == [True] * 4
 
 
 def test_a_fleet_is_timed_with_its_tasks_in_turn(
-    fleet_artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fleet_artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert main([str(fleet_artefact), "--rounds", "2"]) == 0
+    assert without_torch(fleet_artefact, "--rounds", "2") == 0
     assert capsys.readouterr().out.count(fleet_artefact.name) == 2
 
 
@@ -123,7 +122,6 @@ def test_the_timings_are_printed_before_the_peaks_are_measured(
     assert main([str(artefact), "--batches", "1", "--rounds", "1"]) == 1
 
 
-@pytest.mark.usefixtures("without_torch")
 def test_each_batch_size_is_printed_before_the_next_is_timed(
     artefact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +133,7 @@ def test_each_batch_size_is_printed_before_the_next_is_timed(
 
     interleaved = timing.interleaved
     monkeypatch.setattr(timing, "interleaved", observed)
-    assert main([str(artefact), "--batches", "2", "3", "--rounds", "1"]) == 0
+    assert without_torch(artefact, "--batches", "2", "3", "--rounds", "1") == 0
     assert re.search(rf"^batch .*\n +2 +{artefact.name} +[\d.]+ .*\n$", printed[1])
     assert printed[0] == ""
     row, shares = capsys.readouterr().out.splitlines()
@@ -143,13 +141,12 @@ def test_each_batch_size_is_printed_before_the_next_is_timed(
     assert shares == "no shares of the peak: measuring it needs PyTorch, aoft-deploy[train]"
 
 
-@pytest.mark.usefixtures("without_torch")
 def test_an_artefact_that_fails_leaves_the_others_timed(
     artefact: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "figures.json"
     options = ["--batches", "1", "--rounds", "1", "--json", str(figures)]
-    assert main([str(checkpoint), str(artefact), str(tmp_path / "none"), *options]) == 1
+    assert without_torch(checkpoint, artefact, tmp_path / "none", *options) == 1
     first, second, error = capsys.readouterr().err.splitlines()
     assert first.endswith(f"is a checkpoint: export it first: aoft-export --merge {checkpoint}.")
     assert second == f"warning: none is left out: There is no file {tmp_path / 'none'}."
@@ -161,7 +158,6 @@ def test_an_artefact_that_fails_leaves_the_others_timed(
     assert capsys.readouterr().err.endswith("error: Nothing was timed: see the warnings.\n")
 
 
-@pytest.mark.usefixtures("without_torch")
 def test_an_existing_result_is_replaced_only_on_request(
     artefact: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -172,7 +168,7 @@ def test_an_existing_result_is_replaced_only_on_request(
     assert line == f"{figures} exists: give another --json, or replace it with --overwrite."
     assert "give another --plot" in refused(main, artefact, "--plot", picture)
     options = ["--batches", "1", "--rounds", "1", "--json", str(figures), "--plot", str(picture)]
-    assert main([str(artefact), *options, "--overwrite"]) == 0
+    assert without_torch(artefact, *options, "--overwrite") == 0
     assert json.loads(figures.read_text("utf-8"))["rows"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
