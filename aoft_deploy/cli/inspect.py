@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write PNG files and analysis.json into this folder",
     )
+    plots.add_argument("--overwrite", action="store_true", help="replace an earlier analysis")
     plots.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
     plots.add_argument(
         "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
@@ -66,8 +67,8 @@ def inspect(options: argparse.Namespace) -> None:
     if options.plots is not None:
         _analyse(options)
         return
-    if options.backbone or options.backbone_weights or options.force:
-        parser().error("--backbone, --backbone-weights and --force need --plots")
+    if options.backbone or options.backbone_weights or options.force or options.overwrite:
+        parser().error("--backbone, --backbone-weights, --force and --overwrite need --plots")
     description = describe(options.file)
     if options.json:
         print(json.dumps(description, indent=2, ensure_ascii=False))
@@ -92,9 +93,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _analyse(options: argparse.Namespace) -> None:
     from aoft_deploy.drawing import check_matplotlib
-    from aoft_deploy.training.analysis.plots import write_analysis
+    from aoft_deploy.training.analysis.plots import check_folder, write_analysis
 
     check_matplotlib()
+    check_folder(options.plots, options.overwrite)
     from aoft_deploy.training.analysis.quantities import analyse_file
 
     analysis = analyse_file(
@@ -103,7 +105,7 @@ def _analyse(options: argparse.Namespace) -> None:
         weights=options.backbone_weights,
         force=options.force,
     )
-    files = write_analysis(analysis, options.plots)
+    files = write_analysis(analysis, options.plots, options.overwrite)
     if options.json:
         print(json.dumps(analysis, indent=2, ensure_ascii=False))
         return

@@ -242,12 +242,18 @@ def test_the_plots_of_a_method_show_its_matrices(
 
 
 def test_a_new_analysis_replaces_all_files_of_an_earlier_one(
-    run: Path, checkpoint: Path, backbone_weights: Path, tmp_path: Path
+    run: Path,
+    checkpoint: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     (tmp_path / "mine.txt").write_text("stays")
     plots(run, backbone_weights, tmp_path)
     assert (tmp_path / "orthogonality.png").exists()
-    assert plots(checkpoint, backbone_weights, tmp_path)["method"] == "rlrr"
+    line = refused(main, checkpoint, "--plots", tmp_path)
+    assert "angles.png exists: give another --plots, or replace it with --overwrite." in line
+    assert plots(checkpoint, backbone_weights, tmp_path, "--overwrite")["method"] == "rlrr"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"mine.txt", "angles.png", "spectral_norms.png", "analysis.json"}
 
@@ -265,18 +271,18 @@ def test_plotting_changes_no_global_state_of_matplotlib(
     import matplotlib
 
     before = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    plots(run, backbone_weights, tmp_path)
+    plots(run, backbone_weights, tmp_path, "--overwrite")
     assert (dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules) == before
 
 
-def test_only_plots_need_matplotlib(checkpoint: Path) -> None:
+def test_only_plots_need_matplotlib_or_torch(checkpoint: Path) -> None:
     code = (
         "import sys; from aoft_deploy.cli.inspect import main; main(sys.argv[1:])\n"
-        "print('matplotlib' in sys.modules)"
+        "print({'matplotlib', 'torch'} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_error_without_matplotlib_names_the_extra(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "write_analysis"]
+__all__ = ["check_folder", "draw", "write_analysis"]
 
 COLOURS = {
     "weight": PALETTE["grey"],
@@ -49,27 +49,47 @@ NORMS = {
 FILES = ("angles.png", "spectral_norms.png", "orthogonality.png")
 
 
-def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds files of an analysis, before the analysis begins.
+
+    Args:
+        folder: As for ``write_analysis``.
+        overwrite: Accept such files.
+
+    Raises:
+        OutputError: The folder cannot be used.
+    """
+    for path in (folder / name for name in (*FILES, "analysis.json")):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"Cannot write {path}: it exists and is no file.")
+        if path.exists() and not overwrite:
+            raise OutputError(
+                f"{path} exists: give another `plots`, or replace it with `overwrite=True`."
+            )
+
+
+def write_analysis(
+    analysis: Mapping[str, Any], folder: Path, overwrite: bool = False
+) -> list[Path]:
     """Write analysis.json and its plots; all files are complete before the first is renamed.
 
     Args:
         analysis: From ``analyse_file``.
-        folder: Output folder; created if it is missing. Files of an earlier analysis are replaced,
-            and its plots that this analysis does not have are removed.
+        folder: Output folder; created if it is missing.
+        overwrite: Replace the files of an earlier analysis, and remove its plots that this analysis
+            does not have.
 
     Returns:
         The written files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OutputError: The folder or a file in it cannot be written.
+        OutputError: The folder or a file in it cannot be written, or exists.
     """
     check_matplotlib()
+    check_folder(folder, overwrite)
     figures = draw(analysis)
     names = [*figures, "analysis.json"]
-    for name in (*names, *FILES):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise OutputError(f"Cannot write {folder / name}: it exists and is no file.")
     with writable_folder(folder) as temporary:
         try:
             for name, figure in figures.items():
