@@ -128,8 +128,8 @@ def _folder(path: Path, wanted: str) -> str:
         return "a TensorFlow model"
     if "config.json" in names and suffixes & {".safetensors", ".bin", ".h5"}:
         file = next((n for n in ("model.safetensors", "pytorch_model.bin") if n in names), "")
-        inside = f": give {path / file}" if file and wanted == "weights" else ""
-        return f"the folder of a Hugging Face model{inside}"
+        advice = f": give {path / file}" if file and wanted == "weights" else ""
+        return f"the folder of a Hugging Face model{advice}"
     if "adapter_model.safetensors" in names:
         return "a PEFT adapter without adapter_config.json: save it again with save_pretrained"
     runs = [str(run) for run in run_folders(path)]

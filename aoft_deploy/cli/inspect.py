@@ -93,7 +93,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _analyse(options: argparse.Namespace) -> None:
     from aoft_deploy.drawing import check_matplotlib
-    from aoft_deploy.training.analysis.plots import check_folder, write_analysis
+    from aoft_deploy.training.analysis.files import check_folder, write_analysis
 
     check_matplotlib()
     check_folder(options.plots, options.overwrite)

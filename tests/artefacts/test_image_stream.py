@@ -32,7 +32,7 @@ class Recorded:
 @pytest.fixture
 def classifier(artefact: Path) -> Classifier:
     loaded = load_classifier(artefact)
-    return replace(loaded, engine=Recorded(loaded.engine))
+    return replace(loaded, engine=Recorded(loaded.engine))  # type: ignore[arg-type]
 
 
 def test_answers_come_in_order_between_images_that_cannot_be_read(
