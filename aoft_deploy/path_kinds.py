@@ -8,9 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from aoft_deploy.file_signatures import file_kind, foreign
 from aoft_deploy.texts import natural_order
@@ -21,6 +20,7 @@ CHECKPOINT = "model.ckpt"
 """Name of the checkpoint in the folder of a training run."""
 
 GIVE = {
+    "any": "give what aoft-train or aoft-export wrote, such as model.ckpt or model.onnx",
     "artefact": "give what aoft-export wrote, such as model.onnx",
     "checkpoint": "give a model.ckpt, or the folder of its training run",
     "weights": "give a file with all weights of the backbone",
@@ -28,6 +28,7 @@ GIVE = {
 """What each kind of reader takes, as advice."""
 
 MADE_FROM = {
+    "any": "give it the suffix that aoft-export writes",
     "artefact": "export it first: aoft-export --merge {path}",
     "checkpoint": "give the checkpoint that it was made from",
     "weights": "give the weights that it was made from",
@@ -47,8 +48,15 @@ SUFFIXES = {
 }
 """Texts, which have no signature."""
 
-FILES_INSIDE = {".ckpt": "checkpoints", ".onnx": "ONNX models", ".safetensors": "weights"}
-FOLDERS_INSIDE = {"adapter_config.json": "PEFT adapters", "config.pbtxt": "Triton models"}
+FILES_INSIDE = {
+    ".ckpt": ("checkpoint", "checkpoints"),
+    ".onnx": ("artefact", "ONNX models"),
+    ".safetensors": ("weights", "weights"),
+}
+FOLDERS_INSIDE = {
+    "adapter_config.json": ("checkpoint", "PEFT adapters"),
+    "config.pbtxt": ("artefact", "Triton models"),
+}
 """What a folder holds, by the suffix of its files or by a file in its sub-folders."""
 
 LISTED = 5
@@ -66,7 +74,8 @@ def described(path: Path, wanted: str) -> str:
 
     Args:
         path: A file or folder.
-        wanted: What the reader takes: ``artefact``, ``checkpoint`` or ``weights``.
+        wanted: What the reader takes: ``artefact``, ``checkpoint``, ``weights``, or ``any`` of the
+            first two.
 
     Returns:
         For example ``is an ONNX model: give the checkpoint that it was made from``. Empty for a
@@ -108,7 +117,6 @@ def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def _folder(path: Path, wanted: str) -> str:
     """``WHAT`` or ``WHAT: ADVICE`` for a folder; empty if it is of the wanted kind."""
     names = set(os.listdir(path))
-    suffixes = {Path(name).suffix.lower() for name in names}
     to_export = MADE_FROM["artefact"].format(path=path)
     if CHECKPOINT in names:
         return _unless(wanted, "checkpoint", "the folder of a training run", artefact=to_export)
@@ -126,23 +134,30 @@ def _folder(path: Path, wanted: str) -> str:
             return _unless(wanted, "artefact", what, checkpoint=MADE_FROM["checkpoint"])
     if "saved_model.pb" in names:
         return "a TensorFlow model"
-    if "config.json" in names and suffixes & {".safetensors", ".bin", ".h5"}:
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".h5"))]
+    if "config.json" in names and weights:
         file = next((n for n in ("model.safetensors", "pytorch_model.bin") if n in names), "")
         advice = f": give {path / file}" if file and wanted == "weights" else ""
         return f"the folder of a Hugging Face model{advice}"
     if "adapter_model.safetensors" in names:
         return "a PEFT adapter without adapter_config.json: save it again with save_pretrained"
+    return _inside(path, names, wanted)
+
+
+def _inside(path: Path, names: Collection[str], wanted: str) -> str:
+    """``WHAT: ADVICE`` for a folder of models, or ``WHAT`` for one without."""
     runs = [str(run) for run in run_folders(path)]
     if runs:
-        return f"a folder of {len(runs)} training run{'s'[: len(runs) > 1]}: {_one_of(runs)}"
-    for suffix, what in FILES_INSIDE.items():
-        if suffix in suffixes:
-            inside = [str(path / name) for name in sorted(names) if name.lower().endswith(suffix)]
-            return f"a folder of {what}: {_one_of(inside)}"
-    for file, what in FOLDERS_INSIDE.items():
+        what = f"a folder of {len(runs)} training run{'s'[: len(runs) > 1]}"
+        return f"{what}: {_choice(runs, 'checkpoint', wanted)}"
+    for suffix, (own, what) in FILES_INSIDE.items():
+        inside = sorted(str(path / name) for name in names if name.lower().endswith(suffix))
+        if inside:
+            return f"a folder of {what}: {_choice(inside, own, wanted)}"
+    for file, (own, what) in FOLDERS_INSIDE.items():
         inside = sorted(str(path / name) for name in names if (path / name / file).is_file())
         if inside:
-            return f"a folder of {what}: {_one_of(inside)}"
+            return f"a folder of {what}: {_choice(inside, own, wanted)}"
     return "a folder without a model" if names else "an empty folder"
 
 
@@ -205,12 +220,16 @@ def _json(path: Path, wanted: str) -> str:
 
 def _unless(wanted: str, own: str, what: str, **advice: str) -> str:
     """Empty if ``own`` is wanted; else what it is, with the advice for the wanted kind."""
-    if wanted == own:
+    if wanted == own or (wanted, own) == ("any", "checkpoint"):
         return ""
     return f"{what}: {advice[wanted]}" if wanted in advice else what
 
 
-def _one_of(paths: Sequence[Any]) -> str:
-    rest = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-    only = "give " if len(paths) == 1 else "give one of "
-    return only + ", ".join(paths[:LISTED]) + rest
+def _choice(paths: Sequence[str], own: str, wanted: str) -> str:
+    """Advice to give one of the paths in a folder, or what belongs to their step."""
+    if wanted in (own, "any"):
+        rest = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+        return f"give {'one of ' * (len(paths) > 1)}{', '.join(paths[:LISTED])}{rest}"
+    if (own, wanted) == ("checkpoint", "artefact"):
+        return f"export one first: aoft-export --merge {paths[0]}"
+    return MADE_FROM[wanted] if own == "artefact" else GIVE[wanted]

@@ -57,12 +57,13 @@ PATH = re.compile(r"[/\\\0-\x1f\x7f]|\A\.*\Z")
 """Matches names of tensors that are paths."""
 
 
-def checkpoint_file(path: Path | str) -> Path:
+def checkpoint_file(path: Path | str, wanted: str = "checkpoint") -> Path:
     """The checkpoint that a path stands for; any other kind of path is refused by its name.
 
     Args:
         path: The folder of a training run, which stands for its ``model.ckpt``, or a checkpoint of
             any kind: a file or a PEFT folder.
+        wanted: What the message asks for; see ``path_kinds.described``.
 
     Raises:
         CheckpointError: There is no such path, or it is known to be something else.
@@ -72,7 +73,7 @@ def checkpoint_file(path: Path | str) -> Path:
         return path / CHECKPOINT
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(missing(path))
-    if reason := described(path, "checkpoint"):
+    if reason := described(path, wanted):
         raise CheckpointError(f"{path} {reason}.")
     return path
 

@@ -40,7 +40,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     runs = () if (path / CHECKPOINT).is_file() or not path.is_dir() else tuple(run_folders(path))
     if runs:
         return _describe_runs(path, runs)
-    path = checkpoint_file(path)
+    path = checkpoint_file(path, "any")
     file = {"file": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)}
     if file_kind(path) in ("torch", "pickle"):
         from aoft_deploy.checkpoints.rlrr import read_published

@@ -56,6 +56,8 @@ def test_a_folder_of_runs_lists_them_in_natural_order(run: Path, tmp_path: Path)
     assert found["kind"] == "folder of 3 training runs"
     assert list(found["runs"]) == ["r2", "r10", "suite/task/seed-0"]
     assert found["runs"]["r2"] == {"method": "rlrr", "backbone": "aoft_vit_nano", "classes": 5}
+    found = described(tmp_path / "runs", "artefact")
+    assert found.endswith(f"export one first: aoft-export --merge {runs[0]}")
     shutil.rmtree(tmp_path / "runs" / "r10")
     shutil.rmtree(tmp_path / "runs" / "suite")
     assert described(tmp_path / "runs", "checkpoint").endswith(f"1 training run: give {runs[0]}")
@@ -112,6 +114,16 @@ def test_a_folder_is_named_by_its_files(file: str, tmp_path: Path) -> None:
     (tmp_path / file).touch()
     with pytest.raises(CheckpointError, match=f"{tmp_path} is {FOLDERS[file]}: "):
         read_checkpoint(tmp_path)
+
+
+def test_a_folder_of_artefacts_offers_them_where_they_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "config.pbtxt").touch()
+    what = "is a folder of Triton models"
+    for wanted in ("artefact", "any"):
+        assert described(tmp_path, wanted) == f"{what}: give {tmp_path / 'pets'}"
+    found = described(tmp_path, "checkpoint")
+    assert found == f"{what}: give the checkpoint that it was made from"
 
 
 def test_a_folder_of_hugging_face_has_weights_for_a_backbone(tmp_path: Path) -> None:
