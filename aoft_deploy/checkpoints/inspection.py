@@ -56,8 +56,9 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     if "aoft" not in metadata:
         raise CheckpointError(unreadable(path, "no metadata"))
     found = parse_description(path, metadata["aoft"])
+    del found["format"]
+    found["classes"] = list(found["classes"])
     found["preprocessing"] = Preprocessing.from_dict(found["preprocessing"]).to_dict()
-    found.pop("format")
     return {"kind": "checkpoint", **file, **found, **describe_sizes(sizes)}
 
 

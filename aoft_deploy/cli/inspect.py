@@ -148,9 +148,8 @@ def _text(value: Any) -> str:
     elif isinstance(value, list):
         parts = [_text(v) for v in value[:SHOWN]]
     else:
-        return (
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        )
+        number = {int: ",", float: ".6g"}.get(type(value))  # a bool is neither
+        return str(value) if number is None else format(value, number)
     rest = len(value) - len(parts)
     return ", ".join(parts + ([f"… and {rest} more"] if rest else []))
 
