@@ -28,7 +28,7 @@ GIVE = {
 """What each kind of reader takes, as advice."""
 
 MADE_FROM = {
-    "any": "give it the suffix that aoft-export writes",
+    "any": "give one that aoft-export wrote, under its suffix",
     "artefact": "export it first: aoft-export --merge {path}",
     "checkpoint": "give the checkpoint that it was made from",
     "weights": "give the weights that it was made from",
