@@ -15,6 +15,7 @@ __all__ = ["file_kind", "foreign"]
 STARTS: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs\.github\.com/spec/", "lfs"),
     (rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*(<!doctype html|<html|<head|<body)", "html"),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml[^<]*<net ", "openvino"),
     (rb"(\xef\xbb\xbf)?\s*<\?xml", "xml"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]", "json"),
     (rb"\x1f\x8b", "gzip"),
@@ -29,6 +30,8 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (rb"\x93NUMPY", "npy"),
     (rb"\x89HDF\r\n", "hdf5"),
     (rb"GGUF", "gguf"),
+    (rb"ftrt", "tensorrt"),
+    (rb".{4}TFL3", "tflite"),
     (rb"AOFTASK1", "packed"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "picture"),
     (rb"%PDF", "pdf"),
@@ -55,7 +58,12 @@ FOREIGN = {
     "script": "a TorchScript program, which is not run: save the model's state_dict() instead",
     "npy": "a single NumPy array: give all weights as .safetensors, .npz or .pth",
     "hdf5": "an HDF5 file, such as Keras writes: convert its weights to .safetensors",
+    "keras": "a Keras model: convert its weights to .safetensors",
+    "exported": "a program of torch.export: save the model's state_dict() instead",
     "gguf": "a GGUF file, whose weights are quantised: give the original weights",
+    "openvino": "the graph of an OpenVINO model: give its folder, or what it was made from",
+    "tensorrt": "a TensorRT engine: give its folder, or what it was made from",
+    "tflite": "a TensorFlow Lite model: give the model that it was made from",
     "packed": "a file of packed tasks: give it as the tasks of a fleet",
     "picture": "a picture: give a model's file",
     "pdf": "a PDF document: give a model's file",
@@ -114,6 +122,10 @@ def _zip_kind(path: Path) -> str:
     leaves = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in leaves:
         return "script"
+    if {"archive_format", "serialized_exported_program.json"} & leaves:
+        return "exported"
+    if "model.weights.h5" in leaves:
+        return "keras"
     if "data.pkl" in leaves:
         return "torch"
     return "npz" if names and all(name.endswith(".npy") for name in names) else "archive"

@@ -14,6 +14,7 @@ from typing import Any
 from aoft_deploy.errors import OutputError
 
 __all__ = [
+    "check_new",
     "file_digest",
     "folder_digest",
     "json_text",
@@ -25,6 +26,27 @@ __all__ = [
 
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+def check_new(path: Path, overwrite: bool, parameter: str) -> None:
+    """Refuse the path of a result before the work begins: an existing one, or one without a folder.
+
+    Args:
+        path: The file to write.
+        overwrite: Accept an existing file.
+        parameter: Name of the parameter that gives the path, for messages.
+
+    Raises:
+        OutputError: The path cannot be used.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"There is no folder {path.parent}: give another `{parameter}`.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} exists and is no file: give another `{parameter}`.")
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} exists: give another `{parameter}`, or replace it with `overwrite=True`."
+        )
 
 
 @contextmanager

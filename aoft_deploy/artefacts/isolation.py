@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -93,7 +94,8 @@ class SubprocessEngine:
             answer = pickle.load(self._process.stdout)
         except (OSError, EOFError) as error:
             code = self._process.wait()
-            raise AoftError(f"The engine's process ended with {code}.") from error
+            killed = ", as when the memory is used up" if code == -signal.SIGKILL else ""
+            raise AoftError(f"The engine's process ended with {code}{killed}.") from error
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -11,8 +11,10 @@ from typing import Any
 
 from aoft_deploy.processors import processors
 
-__all__ = ["gemm_peaks", "machine"]
+__all__ = ["PRECISIONS", "gemm_peaks", "machine"]
 
+PRECISIONS = ("fp32", "bf16", "int8")
+"""Precisions whose peak is measured."""
 
 SIDES = (256, 512, 1024, 2048)
 """Sides of the square matrices of the peak measurement. Sides that would take too long are skipped.

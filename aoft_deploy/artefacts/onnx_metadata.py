@@ -22,6 +22,7 @@ from pathlib import Path
 
 from aoft_deploy.errors import ArtefactError
 from aoft_deploy.file_signatures import foreign
+from aoft_deploy.path_kinds import missing
 from aoft_deploy.processors import processors
 
 __all__ = ["DIGEST", "checked_metadata", "digest_entry", "read_metadata"]
@@ -94,7 +95,7 @@ def _read(path: Path, *, check_digest: bool) -> dict[str, str]:
         reason = f": it {kind}" if kind else ""
         raise ArtefactError(f"{path} is no ONNX model, or a damaged one{reason}.") from error
     except FileNotFoundError as error:
-        raise ArtefactError(f"There is no file {path}.") from error
+        raise ArtefactError(missing(path)) from error
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror or error}).") from error
     if not self_contained:

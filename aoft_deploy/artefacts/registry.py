@@ -14,6 +14,7 @@ from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import check_unchanged, unchanged
 from aoft_deploy.errors import ArtefactError, UnknownNameError
+from aoft_deploy.path_kinds import GIVE, described, missing
 
 __all__ = [
     "exporter_names",
@@ -71,15 +72,20 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
     """
     found = exporters_of(path)
     if not found:
-        raise ArtefactError(
-            f"{path} is no artefact of aoft-export: export a checkpoint with aoft-export first."
-        )
+        raise ArtefactError(_no_artefact(path))
     exporter = found[0]
     if options.engine is not None and options.engine not in exporter.engines:
         raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):
         check_unchanged(path)
         return exporter.load(path, options)
+
+
+def _no_artefact(path: Path) -> str:
+    if not path.exists():
+        return missing(path)
+    reason = described(path, "artefact") or f"is no artefact of aoft-export: {GIVE['artefact']}"
+    return f"{path} {reason}."
 
 
 def load_fleet(path: Path, threads: int | None = None) -> FleetEngine:

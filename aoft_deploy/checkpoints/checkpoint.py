@@ -18,11 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aoft_deploy.checkpoints.file_format import FORMAT, parse_description, read_tensors
-from aoft_deploy.checkpoints.rlrr import is_torch_file
+from aoft_deploy.checkpoints.file_format import (
+    FORMAT,
+    checkpoint_file,
+    parse_description,
+    read_tensors,
+    unreadable,
+)
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
-from aoft_deploy.file_signatures import foreign
 from aoft_deploy.files import replacing
 from aoft_deploy.tuning.backbones.architecture import CHANGED
 from aoft_deploy.tuning.backbones.identity import Backbone, difference_from_timm
@@ -125,34 +129,22 @@ def description(
 def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint without its backbone.
 
+    Args:
+        path: The checkpoint, or the folder of a training run.
+
     Raises:
         CheckpointError: The file is missing, damaged, not a checkpoint, or of a newer format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
+    path = checkpoint_file(path)
     try:
         tensors, metadata = read_tensors(path, "pt")
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(_unreadable(path, error)) from error
+        raise CheckpointError(unreadable(path, error)) from error
     if "aoft" not in metadata:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but no checkpoint of aoft-train{_hint(tensors)}."
-        )
+        raise CheckpointError(unreadable(path, "no metadata"))
     return parse_checkpoint(path, metadata["aoft"], tensors)
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    if reason := foreign(path, "safetensors", "torch", "pickle"):
-        return f"{path} is no checkpoint: it {reason}."
-    if is_torch_file(path):
-        return (
-            f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
-            "published RLRR .pth files if `backbone` and `weights` give their backbone."
-        )
-    return f"{path} is no checkpoint, or a truncated one ({error})."
 
 
 def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -171,10 +163,3 @@ def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Ch
     return Checkpoint(
         backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **plain
     )
-
-
-def _hint(tensors: Mapping[str, Tensor]) -> str:
-    """What a safetensors file may be instead, as the end of a sentence."""
-    if any(".lora_A." in name for name in tensors):
-        return ": give the PEFT folder that contains it"
-    return ", such as a backbone's weights"

@@ -8,6 +8,7 @@ those. It imports neither torch nor timm.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections import Counter
@@ -18,9 +19,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from aoft_deploy.errors import CheckpointError
+from aoft_deploy.file_signatures import file_kind
+from aoft_deploy.path_kinds import CHECKPOINT, described, missing
 from aoft_deploy.texts import shortened
 
-__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors"]
+__all__ = [
+    "FORMAT",
+    "MOST_TENSORS",
+    "checkpoint_file",
+    "parse_description",
+    "read_sizes",
+    "read_tensors",
+    "unreadable",
+]
 
 FORMAT = 1
 """Version of the format that this code writes and reads."""
@@ -46,6 +57,27 @@ PATH = re.compile(r"[/\\\0-\x1f\x7f]|\A\.*\Z")
 """Matches names of tensors that are paths."""
 
 
+def checkpoint_file(path: Path | str, wanted: str = "checkpoint") -> Path:
+    """The checkpoint that a path stands for; any other kind of path is refused by its name.
+
+    Args:
+        path: The folder of a training run, which stands for its ``model.ckpt``, or a checkpoint of
+            any kind: a file or a PEFT folder.
+        wanted: What the message asks for; see ``path_kinds.described``.
+
+    Raises:
+        CheckpointError: There is no such path, or it is known to be something else.
+    """
+    path = Path(path)
+    if (path / CHECKPOINT).is_file():
+        return path / CHECKPOINT
+    if not (path.is_file() or path.is_dir()):
+        raise CheckpointError(missing(path))
+    if reason := described(path, wanted):
+        raise CheckpointError(f"{path} {reason}.")
+    return path
+
+
 def read_tensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the tensors and the metadata of an untrusted safetensors file.
 
@@ -65,6 +97,19 @@ def read_tensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, 
     _check_header(path)
     with safe_open(path, framework) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_sizes(path: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Numbers of parameters of the tensors, and the metadata, without reading the tensors.
+
+    Raises:
+        CheckpointError: As for ``read_tensors``.
+        Exception: As for ``read_tensors``.
+    """
+    _check_header(path)
+    with safe_open(path, "np") as file:
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+        return sizes, file.metadata() or {}
 
 
 def parse_description(path: Path, text: str) -> dict[str, Any]:
@@ -92,6 +137,16 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
     return found
+
+
+def unreadable(path: Path, error: object) -> str:
+    """The sentence for a file from which no checkpoint could be read."""
+    if file_kind(path) in ("torch", "pickle"):
+        return (
+            f"{path} is a pickle, which could run code: only safetensors checkpoints are read, and "
+            "published RLRR .pth files if `backbone` and `weights` give their backbone."
+        )
+    return f"{path} is no checkpoint, or a truncated one ({error})."
 
 
 def _check_header(path: Path) -> None:

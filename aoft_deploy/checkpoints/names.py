@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aoft_deploy.errors import SettingError
+from aoft_deploy.path_kinds import CHECKPOINT
 
 __all__ = ["task_name", "unique_task_names"]
 
@@ -14,11 +15,12 @@ def task_name(checkpoint: Path) -> str:
     """The name of a checkpoint's task.
 
     Returns:
-        The file's name without its suffix, or the folder's name if the file is ``model.ckpt``.
+        The file's name without its suffix, or the folder's name for ``model.ckpt`` and for the
+        folder of a training run.
     """
-    if checkpoint.name == "model.ckpt":
-        return checkpoint.resolve().parent.name
-    return checkpoint.stem
+    if (checkpoint / CHECKPOINT).is_file():
+        return checkpoint.resolve().name
+    return checkpoint.resolve().parent.name if checkpoint.name == CHECKPOINT else checkpoint.stem
 
 
 def unique_task_names(checkpoints: Sequence[Path]) -> list[str]:

@@ -9,6 +9,7 @@ from timm.data.config import resolve_model_data_config
 
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint, parse_checkpoint, read_checkpoint
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.lora_factors import bypassed_layers
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.checkpoints.rlrr import is_torch_file, published_preprocessing, read_published
@@ -34,7 +35,7 @@ def load(
     """The tuned model of a checkpoint, on a backbone that timm creates.
 
     Args:
-        path: The checkpoint, a published RLRR .pth, or a PEFT LoRA folder.
+        path: The checkpoint or its run's folder, a published RLRR .pth, or a PEFT LoRA folder.
         backbone: timm name to use instead of the one in the checkpoint. A .pth and a folder that
             PEFT wrote contain none, so they need it.
         weights: File with the backbone's weights; None uses timm's own.
@@ -54,14 +55,14 @@ def open_checkpoint(
     """The tuned model of a checkpoint, and the checkpoint itself.
 
     Args:
-        path: The checkpoint, a published RLRR .pth, or a PEFT LoRA folder.
+        path: The checkpoint or its run's folder, a published RLRR .pth, or a PEFT LoRA folder.
         source: Where the backbone comes from.
 
     Raises:
         CheckpointError: The file cannot be used, or was trained on another backbone.
         BackboneError: The backbone's weights are missing or do not fit.
     """
-    path = Path(path)
+    path = checkpoint_file(path)
     if path.is_dir():
         return _open_peft(path, source)
     if source.name is not None and is_torch_file(path):

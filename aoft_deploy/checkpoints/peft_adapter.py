@@ -207,11 +207,6 @@ def read_peft_folder(path: Path) -> PeftFolder:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
-        adapters = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
-        if adapters:
-            raise CheckpointError(
-                f"{path} holds several adapters: name the folder of one ({', '.join(adapters)})."
-            )
         raise CheckpointError(f"There is no file {file}, which every PEFT LoRA folder contains.")
     try:
         data = json.loads(file.read_text("utf-8"))

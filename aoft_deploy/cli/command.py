@@ -22,7 +22,20 @@ from aoft_deploy.processors import limited
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.engine import EngineOptions
 
-__all__ = ["add_engine_options", "engine_options", "positive", "run", "with_options"]
+__all__ = [
+    "DEVICES",
+    "ENGINES",
+    "add_engine_options",
+    "device",
+    "engine_options",
+    "positive",
+    "run",
+    "with_options",
+]
+
+ENGINES = "onnxruntime, openvino, tensorrt or torch"
+DEVICES = "cpu, cuda, tensorrt, mps or xpu; cuda:1 is the second GPU"
+"""Values of ``--engine`` and ``--device``, for help texts."""
 
 _PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
@@ -43,7 +56,7 @@ def run(
         The exit code: 0, or 1 after one line on stderr for invalid input or an interrupt.
     """
     _open_standard_streams()
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # files may stand between options
     limit = limited()
     if limit is not None:  # numerical libraries, loaded later, count the machine's cores
         os.environ.setdefault("OMP_NUM_THREADS", str(limit))
@@ -103,22 +116,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_engine_options(options: argparse.ArgumentParser) -> None:
-    """Add the options of ``EngineOptions``."""
+def device(text: str) -> str:
+    """Parse the name of a device: a ``type=`` for options."""
+    if not re.fullmatch(r"cpu|mps|(cuda|tensorrt|xpu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: choose {DEVICES}")
+    return text
+
+
+def add_engine_options(options: argparse._ActionsContainer) -> None:
+    """Add the options of ``EngineOptions`` to a parser or a group of its options."""
     options.add_argument(
         "--engine",
         metavar="NAME",
-        help="onnxruntime, openvino, tensorrt or torch; default: the engine that verified the "
-        "artefact",
+        help=f"{ENGINES} (default: the engine that verified the artefact)",
     )
     options.add_argument(
         "--threads",
         type=positive,
         metavar="N",
-        help="CPU threads for one batch; default: the engine's choice",
+        help="CPU threads for one batch (default: the engine's choice)",
     )
     options.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
+        "--device", type=device, metavar="NAME", help=f"{DEVICES} (default: the engine's choice)"
     )
 
 

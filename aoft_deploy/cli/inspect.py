@@ -31,12 +31,15 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="aoft-inspect",
-        description="Show the contents of a checkpoint, artefact, manifest or PEFT LoRA folder. "
-        "With --plots, plot the angles between the vectors of a checkpoint's matrices, their "
-        "spectral norms and their deviation from orthogonality.",
+        description="Show the contents of a checkpoint, a training run, an artefact, a manifest or "
+        "a PEFT LoRA folder. With --plots, plot the angles between the vectors of a checkpoint's "
+        "matrices, their spectral norms and their deviation from orthogonality.",
     )
     options.add_argument(
-        "file", type=Path, metavar="FILE", help="with --plots, also the folder of a training run"
+        "file",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder that aoft-train, aoft-export or PEFT wrote",
     )
     options.add_argument("--json", action="store_true", help="print everything as JSON")
     plots = options.add_argument_group("plots (needs the backbone's weights)")
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write PNG files and analysis.json into this folder",
     )
+    plots.add_argument("--overwrite", action="store_true", help="replace an earlier analysis")
     plots.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
     plots.add_argument(
         "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
@@ -63,18 +67,20 @@ def inspect(options: argparse.Namespace) -> None:
     if options.plots is not None:
         _analyse(options)
         return
-    if options.backbone or options.backbone_weights or options.force:
-        parser().error("--backbone, --backbone-weights and --force need --plots")
+    if options.backbone or options.backbone_weights or options.force or options.overwrite:
+        parser().error("--backbone, --backbone-weights, --force and --overwrite need --plots")
     description = describe(options.file)
     if options.json:
         print(json.dumps(description, indent=2, ensure_ascii=False))
         return
     for key, value in description.items():
-        print(f"{key.replace('_', ' '):18}{_text(value)}")
+        rows = value.items() if key == "runs" else [(key.replace("_", " "), value)]
+        for name, entry in rows:
+            print(f"{name:17} {_text(entry)}")
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Describe an artefact, a manifest or a checkpoint as JSON values."""
+    """Describe an artefact, a manifest, a checkpoint or a folder of runs as JSON values."""
     from aoft_deploy.artefacts.inspection import describe_artefact
 
     description = describe_artefact(path)
@@ -87,9 +93,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _analyse(options: argparse.Namespace) -> None:
     from aoft_deploy.drawing import check_matplotlib
-    from aoft_deploy.training.analysis.plots import write_analysis
+    from aoft_deploy.training.analysis.files import check_folder, write_analysis
 
     check_matplotlib()
+    check_folder(options.plots, options.overwrite)
     from aoft_deploy.training.analysis.quantities import analyse_file
 
     analysis = analyse_file(
@@ -98,7 +105,7 @@ def _analyse(options: argparse.Namespace) -> None:
         weights=options.backbone_weights,
         force=options.force,
     )
-    files = write_analysis(analysis, options.plots)
+    files = write_analysis(analysis, options.plots, options.overwrite)
     if options.json:
         print(json.dumps(analysis, indent=2, ensure_ascii=False))
         return
@@ -141,9 +148,8 @@ def _text(value: Any) -> str:
     elif isinstance(value, list):
         parts = [_text(v) for v in value[:SHOWN]]
     else:
-        return (
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        )
+        number = {int: ",", float: ".6g"}.get(type(value))  # a bool is neither
+        return str(value) if number is None else format(value, number)
     rest = len(value) - len(parts)
     return ", ".join(parts + ([f"… and {rest} more"] if rest else []))
 

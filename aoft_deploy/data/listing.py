@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aoft_deploy.errors import ImageError
+from aoft_deploy.texts import natural_order
 
 __all__ = ["IMAGE_SUFFIXES", "describe_skipped", "image_files", "is_system_folder", "walk_images"]
 
@@ -27,32 +29,56 @@ _SYSTEM_FOLDERS = frozenset(
 
 
 def image_files(sources: Sequence[Path], skipped: Counter[str] | None = None) -> list[Path]:
-    """Files as given, and each folder replaced by the images below it.
+    """Files as given, and the images below each folder and of each pattern, in natural order.
 
     Args:
-        sources: Files and folders.
+        sources: Files, folders, and patterns such as ``photos/*.jpg`` or ``photos/**``.
         skipped: Receives the number of skipped files in the folders, by lower-case suffix.
 
     Raises:
-        ImageError: A folder holds no images, or cannot be listed.
+        ImageError: A folder holds no images or cannot be listed, or a pattern matches none.
     """
     files = []
     for source in sources:
         skipped_here = Counter[str]()
         try:
-            found = list(walk_images(source, set(), skipped_here)) if source.is_dir() else [source]
+            found = _images(source, skipped_here)
         except OSError as error:
             reason = error.strerror or error
             raise ImageError(f"Folder {str(source)!r} cannot be listed: {reason}.") from error
         if not found:
             note = describe_skipped(skipped_here)
-            raise ImageError(
-                f"There are no images in the folder {source}{f': {note}' if note else ''}."
-            )
+            where = "in the folder" if source.is_dir() else "that match"
+            raise ImageError(f"There are no images {where} {source}{f': {note}' if note else ''}.")
         files += found
         if skipped is not None:
             skipped.update(skipped_here)
     return files
+
+
+def _images(source: Path, skipped: Counter[str]) -> list[Path]:
+    """The file itself, or the images of a folder or a pattern in natural order.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    if source.is_dir():
+        found = list(walk_images(source, set(), skipped))
+    elif os.path.lexists(source) or not glob.has_magic(str(source)):
+        return [source]
+    else:
+        found = list(_matching(str(source), skipped))
+    return sorted(found, key=lambda path: [natural_order(part) for part in path.parts])
+
+
+def _matching(pattern: str, skipped: Counter[str]) -> Iterator[Path]:
+    """Images that match a pattern, and those below the folders that match it."""
+    for path in map(Path, glob.iglob(pattern, recursive=True)):
+        if not path.is_dir():
+            if _is_image(path, skipped):
+                yield path
+        elif "**" not in pattern:  # which also matches all files below a folder
+            yield from walk_images(path, set(), skipped)
 
 
 def walk_images(
@@ -85,11 +111,8 @@ def walk_images(
             if not is_system_folder(name):
                 yield from walk_images(path, seen, skipped)
         elif is_file or (path.is_symlink() and not path.exists()):
-            suffix = path.suffix.lower()
-            if suffix in IMAGE_SUFFIXES or (not suffix and _has_image_signature(path)):
+            if _is_image(path, skipped):
                 yield path
-            elif skipped is not None:
-                skipped[suffix] += 1
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
@@ -107,6 +130,15 @@ def describe_skipped(skipped: Counter[str]) -> str:
 def is_system_folder(name: str) -> bool:
     """Whether a folder is hidden, or created by an operating system or an archiver."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def _is_image(path: Path, skipped: Counter[str] | None) -> bool:
+    """Whether a file is an image, by its suffix or else its first bytes; others are counted."""
+    suffix = path.suffix.lower()
+    is_image = suffix in IMAGE_SUFFIXES or (not suffix and _has_image_signature(path))
+    if skipped is not None and not is_image:
+        skipped[suffix] += 1
+    return is_image
 
 
 def _has_image_signature(path: Path) -> bool:

@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import check_classes
-from aoft_deploy.checkpoints.file_format import parse_description, read_tensors
+from aoft_deploy.checkpoints.file_format import (
+    checkpoint_file,
+    parse_description,
+    read_tensors,
+)
 from aoft_deploy.errors import CheckpointError
-from aoft_deploy.file_signatures import foreign
 from aoft_deploy.tuning.backbones.architecture import (
     CHANGED,
     architecture_label,
@@ -176,21 +179,20 @@ def read_task(path: Path, kind: TaskKind) -> TaskParameters:
     """Read a task from its ``model.ckpt``.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint, or the folder of a training run.
         kind: The kind that it must have.
 
     Raises:
         CheckpointError: The file is damaged, is of another kind, or has parameters that are not
             finite.
     """
+    path = checkpoint_file(path)
     try:
         tensors, metadata = read_tensors(path, "np")
     except CheckpointError:
         raise
     except Exception as error:
-        other_format = foreign(path, "safetensors")
-        reason = f": it {other_format}" if other_format else f" ({error})"
-        raise CheckpointError(f"{path} is no checkpoint of aoft-train{reason}.") from error
+        raise CheckpointError(f"{path} is no checkpoint of aoft-train ({error}).") from error
     if "aoft" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
     description = parse_description(path, metadata["aoft"])

@@ -65,11 +65,16 @@ class Settings:
     )
     engine: str | None = field(
         default=None,
-        metadata=_about("runtime of merged models; default: the one they were verified with"),
+        metadata=_about(
+            "runtime of merged models: onnxruntime, openvino, tensorrt or torch; default: the one "
+            "they were verified with"
+        ),
     )
     device: str | None = field(
         default=None,
-        metadata=_about("device of merged models, such as cuda:1; default: the engine's choice"),
+        metadata=_about(
+            "device of merged models: cpu, cuda, cuda:1 …; default: the engine's choice"
+        ),
     )
     threads: int | None = field(default=None, metadata=_about("threads of an engine", 1, 1024))
     max_batch: int = field(default=16, metadata=_about("maximum samples in a batch", 1, 4096))

@@ -144,7 +144,7 @@ def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_an_artefact_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(CheckpointError, match="is an empty folder: give what"):
         describe(tmp_path)
 
 

@@ -41,7 +41,8 @@ def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model", "model.ONNX", "onnx"])
 def test_a_suffix_that_no_exporter_writes_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ArtefactError, match="is no artefact of aoft-export"):
+    (tmp_path / name).touch()
+    with pytest.raises(ArtefactError, match="is no artefact of aoft-export: give what aoft-expo"):
         load_artefact(tmp_path / name)
 
 

@@ -36,12 +36,12 @@ FOREIGN = {
     "empty": (b"", "is no checkpoint, or a truncated one"),
     "text": (b"this is no checkpoint\n", "is no checkpoint, or a truncated one"),
     "zeros": (bytes(1000), "is no checkpoint, or a truncated one"),
-    "png": (PNG, "is a picture: give a model's file"),
+    "png": (PNG, "is a picture: give a model.ckpt, or the folder of its training run"),
     "huge header": (b"\xff" * 1000, "is no checkpoint, or a truncated one"),
-    "safetensors": (save({"a": torch.ones(2)}), "a safetensors file, but no checkpoint"),
+    "safetensors": (save({"a": torch.ones(2)}), "is a file of weights, such as a backbone's"),
     "others metadata": (
         save({"a": torch.ones(2)}, {"format": "pt"}),
-        "a safetensors file, but no checkpoint",
+        "is a file of weights, such as a backbone's",
     ),
     "pickle": (b"\x80\x04K\x01.", "is a pickle, which could run code"),
     "zip": (b"PK\x03\x04" + bytes(50), "is an incomplete zip archive"),
@@ -63,8 +63,11 @@ def test_a_checkpoint_that_is_not_a_file_is_refused(
 ) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
-    assert "There is no file" in refused(main, "--merge", name, "-o", tmp_path / "a.onnx")
-    assert "There is no file" in refused(main, "--merge", name)
+    for line in (
+        refused(main, "--merge", name, "-o", tmp_path / "a.onnx"),
+        refused(main, "--merge", name),
+    ):
+        assert "There is no file" in line or "is an empty folder" in line or "a folder wi" in line
 
 
 def test_file_names_that_are_too_long_are_refused(
@@ -346,9 +349,10 @@ def test_a_weights_file_that_does_not_exist_is_refused(
     checkpoint: Path, tmp_path: Path, refused: Refused
 ) -> None:
     path = tmp_path / "missing.pth"
-    assert "There is no weights file" in refused(
-        main, "--merge", checkpoint, "--backbone-weights", path
-    )
+    line = refused(main, "--merge", checkpoint, "--backbone-weights", path)
+    assert line == f"There is no file {path}."
+    line = refused(main, "--merge", checkpoint, "--backbone-weights", tmp_path)
+    assert line == f"{tmp_path} is an empty folder: give a file with all weights of the backbone."
 
 
 def test_a_backbone_whose_weights_timm_cannot_load_needs_a_file(

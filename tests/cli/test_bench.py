@@ -4,13 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from faulty_model import metadata_of
 from PIL import Image
 
+from aoft_deploy.artefacts import timing
 from aoft_deploy.cli.bench import main
 
 
@@ -45,12 +48,19 @@ def test_two_artefacts_are_timed_in_one_run(
         assert min(image.size) > 200
 
 
+def without_torch(*arguments: object) -> int:
+    """Run the command where PyTorch is not installed, so that it measures no peaks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        return main([str(argument) for argument in arguments])
+
+
 def test_every_engine_and_number_of_threads_gets_a_line(
     artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines = ["--engines", "onnxruntime", "openvino", "--threads", "1", "2"]
-    assert main([str(artefact), *engines, "--batches", "2", "--rounds", "2"]) == 0
-    lines = capsys.readouterr().out.partition("peak of")[0].splitlines()[1:]
+    assert without_torch(artefact, *engines, "--batches", "2", "--rounds", "2") == 0
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     labels = [f"{artefact.name} {e} ×{n}" for e in ("onnxruntime", "openvino") for n in (1, 2)]
     assert [label in line for label, line in zip(labels, lines, strict=True)] == [True] * 4
 
@@ -58,9 +68,8 @@ def test_every_engine_and_number_of_threads_gets_a_line(
 def test_a_fleet_is_timed_with_its_tasks_in_turn(
     fleet_artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(fleet_artefact), "--rounds", "2"]) == 0
-    table = capsys.readouterr().out.partition("peak of")[0]
-    assert table.count(fleet_artefact.name) == 2
+    assert without_torch(fleet_artefact, "--rounds", "2") == 0
+    assert capsys.readouterr().out.count(fleet_artefact.name) == 2
 
 
 def test_the_share_refers_to_the_peak_of_the_artefacts_precision(
@@ -80,6 +89,7 @@ def test_the_share_refers_to_the_peak_of_the_artefacts_precision(
     assert row["share_of_peak"] == pytest.approx(row["images_per_second"] * flops / 1e15)
     out = capsys.readouterr().out
     assert "fp32 1,000,000, int8 2,000,000" in out
+    assert "no share of bf16: its products are not faster than those of fp32" in out
     assert re.search(rf"^ +2 +{artefact.name} +\d+% of fp32$", out, re.M)
 
 
@@ -97,7 +107,8 @@ def test_a_share_above_100_per_cent_is_left_out(
     assert [row["share_of_peak"] for row in found["rows"]] == [None]
     assert found["gemm_peaks"] == peaks
     out = capsys.readouterr().out
-    assert "no share of fp32" in out and "no share of int8" not in out and "%" not in out
+    assert "no share of fp32: an artefact is faster" in out
+    assert "no share of int8" not in out and "%" not in out
 
 
 def test_the_timings_are_printed_before_the_peaks_are_measured(
@@ -111,13 +122,65 @@ def test_the_timings_are_printed_before_the_peaks_are_measured(
     assert main([str(artefact), "--batches", "1", "--rounds", "1"]) == 1
 
 
+def test_each_batch_size_is_printed_before_the_next_is_timed(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+
+    def observed(*arguments: Any) -> list[timing.Timing]:
+        printed.append(capsys.readouterr().out)
+        return interleaved(*arguments)
+
+    interleaved = timing.interleaved
+    monkeypatch.setattr(timing, "interleaved", observed)
+    assert without_torch(artefact, "--batches", "2", "3", "--rounds", "1") == 0
+    assert re.search(rf"^batch .*\n +2 +{artefact.name} +[\d.]+ .*\n$", printed[1])
+    assert printed[0] == ""
+    row, shares = capsys.readouterr().out.splitlines()
+    assert re.search(rf"^ +3 +{artefact.name} +[\d.]+ ", row)
+    assert shares == "no shares of the peak: measuring it needs PyTorch, aoft-deploy[train]"
+
+
+def test_an_artefact_that_fails_leaves_the_others_timed(
+    artefact: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--batches", "1", "--rounds", "1", "--json", str(figures)]
+    assert without_torch(checkpoint, artefact, tmp_path / "none", *options) == 1
+    first, second, error = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"is a checkpoint: export it first: aoft-export --merge {checkpoint}.")
+    assert second == f"warning: none is left out: There is no file {tmp_path / 'none'}."
+    assert error == "error: 2 of 3 timings are missing."
+    assert [row["name"] for row in json.loads(figures.read_text("utf-8"))["rows"]] == [
+        artefact.name
+    ]
+    assert main([str(checkpoint), str(tmp_path / "none"), "--batches", "1"]) == 1
+    assert capsys.readouterr().err.endswith("error: Nothing was timed: see the warnings.\n")
+
+
+def test_an_existing_result_is_replaced_only_on_request(
+    artefact: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "speed.png"
+    figures.write_text("mine")
+    picture.write_text("mine")
+    line = refused(main, artefact, "--json", figures)
+    assert line == f"{figures} exists: give another --json, or replace it with --overwrite."
+    assert "give another --plot" in refused(main, artefact, "--plot", picture)
+    options = ["--batches", "1", "--rounds", "1", "--json", str(figures), "--plot", str(picture)]
+    assert without_torch(artefact, *options, "--overwrite") == 0
+    assert json.loads(figures.read_text("utf-8"))["rows"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--engines", "tensorrt"], "Unknown engine for .* 'tensorrt'. Known: onnxruntime"),
         (["--device", "cuda"], "onnxruntime-gpu is not installed"),
-        (["--device", "tpu"], "Unknown device of ONNX Runtime 'tpu': give cpu, cuda or tensorrt"),
-        (["--json", "/nowhere/figures.json"], "The figures cannot be written"),
+        (["--device", "mps"], "Unknown device of ONNX Runtime 'mps': give cpu, cuda or tensorrt"),
+        (["--json", "/nowhere/figures.json"], "There is no folder /nowhere: give another --json"),
+        (["--plot", "/dev/null"], "/dev/null exists and is no file: give another --plot"),
     ],
 )
 def test_an_invalid_option_is_a_one_line_error(
@@ -148,7 +211,13 @@ def test_artefacts_of_different_sizes_are_refused(
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["a.onnx", "--rounds", "0"], ["a.onnx", "--batches", "-1"]]
+    "options",
+    [
+        [],
+        ["a.onnx", "--rounds", "0"],
+        ["a.onnx", "--batches", "-1"],
+        ["a.onnx", "--device", "tpu"],
+    ],
 )
 def test_wrong_usage_exits_with_2(options: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:

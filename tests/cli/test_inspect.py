@@ -50,8 +50,8 @@ def test_a_file_of_another_kind_is_refused(
     (tmp_path / "a").write_text("text")
     assert "is no checkpoint" in refused(main, tmp_path / "a")
     assert "There is no file" in refused(main, tmp_path / "missing")
-    assert "is a folder" in refused(main, tmp_path)
-    assert "no checkpoint of aoft-train" in refused(main, backbone_weights)
+    assert "is a folder without a model" in refused(main, tmp_path)
+    assert "is a file of weights, such as a backbone's" in refused(main, backbone_weights)
 
 
 def test_a_name_that_is_too_long_for_the_system_is_refused(
@@ -242,12 +242,18 @@ def test_the_plots_of_a_method_show_its_matrices(
 
 
 def test_a_new_analysis_replaces_all_files_of_an_earlier_one(
-    run: Path, checkpoint: Path, backbone_weights: Path, tmp_path: Path
+    run: Path,
+    checkpoint: Path,
+    backbone_weights: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     (tmp_path / "mine.txt").write_text("stays")
     plots(run, backbone_weights, tmp_path)
     assert (tmp_path / "orthogonality.png").exists()
-    assert plots(checkpoint, backbone_weights, tmp_path)["method"] == "rlrr"
+    line = refused(main, checkpoint, "--plots", tmp_path)
+    assert "angles.png exists: give another --plots, or replace it with --overwrite." in line
+    assert plots(checkpoint, backbone_weights, tmp_path, "--overwrite")["method"] == "rlrr"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"mine.txt", "angles.png", "spectral_norms.png", "analysis.json"}
 
@@ -265,18 +271,18 @@ def test_plotting_changes_no_global_state_of_matplotlib(
     import matplotlib
 
     before = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    plots(run, backbone_weights, tmp_path)
+    plots(run, backbone_weights, tmp_path, "--overwrite")
     assert (dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules) == before
 
 
-def test_only_plots_need_matplotlib(checkpoint: Path) -> None:
+def test_only_plots_need_matplotlib_or_torch(checkpoint: Path) -> None:
     code = (
         "import sys; from aoft_deploy.cli.inspect import main; main(sys.argv[1:])\n"
-        "print('matplotlib' in sys.modules)"
+        "print({'matplotlib', 'torch'} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_error_without_matplotlib_names_the_extra(
@@ -300,9 +306,9 @@ def test_a_file_that_cannot_be_analysed_is_refused(
     line = refused(main, make_checkpoint("linear"), *given)
     assert "linear, which changes only the classifier: there is nothing to analyse" in line
     assert "give them with --backbone-weights" in refused(main, run, "--plots", folder)
-    assert "no checkpoint" in refused(main, artefact, *given)
+    assert "is an ONNX model: give the checkpoint" in refused(main, artefact, *given)
     assert "There is no file" in refused(main, tmp_path / "missing", *given)
-    assert "There is no file" in refused(main, tmp_path, *given)
+    assert "is an empty folder" in refused(main, tmp_path, *given)
 
 
 def test_other_backbone_weights_need_force(

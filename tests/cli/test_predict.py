@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
+import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -50,6 +53,101 @@ def test_the_json_output_has_labels_and_probabilities(
     probabilities = [entry["probability"] for entry in answer["classes"]]
     assert probabilities == sorted(probabilities, reverse=True)
     assert abs(sum(probabilities) - 1) < 1e-5
+
+
+def test_the_csv_output_is_a_table_with_a_row_for_each_class(
+    artefact: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = answers(capsys, artefact, *photos[:2], "--top", "3")
+    assert main([str(artefact), "--top", "3", *map(str, photos[:2]), "--csv"]) == 0
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["image", "label", "probability"]
+    assert rows == [
+        [answer["image"], entry["label"], str(entry["probability"])]
+        for answer in expected
+        for entry in answer["classes"]
+    ]
+
+
+@pytest.fixture
+def folder(photos: list[Path], tmp_path: Path) -> Path:
+    """Three photographs, one of them in a sub-folder, beside a text."""
+    (tmp_path / "shots" / "more").mkdir(parents=True)
+    for name in ("img10.png", "img9.png", "more/a.png"):
+        shutil.copyfile(photos[0], tmp_path / "shots" / name)
+    (tmp_path / "shots" / "notes.txt").touch()
+    return tmp_path / "shots"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected", "note"),
+    [
+        (["shots"], ["img9.png", "img10.png", "more/a.png"], True),
+        (["shots/**"], ["img9.png", "img10.png", "more/a.png"], True),
+        (["shots/*.png"], ["img9.png", "img10.png"], False),
+        (["shots/more/a.png", "shots/*1*"], ["more/a.png", "img10.png"], False),
+    ],
+)
+def test_folders_and_patterns_stand_for_their_images_in_natural_order(
+    inputs: list[str],
+    expected: list[str],
+    note: bool,
+    folder: Path,
+    artefact: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert main([str(artefact), *inputs]) == 0
+    out, err = capsys.readouterr()
+    assert [line.partition("  ")[0] for line in out.splitlines()] == [
+        f"shots/{e}" for e in expected
+    ]
+    assert err == ("note: 1 file with another suffix skipped (.txt 1).\n" if note else "")
+
+
+def test_inputs_without_images_are_refused(
+    artefact: Path, folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refused(main, artefact, tmp_path / "empty")
+    assert line == f"There are no images in the folder {tmp_path / 'empty'}."
+    line = refused(main, artefact, folder / "*.txt")
+    assert line.startswith(f"There are no images that match {folder / '*.txt'}: 1 file with")
+    assert "cannot be read: No such file" in refused(main, artefact, "--list", tmp_path / "none")
+    (tmp_path / "list").write_text("\n\n")
+    assert "names no images: write one path a line" in refused(
+        main, artefact, "--list", tmp_path / "list"
+    )
+
+
+def test_a_list_names_images_one_a_line(
+    artefact: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.txt").write_bytes(f"{photos[1]}\r\n\n{photos[2]}".encode())
+    found = answers(capsys, artefact, photos[0], "--list", tmp_path / "list.txt")
+    assert [answer["image"] for answer in found] == [str(photo) for photo in photos[:3]]
+
+
+def test_standard_input_holds_an_image_or_a_list(artefact: Path, photos: list[Path]) -> None:
+    code = "import sys\nfrom aoft_deploy.cli.predict import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(artefact), "--json"]
+    image = subprocess.run([*command, "-"], input=photos[0].read_bytes(), stdout=subprocess.PIPE)
+    text = f"{photos[0]}\n{photos[0]}\n".encode()
+    listed = subprocess.run([*command, "--list", "-"], input=text, stdout=subprocess.PIPE)
+    found = [json.loads(line) for line in (image.stdout + listed.stdout).splitlines()]
+    assert [answer["image"] for answer in found] == ["-", str(photos[0]), str(photos[0])]
+    assert found[0]["classes"] == found[1]["classes"] == found[2]["classes"]
+
+
+def test_a_terminal_as_standard_input_is_refused(
+    artefact: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, terminal = pty.openpty()
+    with os.fdopen(terminal) as stdin, os.fdopen(leader):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for arguments in (["-"], ["--list", "-"]):
+            assert "Standard input is a terminal" in refused(main, artefact, *arguments)
 
 
 def test_a_pixel_artefact_and_a_state_dict_give_the_same_answers(
@@ -137,8 +235,7 @@ def bad(tmp_path: Path, photos: list[Path]) -> list[Path]:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     save_png_bomb(tmp_path / "bomb.png")
-    (tmp_path / "folder.png").mkdir()
-    names = [*contents, "bomb.png", "folder.png", "missing.png"]
+    names = [*contents, "bomb.png", "missing.png"]
     return [tmp_path / name for name in names]
 
 
@@ -159,9 +256,12 @@ def test_good_images_are_classified_despite_bad_ones(
     out, err = capsys.readouterr()
     answered = [json.loads(line)["image"] for line in out.splitlines()]
     assert answered == [str(path) for path in photos[: len(bad)]]
-    assert len(err.splitlines()) == 1
-    assert "empty.png" in err
-    assert f"({len(bad) - 1} more have no answer)" in err
+    *warnings, error = err.splitlines()
+    assert len(warnings) == len(bad)
+    for path, line in zip(bad, warnings, strict=True):
+        assert line.startswith("warning: Cannot read image ")
+        assert path.name.partition("\n")[0] in line
+    assert error == f"error: No answer for {len(bad)} of {2 * len(bad)} images."
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -197,7 +297,14 @@ def test_the_exif_orientation_of_an_image_is_applied(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a.onnx"], ["a.onnx", "b.png", "--top", "0"], ["a.onnx", "b.png", "--top", "two"]],
+    [
+        [],
+        ["a.onnx"],
+        ["a.onnx", "b.png", "--top", "0"],
+        ["a.onnx", "b.png", "--top", "two"],
+        ["a.onnx", "b.png", "--json", "--csv"],
+        ["a.onnx", "b.png", "--device", "gpu"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +317,11 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 def test_a_file_that_is_not_an_artefact_is_refused(
     checkpoint: Path, photos: list[Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "is no artefact of aoft-export" in refused(main, checkpoint, photos[0])
+    line = refused(main, checkpoint, photos[0])
+    assert (
+        line == f"{checkpoint} is a checkpoint: export it first: aoft-export --merge {checkpoint}."
+    )
+    assert "is a picture: give what aoft-export wrote" in refused(main, photos[0], photos[1])
     assert "There is no file" in refused(main, tmp_path / "missing.onnx", photos[0])
     (tmp_path / "text.onnx").write_text("text")
     assert "is no ONNX model, or a damaged one" in refused(main, tmp_path / "text.onnx", photos[0])
@@ -284,7 +395,9 @@ def test_an_answer_that_is_not_finite_is_an_error_for_its_image_alone(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 4
     assert "white" not in out and "nan" not in out.lower() and "infinity" not in out.lower()
-    assert err == (
-        f"error: {whites[0]} has no answer. The artefact answers with {value}, not with a number "
-        "for each class: export it with a higher precision. (1 more have no answer)\n"
-    )
+    lines = [
+        f"warning: {white} has no answer. The artefact answers with {value}, not with a number "
+        "for each class: export it with a higher precision.\n"
+        for white in whites
+    ]
+    assert err == f"{''.join(lines)}error: No answer for 2 of 6 images.\n"

@@ -213,11 +213,11 @@ def test_a_description_that_is_no_json_object_is_refused(tmp_path: Path, text: s
 
 def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="a safetensors file, but no checkpoint of aoft-tr"):
+    with pytest.raises(CheckpointError, match="is a file of weights, such as a backbone"):
         read_task(tmp_path / "a.ckpt", KIND)
     for content in (b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(50)):
         (tmp_path / "a.ckpt").write_bytes(content)
-        with pytest.raises(CheckpointError, match="is no checkpoint of aoft-train"):
+        with pytest.raises(CheckpointError, match=r"is no checkpoint of|is an incomplete zip"):
             read_task(tmp_path / "a.ckpt", KIND)
 
 

@@ -375,7 +375,7 @@ def test_unknown_names_and_missing_weights_are_found_before_training(tmp_path: P
         train(DIGITS, tmp_path / "run", replace(SMALL, method="lorra"))
     with pytest.raises(UnknownNameError, match="Unknown setting of lora 'seed'"):
         train(DIGITS, tmp_path / "run", replace(SMALL, method="lora", method_settings={"seed": 1}))
-    with pytest.raises(BackboneError, match="no weights file"):
+    with pytest.raises(BackboneError, match="There is no file"):
         train(DIGITS, tmp_path / "run", replace(SMALL, backbone_weights=tmp_path / "absent.pth"))
 
 

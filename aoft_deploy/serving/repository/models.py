@@ -123,7 +123,10 @@ class Models:
         """
         fleet = next((a.fleet for a in self.artefacts.values() if a.fleet is not None), None)
         if fleet is None:
-            raise SettingError(f"{path} is a checkpoint, but no fleet is served that takes it.")
+            raise SettingError(
+                f"{path} is a checkpoint, but no fleet is served that takes it: export it first: "
+                f"aoft-export --merge {path}."
+            )
         if name in self.artefacts:
             raise SettingError(f"{path} has the name of another artefact: rename it.")
         await in_thread(fleet.add, path, name, replace=True)

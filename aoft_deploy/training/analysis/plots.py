@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aoft_deploy.drawing import PALETTE, check_matplotlib, new_figure, save_figure
-from aoft_deploy.errors import OutputError
-from aoft_deploy.files import json_text, settle, writable_folder
+from aoft_deploy.drawing import PALETTE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "write_analysis"]
+__all__ = ["FILES", "draw"]
 
 COLOURS = {
     "weight": PALETTE["grey"],
@@ -47,44 +44,6 @@ NORMS = {
 }
 
 FILES = ("angles.png", "spectral_norms.png", "orthogonality.png")
-
-
-def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write analysis.json and its plots; all files are complete before the first is renamed.
-
-    Args:
-        analysis: From ``analyse_file``.
-        folder: Output folder; created if it is missing. Files of an earlier analysis are replaced,
-            and its plots that this analysis does not have are removed.
-
-    Returns:
-        The written files.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OutputError: The folder or a file in it cannot be written.
-    """
-    check_matplotlib()
-    figures = draw(analysis)
-    names = [*figures, "analysis.json"]
-    for name in (*names, *FILES):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise OutputError(f"Cannot write {folder / name}: it exists and is no file.")
-    with writable_folder(folder) as temporary:
-        try:
-            for name, figure in figures.items():
-                save_figure(figure, temporary / name)
-            text = json_text(analysis, indent=1) + "\n"
-            (temporary / "analysis.json").write_text(text, "utf-8")
-            for name in names:
-                settle(temporary / name)
-            for name in names:
-                (temporary / name).replace(folder / name)
-            for name in set(FILES).difference(names):
-                (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"Cannot write into {folder}: {error.strerror or error}.") from error
-    return [folder / name for name in names]
 
 
 def draw(analysis: Mapping[str, Any]) -> dict[str, Figure]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.training.analysis.geometry import (
@@ -69,7 +70,7 @@ def analyse_file(
         CheckpointError: The file cannot be used, or its method trains only the classifier.
         BackboneError: The backbone's weights are missing or do not fit.
     """
-    path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
+    path = checkpoint_file(path)
     tuned, _ = open_checkpoint(path, BackboneSource(backbone, weights, force))
     before = None
     if get_method(tuned.method).everything:

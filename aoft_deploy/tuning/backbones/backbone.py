@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aoft_deploy.errors import BackboneError, UnknownNameError
 from aoft_deploy.file_signatures import file_kind
+from aoft_deploy.path_kinds import described, missing
 from aoft_deploy.texts import one_line
 from aoft_deploy.tuning.backbones.identity import Backbone, identify
 from aoft_deploy.tuning.backbones.jax_weights import load_npz
@@ -120,7 +121,8 @@ def _timm_loader(name: str) -> Loader:
 
 def _weights_kind(weights: Path) -> str:
     if not weights.is_file():
-        raise BackboneError(f"There is no weights file {weights}.")
+        reason = described(weights, "weights")
+        raise BackboneError(f"{weights} {reason}." if reason else missing(weights))
     return file_kind(weights)
 
 

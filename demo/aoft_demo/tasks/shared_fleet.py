@@ -14,6 +14,7 @@ from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.path_kinds import CHECKPOINT, missing
 
 __all__ = [
     "BUNDLED",
@@ -94,7 +95,8 @@ def open_shared_fleet(
     """
     for path in paths:
         if not path.exists():
-            raise CheckpointError(f"There is no file {path}.")
+            raise CheckpointError(missing(path))
+    paths = [path / CHECKPOINT if (path / CHECKPOINT).is_file() else path for path in paths]
     fleets = [path for path in paths if path.suffix in (".onnx", ".xml") or path.is_dir()]
     checkpoints = [path for path in paths if path not in fleets]
     if len(fleets) > 1:

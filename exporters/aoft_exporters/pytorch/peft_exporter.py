@@ -143,13 +143,13 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder cannot be read, or holds more than LoRA.
     """
-    from aoft_deploy.checkpoints.inspection import describe_tensors
+    from aoft_deploy.checkpoints.inspection import describe_sizes
     from aoft_deploy.checkpoints.peft_adapter import FILES, read_peft_folder
 
     folder = read_peft_folder(path)
-    matrices = {f"head.{name}": tensor for name, tensor in folder.saved.items()}
+    sizes = {f"head.{name}": tensor.numel() for name, tensor in folder.saved.items()}
     for module, (a, b) in folder.pairs.items():
-        matrices |= {f"{module}.a": a, f"{module}.b": b}
+        sizes |= {f"{module}.a": a.numel(), f"{module}.b": b.numel()}
     task = decoded(folder.metadata.get("aoft", "{}"))
     return {
         "kind": "PEFT LoRA folder",
@@ -158,7 +158,7 @@ def describe(path: Path) -> dict[str, Any]:
         **(task if isinstance(task, dict) else {}),
         "ranks": {module: len(a) for module, (a, _) in folder.pairs.items()},
         "factors": {module: folder.config.scaling(module) for module in folder.pairs},
-        **describe_tensors(matrices),
+        **describe_sizes(sizes),
     }
 
 
