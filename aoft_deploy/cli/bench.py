@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.cli.command import positive, run
+from aoft_deploy.cli.command import Parser, positive, run
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.timing import Subject, Timing
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-bench",
         description="Time artefacts in one interleaved run, each in a subprocess. Prints images "
         "per second, the ratio to the first artefact, and the share of this processor's peak in "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.cli.command import add_engine_options, engine_options, positive, run
+from aoft_deploy.cli.command import Parser, add_engine_options, engine_options, positive, run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ BATCH = 16
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-predict", description="Classify image files with an exported artefact."
     )
     options.add_argument(

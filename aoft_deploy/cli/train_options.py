@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.cli.command import Parser, add_import_option
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
 from aoft_deploy.training.settings import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
 
@@ -19,7 +20,7 @@ DEFAULT = TrainingSettings()
 
 def parser() -> argparse.ArgumentParser:
     """The command's options. Training settings without a value are absent from the result."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="aoft-train",
         description="Fine-tune a pre-trained Vision Transformer on labelled images. Writes "
         "model.ckpt (only the trained parameters) and metrics.jsonl (one line per epoch).",
@@ -65,7 +66,8 @@ def _add_benchmark(p: argparse.ArgumentParser) -> None:
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:
-    add = p.add_argument_group("model", argument_default=SUPPRESS).add_argument
+    group = p.add_argument_group("model", argument_default=SUPPRESS)
+    add = group.add_argument
     add("--backbone", metavar="NAME", help=f"timm name ({DEFAULT.backbone})")
     add(
         "--backbone-weights",
@@ -73,6 +75,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".safetensors, .pth, .bin or .npz; default: timm's weights",
     )
+    add_import_option(group)
     add("--img-size", type=int, metavar="N", help="side of the input in pixels")
     add(
         "--crop-mode",

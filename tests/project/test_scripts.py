@@ -123,6 +123,7 @@ NOT_IN_TABLE = {
     "benchmarks/serving/peer_servers/lit.py": "tested below",
     "benchmarks/serving/peer_servers/rays.py": "tested below",
     "tools/mutants.py": "it runs the tests itself",
+    "tools/package_readme.py": "tests/project/test_install.py",
     "tools/pretraining/figures.py": "a module of train.py",
     "tools/pretraining/model.py": "a module of train.py",
     "tools/pretraining/scenes.py": "a module of train.py",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError
+from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError, optional_imports
 from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
 
@@ -37,10 +37,8 @@ def library() -> Any:
         MissingExtraError: ONNX Runtime is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
+    with optional_imports():
         return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
 
 
 def session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:

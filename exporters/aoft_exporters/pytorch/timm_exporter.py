@@ -12,7 +12,7 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.spec import ExportSpec
-from aoft_deploy.errors import ArtefactError, OutputError, SettingError
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.texts import one_line
 from aoft_exporters.pytorch.engine import TorchEngine
@@ -55,15 +55,19 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
 
     Raises:
         ArtefactError: The file cannot be read or does not name its architecture.
+        UnknownNameError: timm does not know the architecture.
         SettingError: The device does not exist.
     """
     import timm
 
+    from aoft_deploy.tuning.backbones.backbone import unknown_backbone
     from aoft_deploy.tuning.backbones.identity import Backbone
 
     info = ArtefactInfo(_metadata(path), str(path))
     try:
         backbone = Backbone.from_dict(info.backbone)
+        if not timm.is_model(backbone.name.partition(".")[0]):
+            raise unknown_backbone(backbone.name)
         model = timm.create_model(
             backbone.name,
             pretrained=False,
@@ -71,6 +75,8 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
             checkpoint_path=str(path),
             **backbone.args,
         )
+    except UnknownNameError:
+        raise
     except Exception as error:  # timm raises various exceptions on a tampered file
         reason = one_line(error, 160)
         raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
