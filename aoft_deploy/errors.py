@@ -164,7 +164,7 @@ def optional_imports() -> Iterator[None]:
             raise
         name = package.replace("_", "-")
         if isinstance(error, ModuleNotFoundError) and not submodule:
-            raise MissingExtraError(name, EXTRAS.get(package)) from error
+            raise MissingExtraError(name, EXTRAS.get(package)) from None
         if package not in EXTRAS:
             raise
         raise MissingExtraError(name, EXTRAS[package], str(error)) from error

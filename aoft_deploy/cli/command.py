@@ -18,7 +18,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aoft_deploy._version import __version__
-from aoft_deploy.errors import EXTRAS, AoftError, SettingError, close_matches, optional_imports
+from aoft_deploy.errors import (
+    EXTRAS,
+    AoftError,
+    SettingError,
+    UnknownNameError,
+    close_matches,
+    optional_imports,
+)
 from aoft_deploy.processors import limited
 from aoft_deploy.texts import one_line
 
@@ -56,6 +63,11 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--\S+", option) and not any(o.startswith(option) for o in known):
                 self.error(f"Unknown option {option}.{close_matches(option, known)}")
         return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            unknown = UnknownNameError("name", value, map(str, action.choices))
+            raise argparse.ArgumentError(action, str(unknown))
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 after one line on stderr."""

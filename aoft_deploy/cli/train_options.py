@@ -12,6 +12,7 @@ from typing import Any
 from aoft_deploy.cli.command import Parser, add_import_option
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
 from aoft_deploy.training.settings import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
+from aoft_deploy.tuning.method_names import SUMMARIES
 
 __all__ = ["check_usage", "given_settings", "parser"]
 
@@ -83,7 +84,12 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         help="resize the shorter edge (center), both (squash) or the longer (border)",
     )
     add("--crop-pct", type=float, metavar="X", help="share of the resized image that is kept")
-    add("--method", metavar="NAME", help=f"fine-tuning method ({DEFAULT.method})")
+    add(
+        "--method",
+        choices=SUMMARIES,
+        metavar="NAME",
+        help=f"{', '.join(SUMMARIES)} ({DEFAULT.method})",
+    )
     add("--rank", type=int, metavar="D", help="rank of the method's updates")
     add("--targets", nargs="+", metavar="MAP", help="linear maps to update, such as q v fc1")
     add(

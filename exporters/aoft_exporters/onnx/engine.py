@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -62,6 +64,9 @@ def session(model: Path | bytes, threads: int | None, device: str, path: Path) -
     if threads is not None:
         options.intra_op_num_threads = threads
     providers = _providers(ort, device)
+    if device != "cpu":
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()  # finds the CUDA libraries that pip installed
     try:
         opened = ort.InferenceSession(model, options, providers)
         opened.get_inputs()[0]
