@@ -21,6 +21,7 @@ commands' ``main`` functions catch these errors.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -163,7 +164,8 @@ def optional_imports() -> Iterator[None]:
         if package.startswith("aoft_") or not package:
             raise
         name = package.replace("_", "-")
-        if isinstance(error, ModuleNotFoundError) and not submodule:
+        absent = not submodule or sys.modules.get(package) is None
+        if isinstance(error, ModuleNotFoundError) and absent:
             raise MissingExtraError(name, EXTRAS.get(package)) from None
         if package not in EXTRAS:
             raise

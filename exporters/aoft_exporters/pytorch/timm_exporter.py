@@ -12,7 +12,7 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.spec import ExportSpec
-from aoft_deploy.errors import ArtefactError, OutputError, SettingError, UnknownNameError
+from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.texts import one_line
 from aoft_exporters.pytorch.engine import TorchEngine
@@ -54,8 +54,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     """Open a file: timm creates the architecture and loads the file's weights.
 
     Raises:
-        ArtefactError: The file cannot be read or does not name its architecture.
-        UnknownNameError: timm does not know the architecture.
+        ArtefactError: The file cannot be read or does not name an architecture of timm.
         SettingError: The device does not exist.
     """
     import timm
@@ -75,10 +74,8 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
             checkpoint_path=str(path),
             **backbone.args,
         )
-    except UnknownNameError:
-        raise
     except Exception as error:  # timm raises various exceptions on a tampered file
-        reason = one_line(error, 160)
+        reason = one_line(error).rstrip(".")
         raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
     return TorchEngine(model, info.texts, options)
 
