@@ -154,6 +154,33 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_engine_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of ``EngineOptions``."""
+    options.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="onnxruntime, openvino, tensorrt or torch; default: the engine that verified the "
+        "artefact",
+    )
+    options.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads for one batch; default: the engine's choice",
+    )
+    options.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
+    )
+    add_import_option(options)
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """The parsed values of ``add_engine_options``."""
+    from aoft_deploy.artefacts.engine import EngineOptions
+
+    return EngineOptions(options.engine, options.threads, options.device)
+
+
 def add_import_option(options: argparse._ActionsContainer) -> None:
     """Add ``--import MODULE``; ``run`` imports the modules before it runs the command."""
     options.add_argument(
@@ -188,33 +215,6 @@ def _import_module(name: str) -> None:
             f"`import={name}` fails ({reason}): give the name of a module that is installed or in "
             "the current folder."
         ) from error
-
-
-def add_engine_options(options: argparse.ArgumentParser) -> None:
-    """Add the options of ``EngineOptions``."""
-    options.add_argument(
-        "--engine",
-        metavar="NAME",
-        help="onnxruntime, openvino, tensorrt or torch; default: the engine that verified the "
-        "artefact",
-    )
-    options.add_argument(
-        "--threads",
-        type=positive,
-        metavar="N",
-        help="CPU threads for one batch; default: the engine's choice",
-    )
-    options.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: the engine's choice"
-    )
-    add_import_option(options)
-
-
-def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """The parsed values of ``add_engine_options``."""
-    from aoft_deploy.artefacts.engine import EngineOptions
-
-    return EngineOptions(options.engine, options.threads, options.device)
 
 
 def _open_standard_streams() -> None:
