@@ -47,7 +47,7 @@ $(VENV)/.runtime: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.test: $(VENV)/.runtime
 	@echo 'Installing what the tests need: 1.4 GB on disk.'
-	$(INSTALL) --editable '.[all]' --group test
+	$(INSTALL) $(CONSTRAINTS:%=--build-constraint %) --editable '.[all]' --group test
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

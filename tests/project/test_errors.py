@@ -8,6 +8,7 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import ROOT
@@ -49,11 +50,9 @@ def imported_packages(path: Path) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
-def requirements(project: dict[str, object], extra: str) -> set[str]:
+def requirements(project: dict[str, Any], extra: str) -> set[str]:
     """Names of the distributions that an extra, or the base install, asks for itself."""
-    extras = project["optional-dependencies"]
-    assert isinstance(extras, dict)
-    listed = extras[extra] if extra else project["dependencies"]
+    listed = project["optional-dependencies"][extra] if extra else project["dependencies"]
     return {each.partition(">")[0].partition("[")[0] for each in listed}
 
 

@@ -223,7 +223,7 @@ def test_the_role_train_and_cpu_trains_exports_and_predicts(
 
 
 def test_the_role_demo_and_cpu_shows_the_page(make_linked: Callable[..., Environment]) -> None:
-    words = [make_linked("demo", "cpu").folder / "bin" / "aoft-demo", "--port", "0"]
+    words = [str(make_linked("demo", "cpu").folder / "bin" / "aoft-demo"), "--port", "0"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         address = next(found[0] for line in demo.stdout if (found := re.search(r"http:\S+", line)))
