@@ -132,9 +132,12 @@ class MissingExtraError(AoftError, ImportError):
         extra: The extra of this project that installs it, such as ``"cpu"``; empty for the base
             install, None for a package that another package needs.
         reason: Why an installed package cannot be imported; empty if it is not installed.
+        replaces: A package that must be uninstalled first, since it has the same files.
     """
 
-    def __init__(self, package: str, extra: str | None, reason: str = "") -> None:
+    def __init__(
+        self, package: str, extra: str | None, reason: str = "", replaces: str = ""
+    ) -> None:
         install = f"'aoft-deploy[{extra}]'" if extra else "aoft-deploy"
         if reason:
             message = (
@@ -144,7 +147,8 @@ class MissingExtraError(AoftError, ImportError):
         elif extra is None:
             message = f"{package} is not installed, but another package needs it: run pip check."
         else:
-            message = f"{package} is not installed: run pip install {install}."
+            first = f"pip uninstall {replaces}, then " if replaces else ""
+            message = f"{package} is not installed: run {first}pip install {install}."
         super().__init__(message, name=package)
 
 

@@ -144,6 +144,14 @@ def test_other_failed_imports_stay_as_they_are(error: ImportError) -> None:
     assert raised.value is error
 
 
+def test_a_package_that_replaces_another_is_not_installed_beside_it() -> None:
+    error = MissingExtraError("onnxruntime-gpu", "gpu", replaces="onnxruntime")
+    assert str(error) == (
+        "onnxruntime-gpu is not installed: run pip uninstall onnxruntime, then pip install "
+        "'aoft-deploy[gpu]'."
+    )
+
+
 def test_an_unknown_name_gets_suggestions_and_a_hint() -> None:
     error = UnknownNameError("task", "digit", ["digits", "shape"], "See the list.")
     assert str(error) == (

@@ -106,7 +106,7 @@ def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
             "for one of several GPUs, such as cuda:1."
         )
     if PROVIDERS[kind] not in ort.get_available_providers():
-        raise MissingExtraError("onnxruntime-gpu", "gpu")
+        raise MissingExtraError("onnxruntime-gpu", "gpu", replaces="onnxruntime")
     gpu = {"device_id": index or "0"}
     chosen = [(PROVIDERS["tensorrt"], gpu)] if kind == "tensorrt" else []
     if kind != "cpu":
