@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aoft_deploy._lazy import lazy_names
+from aoft_deploy._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from aoft_deploy.checkpoints.checkpoint import save
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from aoft_deploy.export.merged import export_merged
     from aoft_deploy.tuning.attaching import attach
     from aoft_deploy.tuning.backbones.backbone import create_backbone
+    from aoft_deploy.tuning.backbones.bundled import register
     from aoft_deploy.tuning.merging import merge
     from aoft_deploy.tuning.tuned_model import TunedModel
     from aoft_deploy.tuning.updates.orthogonal import approximately_orthogonal
@@ -26,6 +28,7 @@ __all__ = [
     "export_merged",
     "load",
     "merge",
+    "register",
     "save",
 ]
 
@@ -38,6 +41,7 @@ _HOMES = {
     "export_merged": "export.merged",
     "load": "checkpoints.opening",
     "merge": "tuning.merging",
+    "register": "tuning.backbones.bundled",
     "save": "checkpoints.checkpoint",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

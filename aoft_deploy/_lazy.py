@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from aoft_deploy.errors import optional_imports
+
 __all__ = ["lazy_names"]
 
 
@@ -14,6 +16,8 @@ def lazy_names(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the ``__getattr__`` and ``__dir__`` of a package (PEP 562).
+
+    If a name's import needs a package that is missing, ``__getattr__`` raises MissingExtraError.
 
     Args:
         package: The package's ``__name__``.
@@ -23,7 +27,8 @@ def lazy_names(
     def getattribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        with optional_imports():
+            value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.errors import MissingExtraError
+from aoft_deploy.errors import optional_imports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,10 +32,8 @@ def check_matplotlib() -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
+    with optional_imports():
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots") from error
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.cli.command import DEVICES, ENGINES, device, positive, run, with_options
+from aoft_deploy.cli.command import (
+    DEVICES,
+    ENGINES,
+    Parser,
+    device,
+    positive,
+    run,
+    with_options,
+)
 from aoft_deploy.cli.progress import Progress
 from aoft_deploy.errors import AoftError
 from aoft_deploy.texts import one_line
@@ -23,7 +31,7 @@ __all__ = ["main"]
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-bench",
         description="Time artefacts in turn, each in a subprocess, so that other load affects all "
         "of them equally. Prints images per second, the ratio to the first artefact, and the share "

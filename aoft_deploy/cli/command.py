@@ -1,4 +1,4 @@
-"""Shared by all commands: one-line errors, clean interrupts, and exit codes.
+"""Shared by all commands: parsers, one-line errors, clean interrupts, and exit codes.
 
 Messages of the library name parameters in backquotes, such as ```min_agreement```. Commands replace
 them with options, such as ``--min-agreement``.
@@ -7,6 +7,7 @@ them with options, such as ``--min-agreement``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import re
@@ -14,10 +15,19 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from aoft_deploy.errors import AoftError
+from aoft_deploy._version import __version__
+from aoft_deploy.errors import (
+    EXTRAS,
+    AoftError,
+    SettingError,
+    UnknownNameError,
+    close_matches,
+    optional_imports,
+)
 from aoft_deploy.processors import limited
+from aoft_deploy.texts import one_line
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.engine import EngineOptions
@@ -25,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DEVICES",
     "ENGINES",
+    "Parser",
     "add_engine_options",
+    "add_import_option",
     "device",
     "engine_options",
     "positive",
@@ -40,6 +52,36 @@ DEVICES = "cpu, cuda, tensorrt, mps or xpu; cuda:1 is the second GPU"
 _PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
+class Parser(argparse.ArgumentParser):
+    """The parser of a command: it has ``--version``, and reports wrong usage in one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; an unknown option is reported before a missing one."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            option = word.partition("=")[0]
+            if option == "--":
+                break
+            known = [o for o in self._option_string_actions if o.startswith("--")]
+            if re.fullmatch(r"--\S+", option) and not any(o.startswith(option) for o in known):
+                self.error(f"Unknown option {option}.{close_matches(option, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            unknown = UnknownNameError("name", value, map(str, action.choices))
+            raise argparse.ArgumentError(action, str(unknown))
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 after one line on stderr."""
+        text = " ".join(message.removeprefix("argument ").split())
+        self.exit(2, f"error: {text} (see {self.prog} --help)\n")
+
+
 def run(
     parser: argparse.ArgumentParser,
     body: Callable[[argparse.Namespace], None],
@@ -48,7 +90,7 @@ def run(
     """Parse the arguments, and run a command.
 
     Args:
-        parser: The command's parser. Wrong usage exits with 2.
+        parser: The command's parser. Wrong usage exits with 2 after one line on stderr.
         body: The command, which takes the parsed options.
         argv: Arguments; None means those of the process.
 
@@ -65,7 +107,10 @@ def run(
             stream.reconfigure(errors="backslashreplace")  # so that every file name can be printed
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        body(options)
+        with optional_imports():
+            for module in getattr(options, "import", ()):
+                _import_module(module)
+            body(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed("Interrupted; nothing unfinished was left.")
@@ -139,6 +184,7 @@ def add_engine_options(options: argparse._ActionsContainer) -> None:
     options.add_argument(
         "--device", type=device, metavar="NAME", help=f"{DEVICES} (default: the engine's choice)"
     )
+    add_import_option(options)
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
@@ -146,6 +192,42 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
     from aoft_deploy.artefacts.engine import EngineOptions
 
     return EngineOptions(options.engine, options.threads, options.device)
+
+
+def add_import_option(options: argparse._ActionsContainer) -> None:
+    """Add ``--import MODULE``; ``run`` imports the modules before it runs the command."""
+    options.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this Python module first, to register timm models of your own; the current "
+        "folder is searched too; may be repeated",
+    )
+
+
+def _import_module(name: str) -> None:
+    """Import a module that a user named.
+
+    Raises:
+        SettingError: The import fails.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            raise
+        import traceback
+
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if "importlib" in last.filename else f" in {last.filename}:{last.lineno}"
+        reason = f"{type(error).__name__}{place}: {one_line(error).rstrip('.')}"
+        raise SettingError(
+            f"`import={name}` fails ({reason}): give the name of a module that is installed or in "
+            "the current folder."
+        ) from error
 
 
 def _open_standard_streams() -> None:

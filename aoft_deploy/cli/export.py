@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.cli.command import run, with_options
+from aoft_deploy.cli.command import Parser, add_import_option, run, with_options
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.spec import BuildOptions
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-export",
         description="Export a fine-tuned checkpoint merged into its backbone, or many checkpoints "
         "as a fleet on one backbone. The artefact is verified against the unmerged model before it "
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=".safetensors, .pth, .bin or JAX .npz",
     )
+    add_import_option(options)
     options.add_argument(
         "--images",
         type=Path,
@@ -239,7 +240,6 @@ def _fleet(options: argparse.Namespace) -> Exported:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments that all exports share."""
     from aoft_deploy.checkpoints.backbone_source import BackboneSource
     from aoft_deploy.export.options import VerifyOptions
 

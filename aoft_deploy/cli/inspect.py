@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from aoft_deploy.cli.command import run
+from aoft_deploy.cli.command import Parser, add_import_option, run
 
 __all__ = ["describe", "main"]
 
@@ -29,7 +29,7 @@ KINDS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-inspect",
         description="Show the contents of a checkpoint, a training run, an artefact, a manifest or "
         "a PEFT LoRA folder. With --plots, plot the angles between the vectors of a checkpoint's "
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     plots.add_argument(
         "--backbone-weights", type=Path, metavar="FILE", help=".safetensors, .pth, .bin or JAX .npz"
     )
+    add_import_option(plots)
     plots.add_argument(
         "--force",
         action="store_true",

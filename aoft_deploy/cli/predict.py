@@ -14,7 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.cli.command import add_engine_options, engine_options, positive, run, with_options
+from aoft_deploy.cli.command import (
+    Parser,
+    add_engine_options,
+    engine_options,
+    positive,
+    run,
+    with_options,
+)
 from aoft_deploy.cli.progress import Progress
 from aoft_deploy.texts import one_line
 
@@ -30,7 +37,7 @@ STDIN = "-"
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-predict", description="Classify image files with an exported artefact."
     )
     options.add_argument(

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from aoft_deploy.cli.command import run
+from aoft_deploy.cli.command import Parser, run
 from aoft_deploy.serving.settings import PARSERS, Settings, read_toml
 
 __all__ = ["main"]
 
-EXTRA = ("starlette", "uvicorn", "orjson", "python_multipart", "h11")
-
 
 def parser() -> argparse.ArgumentParser:
     """The command's options: the artefacts, and one flag for each field of ``Settings``."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-serve",
         description="Serve exported artefacts over HTTP with the Open Inference Protocol v2.",
     )
@@ -42,21 +40,15 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until the process gets a signal."""
-    from aoft_deploy.errors import MissingExtraError
-
     config = {} if options.config is None else read_toml(options.config)
     paths = options.artefacts or config.get("artefacts", [])
     config.pop("artefacts", None)
     flags = {f.name: getattr(options, f.name) for f in fields(Settings)}
     settings = Settings(**config | {name: v for name, v in flags.items() if v is not None})
-    try:
-        from aoft_deploy.serving import server
-        from aoft_deploy.serving.memory import return_large_blocks
-        from aoft_deploy.serving.repository.names import artefact_name
-    except ImportError as error:
-        if error.name in EXTRA:
-            raise MissingExtraError(str(error.name), "serve") from error
-        raise
+    from aoft_deploy.serving import server
+    from aoft_deploy.serving.memory import return_large_blocks
+    from aoft_deploy.serving.repository.names import artefact_name
+
     return_large_blocks()
     server.serve(settings, [artefact_name(path) for path in paths])
 

@@ -9,15 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.cli.command import positive
+from aoft_deploy.cli.command import Parser, add_import_option, positive
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
-from aoft_deploy.training.settings import (
-    AUGMENTATIONS,
-    METHODS,
-    PRECISIONS,
-    TRAIN_ON,
-    TrainingSettings,
-)
+from aoft_deploy.training.settings import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
+from aoft_deploy.tuning.method_names import SUMMARIES
 
 __all__ = ["check_usage", "given_settings", "parser"]
 
@@ -28,7 +23,7 @@ TASKS = ("colour", "count", "digits", "orientation", "position", "shape")
 
 def parser() -> argparse.ArgumentParser:
     """The command's options. Training settings without a value are absent from the result."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="aoft-train",
         description="Fine-tune a pre-trained Vision Transformer on labelled images. Writes "
         "model.ckpt (only the trained parameters) and metrics.jsonl (one line per epoch).",
@@ -70,21 +65,23 @@ def _add_data(p: argparse.ArgumentParser) -> None:
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:
-    add = p.add_argument_group("model", argument_default=SUPPRESS).add_argument
+    group = p.add_argument_group("model", argument_default=SUPPRESS)
+    add = group.add_argument
     meaning = "timm name, such as vit_base_patch16_224.augreg_in21k"
     add(
         "--backbone", metavar="NAME", help=_help("backbone", meaning, f"{DEFAULT.backbone}, a demo")
     )
     meaning = "its weights: .safetensors, .pth, .bin or .npz (default: timm's, downloaded)"
     add("--backbone-weights", type=Path, metavar="FILE", help=meaning)
+    add_import_option(group)
     meaning = "side of the input in pixels"
     add("--img-size", type=int, metavar="N", help=_help("img-size", meaning, BACKBONES))
     meaning = "resize the shorter edge (center), the longer (border), or both (squash)"
     add("--crop-mode", metavar="MODE", help=_help("crop-mode", meaning, BACKBONES))
     meaning = "share of the resized side that is kept, from 0.1"
     add("--crop-pct", type=float, metavar="X", help=_help("crop-pct", meaning, BACKBONES))
-    meaning = f"fine-tuning method: {', '.join(METHODS)}"
-    add("--method", metavar="NAME", help=_help("method", meaning))
+    meaning = f"fine-tuning method: {', '.join(SUMMARIES)}"
+    add("--method", choices=SUMMARIES, metavar="NAME", help=_help("method", meaning))
     add("--rank", type=int, metavar="D", help=_help("", "rank of the updates", "the method's"))
     meaning = "linear maps to update, such as q k v qkv proj fc1 fc2"
     add("--targets", nargs="+", metavar="MAP", help=_help("", meaning, "the method's"))

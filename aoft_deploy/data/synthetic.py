@@ -29,7 +29,7 @@ from aoft_deploy.data.scenes import (
     shape_scene,
 )
 from aoft_deploy.data.splits import ImageList, Splits, check_seed
-from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_deploy.errors import SettingError, UnknownNameError, optional_imports
 
 __all__ = ["load_task", "task_names"]
 
@@ -74,7 +74,8 @@ def load_task(
 
 def _digits(*, seed: int, train: int, val: int, test: int | None) -> Splits:
     """Scanned digits of 8 x 8 pixels (UCI optdigits, from scikit-learn), enlarged."""
-    from sklearn.datasets import load_digits  # takes a second to import
+    with optional_imports():
+        from sklearn.datasets import load_digits  # takes a second to import
 
     data = load_digits()
     total = len(data.target)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import uvicorn
 
-from aoft_deploy.errors import MissingExtraError, OutputError
+from aoft_deploy.errors import OutputError
 from aoft_deploy.serving.batching.batcher import ENGINE
 from aoft_deploy.serving.endpoints.application import Application
 from aoft_deploy.serving.log import JsonHandler, background, flush, log
@@ -122,13 +122,9 @@ async def _serve(settings: Settings, given: Sequence[tuple[str, Path]]) -> None:
 
 def _uvicorn_config(service: Service, most: int) -> uvicorn.Config:
     settings = service.settings
-    try:
-        http = connection_class(settings.http, most)
-    except ImportError as error:
-        raise MissingExtraError(settings.http, "serve") from error
     return uvicorn.Config(
         Application(service),
-        http=http,
+        http=connection_class(settings.http, most),
         ws="none",
         lifespan="off",
         loop="none",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aoft_deploy.errors import MissingExtraError
+from aoft_deploy.errors import optional_imports
 
 __all__ = ["deterministic", "tensorboard_writer"]
 
@@ -41,14 +41,15 @@ def tensorboard_writer(
         out: Folder of the log.
         done: Number of finished epochs; log entries of later epochs are discarded.
         enabled: If false, the function does nothing.
+
+    Raises:
+        MissingExtraError: TensorBoard is not installed.
     """
     if not enabled:
         yield lambda line: None
         return
-    try:
+    with optional_imports():
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("tensorboard", "tensorboard") from error
 
     with SummaryWriter(out, purge_step=done + 1) as writer:
 

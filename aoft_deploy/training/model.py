@@ -15,6 +15,7 @@ from aoft_deploy.errors import SettingError
 from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.backbones.identity import image_size
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 
@@ -100,8 +101,9 @@ def model_preprocessing(tuned: TunedModel, settings: TrainingSettings) -> Prepro
             range.
     """
     config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]
+    own = image_size(tuned.backbone)  # a user's model may differ from timm's configuration
     changes = {
-        "size": settings.img_size,
+        "size": settings.img_size or (own if isinstance(own, int) else None),
         "crop_mode": settings.crop_mode,
         "crop_pct": settings.crop_pct,
     }

@@ -13,7 +13,6 @@ from aoft_deploy.errors import SettingError
 __all__ = [
     "AUGMENTATIONS",
     "LEARNING_RATES",
-    "METHODS",
     "PRECISIONS",
     "TRAIN_ON",
     "RunOptions",
@@ -43,9 +42,6 @@ LEARNING_RATES = {
 
 HEAD_LEARNING_RATES = {"linear": 3e-2}
 """Default peak learning rate of the classifier; 1e-2 for methods with updates."""
-
-METHODS = tuple(sorted(LEARNING_RATES | HEAD_LEARNING_RATES))
-"""Names of the methods, without importing them."""
 
 
 @dataclass(frozen=True)

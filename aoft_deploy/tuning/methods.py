@@ -1,7 +1,7 @@
 """The registry of fine-tuning methods: which sites get which kind of update.
 
 A method is a name, its settings with defaults, and one function that returns the update for a site,
-or None. To add a method, write that function and call ``register``.
+or None. To add a method, write that function, call ``register``, and give ``SUMMARIES`` a line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Generator
 
 from aoft_deploy.errors import AttachError, UnknownNameError
 from aoft_deploy.tuning.method import AUTO, Build, Method, Settings
+from aoft_deploy.tuning.method_names import SUMMARIES
 from aoft_deploy.tuning.sites.site import LINEAR_ROLES, Site
 from aoft_deploy.tuning.updates.aoft import Aoft, AoftAdapter, AoftLowRank, AoftPrompts
 from aoft_deploy.tuning.updates.low_rank import LowRank, LowRankAdapter
@@ -29,7 +30,6 @@ METHODS: dict[str, Method] = {}
 
 def register(
     name: str,
-    summary: str,
     build: Build | None,
     *,
     fallbacks: tuple[tuple[str, ...], ...] = (),
@@ -38,7 +38,7 @@ def register(
 ) -> None:
     """Add a method. For the arguments see ``Method``; ``defaults`` are its settings."""
     frozen = MappingProxyType(defaults)
-    METHODS[name] = Method(name, summary, frozen, build, fallbacks, everything)
+    METHODS[name] = Method(name, SUMMARIES[name], frozen, build, fallbacks, everything)
 
 
 def method_names() -> tuple[str, ...]:
@@ -161,14 +161,9 @@ ATTENTION_FIRST = (("q", "v"), ("fc1", "fc2"), ("conv",))
 BRANCH_OUTPUTS = (("proj", "fc2"), ("conv",))
 """Automatic targets of adapters: the last maps of the branches, otherwise convolutions."""
 
-for star, suffix, extra in (
-    (False, "", ""),
-    (True, "-star", ", with one scale per rank component"),
-):
+for star, suffix in ((False, ""), (True, "-star")):
     register(
         f"aoft-lora{suffix}",
-        f"AOFT{'*' if star else ''} as LoRA: one vector generates each projection{extra} "
-        "(arXiv 2507.13260)",
         _aoft_low_rank(star),
         fallbacks=ATTENTION_FIRST,
         rank=8,
@@ -178,7 +173,6 @@ for star, suffix, extra in (
     )
     register(
         f"aoft-adapter{suffix}",
-        f"AOFT{'*' if star else ''} on the output of attention and MLP{extra}",
         _aoft_adapter(star),
         fallbacks=BRANCH_OUTPUTS,
         rank=8,
@@ -190,7 +184,6 @@ for star, suffix, extra in (
     )
     register(
         f"aoft-vpt{suffix}",
-        f"AOFT{'*' if star else ''} as prompts: one vector generates all prompts of a block{extra}",
         _aoft_prompts(star),
         rank=8,
         scale=1.0,
@@ -199,7 +192,6 @@ for star, suffix, extra in (
     )
 register(
     "rlrr",
-    "residual low-rank rescaling of every linear map, SSF on norms and patches (arXiv 2403.19067)",
     _rlrr,
     rank=1,
     init="published",
@@ -210,7 +202,6 @@ register(
 )
 register(
     "lora",
-    "LoRA (arXiv 2106.09685)",
     _low_rank,
     fallbacks=ATTENTION_FIRST,
     rank=8,
@@ -220,20 +211,14 @@ register(
 )
 register(
     "adapter",
-    "adapter without activation on the output of attention and MLP (arXiv 1902.00751, 2410.22952)",
     _adapter,
     fallbacks=BRANCH_OUTPUTS,
     rank=8,
     scale=1.0,
     targets=AUTO,
 )
-register("vpt", "visual prompt tuning (arXiv 2203.12119)", _prompts, rank=8, deep=True)
-register(
-    "ssf",
-    "scale and shift of every map's output (arXiv 2210.08823)",
-    _ssf,
-    init_std=0.02,
-)
-register("bitfit", "every bias (arXiv 2106.10199)", _bitfit)
-register("linear", "linear probing: only the classifier", None)
-register("full", "full fine-tuning: every parameter", None, everything=True)
+register("vpt", _prompts, rank=8, deep=True)
+register("ssf", _ssf, init_std=0.02)
+register("bitfit", _bitfit)
+register("linear", None)
+register("full", None, everything=True)

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from aoft_deploy.cli.command import positive, run
+from aoft_deploy.cli.command import Parser, positive, run
 
 __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's parser."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="aoft-demo",
         description="Demonstrate many tasks on one backbone in a browser: classify, swap, look "
         "inside, train and export. No data leaves this machine.",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from aoft_demo.shutdown import interrupt_on_signals, temporary_folder
-from aoft_deploy.errors import MissingExtraError, OutputError
+from aoft_deploy.errors import OutputError, optional_imports
 
 __all__ = ["MAX_UPLOAD", "demo_server", "serve"]
 
@@ -82,11 +82,9 @@ def demo_server(
     port = _free_port(host, port)
     with temporary_folder() as folder:
         _set_environment(folder)
-        try:
+        with optional_imports():
             import gradio  # noqa: F401
             import onnxruntime  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(str(error.name), "demo") from error
 
         import PIL.Image
 

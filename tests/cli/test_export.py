@@ -46,7 +46,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert "usage: aoft-export" in capsys.readouterr().err
+    assert "(see aoft-export --help)" in capsys.readouterr().err
 
 
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert "usage: aoft-inspect" in capsys.readouterr().err
+    assert "(see aoft-inspect --help)" in capsys.readouterr().err
 
 
 COMMAND = [sys.executable, "-c", "from aoft_deploy.cli.inspect import main; exit(main())"]
@@ -288,7 +288,8 @@ def test_only_plots_need_matplotlib_or_torch(checkpoint: Path) -> None:
 def test_the_error_without_matplotlib_names_the_extra(
     run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     line = refused(main, run, "--plots", tmp_path / "plots")
     assert line == "matplotlib is not installed: run pip install 'aoft-deploy[plots]'."
 

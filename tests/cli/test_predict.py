@@ -311,7 +311,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert "usage: aoft-predict" in capsys.readouterr().err
+    assert "(see aoft-predict --help)" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_an_artefact_is_refused(

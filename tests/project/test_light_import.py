@@ -10,7 +10,11 @@ from imported import heavy_libraries
 
 import aoft_deploy
 
-COMMANDS = ("bench", "export", "inspect", "predict", "serve", "train")
+COMMANDS = (
+    *(f"aoft_deploy.cli.{name}" for name in ("bench", "export", "inspect", "predict", "serve")),
+    "aoft_deploy.cli.train",
+    "aoft_demo.cli",
+)
 
 EXPORTERS = (
     "onnx.exporter",
@@ -28,7 +32,7 @@ WITHOUT_TORCH = ("artefacts", "data", "fleet", "serving")
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such-option", 2)])
 def test_a_parser_imports_no_heavy_library(command: str, option: str, code: int) -> None:
     script = (
-        f"from aoft_deploy.cli.{command} import main\n"
+        f"from {command} import main\n"
         f"try:\n    main(['{option}'])\n"
         f"except SystemExit as end:\n    assert end.code == {code}"
     )

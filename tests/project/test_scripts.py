@@ -125,6 +125,7 @@ NOT_IN_TABLE = {
     "tools/demo_animation.py": "it uses the page as tests/demo/test_browser.py does",
     "tools/docs_hooks.py": "tests/project/test_docs.py",
     "tools/mutants.py": "it runs the tests itself",
+    "tools/package_readme.py": "tests/project/test_install.py",
     "tools/pretraining/figures.py": "a module of train.py",
     "tools/pretraining/model.py": "a module of train.py",
     "tools/pretraining/scenes.py": "a module of train.py",

@@ -406,7 +406,8 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
 def test_without_tensorboard_its_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.ckpt").touch()
     with pytest.raises(MissingExtraError, match=r"pip install 'aoft-deploy\[tensorboard\]'"):

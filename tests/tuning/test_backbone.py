@@ -23,11 +23,13 @@ from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import AoftError, BackboneError, CheckpointError
+from aoft_deploy.errors import AoftError, BackboneError, CheckpointError, UnknownNameError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.fleet.opening import open_store
 from aoft_deploy.fleet.packed_tasks import PackedTasks, pack
 from aoft_deploy.fleet.task import TaskKind, read_task
+from aoft_deploy.training.model import create_model, model_preprocessing
+from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.backbones.architecture import (
     architecture_label,
     first_difference,
@@ -403,3 +405,28 @@ def test_the_digest_leaves_out_only_resampled_tensors(size: int, left_out: set[s
 def test_a_name_that_timm_does_not_list_is_refused(name: str, what: str) -> None:
     with pytest.raises(AoftError, match=what):
         create_backbone(name, num_classes=3)
+
+
+@timm.models.register_model
+def my_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A user's model, which leaves the loading of weights to others."""
+    return timm.create_model("vit_tiny_patch16_224", **{**SHAPE, **kwargs})
+
+
+def test_a_users_own_timm_model_gets_the_weights_of_the_file_and_its_own_size(
+    tmp_path: Path,
+) -> None:
+    weights = timm.create_model("my_vit", num_classes=0).state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    settings = TrainingSettings(backbone="my_vit", backbone_weights=tmp_path / "w.safetensors")
+    tuned = create_model(settings, 3)
+    same, identity = create_backbone("my_vit", num_classes=2, weights=tmp_path / "w.safetensors")
+    for name, tensor in weights.items():
+        assert torch.equal(same.state_dict()[name], tensor)
+    assert identity.digest == tuned.identity.digest
+    assert model_preprocessing(tuned, settings).height == 32
+
+
+def test_an_unknown_backbone_may_be_in_a_module_of_the_user() -> None:
+    with pytest.raises(UnknownNameError, match=r"a module of yours .* import that first"):
+        create_backbone("my_vlt_of_nobody", num_classes=2)

@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 
+import aoft_deploy
 from aoft_deploy.tuning.backbones import bundled
 
 TRAIN, TEST = 200, 200
@@ -45,6 +48,23 @@ def probe(backbone: VisionTransformer, digits: tuple[torch.Tensor, torch.Tensor]
 def test_the_name_is_registered_with_timm_and_has_weights() -> None:
     assert timm.is_model("aoft_vit_nano")
     assert "aoft_vit_nano" in timm.list_pretrained("aoft*")
+
+
+def test_registering_it_again_changes_nothing() -> None:
+    before = timm.model_entrypoint("aoft_vit_nano")
+    aoft_deploy.register()
+    aoft_deploy.register()
+    assert timm.model_entrypoint("aoft_vit_nano") is before
+
+
+def test_timm_knows_it_only_once_it_is_registered() -> None:
+    code = (
+        "import timm, aoft_deploy; before = timm.is_model('aoft_vit_nano')\n"
+        "aoft_deploy.register()\n"
+        "print(before, timm.create_model('aoft_vit_nano', num_classes=3).head.out_features)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False 3\n"
 
 
 def test_the_model_is_timms_own_class() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_deploy.tuning.method_names import SUMMARIES
 from aoft_deploy.tuning.methods import METHODS, get_method, method_names
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.sites.discovery import find_sites
@@ -91,6 +92,7 @@ def test_names_and_defaults_do_not_change() -> None:
 
 
 def test_every_method_is_described_in_one_line_with_its_paper() -> None:
+    assert SUMMARIES.keys() == METHODS.keys()  # the names that are known without torch
     for method in METHODS.values():
         assert method.summary and "\n" not in method.summary
         aoft_host = method.name in (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hmac
-from importlib.metadata import version
 from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from aoft_deploy._version import __version__
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.serving.endpoints.openapi import description, page
 from aoft_deploy.serving.protocol.messages import OUTPUT, VERSION, read_json
@@ -44,7 +44,6 @@ class Catalogue:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._version = version("aoft-deploy")
 
     async def live(self, request: Request) -> Response:
         """``GET /v2/health/live``."""
@@ -65,7 +64,7 @@ class Catalogue:
 
     async def server(self, request: Request) -> Response:
         """``GET /v2``."""
-        return _json({"name": "aoft-serve", "version": self._version, "extensions": EXTENSIONS})
+        return _json({"name": "aoft-serve", "version": __version__, "extensions": EXTENSIONS})
 
     async def metadata(self, request: Request) -> Response:
         """``GET /v2/models/{model}``."""
@@ -148,11 +147,11 @@ class Catalogue:
 
     async def openapi(self, request: Request) -> Response:
         """``GET /openapi.json``."""
-        return _json(description(self._version))
+        return _json(description(__version__))
 
     async def docs(self, request: Request) -> Response:
         """``GET /docs``."""
-        return Response(page(self._version), media_type="text/html")
+        return Response(page(__version__), media_type="text/html")
 
     def _model(self, request: Request) -> Model:
         names = request.path_params

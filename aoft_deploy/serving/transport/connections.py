@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from aoft_deploy.errors import optional_imports
 from aoft_deploy.serving.transport.limited_connection import LimitedConnection
 
 __all__ = ["connection_class"]
@@ -24,18 +25,20 @@ def connection_class(http: str, most: int) -> type[asyncio.Protocol]:
         most: Maximum number of connections.
 
     Raises:
-        ImportError: The parser is not installed.
+        MissingExtraError: The parser is not installed.
     """
     members: dict[str, Any] = {"most": most, "spare": {}}
     if http == "h11":
-        from uvicorn.protocols.http.h11_impl import H11Protocol
+        with optional_imports():
+            from uvicorn.protocols.http.h11_impl import H11Protocol
 
         bases: tuple[type[Any], ...] = LimitedConnection, H11Protocol
     else:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+        with optional_imports():
+            from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-        from aoft_deploy.serving.transport.httptools_connection import HttptoolsConnection
-        from aoft_deploy.serving.transport.parser import Parser
+            from aoft_deploy.serving.transport.httptools_connection import HttptoolsConnection
+            from aoft_deploy.serving.transport.parser import Parser
 
         bases = HttptoolsConnection, HttpToolsProtocol, asyncio.BufferedProtocol
         members["parsing"] = Parser

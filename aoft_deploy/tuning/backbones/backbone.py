@@ -20,7 +20,7 @@ from aoft_deploy.tuning.backbones.timm_loading import Loader, TimmLoading, creat
 from aoft_deploy.tuning.backbones.weights_file import check_fit, file_weights
 from aoft_deploy.tuning.sites.classifier import classifier_names
 
-__all__ = ["create_backbone", "file_classifier"]
+__all__ = ["create_backbone", "file_classifier", "unknown_backbone"]
 
 
 def create_backbone(
@@ -66,13 +66,19 @@ def file_classifier(name: str, weights: Path) -> dict[str, Tensor]:
 
 def _create(name: str, weights: Path | None, loader: Loader, **args: Any) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
-        raise UnknownNameError("backbone", name, timm.list_models())
+        raise unknown_backbone(name)
     try:
         return create_with_loader(name, loader, **args)
     except BackboneError:
         raise
     except Exception as error:  # timm, the hub and the network raise many types
         raise BackboneError(_creation_failure(name, weights, error)) from error
+
+
+def unknown_backbone(name: str) -> UnknownNameError:
+    """The error for a name that timm does not know."""
+    hint = "If a module of yours registers it, import that first (`import`)."
+    return UnknownNameError("backbone", name, timm.list_models(), hint)
 
 
 def _creation_failure(name: str, weights: Path | None, error: Exception) -> str:

@@ -1,7 +1,8 @@
 """The bundled backbone `aoft_vit_nano`: a small plain ViT with weights in this package.
 
-Importing this module registers the name with timm. Both calls then work without a network:
+`register` makes it known to timm, and importing this module does so too. No network is needed:
 
+    aoft_deploy.register()
     timm.create_model("aoft_vit_nano", pretrained=True, num_classes=10)
     timm.create_model("aoft_vit_nano", pretrained=True, num_classes=0)  # class-token features
 
@@ -14,10 +15,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-__all__ = ["WEIGHTS", "aoft_vit_nano"]
+__all__ = ["WEIGHTS", "aoft_vit_nano", "register"]
 
 WEIGHTS = Path(__file__).with_name("weights") / "aoft_vit_nano.safetensors"
 """The bundled weights: float16, without a classifier."""
@@ -41,7 +47,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
 def aoft_vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Build the bundled backbone, 2.7 M parameters: patch 8, width 192, depth 6, 3 heads.
 
@@ -63,3 +68,12 @@ def aoft_vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         **{**size, **kwargs},
     )
     return model
+
+
+def register() -> None:
+    """Make `timm.create_model` know the bundled backbone; repeated calls change nothing."""
+    if not is_model("aoft_vit_nano"):
+        register_model(aoft_vit_nano)
+
+
+register()

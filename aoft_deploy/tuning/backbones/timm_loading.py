@@ -48,13 +48,24 @@ _LOCK = threading.RLock()
 def create_with_loader(name: str, loader: Loader, **args: Any) -> nn.Module:
     """A timm model that ``loader`` fills at the moment when timm would load its weights.
 
+    A user's model may load its weights in another way, or have none: it is filled afterwards.
+
     Args:
         name: timm name, with or without a tag.
         loader: Fills the model, or leaves its initial values.
         args: Arguments of ``timm.create_model``.
     """
-    with _replaced(loader):
+    filled = False
+
+    def fill(model: nn.Module, timm_loading: TimmLoading) -> None:
+        nonlocal filled
+        filled = True
+        loader(model, timm_loading)
+
+    with _replaced(fill):
         model: nn.Module = timm.create_model(name, pretrained=True, **args)
+    if not filled:
+        loader(model, TimmLoading(None, True, lambda: None))
     return model
 
 

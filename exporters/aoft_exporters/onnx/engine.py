@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError
+from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError, optional_imports
 from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
 
@@ -37,10 +39,8 @@ def library() -> Any:
         MissingExtraError: ONNX Runtime is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
+    with optional_imports():
         return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
 
 
 def session(model: Path | bytes, threads: int | None, device: str, path: Path) -> Any:
@@ -64,6 +64,9 @@ def session(model: Path | bytes, threads: int | None, device: str, path: Path) -
     if threads is not None:
         options.intra_op_num_threads = threads
     providers = _providers(ort, device)
+    if device != "cpu":
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()  # finds the CUDA libraries that pip installed
     try:
         opened = ort.InferenceSession(model, options, providers)
         opened.get_inputs()[0]
@@ -103,7 +106,7 @@ def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
             "for one of several GPUs, such as cuda:1."
         )
     if PROVIDERS[kind] not in ort.get_available_providers():
-        raise MissingExtraError("onnxruntime-gpu", "gpu")
+        raise MissingExtraError("onnxruntime-gpu", "gpu", replaces="onnxruntime")
     gpu = {"device_id": index or "0"}
     chosen = [(PROVIDERS["tensorrt"], gpu)] if kind == "tensorrt" else []
     if kind != "cpu":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.errors import MissingExtraError
+from aoft_deploy.errors import optional_imports
 
 __all__ = ["quantised", "require"]
 
@@ -33,11 +33,8 @@ def require() -> Any:
     """
     from aoft_exporters.openvino.library import without_telemetry
 
-    try:
-        with without_telemetry(), _quiet():
-            import nncf
-    except ImportError as error:
-        raise MissingExtraError("nncf", "openvino") from error
+    with optional_imports(), without_telemetry(), _quiet():
+        import nncf
     return nncf
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from aoft_deploy.errors import MissingExtraError, SettingError
+from aoft_deploy.errors import SettingError, optional_imports
 
 __all__ = ["check_arithmetic", "openvino_library", "without_telemetry"]
 
@@ -18,11 +18,8 @@ def openvino_library() -> Any:
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
-    try:
-        with without_telemetry():
-            import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino") from error
+    with optional_imports(), without_telemetry():
+        import openvino
     return openvino
 
 

@@ -54,16 +54,19 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     """Open a file: timm creates the architecture and loads the file's weights.
 
     Raises:
-        ArtefactError: The file cannot be read or does not name its architecture.
+        ArtefactError: The file cannot be read or does not name an architecture of timm.
         SettingError: The device does not exist.
     """
     import timm
 
+    from aoft_deploy.tuning.backbones.backbone import unknown_backbone
     from aoft_deploy.tuning.backbones.identity import Backbone
 
     info = ArtefactInfo(_metadata(path), str(path))
     try:
         backbone = Backbone.from_dict(info.backbone)
+        if not timm.is_model(backbone.name.partition(".")[0]):
+            raise unknown_backbone(backbone.name)
         model = timm.create_model(
             backbone.name,
             pretrained=False,
@@ -72,7 +75,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
             **backbone.args,
         )
     except Exception as error:  # timm raises various exceptions on a tampered file
-        reason = one_line(error, 160)
+        reason = one_line(error).rstrip(".")
         raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
     return TorchEngine(model, info.texts, options)
 

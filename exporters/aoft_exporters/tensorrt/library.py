@@ -7,12 +7,13 @@ capability.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from aoft_deploy.errors import MissingExtraError, SettingError
+from aoft_deploy.errors import SettingError, optional_imports
 
 __all__ = ["Gpu", "Library", "Target", "find_gpu", "library", "target"]
 
@@ -79,13 +80,11 @@ def library(name: str | None = None) -> Library:
     Raises:
         MissingExtraError: The library is not installed.
     """
-    choices = [name] if name else ["tensorrt", "tensorrt-rtx"] if find_gpu() else ["tensorrt-rtx"]
-    for choice in choices:
-        try:
-            return _library(choice)
-        except ImportError:
-            continue
-    raise MissingExtraError(choices[-1], "gpu" if choices[-1] == "tensorrt-rtx" else "tensorrt")
+    with optional_imports():
+        if name is None and find_gpu():
+            with contextlib.suppress(ImportError):
+                return _library("tensorrt")
+        return _library(name or "tensorrt-rtx")
 
 
 @functools.cache

@@ -1,0 +1,31 @@
+"""Build hook: README.md as a package index shows it, with absolute links and pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+__all__ = ["AbsoluteLinks", "absolute"]
+
+PROJECT = "aoft-deploy/aoft-deploy"
+RELATIVE = r"(?!https?:|mailto:|#|/)"
+
+
+def absolute(text: str) -> str:
+    """Markdown whose relative links and pictures lead into the repository."""
+    pictures = rf"\1https://raw.githubusercontent.com/{PROJECT}/main/"
+    text = re.sub(rf"""(!\[[^\]]*\]\(|\b(?:src|srcset)=["']){RELATIVE}""", pictures, text)
+    links = rf"\1https://github.com/{PROJECT}/blob/main/"
+    return re.sub(rf"""(\]\(|\bhref=["']){RELATIVE}""", links, text)
+
+
+class AbsoluteLinks(MetadataHookInterface):
+    """Sets the long description of the package."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set the dynamic field ``readme``."""
+        text = absolute(Path(self.root, "README.md").read_text("utf-8"))
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
