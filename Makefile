@@ -41,8 +41,6 @@ $(VENV)/.runtime: pyproject.toml $(CONSTRAINTS)
 	@echo '  torch                                                   0.6 GB    1.1 GB'
 	@echo '  the CUDA libraries and triton that torch requires       2.5 GB    4.3 GB'
 	@echo '  onnxruntime, timm, scikit-learn and 40 others           0.2 GB    0.5 GB'
-	@echo 'Without an NVIDIA GPU, PyTorch has a build without the second line: stop with Ctrl-C, and run'
-	@echo '  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade 'pip>=25.3'
 	$(INSTALL) $(CONSTRAINTS:%=--build-constraint %) --editable '.[train,cpu,serve]'
