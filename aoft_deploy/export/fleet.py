@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_fleet"]
 
+
 def export_fleet(
     checkpoints: Sequence[Path],
     output: Path | None = None,
@@ -222,6 +223,7 @@ def _verified(
     """Compare every task on every image, in mixed batches, with the expected logits."""
     comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
     for size in BATCH_SIZES:
+        is_largest = size == max(BATCH_SIZES)  # smaller batches repeat some of the pairs
         for pairs in _mixed_batches(len(expected), len(inputs), size):
             tasks, images = np.array(pairs).T
             pieces = batch_pieces(len(pairs), batches)
@@ -233,7 +235,7 @@ def _verified(
                 found, padding = answer[None, : wanted.shape[1]], answer[wanted.shape[1] :]
                 if not np.isneginf(padding).all():
                     found = answer[None]  # fails the comparison by its shape
-                comparison.add(found, wanted, size, f"the fleet's task {task}")
+                comparison.add(found, wanted, size, f"the fleet's task {task}", is_largest)
     return comparison.report(len(inputs), BATCH_SIZES)
 
 

@@ -103,6 +103,6 @@ def _check_folder(exporter: Exporter, output: Path) -> None:
     """Refuse a folder that is not an artefact of the exporter, with its manifest."""
     if not (output / exporter.marker).is_file() or not manifest_path(output).is_file():
         raise OutputError(
-            f"{output} exists and is no {exporter.name} artefact with its manifest: give another name "
-            "with `output`."
+            f"{output} exists and is no {exporter.name} artefact with a manifest: give another "
+            "`output`."
         )

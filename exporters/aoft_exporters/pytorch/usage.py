@@ -1,0 +1,29 @@
+"""Python expressions that use an artefact in PyTorch, for the last line of aoft-export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_adapter", "load_model"]
+
+
+def load_model(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Expression that creates timm's model with the weights of a file."""
+    return _create(manifest, checkpoint_path=str(path))
+
+
+def load_adapter(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Expression that puts a PEFT LoRA folder onto timm's pre-trained model."""
+    kind, _, name = manifest["backbone"]["origin"].partition(":")
+    weights = {"checkpoint_path": name} if kind == "file" else {"pretrained": True}
+    return f"peft.PeftModel.from_pretrained({_create(manifest, **weights)}, {str(path)!r})"
+
+
+def _create(manifest: Mapping[str, Any], **weights: Any) -> str:
+    backbone = manifest["backbone"]
+    arguments = {"num_classes": len(manifest["classes"]), **backbone["args"], **weights}
+    words = [repr(backbone["name"]), *(f"{name}={value!r}" for name, value in arguments.items())]
+    registered = "aoft_deploy.register(); " if backbone["name"] == "aoft_vit_nano" else ""
+    return f"{registered}timm.create_model({', '.join(words)})"
