@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.texts import shortened
 
-__all__ = ["FORMAT", "MOST_TENSORS", "parse_description", "read_tensors"]
+__all__ = ["FORMAT", "MOST_TENSORS", "checkpoint_file", "parse_description", "read_tensors"]
 
 FORMAT = 1
 """Version of the format that this code writes and reads."""
@@ -44,6 +44,12 @@ KEYS = {
 
 PATH = re.compile(r"[/\\\0-\x1f\x7f]|\A\.*\Z")
 """Matches names of tensors that are paths."""
+
+
+def checkpoint_file(path: Path | str) -> Path:
+    """The ``model.ckpt`` in the folder of a training run; any other path as it is."""
+    file = Path(path) / "model.ckpt"
+    return file if file.is_file() else Path(path)
 
 
 def read_tensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -15,6 +15,7 @@ from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
 from aoft_deploy.artefacts.registry import get_exporter, load_artefact
 from aoft_deploy.artefacts.timing import Subject, interleaved
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.errors import AoftError, CheckpointError, OutputError, SettingError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
@@ -78,6 +79,7 @@ def export_fastest(
     batches = sorted(set(batches))
     if not batches or batches[0] < 1:
         raise SettingError("`batches` must be one or more batch sizes from 1.")
+    checkpoint = checkpoint_file(checkpoint)
     if not checkpoint.exists():
         raise CheckpointError(f"There is no file {checkpoint}.")
     targets = _targets(output or checkpoint.resolve().with_suffix(""))

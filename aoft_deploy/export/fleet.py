@@ -22,6 +22,7 @@ from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.names import unique_task_names
 from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.errors import CheckpointError
@@ -58,7 +59,7 @@ def export_fleet(
     """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` for each task, all with the same backbone, method, settings
+        checkpoints: One ``model.ckpt`` or run's folder for each task, all with the same backbone, method, settings
             and preprocessing. The numbers of classes may differ.
         output: Path of the artefact; None means ``fleet.onnx`` or, below fp32, ``fleet-int8.onnx``
             in the current folder.
@@ -81,12 +82,14 @@ def export_fleet(
         AoftError: The input is invalid, the tasks cannot share a graph, or the answers differ. No
             file is left.
     """
+    checkpoints = [checkpoint_file(path) for path in checkpoints]
     names = unique_task_names(checkpoints)
     exporter, support = fleet_exporter(to, form, precision)
     request = Request(
         exporter,
         output or Path(artefact_name("fleet", exporter, precision)),
-        [*checkpoints, *([backbone.weights] if backbone.weights else [])],
+        checkpoints,
+        backbone,
         precision=precision,
         verify=verify,
         build=build,

@@ -18,8 +18,8 @@ from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.errors import CheckpointError
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.output_paths import artefact_name
 from aoft_deploy.export.pipeline import Request, export_verified
@@ -51,7 +51,8 @@ def export_merged(
     """Merge a checkpoint into its backbone, export the result, and verify it.
 
     Args:
-        checkpoint: A ``model.ckpt``, a published RLRR .pth file, or a PEFT LoRA folder.
+        checkpoint: A ``model.ckpt`` or the run's folder, a published RLRR .pth file, or a PEFT LoRA
+            folder.
         output: Path of the artefact; None means beside the checkpoint, as ``model.onnx`` or, below
             fp32, ``model-int8.onnx``.
         to: Name of an exporter.
@@ -70,13 +71,13 @@ def export_merged(
         AoftError: The input is invalid, or the answers differ. No file is left.
     """
     exporter = get_exporter(to)
-    if not checkpoint.is_file() and not checkpoint.is_dir():
-        raise CheckpointError(f"There is no file {checkpoint}.")
+    checkpoint = checkpoint_file(checkpoint)
     source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     request = Request(
         exporter,
         output or source.with_name(artefact_name(source.stem, exporter, precision)),
-        [checkpoint, *([backbone.weights] if backbone.weights else [])],
+        [checkpoint],
+        backbone,
         precision=precision,
         verify=verify,
         build=build,

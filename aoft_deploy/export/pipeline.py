@@ -20,10 +20,11 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_size, manifest_path
 from aoft_deploy.artefacts.spec import BuildOptions, Calibration, ExportSpec, InputSpec
 from aoft_deploy.artefacts.verification import Bar, Report
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import OutputError
+from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
 from aoft_deploy.export.options import VerifyOptions, bar_for, check_build
 from aoft_deploy.export.output_paths import check_output
@@ -72,7 +73,8 @@ class Request:
     Attributes:
         exporter: The exporter.
         output: Path of the artefact.
-        inputs: Files and folders that the export reads, besides images. They are never replaced.
+        checkpoints: The checkpoints to export. Like all other inputs, they are never replaced.
+        backbone: The backbone's name and weights, if they are not the checkpoints' and timm's.
         precision: One of the exporter's precisions.
         verify: Images and criteria for verification and calibration.
         build: Options of individual exporters.
@@ -84,12 +86,13 @@ class Request:
 
     Raises:
         AoftError: The exporter does not support an option, the output path is invalid or taken, or
-            an image cannot be read.
+            an input is missing or an image cannot be read.
     """
 
     exporter: Exporter
     output: Path
-    inputs: Sequence[Path]
+    checkpoints: Sequence[Path]
+    backbone: BackboneSource
     precision: str
     verify: VerifyOptions
     build: BuildOptions
@@ -102,13 +105,17 @@ class Request:
     def __post_init__(self) -> None:
         self.bar = bar_for(self.exporter, self.precision, self.verify)
         check_build(self.exporter, self.build)
+        for path in self.checkpoints:
+            if not path.exists():
+                raise CheckpointError(f"There is no file {path}.")
         self.check_output()
         self.calibration = calibration_files(self.exporter, self.precision, self.verify)
         self.pictures = [read_image(path) for path in image_files(self.verify.images)]
 
     def check_output(self) -> None:
         """Check the output path: before the export, and again before the artefact is published."""
-        inputs = [*self.inputs, *self.verify.images, *self.verify.calibrate]
+        inputs = [*self.checkpoints, *self.verify.images, *self.verify.calibrate]
+        inputs += [self.backbone.weights] if self.backbone.weights else []
         check_output(self.exporter, self.output, inputs, self.overwrite)
 
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:

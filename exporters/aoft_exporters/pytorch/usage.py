@@ -11,19 +11,24 @@ __all__ = ["load_adapter", "load_model"]
 
 def load_model(path: Path, manifest: Mapping[str, Any]) -> str:
     """Expression that creates timm's model with the weights of a file."""
-    return _create(manifest, checkpoint_path=str(path))
+    return _registered(manifest) + _create(manifest, checkpoint_path=str(path))
 
 
 def load_adapter(path: Path, manifest: Mapping[str, Any]) -> str:
     """Expression that puts a PEFT LoRA folder onto timm's pre-trained model."""
     kind, _, name = manifest["backbone"]["origin"].partition(":")
     weights = {"checkpoint_path": name} if kind == "file" else {"pretrained": True}
-    return f"peft.PeftModel.from_pretrained({_create(manifest, **weights)}, {str(path)!r})"
+    model = _create(manifest, **weights)
+    return f"{_registered(manifest)}peft.PeftModel.from_pretrained({model}, {str(path)!r})"
 
 
 def _create(manifest: Mapping[str, Any], **weights: Any) -> str:
     backbone = manifest["backbone"]
     arguments = {"num_classes": len(manifest["classes"]), **backbone["args"], **weights}
     words = [repr(backbone["name"]), *(f"{name}={value!r}" for name, value in arguments.items())]
-    registered = "aoft_deploy.register(); " if backbone["name"] == "aoft_vit_nano" else ""
-    return f"{registered}timm.create_model({', '.join(words)})"
+    return f"timm.create_model({', '.join(words)})"
+
+
+def _registered(manifest: Mapping[str, Any]) -> str:
+    is_bundled = manifest["backbone"]["name"] == "aoft_vit_nano"
+    return "aoft_deploy.register(); " if is_bundled else ""
