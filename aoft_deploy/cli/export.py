@@ -91,8 +91,8 @@ def _next_step(exported: Exported) -> str:
     if next_step is not None:
         return next_step(exported.path, manifest)
     path = shlex.quote(str(exported.path))
-    tasks = manifest.get("tasks", {})
-    task = f" --task {shlex.quote(next(iter(tasks)))}" if tasks else ""
+    tasks = manifest.get("tasks")
+    task = f" --task {shlex.quote(tasks[0]['name'])}" if tasks else ""
     return f"aoft-predict {path}{task} IMAGE …, or aoft-serve {path}"
 
 

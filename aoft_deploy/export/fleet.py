@@ -59,8 +59,8 @@ def export_fleet(
     """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` or run's folder for each task, all with the same backbone, method, settings
-            and preprocessing. The numbers of classes may differ.
+        checkpoints: One ``model.ckpt`` or run's folder for each task, all with the same backbone,
+            method, settings and preprocessing. The numbers of classes may differ.
         output: Path of the artefact; None means ``fleet.onnx`` or, below fp32, ``fleet-int8.onnx``
             in the current folder.
         to: Name of an exporter that supports fleets.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aoft_deploy.artefacts.exporter import Exporter
-from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path
+from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, read_manifest
 from aoft_deploy.errors import ArtefactError, OutputError
 
 __all__ = ["artefact_name", "check_output"]
@@ -30,8 +30,8 @@ def check_output(
         exporter: The exporter, which writes a file or a folder.
         output: Path of the artefact.
         inputs: Files and folders that the export reads. They are never replaced.
-        overwrite: Replace an existing file and manifest, or a folder that is an artefact of this
-            exporter and was not changed.
+        overwrite: Replace an existing file, or a folder that is an unchanged artefact of this
+            exporter, and its manifest.
 
     Raises:
         OutputError: The path is invalid, or something exists that may not be replaced.
@@ -51,11 +51,16 @@ def check_output(
         raise OutputError(
             f"{existing[0]} exists: give another `output`, or replace it with `overwrite=True`."
         )
-    if exporter.marker and output in existing:
-        try:
+    try:
+        if manifest in existing:
+            read_manifest(manifest)
+        if exporter.marker and output in existing:
             check_unchanged(output)
-        except ArtefactError as error:
-            raise OutputError(f"{error} Or give another name with `output`.") from error
+    except ArtefactError as error:
+        raise OutputError(
+            f"{output} or its manifest was changed, or not written by aoft-export ({error}): move "
+            "both away, or give another `output`."
+        ) from error
 
 
 def _check_name(exporter: Exporter, output: Path) -> None:

@@ -106,10 +106,10 @@ def criterion(batches: Sequence[int]) -> str:
     """Describe how a race is decided, as a phrase."""
     sizes = " and ".join(map(str, batches))
     if len(batches) == 1:
-        return f"the fastest at batch {sizes} among verified artefacts"
+        return f"the verified artefact that is fastest at batch {sizes}"
     return (
-        f"the fastest on average at batch {sizes}, among verified artefacts that are slower than "
-        "fp32 at no batch size"
+        f"the verified artefact that is fastest on average at batch {sizes}, and slower than fp32 "
+        "at none of them"
     )
 
 

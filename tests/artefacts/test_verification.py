@@ -301,8 +301,8 @@ def test_a_wrong_artefact_is_refused_and_leaves_no_file(
         )
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.onnx").write_text("old")
-    (tmp_path / "a.onnx.json").write_text("old")
-    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    (tmp_path / "a.onnx.json").write_text('{"sha256": "old"}')
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--overwrite"]
     assert "is not written" in refused(main, *options, "-o", tmp_path / "a.onnx")
 
 

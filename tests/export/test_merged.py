@@ -119,22 +119,33 @@ def test_the_default_output_is_beside_the_checkpoint(
     assert names == {"model.ckpt", "model.safetensors", "model.safetensors.json"}
 
 
-def test_a_second_export_replaces_the_first(
+def test_a_second_export_gives_the_same_artefact_and_needs_overwrite(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "deep" / "er" / "a.safetensors"
-    first = export_merged(
-        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
-    )
+    backbone = BackboneSource(weights=backbone_weights)
+    first = export_merged(checkpoint, output, to="timm", backbone=backbone)
     tensors = {name: tensor.clone() for name, tensor in load_file(output).items()}
     output.write_bytes(b"something else")
-    second = export_merged(
-        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
-    )
+    with pytest.raises(OutputError, match=r"exists: give another `output`, or .*overwrite=True"):
+        export_merged(checkpoint, output, to="timm", backbone=backbone)
+    assert output.read_bytes() == b"something else"
+    second = export_merged(checkpoint, output, to="timm", backbone=backbone, overwrite=True)
     again = load_file(output)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert first.report == second.report
     assert len(list(output.parent.iterdir())) == 2
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.ckpt").write_bytes(checkpoint.read_bytes())
+    exported = export_merged(run, to="timm", backbone=BackboneSource(weights=backbone_weights))
+    assert exported.path == run / "model.safetensors"
+    assert json.loads(exported.manifest.read_text())["checkpoint"]["name"] == "model.ckpt"
 
 
 def test_the_artefact_gives_the_logits_of_the_trained_model(
