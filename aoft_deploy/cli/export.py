@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aoft_deploy.export.publishing import Exported
     from aoft_deploy.export.race import Candidate, Race
 
-__all__ = ["main"]
+__all__ = ["main", "next_step"]
 
 
 def export(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def export(options: argparse.Namespace) -> None:
     if exported.device is None:
         print(_not_on_device(exported, options))
     print(f"manifest: {exported.manifest}")
-    print(f"next: {_next_step(exported)}")
+    print(f"next: {next_step(exported.path)}")
 
 
 def _print_report(report: Report) -> None:
@@ -81,16 +81,16 @@ def _not_on_device(exported: Exported, options: argparse.Namespace) -> str:
     return f"NOT VERIFIED ON DEVICE: {reason}, so {figures}"
 
 
-def _next_step(exported: Exported) -> str:
-    """How to use the artefact, as a command or an expression of Python."""
-    from aoft_deploy.artefacts.manifest import read_manifest
+def next_step(artefact: Path) -> str:
+    """How to use an artefact, as commands or an expression of Python."""
+    from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
     from aoft_deploy.artefacts.registry import get_exporter
 
-    manifest = read_manifest(exported.manifest)
-    next_step = get_exporter(manifest["exporter"]).next_step
-    if next_step is not None:
-        return next_step(exported.path, manifest)
-    path = shlex.quote(str(exported.path))
+    manifest = read_manifest(manifest_path(artefact))
+    own = get_exporter(manifest["exporter"]).next_step
+    if own is not None:
+        return own(artefact, manifest)
+    path = shlex.quote(str(artefact))
     tasks = manifest.get("tasks")
     task = f" --task {shlex.quote(tasks[0]['name'])}" if tasks else ""
     return f"aoft-predict {path}{task} IMAGE …, or aoft-serve {path}"
@@ -182,7 +182,8 @@ def _fastest(options: argparse.Namespace) -> Exported:
         if candidate.ratios:
             ratios = ", ".join(f"{r:.2f}× at batch {b}" for b, r in candidate.ratios.items())
             slower_at = " and ".join(map(str, candidate.slower_at))
-            print(f"{candidate.name}: {ratios}{slower_at and f'; slower than fp32 at {slower_at}'}")
+            suffix = f"; slower than fp32 at batch {slower_at}" if slower_at else ""
+            print(f"{candidate.name}: {ratios}{suffix}")
     print(f"chosen: {race.chosen.name}")
     for name in dict.fromkeys(race.fastest(batch).name for batch in race.batches):
         if name != race.chosen.name:

@@ -10,12 +10,23 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.artefacts.spec import ExportSpec
-from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
+from aoft_deploy.artefacts.verification import (
+    BATCH_SIZES,
+    CONFIDENCE,
+    Bar,
+    Comparison,
+    Report,
+    images_needed,
+    random_pixels,
+    share_shown,
+    verify,
+)
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import VerificationError
@@ -123,6 +134,40 @@ def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds:
 def test_logits_of_zero_have_no_relative_error() -> None:
     zeros = np.zeros((4, 3), np.float32)
     assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "images"),
+    [(0, 5), (1, 5), (5, 5), (58, 60), (60, 60), (100, 100), (298, 299), (9950, 10_000)],
+)
+def test_the_share_shown_is_scipys_exact_lower_bound(agreeing: int, images: int) -> None:
+    test = binomtest(agreeing, images, alternative="greater")
+    wanted = test.proportion_ci(CONFIDENCE, "exact").low
+    assert share_shown(agreeing, images) == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.999])
+def test_the_images_needed_are_the_fewest_that_show_a_share(share: float) -> None:
+    needed = images_needed(share)
+    assert share_shown(needed, needed) >= share > share_shown(needed - 1, needed - 1)
+
+
+def test_the_report_states_the_share_shown_only_where_the_agreement_decides() -> None:
+    run = lookup(EXPECTED)
+    report = verify(run, run, numbered(4), bar=Bar(float("inf"), 0.5))
+    assert report.agreement_shown == share_shown(4, 4)
+    assert verify(run, run, numbered(4), bar=Bar(1e-6)).agreement_shown is None
+
+
+def test_the_share_shown_of_a_fleet_is_that_of_the_task_that_agrees_least() -> None:
+    comparison = Comparison(1.0, Bar(float("inf")))
+    right, wrong = np.float32([[1, 0]]), np.float32([[0, 1]])
+    for image in range(20):
+        comparison.add(right, right, 7, "task 0")
+        comparison.add(wrong if image < 3 else right, right, 7, "task 1")
+    report = comparison.report(20, BATCH_SIZES)
+    assert report.agreement == 37 / 40
+    assert report.agreement_shown == share_shown(17, 20)
 
 
 def test_all_images_run_once_at_the_largest_batch_size_and_one_batch_at_the_others() -> None:

@@ -15,11 +15,15 @@ def load_model(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def load_adapter(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Expression that puts a PEFT LoRA folder onto timm's pre-trained model."""
-    kind, _, name = manifest["backbone"]["origin"].partition(":")
-    weights = {"checkpoint_path": name} if kind == "file" else {"pretrained": True}
-    model = _create(manifest, **weights)
-    return f"{_registered(manifest)}peft.PeftModel.from_pretrained({model}, {str(path)!r})"
+    """Expression that puts a PEFT LoRA folder onto its backbone."""
+    origin = manifest["backbone"]["origin"]
+    if origin == "timm":
+        model = _create(manifest, pretrained=True)
+        return f"{_registered(manifest)}peft.PeftModel.from_pretrained({model}, {str(path)!r})"
+    return (
+        f"peft.PeftModel.from_pretrained(model, {str(path)!r}), where model is "
+        f"{_registered(manifest)}{_create(manifest)} with the weights of the backbone ({origin})"
+    )
 
 
 def _create(manifest: Mapping[str, Any], **weights: Any) -> str:
