@@ -161,12 +161,14 @@ def _build(options: argparse.Namespace) -> BuildOptions:
 
 def _fastest(options: argparse.Namespace) -> Exported:
     """Export every candidate, and print the result of each."""
-    from aoft_deploy.export.fastest import BATCHES, export_fastest
+    from aoft_deploy.export.fastest import BATCHES, CANDIDATES, export_fastest
     from aoft_deploy.export.race import criterion
 
     def show(candidate: Candidate) -> None:
         reason = with_options(candidate.reason, parser())
         print(f"{candidate.name}: {f'left out, {reason}' if reason else 'verified'}", flush=True)
+        if (candidate.to, candidate.precision) == CANDIDATES[-1]:
+            print("timing the verified artefacts in turn", flush=True)
 
     batches = sorted({*(options.batches or BATCHES)})
     print(f"criterion: {criterion(batches)}", flush=True)
