@@ -15,26 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.sampling import share_shown
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.texts import one_line
 
-__all__ = [
-    "BATCH_SIZES",
-    "CONFIDENCE",
-    "Bar",
-    "Comparison",
-    "Report",
-    "images_needed",
-    "random_pixels",
-    "share_shown",
-    "verify",
-]
+__all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verify"]
 
 BATCH_SIZES = (1, 2, 7)
 """Batch sizes at which every artefact is verified."""
-
-CONFIDENCE = 0.95
-"""Confidence of the claims about images that were not seen."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Computes logits, float32 [batch, classes], from pixels, uint8 [batch, H, W, 3]."""
@@ -66,9 +54,8 @@ class Report:
         agreement: Share of answers with the same top class, 0 to 1.
         tolerance: Largest allowed ``max_abs``; None if only the agreement was checked.
         min_agreement: Smallest allowed ``agreement``.
-        agreement_shown: Lower bound of the agreement on other images of the same kind, with
-            ``CONFIDENCE``; for a fleet that of the task that agrees least. None if ``tolerance``
-            decides.
+        agreement_shown: What ``agreement`` shows about other images, see ``share_shown``; for a
+            fleet, of the task that agrees least. None if ``tolerance`` decides.
     """
 
     images: int
@@ -83,37 +70,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
-
-
-def share_shown(agreeing: int, images: int) -> float:
-    """Share that a sample shows: the exact lower bound of Clopper and Pearson (1934), one-sided.
-
-    If the true share were lower, ``agreeing`` or more of ``images`` would have a probability below
-    1 − ``CONFIDENCE``.
-
-    Args:
-        agreeing: Number of images that agree.
-        images: Number of images.
-    """
-    low, high = 0.0, agreeing / images
-    for _ in range(40 if agreeing else 0):
-        share = (low + high) / 2
-        logs = [
-            math.lgamma(images + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(images - k + 1)
-            + k * math.log(share)
-            + (images - k) * math.log1p(-share)
-            for k in range(agreeing, images + 1)
-        ]
-        is_likely = math.fsum(map(math.exp, logs)) > 1 - CONFIDENCE
-        low, high = (low, share) if is_likely else (share, high)
-    return low
-
-
-def images_needed(share: float) -> int:
-    """Number of images that show a share below 1 if all agree."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(share))
 
 
 def random_pixels(
@@ -163,8 +119,8 @@ class Comparison:
             )
         self.largest, self.bar = largest, bar
         self.allowed = bar.tolerance * max(1.0, largest)
-        self.max_abs = 0.0
-        self.agreeing, self.compared = Counter[str](), Counter[str]()
+        self.max_abs, self.agreeing, self.compared = 0.0, 0, 0
+        self.alike, self.images = Counter[str](), Counter[str]()
 
     def add(
         self,
@@ -199,8 +155,11 @@ class Comparison:
                 f"{self.max_abs:.2e}, but at most {self.allowed:.2e} is allowed: it is not written."
             )
         if counted:
-            self.agreeing[whose] += int((answers.argmax(1) == expected.argmax(1)).sum())
-            self.compared[whose] += len(answers)
+            alike = answers.argmax(1) == expected.argmax(1)
+            self.agreeing += int(alike.sum())
+            self.compared += len(alike)
+            self.alike[whose] += int(alike.sum())
+            self.images[whose] += len(alike)
 
     def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
         """Check the agreement, and summarise all comparisons.
@@ -212,24 +171,23 @@ class Comparison:
         Raises:
             VerificationError: The agreement is below the minimum.
         """
-        agreeing, compared = self.agreeing.total(), self.compared.total()
-        agreement = agreeing / compared
+        agreement = self.agreeing / self.compared
         if agreement < self.bar.min_agreement:
             raise VerificationError(
                 f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
-                f"({agreeing} of {compared}) about {images} images, but at least "
+                f"({self.agreeing} of {self.compared}) about {images} images, but at least "
                 f"{self.bar.min_agreement:.2%} is required: nothing is written. Choose a higher "
                 "`precision`, or lower `min_agreement`."
             )
         by_tolerance = math.isfinite(self.allowed)
-        shown = [share_shown(self.agreeing[each], n) for each, n in self.compared.items()]
+        shown = (share_shown(self.alike[each], count) for each, count in self.images.items())
         return Report(
             images=images,
             batch_sizes=tuple(batch_sizes),
             max_abs=self.max_abs,
             relative=self.max_abs / self.largest if self.largest else 0.0,
             agreement=agreement,
-            tolerance=self.allowed if by_tolerance else None,
+            tolerance=self.allowed if math.isfinite(self.allowed) else None,
             min_agreement=self.bar.min_agreement,
             agreement_shown=None if by_tolerance else min(shown),
         )

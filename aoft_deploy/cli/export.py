@@ -44,7 +44,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _print_report(report: Report) -> None:
-    from aoft_deploy.artefacts.verification import CONFIDENCE, images_needed
+    from aoft_deploy.artefacts.sampling import CONFIDENCE, images_needed
 
     allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
     minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""

@@ -10,21 +10,18 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from scipy.stats import binomtest
 
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.sampling import share_shown
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import (
     BATCH_SIZES,
-    CONFIDENCE,
     Bar,
     Comparison,
     Report,
-    images_needed,
     random_pixels,
-    share_shown,
     verify,
 )
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
@@ -134,22 +131,6 @@ def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds:
 def test_logits_of_zero_have_no_relative_error() -> None:
     zeros = np.zeros((4, 3), np.float32)
     assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
-
-
-@pytest.mark.parametrize(
-    ("agreeing", "images"),
-    [(0, 5), (1, 5), (5, 5), (58, 60), (60, 60), (100, 100), (298, 299), (9950, 10_000)],
-)
-def test_the_share_shown_is_scipys_exact_lower_bound(agreeing: int, images: int) -> None:
-    test = binomtest(agreeing, images, alternative="greater")
-    wanted = test.proportion_ci(CONFIDENCE, "exact").low
-    assert share_shown(agreeing, images) == pytest.approx(wanted, abs=1e-9)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.999])
-def test_the_images_needed_are_the_fewest_that_show_a_share(share: float) -> None:
-    needed = images_needed(share)
-    assert share_shown(needed, needed) >= share > share_shown(needed - 1, needed - 1)
 
 
 def test_the_report_states_the_share_shown_only_where_the_agreement_decides() -> None:
