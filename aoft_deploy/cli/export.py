@@ -46,12 +46,12 @@ def export(options: argparse.Namespace) -> None:
 def _print_report(report: Report) -> None:
     from aoft_deploy.artefacts.sampling import CONFIDENCE, images_needed
 
-    allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
+    allowed = "" if report.tolerance is None else f" (allowed {report.tolerance:.1e})"
     minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""
     print(
         f"verified on {report.images} images at batch sizes "
-        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
-        f"(allowed {allowed}), top-1 agreement {_at_least(report.agreement)}{minimum}"
+        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e}"
+        f"{allowed}, top-1 agreement {_at_least(report.agreement)}{minimum}"
     )
     if report.agreement_shown is None:
         return
@@ -196,7 +196,7 @@ def _fastest(options: argparse.Namespace) -> Exported:
 def _alternative(name: str, race: Race, options: argparse.Namespace) -> str:
     """The line on a candidate that is faster than the chosen one at some batch sizes."""
     from aoft_deploy.artefacts.registry import get_exporter
-    from aoft_deploy.export.output_paths import artefact_name
+    from aoft_deploy.export.output_paths import artefact_path
 
     sizes = " and ".join(str(batch) for batch in race.batches if race.fastest(batch).name == name)
     to, precision = name.split()
@@ -206,9 +206,7 @@ def _alternative(name: str, race: Race, options: argparse.Namespace) -> str:
     if precision not in exporter.calibrated:
         changed.calibrate = []
     if options.output:
-        changed.output = options.output.with_name(
-            artefact_name(options.output.name, exporter, precision)
-        )
+        changed.output = artefact_path(options.output, exporter, precision)
     return f"faster at batch {sizes}: {name}; export it with {_command(changed)}"
 
 

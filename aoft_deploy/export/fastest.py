@@ -19,7 +19,7 @@ from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.errors import AoftError, CheckpointError, OutputError, SettingError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
-from aoft_deploy.export.output_paths import artefact_name, check_output
+from aoft_deploy.export.output_paths import artefact_path, beside, check_output
 from aoft_deploy.export.publishing import Exported, publish
 from aoft_deploy.export.race import Candidate, Race
 from aoft_deploy.files import writable_folder
@@ -82,7 +82,7 @@ def export_fastest(
     checkpoint = checkpoint_file(checkpoint)
     if not checkpoint.exists():
         raise CheckpointError(f"There is no file {checkpoint}.")
-    targets = _targets(output or checkpoint.resolve().with_suffix(""))
+    targets = _targets(output or beside(checkpoint))
     inputs = [checkpoint, *verify.images, *verify.calibrate]
     inputs += [backbone.weights] if backbone.weights else []
 
@@ -134,9 +134,7 @@ def _targets(output: Path) -> dict[str, Path]:
             "artefact's name: give a name without a suffix with `output`."
         )
     return {
-        Candidate(to, precision).name: output.with_name(
-            artefact_name(output.name, get_exporter(to), precision)
-        )
+        Candidate(to, precision).name: artefact_path(output, get_exporter(to), precision)
         for to, precision in CANDIDATES
     }
 

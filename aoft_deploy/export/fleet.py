@@ -29,7 +29,7 @@ from aoft_deploy.errors import CheckpointError
 from aoft_deploy.export.fleet_form import fleet_exporter, fleet_model
 from aoft_deploy.export.merged import describe_model
 from aoft_deploy.export.options import VerifyOptions
-from aoft_deploy.export.output_paths import artefact_name
+from aoft_deploy.export.output_paths import artefact_path
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
 from aoft_deploy.export.verifying import batch_pieces, logits, open_draft
@@ -87,7 +87,7 @@ def export_fleet(
     exporter, support = fleet_exporter(to, form, precision)
     request = Request(
         exporter,
-        output or Path(artefact_name("fleet", exporter, precision)),
+        output or artefact_path(Path("fleet"), exporter, precision),
         checkpoints,
         backbone,
         precision=precision,

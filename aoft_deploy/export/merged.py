@@ -21,7 +21,7 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.export.options import VerifyOptions
-from aoft_deploy.export.output_paths import artefact_name
+from aoft_deploy.export.output_paths import artefact_path, beside
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
 from aoft_deploy.export.verifying import answers, logits, open_draft
@@ -72,10 +72,9 @@ def export_merged(
     """
     exporter = get_exporter(to)
     checkpoint = checkpoint_file(checkpoint)
-    source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
     request = Request(
         exporter,
-        output or source.with_name(artefact_name(source.stem, exporter, precision)),
+        output or artefact_path(beside(checkpoint), exporter, precision),
         [checkpoint],
         backbone,
         precision=precision,

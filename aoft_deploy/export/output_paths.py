@@ -11,12 +11,19 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, read_manifest
 from aoft_deploy.errors import ArtefactError, OutputError
 
-__all__ = ["artefact_name", "check_output"]
+__all__ = ["artefact_path", "beside", "check_output"]
 
 
-def artefact_name(stem: str, exporter: Exporter, precision: str) -> str:
-    """Default name of an artefact: ``model.onnx`` in fp32, else ``model-int8.onnx``."""
-    return f"{stem}{'' if precision == 'fp32' else f'-{precision}'}{exporter.suffix}"
+def beside(checkpoint: Path) -> Path:
+    """Default path of an artefact beside a checkpoint or PEFT folder, without its suffix."""
+    named = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
+    return named.parent / named.stem
+
+
+def artefact_path(path: Path, exporter: Exporter, precision: str) -> Path:
+    """Add precision and suffix to a path: ``model.onnx`` in fp32, else ``model-int8.onnx``."""
+    suffix = f"{'' if precision == 'fp32' else f'-{precision}'}{exporter.suffix}"
+    return path.parent / f"{path.name}{suffix}"
 
 
 def check_output(

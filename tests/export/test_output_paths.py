@@ -13,7 +13,7 @@ from aoft_deploy.artefacts.manifest import artefact_digest, manifest_path
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import OutputError
-from aoft_deploy.export.output_paths import artefact_name, check_output
+from aoft_deploy.export.output_paths import artefact_path, beside, check_output
 from aoft_deploy.export.publishing import publish
 
 FILE, FOLDER = get_exporter("onnx"), get_exporter("triton")
@@ -41,7 +41,17 @@ def triton_model(path: Path) -> Path:
 def test_the_default_name_states_a_precision_below_fp32(
     exporter: str, precision: str, name: str
 ) -> None:
-    assert artefact_name("model", get_exporter(exporter), precision) == name
+    path = artefact_path(beside(Path("runs/model.ckpt")), get_exporter(exporter), precision)
+    assert path == Path("runs") / name
+
+
+def test_an_artefact_of_the_current_folder_is_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lora").mkdir()
+    monkeypatch.chdir(tmp_path / "lora")
+    assert beside(Path(".")) == tmp_path / "lora"
+    assert artefact_path(beside(Path("/")), FILE, "fp32") == Path("/.onnx")
 
 
 def test_a_new_path_and_an_empty_folder_are_accepted(tmp_path: Path) -> None:
