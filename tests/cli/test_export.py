@@ -117,6 +117,8 @@ def test_wrong_names_and_paths_are_refused_before_torch_is_imported(tmp_path: Pa
         [*merge, "--to", "onx"],
         [*merge, "--precision", "int7"],
         [*merge, "--to", "timm", "--opset", "20"],
+        [*merge, "--to", "triton", "--batches", "1", "8"],
+        [*merge, "--to", "triton", "--batches", "8", "4", "2"],
         [*merge, "--precision", "int8", "--images", str(tmp_path)],
         [*merge, "--to", "auto", "-o", "model.onnx"],
         ["--merge", str(tmp_path / "missing.ckpt")],
