@@ -202,7 +202,8 @@ def _alternative(name: str, race: Race, options: argparse.Namespace) -> str:
     to, precision = name.split()
     exporter = get_exporter(to)
     changed = argparse.Namespace(**vars(options))
-    changed.to, changed.precision, changed.batches, changed.overwrite = to, precision, None, False
+    changed.to, changed.batches, changed.overwrite = to, None, False
+    changed.precision = None if precision == "fp32" else precision
     if precision not in exporter.calibrated:
         changed.calibrate = []
     if options.output:
@@ -217,9 +218,13 @@ def _command(options: argparse.Namespace) -> str:
         value = getattr(options, action.dest, None)
         if value is None or value == action.default:
             continue
-        words.append(max(action.option_strings, key=len))
-        if action.nargs != 0:
-            words += map(str, value if isinstance(value, list) else [value])
+        flag, values = max(action.option_strings, key=len), value
+        if not isinstance(value, list):
+            values = [] if action.nargs == 0 else [value]
+        if action.nargs is None:
+            words += [word for each in values for word in (flag, str(each))]
+        else:
+            words += [flag, *map(str, values)]
     return shlex.join(words)
 
 

@@ -18,7 +18,7 @@ from imported import heavy_libraries
 from PIL import Image
 
 from aoft_deploy.artefacts.registry import exporter_names
-from aoft_deploy.cli.export import main, next_step
+from aoft_deploy.cli.export import _command, main, next_step
 from aoft_deploy.cli.export_options import parser
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.tuning.tuned_model import TunedModel
@@ -293,3 +293,15 @@ def test_characters_that_stdout_cannot_encode_are_escaped(
     assert r"max |\u0394logit|" in out
     assert "aoft_deploy" not in err  # no warning about the locale's encoding from our files
     assert output.is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "aoft-export --merge 'a b' --to auto --images x 'y z' --uint8 --min-agreement 0.5 --force",
+        "aoft-export --fleet a b --form mixed --precision int8 --images q -o f.onnx --batches 1 8",
+    ],
+)
+def test_a_command_that_is_offered_has_the_options_given(line: str) -> None:
+    options = parser().parse_args(shlex.split(line)[1:])
+    assert parser().parse_args(shlex.split(_command(options))[1:]) == options
