@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aoft_deploy.artefacts.spec import BuildOptions
     from aoft_deploy.artefacts.verification import Report
     from aoft_deploy.export.publishing import Exported
-    from aoft_deploy.export.race import Candidate, Race
+    from aoft_deploy.export.race import Candidate
 
 __all__ = ["main", "next_step"]
 
@@ -187,28 +187,31 @@ def _fastest(options: argparse.Namespace) -> Exported:
             suffix = f"; slower than fp32 at batch {slower_at}" if slower_at else ""
             print(f"{candidate.name}: {ratios}{suffix}")
     print(f"chosen: {race.chosen.name}")
-    for name in dict.fromkeys(race.fastest(batch).name for batch in race.batches):
-        if name != race.chosen.name:
-            print(_alternative(name, race, options))
+    for batch in race.batches:
+        best = race.fastest(batch)
+        print(f"fastest at batch {batch}: {best.name}", end="")
+        if best.name == race.chosen.name:
+            print()
+        else:
+            ratio = best.ratios[batch] / race.chosen.ratios[batch]
+            print(f", {ratio:.2f}× the chosen one's speed; by {_command_for(best, options)}")
     return exported
 
 
-def _alternative(name: str, race: Race, options: argparse.Namespace) -> str:
-    """The line on a candidate that is faster than the chosen one at some batch sizes."""
+def _command_for(candidate: Candidate, options: argparse.Namespace) -> str:
+    """The command that exports a candidate of --to auto."""
     from aoft_deploy.artefacts.registry import get_exporter
     from aoft_deploy.export.output_paths import artefact_path
 
-    sizes = " and ".join(str(batch) for batch in race.batches if race.fastest(batch).name == name)
-    to, precision = name.split()
-    exporter = get_exporter(to)
+    exporter = get_exporter(candidate.to)
     changed = argparse.Namespace(**vars(options))
-    changed.to, changed.batches, changed.overwrite = to, None, False
-    changed.precision = None if precision == "fp32" else precision
-    if precision not in exporter.calibrated:
+    changed.to, changed.batches, changed.overwrite = candidate.to, None, False
+    changed.precision = None if candidate.precision == "fp32" else candidate.precision
+    if candidate.precision not in exporter.calibrated:
         changed.calibrate = []
     if options.output:
-        changed.output = artefact_path(options.output, exporter, precision)
-    return f"faster at batch {sizes}: {name}; export it with {_command(changed)}"
+        changed.output = artefact_path(options.output, exporter, candidate.precision)
+    return _command(changed)
 
 
 def _command(options: argparse.Namespace) -> str:

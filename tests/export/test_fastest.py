@@ -118,8 +118,9 @@ def test_the_batch_sizes_asked_decide_and_what_is_faster_elsewhere_is_offered(
     out = capsys.readouterr().out.splitlines()
     assert "onnx int8: 1.53× at batch 1, 0.84× at batch 8; slower than fp32 at batch 8" in out
     assert "chosen: onnx fp32" in out
-    (offer,) = (line for line in out if line.startswith("faster at batch 1: onnx int8"))
-    offered = offer.partition("export it with ")[2]
+    assert "fastest at batch 8: onnx fp32" in out
+    (offer,) = (line for line in out if line.startswith("fastest at batch 1: onnx int8, 1.53×"))
+    offered = offer.partition("; by ")[2]
     capsys.readouterr()
     assert main(shlex.split(offered)[1:]) == 0
     names = {path.name for path in tmp_path.iterdir()}
@@ -130,7 +131,7 @@ def test_the_batch_sizes_asked_decide_and_what_is_faster_elsewhere_is_offered(
     assert main([*words, "--batches", "1", "--overwrite"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "chosen: onnx int8" in out
-    assert not any(line.startswith("faster at") for line in out)
+    assert [line for line in out if "fastest at" in line][1:] == ["fastest at batch 1: onnx int8"]
     manifest = json.loads((tmp_path / "a b-int8.onnx.json").read_text("utf-8"))
     assert manifest["chosen"]["batches"] == [1]
 
