@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from aoft_deploy.artefacts.sampling import CONFIDENCE, images_needed, share_shown
 
