@@ -11,7 +11,10 @@ from aoft_deploy.export.race import Candidate, Race, criterion
 
 def race(*ratios: tuple[str, float, float]) -> Race:
     """A race of candidates named ``exporter precision``, at batch sizes 1 and 8."""
-    return Race.of([Candidate(*name.split(), {1: one, 8: eight}) for name, one, eight in ratios])
+    names = {name: name.partition(" ") for name, _, _ in ratios}
+    return Race.of(
+        [Candidate(names[n][0], names[n][2], {1: one, 8: eight}) for n, one, eight in ratios]
+    )
 
 
 @pytest.mark.parametrize(
