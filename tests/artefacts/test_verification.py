@@ -142,7 +142,7 @@ def test_the_report_states_the_share_shown_only_where_the_agreement_decides() ->
 
 def test_the_share_shown_of_a_fleet_is_that_of_the_task_that_agrees_least() -> None:
     comparison = Comparison(1.0, Bar(float("inf")))
-    right, wrong = np.float32([[1, 0]]), np.float32([[0, 1]])
+    right, wrong = np.array([[1, 0]], np.float32), np.array([[0, 1]], np.float32)
     for image in range(20):
         comparison.add(right, right, 7, "task 0")
         comparison.add(wrong if image < 3 else right, right, 7, "task 1")

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 
 from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
-from aoft_deploy.artefacts.verification import Report
+from aoft_deploy.artefacts.verification import Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
 from aoft_deploy.checkpoints.opening import load, open_checkpoint
 from aoft_deploy.cli.export import main
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
-from aoft_deploy.export import merged
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
@@ -142,13 +141,13 @@ def test_a_second_export_gives_the_same_artefact_and_needs_overwrite(
 def test_a_file_that_appears_during_the_export_is_not_replaced(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, verify = tmp_path / "a.safetensors", merged.verify
+    output = tmp_path / "a.safetensors"
 
     def verify_slowly(*given: Any, **options: Any) -> Report:
         output.write_text("precious")
         return verify(*given, **options)
 
-    monkeypatch.setattr(merged, "verify", verify_slowly)
+    monkeypatch.setattr("aoft_deploy.export.merged.verify", verify_slowly)
     with pytest.raises(OutputError, match=r"a\.safetensors exists"):
         export_merged(
             checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
