@@ -106,9 +106,9 @@ def _restoring(output: Path, manifest: Path, scratch: Path) -> Iterator[None]:
     A folder cannot be replaced by a rename, so it is moved away first, with its manifest.
     """
     old, old_manifest = scratch / f"old-{output.name}", scratch / f"old-{manifest.name}"
+    if manifest.exists():
+        shutil.copy2(manifest, old_manifest)
     try:
-        if manifest.exists():
-            shutil.copy2(manifest, old_manifest)
         if output.is_dir():
             output.rename(old)
         yield
