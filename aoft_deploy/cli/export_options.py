@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from aoft_deploy.artefacts.registry import exporter_names
-from aoft_deploy.cli.command import positive
 
 __all__ = ["check_usage", "parser"]
 
@@ -122,7 +121,7 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
 def _add_build(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batches",
-        type=positive,
+        type=int,
         nargs="+",
         metavar="N",
         help="with --to auto: batch sizes to be fast at (default: 1 8); for tensorrt and triton: "

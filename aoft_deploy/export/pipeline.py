@@ -105,11 +105,11 @@ class Request:
     def __post_init__(self) -> None:
         self.bar = bar_for(self.exporter, self.precision, self.verify)
         check_build(self.exporter, self.build)
+        self.calibration = calibration_files(self.exporter, self.precision, self.verify)
         for path in self.checkpoints:
             if not path.exists():
                 raise CheckpointError(f"There is no file {path}.")
         self.check_output()
-        self.calibration = calibration_files(self.exporter, self.precision, self.verify)
         self.pictures = [read_image(path) for path in image_files(self.verify.images)]
 
     def check_output(self) -> None:

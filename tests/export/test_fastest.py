@@ -244,3 +244,10 @@ def test_auto_takes_one_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--fleet", "a.ckpt", "b.ckpt", "--to", "auto"])
     assert ended.value.code == 2
     assert "--to auto goes with --merge" in capsys.readouterr().err
+
+
+def test_a_batch_size_below_1_is_refused(
+    checkpoint: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(main, "--merge", checkpoint, "--to", "auto", "--batches", 0, 8)
+    assert line == "--batches must be one or more batch sizes from 1."
