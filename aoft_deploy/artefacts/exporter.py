@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,8 @@ class Exporter:
         emulation: Precisions that are verified by emulation; None if there are none.
         device: The device that artefacts are built for; None means the CPU.
         updates: Set if artefacts hold only the updates; None if they hold a complete model.
+        next_step: Command or Python expression that uses an artefact, from its path and manifest;
+            None means aoft-predict and aoft-serve.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Exporter:
     emulation: Emulation | None = None
     device: DeviceSupport | None = None
     updates: UpdateSupport | None = None
+    next_step: Callable[[Path, Mapping[str, Any]], str] | None = None
 
     def owns(self, path: Path) -> bool:
         """Whether a path looks like an artefact of this exporter, by its suffix or marker."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine
-from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import check_unchanged, unchanged
 from aoft_deploy.errors import ArtefactError, UnknownNameError
 from aoft_deploy.path_kinds import GIVE, described, missing
+
+if TYPE_CHECKING:
+    from aoft_deploy.artefacts.exporter import Exporter
 
 __all__ = [
     "exporter_names",
@@ -36,7 +38,7 @@ def exporter_names() -> tuple[str, ...]:
 def exporters() -> Iterator[Exporter]:
     """The installed exporters."""
     for entry in entry_points(group=GROUP):
-        yield cast(Exporter, entry.load())
+        yield cast("Exporter", entry.load())
 
 
 def get_exporter(name: str) -> Exporter:
@@ -47,7 +49,7 @@ def get_exporter(name: str) -> Exporter:
     """
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            return cast(Exporter, entry.load())
+            return cast("Exporter", entry.load())
     raise UnknownNameError("exporter", name, exporter_names())
 
 

@@ -7,6 +7,7 @@ are compared with those of the tuned model before the merge.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.sampling import share_shown
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.texts import one_line
 
@@ -52,6 +54,8 @@ class Report:
         agreement: Share of answers with the same top class, 0 to 1.
         tolerance: Largest allowed ``max_abs``; None if only the agreement was checked.
         min_agreement: Smallest allowed ``agreement``.
+        agreement_shown: What ``agreement`` shows about other images, see ``share_shown``; for a
+            fleet, of the task that agrees least. None if ``tolerance`` decides.
     """
 
     images: int
@@ -61,6 +65,7 @@ class Report:
     agreement: float
     tolerance: float | None
     min_agreement: float = 0.0
+    agreement_shown: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -115,6 +120,7 @@ class Comparison:
         self.largest, self.bar = largest, bar
         self.allowed = bar.tolerance * max(1.0, largest)
         self.max_abs, self.agreeing, self.compared = 0.0, 0, 0
+        self.alike, self.images = Counter[str](), Counter[str]()
 
     def add(
         self,
@@ -149,8 +155,11 @@ class Comparison:
                 f"{self.max_abs:.2e}, but at most {self.allowed:.2e} is allowed: it is not written."
             )
         if counted:
-            self.agreeing += int((answers.argmax(1) == expected.argmax(1)).sum())
-            self.compared += len(answers)
+            alike = answers.argmax(1) == expected.argmax(1)
+            self.agreeing += int(alike.sum())
+            self.compared += len(alike)
+            self.alike[whose] += int(alike.sum())
+            self.images[whose] += len(alike)
 
     def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
         """Check the agreement, and summarise all comparisons.
@@ -170,6 +179,8 @@ class Comparison:
                 f"{self.bar.min_agreement:.2%} is required: nothing is written. Choose a higher "
                 "`precision`, or lower `min_agreement`."
             )
+        by_tolerance = math.isfinite(self.allowed)
+        shown = (share_shown(self.alike[each], count) for each, count in self.images.items())
         return Report(
             images=images,
             batch_sizes=tuple(batch_sizes),
@@ -178,6 +189,7 @@ class Comparison:
             agreement=agreement,
             tolerance=self.allowed if math.isfinite(self.allowed) else None,
             min_agreement=self.bar.min_agreement,
+            agreement_shown=None if by_tolerance else min(shown),
         )
 
 

@@ -3,150 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoft_deploy.cli.command import Parser, add_import_option, run, with_options
+from aoft_deploy.cli.command import run, with_options
+from aoft_deploy.cli.export_options import check_usage, parser
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.spec import BuildOptions
+    from aoft_deploy.artefacts.verification import Report
     from aoft_deploy.export.publishing import Exported
+    from aoft_deploy.export.race import Candidate
 
-__all__ = ["main"]
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    options = Parser(
-        prog="aoft-export",
-        description="Export a fine-tuned checkpoint merged into its backbone, or many checkpoints "
-        "as a fleet on one backbone. The artefact is verified against the unmerged model before it "
-        "is written.",
-    )
-    source = options.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--merge",
-        type=Path,
-        metavar="CKPT",
-        help="model.ckpt, published RLRR .pth, or PEFT LoRA folder",
-    )
-    source.add_argument(
-        "--fleet",
-        type=Path,
-        nargs="+",
-        metavar="CKPT",
-        help="checkpoints of one backbone: export one graph with a task index for each image",
-    )
-    options.add_argument(
-        "--to",
-        default="onnx",
-        metavar="NAME",
-        help="onnx (default), openvino, tensorrt, triton, triton-tensorrt, timm or peft; auto: the "
-        "fastest on this machine that passes verification",
-    )
-    options.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        help="artefact; default: beside the checkpoint, or for a fleet in the current folder; an "
-        "existing file is replaced, an existing folder is not",
-    )
-    options.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="with --to auto: replace an existing artefact of the chosen name",
-    )
-    options.add_argument(
-        "--uint8",
-        action="store_true",
-        help="let the artefact take uint8 pixels [batch, H, W, 3] and normalise them itself",
-    )
-    options.add_argument("--backbone", metavar="TIMM_NAME", help="instead of the checkpoint's own")
-    options.add_argument(
-        "--backbone-weights",
-        dest="weights",
-        type=Path,
-        metavar="FILE",
-        help=".safetensors, .pth, .bin or JAX .npz",
-    )
-    add_import_option(options)
-    options.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="verify with these images, or folders of images, as well",
-    )
-    options.add_argument(
-        "--precision",
-        metavar="NAME",
-        help="fp32 (default); int8, fp16 or bf16 if the exporter supports it, verified on --images",
-    )
-    options.add_argument(
-        "--calibrate",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="calibration images, or folders of images, for int8 of openvino",
-    )
-    options.add_argument(
-        "--form",
-        default="auto",
-        metavar="NAME",
-        help="with --fleet: mixed (any tasks in a batch), folded (one task at a time), or auto",
-    )
-    options.add_argument(
-        "--min-agreement",
-        type=float,
-        default=0.99,
-        metavar="SHARE",
-        help="below fp32: share of images that must keep their top class (default 0.99)",
-    )
-    options.add_argument(
-        "--batches",
-        type=int,
-        nargs=3,
-        metavar=("MIN", "USUAL", "MAX"),
-        help="for tensorrt: batch sizes that the engine supports (default 1 8 32)",
-    )
-    options.add_argument(
-        "--compute-capability",
-        metavar="X.Y",
-        help="for tensorrt: compute capability of the target GPU (default: this machine's)",
-    )
-    options.add_argument(
-        "--opset",
-        type=int,
-        metavar="N",
-        help="for onnx: 23 (default; attention is one operator) or 20, for older runtimes",
-    )
-    options.add_argument(
-        "--refittable",
-        action="store_true",
-        help="for tensorrt: build an engine whose weights can be replaced later (may be slower)",
-    )
-    options.add_argument(
-        "--refit",
-        type=Path,
-        metavar="ENGINE",
-        help="for tensorrt: replace the weights of this engine, if possible, instead of building",
-    )
-    options.add_argument(
-        "--force",
-        action="store_true",
-        help="accept backbone weights that differ from those in training",
-    )
-    return options
+__all__ = ["main", "next_step"]
 
 
 def export(options: argparse.Namespace) -> None:
     """Run the export, and print the verification results."""
-    _check_usage(options)
+    check_usage(options)
     if options.fleet:
         exported = _fleet(options)
     elif options.to == "auto":
@@ -154,37 +33,39 @@ def export(options: argparse.Namespace) -> None:
     else:
         exported = _merged(options)
     _note_skipped([*options.images, *options.calibrate])
-    report = exported.report
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
-    allowed = f"{report.tolerance:.1e}" if report.tolerance is not None else "any"
-    minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""
-    print(
-        f"verified on {report.images} images at batch sizes "
-        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e} "
-        f"(allowed {allowed}), top-1 agreement {report.agreement:.1%}{minimum}"
-    )
+    _print_report(exported.report)
     if exported.left_in_float:
         print(f"left in float32: {', '.join(exported.left_in_float)}")
     if exported.device is None:
         print(_not_on_device(exported, options))
     print(f"manifest: {exported.manifest}")
+    print(f"next: {next_step(exported.path)}")
 
 
-def _check_usage(options: argparse.Namespace) -> None:
-    """Exit with 2 if options cannot be combined."""
-    if options.overwrite and (options.fleet or options.to != "auto"):
-        parser().error("--overwrite goes with --to auto: other exports always replace a file")
-    refused: tuple[str, ...] = ()
-    if options.fleet:
-        refused += ("uint8", "backbone", "refittable", "refit")
-    elif options.to == "auto":
-        refused += ("precision", "opset", "batches", "compute_capability", "refittable", "refit")
-    for name in refused:
-        if getattr(options, name):
-            beside = "--fleet" if options.fleet else "--to auto"
-            parser().error(f"--{name.replace('_', '-')} does not go with {beside}")
-    if options.form != "auto" and not options.fleet:
-        parser().error("--form goes with --fleet")
+def _print_report(report: Report) -> None:
+    from aoft_deploy.artefacts.sampling import CONFIDENCE, images_needed
+
+    allowed = "" if report.tolerance is None else f" (allowed {report.tolerance:.1e})"
+    minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""
+    print(
+        f"verified on {report.images} images at batch sizes "
+        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e}"
+        f"{allowed}, top-1 agreement {_at_least(report.agreement)}{minimum}"
+    )
+    if report.agreement_shown is None:
+        return
+    claim = f"{report.images} images show an agreement of at least "
+    claim += f"{_at_least(report.agreement_shown)} ({CONFIDENCE:.0%} confidence)"
+    if report.agreement_shown < report.min_agreement < 1:
+        needed = images_needed(report.min_agreement)
+        claim += f"; {needed} images that all agree would show {report.min_agreement:.1%}"
+    print(claim)
+
+
+def _at_least(share: float) -> str:
+    """A share in per cent, rounded down, so that 100.0% means all."""
+    return f"{math.floor(round(share * 1000, 6)) / 10:.1f}%"
 
 
 def _not_on_device(exported: Exported, options: argparse.Namespace) -> str:
@@ -198,6 +79,21 @@ def _not_on_device(exported: Exported, options: argparse.Namespace) -> str:
         reason = "this machine has no GPU that runs the engine"
         figures += "; the engine is compared with them when it is loaded"
     return f"NOT VERIFIED ON DEVICE: {reason}, so {figures}"
+
+
+def next_step(artefact: Path) -> str:
+    """How to use an artefact, as commands or an expression of Python."""
+    from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
+    from aoft_deploy.artefacts.registry import get_exporter
+
+    manifest = read_manifest(manifest_path(artefact))
+    own = get_exporter(manifest["exporter"]).next_step
+    if own is not None:
+        return own(artefact, manifest)
+    path = shlex.quote(str(artefact))
+    tasks = manifest.get("tasks")
+    task = f" --task {shlex.quote(tasks[0]['name'])}" if tasks else ""
+    return f"aoft-predict {path}{task} IMAGE …, or aoft-serve {path}"
 
 
 def _note_skipped(sources: Sequence[Path]) -> None:
@@ -225,12 +121,11 @@ def _merged(options: argparse.Namespace) -> Exported:
 
 
 def _fleet(options: argparse.Namespace) -> Exported:
-    from aoft_deploy.artefacts.registry import get_exporter
     from aoft_deploy.export.fleet import export_fleet
 
     return export_fleet(
         options.fleet,
-        options.output or Path(f"fleet{get_exporter(options.to).suffix}"),
+        options.output,
         to=options.to,
         precision=options.precision or "fp32",
         form=options.form,
@@ -246,6 +141,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "backbone": BackboneSource(options.backbone, options.weights, options.force),
         "verify": VerifyOptions(options.images, options.calibrate, options.min_agreement),
+        "overwrite": options.overwrite,
         "command": ["aoft-export", *(options.argv or [])],
     }
 
@@ -264,28 +160,74 @@ def _build(options: argparse.Namespace) -> BuildOptions:
 
 def _fastest(options: argparse.Namespace) -> Exported:
     """Export every candidate, and print the result of each."""
-    from aoft_deploy.export.fastest import BATCHES, Candidate, export_fastest
+    from aoft_deploy.export.fastest import BATCHES, CANDIDATES, export_fastest
+    from aoft_deploy.export.race import criterion
 
     def show(candidate: Candidate) -> None:
         reason = with_options(candidate.reason, parser())
-        print(f"tried {candidate.to} {candidate.precision}: {reason or 'verified'}")
+        print(f"{candidate.name}: {f'left out, {reason}' if reason else 'verified'}", flush=True)
+        if (candidate.to, candidate.precision) == CANDIDATES[-1]:
+            print("timing the verified artefacts in turn", flush=True)
 
-    exported, tried = export_fastest(
+    batches = sorted({*(options.batches or BATCHES)})
+    print(f"criterion: {criterion(batches)}", flush=True)
+    exported, race = export_fastest(
         options.merge,
         options.output,
         uint8=options.uint8,
-        overwrite=options.overwrite,
+        batches=batches,
         progress=show,
         **_common(options),
     )
-    batches = " and ".join(map(str, BATCHES))
-    for candidate in tried:
+    for candidate in race.candidates:
         if candidate.ratios:
-            ratios = " and ".join(f"{ratio:.2f}×" for ratio in candidate.ratios)
+            ratios = ", ".join(f"{r:.2f}× at batch {b}" for b, r in candidate.ratios.items())
             slower_at = " and ".join(map(str, candidate.slower_at))
-            suffix = f"; slower than fp32 at batch {slower_at}: not chosen" if slower_at else ""
-            print(f"{candidate.to} {candidate.precision}: {ratios} at batch {batches}{suffix}")
+            suffix = f"; slower than fp32 at batch {slower_at}" if slower_at else ""
+            print(f"{candidate.name}: {ratios}{suffix}")
+    print(f"chosen: {race.chosen.name}")
+    for batch in race.batches:
+        best = race.fastest(batch)
+        print(f"fastest at batch {batch}: {best.name}", end="")
+        if best.name == race.chosen.name:
+            print()
+        else:
+            ratio = best.ratios[batch] / race.chosen.ratios[batch]
+            print(f", {ratio:.2f}× the chosen one's speed; by {_command_for(best, options)}")
     return exported
+
+
+def _command_for(candidate: Candidate, options: argparse.Namespace) -> str:
+    """The command that exports a candidate of --to auto."""
+    from aoft_deploy.artefacts.registry import get_exporter
+    from aoft_deploy.export.output_paths import artefact_path
+
+    exporter = get_exporter(candidate.to)
+    changed = argparse.Namespace(**vars(options))
+    changed.to, changed.batches, changed.overwrite = candidate.to, None, False
+    changed.precision = None if candidate.precision == "fp32" else candidate.precision
+    if candidate.precision not in exporter.calibrated:
+        changed.calibrate = []
+    if options.output:
+        changed.output = artefact_path(options.output, exporter, candidate.precision)
+    return _command(changed)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line with these options, quoted for the shell."""
+    words = ["aoft-export"]
+    for action in parser()._actions:
+        value = getattr(options, action.dest, None)
+        if value is None or value == action.default:
+            continue
+        flag, values = max(action.option_strings, key=len), value
+        if not isinstance(value, list):
+            values = [] if action.nargs == 0 else [value]
+        if action.nargs is None:
+            words += [word for each in values for word in (flag, str(each))]
+        else:
+            words += [flag, *map(str, values)]
+    return shlex.join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,50 +8,44 @@ answer is compared with the task's unmerged model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
 from aoft_deploy.artefacts.engine import Engine, FleetTables
 from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
-from aoft_deploy.artefacts.registry import exporters, get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.names import unique_task_names
-from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import AttachError, CheckpointError, SettingError, UnknownNameError
-from aoft_deploy.export.flops import flops_text
+from aoft_deploy.errors import CheckpointError
+from aoft_deploy.export.fleet_form import fleet_exporter, fleet_model
 from aoft_deploy.export.merged import describe_model
 from aoft_deploy.export.options import VerifyOptions
+from aoft_deploy.export.output_paths import artefact_path
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
 from aoft_deploy.export.verifying import batch_pieces, logits, open_draft
 from aoft_deploy.files import file_digest
-from aoft_deploy.tuning.backbones.identity import difference
-from aoft_deploy.tuning.merging import merge
-from aoft_deploy.tuning.methods import get_method
-from aoft_deploy.tuning.multitask import FleetModel, FoldedModel, MixedModel
-from aoft_deploy.tuning.task_layout import classifier_rows
-from aoft_deploy.tuning.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from aoft_deploy.checkpoints.checkpoint import Checkpoint
+    from aoft_deploy.tuning.multitask import FleetModel
+    from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["export_fleet"]
-
-FORMS = ("auto", "mixed", "folded")
 
 
 def export_fleet(
     checkpoints: Sequence[Path],
-    output: Path,
+    output: Path | None = None,
     *,
     to: str = "onnx",
     precision: str = "fp32",
@@ -59,14 +53,16 @@ def export_fleet(
     backbone: BackboneSource = BackboneSource(),
     verify: VerifyOptions = VerifyOptions(),
     build: BuildOptions = BuildOptions(),
+    overwrite: bool = False,
     command: Sequence[str] = (),
 ) -> Exported:
     """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` for each task, all with the same backbone, method, settings
-            and preprocessing. The numbers of classes may differ.
-        output: Path of the artefact.
+        checkpoints: One ``model.ckpt`` or run's folder for each task, all with the same backbone,
+            method, settings and preprocessing. The numbers of classes may differ.
+        output: Path of the artefact; None means ``fleet.onnx`` or, below fp32, ``fleet-int8.onnx``
+            in the current folder.
         to: Name of an exporter that supports fleets.
         precision: Precision of the shared backbone. The tasks' parameters stay float32.
         form: ``mixed``: a batch may contain any tasks, and each sample's update is computed at
@@ -76,6 +72,7 @@ def export_fleet(
         backbone: The backbone's weights, if they are not timm's. The backbone's name is ignored.
         verify: Images for verification, used for every task, and for calibration.
         build: Options of ONNX graphs and TensorRT engines.
+        overwrite: Replace an existing artefact at ``output``.
         command: The command line, for the manifest.
 
     Returns:
@@ -85,17 +82,28 @@ def export_fleet(
         AoftError: The input is invalid, the tasks cannot share a graph, or the answers differ. No
             file is left.
     """
+    checkpoints = [checkpoint_file(path) for path in checkpoints]
     names = unique_task_names(checkpoints)
-    exporter, support = _fleet_exporter(to, form)
-    request = Request.checked(
+    exporter, support = fleet_exporter(to, form, precision)
+    request = Request(
         exporter,
-        output,
-        [*checkpoints, *([backbone.weights] if backbone.weights else [])],
+        output or artefact_path(Path("fleet"), exporter, precision),
+        checkpoints,
+        backbone,
         precision=precision,
         verify=verify,
         build=build,
+        overwrite=overwrite,
         command=command,
     )
+
+    from aoft_deploy.checkpoints.checkpoint import read_checkpoint  # imports torch
+    from aoft_deploy.checkpoints.opening import open_checkpoint
+    from aoft_deploy.export.flops import flops_text
+    from aoft_deploy.tuning.backbones.identity import difference
+    from aoft_deploy.tuning.merging import merge
+    from aoft_deploy.tuning.methods import get_method
+
     tasks = [read_checkpoint(path) for path in checkpoints]
     for path, task in zip(checkpoints, tasks, strict=True):
         check_classes(task.classes, str(path))
@@ -106,7 +114,7 @@ def export_fleet(
     preprocessing = tasks[0].preprocessing
     if form == "auto" and "folded" not in support.forms:
         form = "mixed"
-    model, chosen = _model(lambda: open_first()[0], form, precision, preprocessing)
+    model, chosen = fleet_model(lambda: open_first()[0], form, precision, preprocessing)
     pixels = request.pixels(preprocessing)
     inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
     expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
@@ -161,58 +169,11 @@ class _Fleet:
         }
 
 
-def _fleet_exporter(to: str, form: str) -> tuple[Exporter, FleetSupport]:
-    """Find an exporter, and check that it supports fleets of a form.
-
-    Raises:
-        UnknownNameError: There is no such exporter or form.
-        SettingError: The exporter does not support fleets, or not this form.
-    """
-    exporter = get_exporter(to)
-    if form not in FORMS:
-        raise UnknownNameError("form of fleet", form, FORMS)
-    if exporter.fleet is None:
-        able = sorted(each.name for each in exporters() if each.fleet is not None)
-        raise SettingError(f"{to} writes no fleets: choose {' or '.join(able)} with `to`.")
-    if form not in ("auto", *exporter.fleet.forms):
-        raise SettingError(f"{to} does not support fleets of the form {form}: leave `form` out.")
-    return exporter, exporter.fleet
-
-
-def _model(
-    make: Callable[[], TunedModel], form: str, precision: str, preprocessing: Preprocessing
-) -> tuple[FleetModel, str]:
-    """Create the model to export, and choose its form.
-
-    Raises:
-        SettingError: The form is ``folded`` below fp32.
-        AttachError: The model does not support the form.
-    """
-    if form == "folded" and precision != "fp32":
-        raise SettingError(
-            f'Updates cannot be folded into weights of {precision}: use `form="mixed"`.'
-        )
-    tuned = make()
-    if form == "folded" or (form == "auto" and precision == "fp32" and _multiplies_twice(tuned)):
-        return FoldedModel(tuned), "folded"
-    try:
-        model = MixedModel(tuned)
-        model.try_out(preprocessing.height, preprocessing.width)
-    except AttachError:
-        if form == "mixed" or precision != "fp32":
-            raise
-        return FoldedModel(make()), "folded"
-    return model, "mixed"
-
-
-def _multiplies_twice(tuned: TunedModel) -> bool:
-    """Whether a mixed batch needs a second product with a weight, as for RLRR's gains."""
-    deltas = (update.delta() for update in tuned.updates.values())
-    return any(getattr(delta, "gain_out", None) is not None for delta in deltas)
-
-
 def _check_same(path: Path, task: Checkpoint, first_path: Path, first: Checkpoint) -> None:
     """Refuse a task that differs in more than its parameters and classes."""
+    from aoft_deploy.tuning.backbones.identity import difference
+    from aoft_deploy.tuning.methods import get_method
+
     for name in ("backbone", "method", "settings", "preprocessing"):
         expected, value = getattr(first, name), getattr(task, name)
         if name == "backbone":
@@ -234,6 +195,10 @@ def _answers_and_tables(
     inputs: NDArray[np.float32],
 ) -> tuple[list[NDArray[np.float32]], FleetTables]:
     """The logits of each task's unmerged model, and the parameters of all tasks."""
+    import torch
+
+    from aoft_deploy.tuning.task_layout import classifier_rows
+
     expected, rows, heads = [], [], []
     for task in tasks:
         tuned.backbone.reset_classifier(len(task.classes))  # type: ignore[operator]
@@ -261,6 +226,7 @@ def _verified(
     """Compare every task on every image, in mixed batches, with the expected logits."""
     comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
     for size in BATCH_SIZES:
+        is_largest = size == max(BATCH_SIZES)  # smaller batches repeat some of the pairs
         for pairs in _mixed_batches(len(expected), len(inputs), size):
             tasks, images = np.array(pairs).T
             pieces = batch_pieces(len(pairs), batches)
@@ -272,7 +238,7 @@ def _verified(
                 found, padding = answer[None, : wanted.shape[1]], answer[wanted.shape[1] :]
                 if not np.isneginf(padding).all():
                     found = answer[None]  # fails the comparison by its shape
-                comparison.add(found, wanted, size, f"the fleet's task {task}")
+                comparison.add(found, wanted, size, f"the fleet's task {task}", is_largest)
     return comparison.report(len(inputs), BATCH_SIZES)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
 from aoft_deploy.artefacts.engine import Engine
@@ -19,19 +18,19 @@ from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.checkpoints.checkpoint import Checkpoint
-from aoft_deploy.checkpoints.opening import open_checkpoint
-from aoft_deploy.checkpoints.peft_adapter import FILES
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.errors import CheckpointError
-from aoft_deploy.export.flops import flops_text
 from aoft_deploy.export.options import VerifyOptions
+from aoft_deploy.export.output_paths import artefact_path, beside
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
 from aoft_deploy.export.verifying import answers, logits, open_draft
-from aoft_deploy.tuning.backbones.identity import difference
-from aoft_deploy.tuning.merging import merge
-from aoft_deploy.tuning.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aoft_deploy.checkpoints.checkpoint import Checkpoint
+    from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["describe_model", "export_merged"]
 
@@ -46,19 +45,23 @@ def export_merged(
     backbone: BackboneSource = BackboneSource(),
     verify: VerifyOptions = VerifyOptions(),
     build: BuildOptions = BuildOptions(),
+    overwrite: bool = False,
     command: Sequence[str] = (),
 ) -> Exported:
     """Merge a checkpoint into its backbone, export the result, and verify it.
 
     Args:
-        checkpoint: A ``model.ckpt``, a published RLRR .pth file, or a PEFT LoRA folder.
-        output: Path of the artefact; None means beside the checkpoint.
+        checkpoint: A ``model.ckpt`` or the run's folder, a published RLRR .pth file, or a PEFT LoRA
+            folder.
+        output: Path of the artefact; None means beside the checkpoint, as ``model.onnx`` or, below
+            fp32, ``model-int8.onnx``.
         to: Name of an exporter.
         precision: One of the exporter's precisions.
         uint8: Whether the artefact takes uint8 pixels and normalises them itself.
         backbone: The backbone's name and weights, if they are not the checkpoint's and timm's.
         verify: Images for verification and calibration.
         build: Options of ONNX graphs and TensorRT engines.
+        overwrite: Replace an existing artefact at ``output``.
         command: The command line, for the manifest.
 
     Returns:
@@ -68,18 +71,21 @@ def export_merged(
         AoftError: The input is invalid, or the answers differ. No file is left.
     """
     exporter = get_exporter(to)
-    if not checkpoint.is_file() and not checkpoint.is_dir():
-        raise CheckpointError(f"There is no file {checkpoint}.")
-    source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
-    request = Request.checked(
+    checkpoint = checkpoint_file(checkpoint)
+    request = Request(
         exporter,
-        output or source.parent / f"{source.stem}{exporter.suffix}",
-        [checkpoint, *([backbone.weights] if backbone.weights else [])],
+        output or artefact_path(beside(checkpoint), exporter, precision),
+        [checkpoint],
+        backbone,
         precision=precision,
         verify=verify,
         build=build,
+        overwrite=overwrite,
         command=command,
     )
+
+    from aoft_deploy.checkpoints.opening import open_checkpoint  # imports torch
+
     tuned, task = open_checkpoint(checkpoint, backbone)
     check_classes(task.classes, str(checkpoint))
     pixels = request.pixels(task.preprocessing)
@@ -101,6 +107,9 @@ class _Merged:
     info: ArtefactInfo = field(init=False)
 
     def __post_init__(self) -> None:
+        from aoft_deploy.export.flops import flops_text
+        from aoft_deploy.tuning.merging import merge
+
         is_merged = self.exporter.updates is None
         self.model = merge(self.tuned) if is_merged else self.tuned
         self.info = describe_model(self.tuned, self.task).having(
@@ -128,6 +137,9 @@ class _Merged:
         )
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
+        from aoft_deploy.checkpoints.peft_adapter import FILES
+        from aoft_deploy.tuning.backbones.identity import difference
+
         return {
             "checkpoint": {
                 "name": self.checkpoint.resolve().name,

@@ -72,10 +72,10 @@ def check_build(exporter: Exporter, build: BuildOptions) -> None:
     if build.batches is not None:
         if not exporter.ranged:
             raise SettingError(f"{name} takes batches of any size: leave `batches` out.")
-        smallest, usual, largest = build.batches
-        if not 1 <= smallest <= usual <= largest:
+        sizes = list(build.batches)
+        if len(sizes) != 3 or sizes != sorted(sizes) or sizes[0] < 1:
             raise SettingError(
-                f"`batches` is {smallest} {usual} {largest}, but must be the smallest, usual and "
+                f"`batches` is {' '.join(map(str, sizes))}, but must be the smallest, usual and "
                 "largest batch: three ascending numbers from 1."
             )
     if exporter.device is None:

@@ -7,13 +7,12 @@ and its manifest entries. The other steps are the same for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine
@@ -21,19 +20,15 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_size, manifest_path
 from aoft_deploy.artefacts.spec import BuildOptions, Calibration, ExportSpec, InputSpec
 from aoft_deploy.artefacts.verification import Bar, Report
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import OutputError
+from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
 from aoft_deploy.export.options import VerifyOptions, bar_for, check_build
-from aoft_deploy.export.publishing import (
-    Exported,
-    check_output,
-    provenance,
-    publish,
-    versions,
-)
+from aoft_deploy.export.output_paths import check_output
+from aoft_deploy.export.publishing import Exported, provenance, publish, versions
 from aoft_deploy.export.verifying import (
     arithmetic_of,
     on_device,
@@ -42,6 +37,9 @@ from aoft_deploy.export.verifying import (
 )
 from aoft_deploy.files import writable_folder
 from aoft_deploy.texts import one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Request", "Subject", "export_verified"]
 
@@ -68,65 +66,57 @@ class Subject(Protocol):
         """Entries for the manifest."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """The options of an export, checked before the checkpoint is loaded.
+    """The options of an export. They are checked before anything is loaded.
 
     Attributes:
         exporter: The exporter.
         output: Path of the artefact.
+        checkpoints: The checkpoints to export. Like all other inputs, they are never replaced.
+        backbone: The backbone's name and weights, if they are not the checkpoints' and timm's.
         precision: One of the exporter's precisions.
         verify: Images and criteria for verification and calibration.
         build: Options of individual exporters.
+        overwrite: Whether an existing artefact at ``output`` is replaced.
         command: The command line, for the manifest.
         bar: Acceptance criteria for the artefact.
         calibration: Files of the calibration images.
         pictures: Real images for verification.
+
+    Raises:
+        AoftError: The exporter does not support an option, the output path is invalid or taken, or
+            an input is missing or an image cannot be read.
     """
 
     exporter: Exporter
     output: Path
+    checkpoints: Sequence[Path]
+    backbone: BackboneSource
     precision: str
     verify: VerifyOptions
     build: BuildOptions
+    overwrite: bool
     command: Sequence[str]
-    bar: Bar
-    calibration: Sequence[Path]
-    pictures: Sequence[Image]
+    bar: Bar = field(init=False)
+    calibration: Sequence[Path] = field(init=False)
+    pictures: Sequence[Image] = field(init=False)
 
-    @classmethod
-    def checked(
-        cls,
-        exporter: Exporter,
-        output: Path,
-        inputs: Sequence[Path],
-        *,
-        precision: str,
-        verify: VerifyOptions,
-        build: BuildOptions,
-        command: Sequence[str],
-    ) -> Self:
-        """Check all options, and read the verification images.
+    def __post_init__(self) -> None:
+        self.bar = bar_for(self.exporter, self.precision, self.verify)
+        check_build(self.exporter, self.build)
+        self.calibration = calibration_files(self.exporter, self.precision, self.verify)
+        for path in self.checkpoints:
+            if not path.exists():
+                raise CheckpointError(f"There is no file {path}.")
+        self.check_output()
+        self.pictures = [read_image(path) for path in image_files(self.verify.images)]
 
-        Args:
-            exporter: The exporter.
-            output: Path of the artefact.
-            inputs: Files that the export reads, besides images. They must not be overwritten.
-            precision: One of the exporter's precisions.
-            verify: Images and criteria for verification and calibration.
-            build: Options of individual exporters.
-            command: The command line, for the manifest.
-
-        Raises:
-            AoftError: The exporter does not support an option, the output path is invalid, or an
-                image cannot be read.
-        """
-        bar = bar_for(exporter, precision, verify)
-        check_build(exporter, build)
-        calibration = calibration_files(exporter, precision, verify)
-        check_output(exporter, output, [*inputs, *verify.images, *verify.calibrate])
-        pictures = [read_image(path) for path in image_files(verify.images)]
-        return cls(exporter, output, precision, verify, build, command, bar, calibration, pictures)
+    def check_output(self) -> None:
+        """Check the output path: before the export, and again before the artefact is published."""
+        inputs = [*self.checkpoints, *self.verify.images, *self.verify.calibrate]
+        inputs += [self.backbone.weights] if self.backbone.weights else []
+        check_output(self.exporter, self.output, inputs, self.overwrite)
 
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
         """The verification images, uint8 [n, H, W, 3]."""
@@ -175,6 +165,7 @@ def export_verified(
             "versions": versions(),
         }
         size = artefact_size(draft)
+        request.check_output()  # something may have appeared there in the meantime
         publish(draft, output, manifest)
     device = exporter.device_name(output, precision)
     return Exported(output, manifest_path(output), report, size, device, arithmetic, left_in_float)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
-from torch import nn
 
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, random_pixels
 from aoft_deploy.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
 
 __all__ = [
     "answers",
@@ -88,6 +89,8 @@ def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]
 
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """A model's logits for normalised inputs, (batch, classes)."""
+    import torch
+
     with torch.inference_mode():
         result: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return result

@@ -41,7 +41,7 @@ backbone = BackboneSource(weights=Path(sys.argv[1]))
 seconds = []
 for task in sys.argv[2:]:
     start = time.perf_counter()
-    export_merged(Path(task), Path(task).with_suffix(".onnx"), backbone=backbone)
+    export_merged(Path(task), backbone=backbone, overwrite=True)
     seconds.append(time.perf_counter() - start)
 print(json.dumps(seconds))
 """
@@ -85,7 +85,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "aoft_deploy.cli.export", "--merge", str(path)]
                 start = time.perf_counter()
                 subprocess.run(
-                    [*command, "--backbone-weights", str(weights)],
+                    [*command, "--backbone-weights", str(weights), "--overwrite"],
                     env=environment,
                     check=True,
                     capture_output=True,

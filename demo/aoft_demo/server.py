@@ -105,7 +105,7 @@ def demo_server(
         try:
             _launch(page, host, port, allowed_hosts)
             # Import torch in the background: several tabs need it later.
-            modules = ["aoft_deploy.export.merged"]
+            modules = ["aoft_deploy.checkpoints.opening"]
             threading.Thread(target=importlib.import_module, args=modules, daemon=True).start()
             yield f"http://{host}:{port}"
         finally:

@@ -14,8 +14,16 @@ from safetensors.torch import load_file
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.sampling import share_shown
 from aoft_deploy.artefacts.spec import ExportSpec
-from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, random_pixels, verify
+from aoft_deploy.artefacts.verification import (
+    BATCH_SIZES,
+    Bar,
+    Comparison,
+    Report,
+    random_pixels,
+    verify,
+)
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import VerificationError
@@ -123,6 +131,24 @@ def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds:
 def test_logits_of_zero_have_no_relative_error() -> None:
     zeros = np.zeros((4, 3), np.float32)
     assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
+
+
+def test_the_report_states_the_share_shown_only_where_the_agreement_decides() -> None:
+    run = lookup(EXPECTED)
+    report = verify(run, run, numbered(4), bar=Bar(float("inf"), 0.5))
+    assert report.agreement_shown == share_shown(4, 4)
+    assert verify(run, run, numbered(4), bar=Bar(1e-6)).agreement_shown is None
+
+
+def test_the_share_shown_of_a_fleet_is_that_of_the_task_that_agrees_least() -> None:
+    comparison = Comparison(1.0, Bar(float("inf")))
+    right, wrong = np.array([[1, 0]], np.float32), np.array([[0, 1]], np.float32)
+    for image in range(20):
+        comparison.add(right, right, 7, "task 0")
+        comparison.add(wrong if image < 3 else right, right, 7, "task 1")
+    report = comparison.report(20, BATCH_SIZES)
+    assert report.agreement == 37 / 40
+    assert report.agreement_shown == share_shown(17, 20)
 
 
 def test_all_images_run_once_at_the_largest_batch_size_and_one_batch_at_the_others() -> None:
@@ -301,8 +327,8 @@ def test_a_wrong_artefact_is_refused_and_leaves_no_file(
         )
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.onnx").write_text("old")
-    (tmp_path / "a.onnx.json").write_text("old")
-    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    (tmp_path / "a.onnx.json").write_text('{"sha256": "old"}')
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--overwrite"]
     assert "is not written" in refused(main, *options, "-o", tmp_path / "a.onnx")
 
 

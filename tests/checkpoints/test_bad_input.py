@@ -417,8 +417,9 @@ def test_a_full_disk_keeps_the_previous_file(
     output = tmp_path / ("a.onnx" if to == "onnx" else "a.safetensors")
     if old:
         output.write_text("old")
-        output.with_name(output.name + ".json").write_text("old")
+        output.with_name(output.name + ".json").write_text('{"sha256": "old"}')
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", to]
+    options += ["--overwrite"]
     with files_of_at_most(20_000):
         line = refused(main, *options, "-o", output)
     assert "could not be written" in line
@@ -438,7 +439,7 @@ def test_a_disk_that_is_full_at_the_manifest_keeps_the_previous_files(
     output.write_text("old")
     monkeypatch.setattr("aoft_deploy.export.publishing.settle", full)
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "timm"]
-    line = refused(main, *options, "-o", output)
+    line = refused(main, *options, "-o", output, "--overwrite")
     assert line == f"Cannot write {output}: No space left on device."
 
 

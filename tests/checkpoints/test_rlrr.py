@@ -189,7 +189,7 @@ def pth(tmp_path: Path) -> Path:
 
 
 def options(pth: Path, npz: Path, *more: object) -> list[object]:
-    return ["--merge", pth, "--backbone", BACKBONE, "--backbone-weights", npz, *more]
+    return ["--merge", pth, "--backbone", BACKBONE, "--backbone-weights", npz, "--overwrite", *more]
 
 
 def test_a_published_file_on_jax_weights_gives_the_logits_of_the_published_forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.errors import OutputError
-from aoft_deploy.export.fastest import CANDIDATES, Candidate, choose, export_fastest
+from aoft_deploy.export.fastest import CANDIDATES, export_fastest
+from aoft_deploy.export.race import Candidate
 
 
 @pytest.fixture(scope="module")
@@ -37,93 +39,54 @@ def test_the_fastest_verified_candidate_is_kept_and_all_are_reported(
 ) -> None:
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "auto"]
     options += ["--images", photos[0].parent, "--calibrate", many, "--min-agreement", "0.5"]
+    options += ["--batches", 3, 1]
     assert main([str(option) for option in [*options, "-o", tmp_path / "task"]]) == 0
     out = capsys.readouterr().out
     artefact, manifest = sorted(tmp_path.iterdir())
     assert manifest.name == artefact.name + ".json"
     contents = json.loads(manifest.read_text("utf-8"))
-    among = contents["chosen"]["among"]
+    chosen = contents["chosen"]
+    assert out.startswith(f"criterion: {chosen['criterion']}\n")
+    among = chosen["among"]
     assert [(entry["exporter"], entry["precision"]) for entry in among] == list(CANDIDATES)
     ratios = {
         (entry["exporter"], entry["precision"]): entry["ratios"]
         for entry in among
         if "ratios" in entry
     }
-    assert ratios["onnx", "fp32"] == [1, 1]
+    assert ratios["onnx", "fp32"] == {"1": 1, "3": 1}
     best = contents["exporter"], contents["precision"]
-    assert all(ratio >= 1 for ratio in ratios[best])
-    assert contents["chosen"]["machine"]["processor"]
-    assert contents["artefact"] == artefact.name == f"task.{best[0]}"
+    assert all(ratio >= 1 for ratio in ratios[best].values())
+    assert chosen["machine"]["processor"]
+    precision = "" if best[1] == "fp32" else f"-{best[1]}"
+    assert contents["artefact"] == artefact.name == f"task{precision}.{best[0]}"
     assert load_artefact(artefact).info["precision"] == best[1]
     for to, precision in CANDIDATES:
-        assert f"tried {to} {precision}: " in out
+        assert f"\n{to} {precision}: " in out
     left_out = [entry for entry in among if "ratios" not in entry]
     assert all(entry["left_out"] for entry in left_out)
     assert predict([str(artefact), str(photos[0])]) == 0
 
 
-def chosen_of(**ratios: tuple[float, float]) -> str:
-    """The choice among candidates named ``exporter_precision``."""
-    names = {name: name.partition("_") for name in ratios}
-    timed = [Candidate(to, kind, ratios[name]) for name, (to, _, kind) in names.items()]
-    best, judged = choose(timed)
-    assert {(c.to, c.precision) for c in judged} == {(c.to, c.precision) for c in timed}
-    return f"{best.to}_{best.precision}"
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, float]]:
+    """Ratios that replace the measured ones, by candidate; other candidates get 1."""
+    ratios: dict[str, dict[int, float]] = {}
 
+    def fixed(artefacts: dict[str, Path], batches: Sequence[int]) -> dict[str, dict[int, float]]:
+        return {
+            name: {batch: ratios.get(name, {}).get(batch, 1.0) for batch in batches}
+            for name in artefacts
+        }
 
-@pytest.mark.parametrize(
-    ("ratios", "wanted"),
-    [
-        # 3.1 · 0.84 is far above 1, but at batch 8 it is slower
-        ({"onnx_fp32": (1, 1), "onnx_int8": (3.1, 0.84)}, "onnx_fp32"),
-        ({"onnx_fp32": (1, 1), "onnx_int8": (0.99, 5)}, "onnx_fp32"),
-        ({"onnx_fp32": (1, 1), "onnx_int8": (1, 1.01)}, "onnx_int8"),
-        ({"onnx_fp32": (1, 1), "openvino_fp32": (4, 0.9)}, "onnx_fp32"),
-        ({"onnx_fp32": (1, 1), "openvino_fp32": (1.1, 1.2)}, "openvino_fp32"),
-        # slower than the other runtime's fp32
-        (
-            {"onnx_fp32": (1, 1), "openvino_fp32": (2, 2), "openvino_int8": (6, 1.9)},
-            "openvino_fp32",
-        ),
-        (
-            {"onnx_fp32": (1, 1), "openvino_fp32": (2, 2), "openvino_int8": (2.1, 2)},
-            "openvino_int8",
-        ),
-        # the other runtime's fp32 is slower at batch 1, so int8 is not compared with it
-        (
-            {"onnx_fp32": (1, 1), "openvino_fp32": (0.9, 3), "onnx_int8": (1.5, 2)},
-            "onnx_int8",
-        ),
-        ({"onnx_fp32": (1, 1), "onnx_int8": (2, 3), "openvino_bf16": (3, 1.9)}, "onnx_int8"),
-        ({"onnx_fp32": (1, 1), "onnx_int8": (2, 2), "openvino_bf16": (3, 1.9)}, "openvino_bf16"),
-        ({"openvino_fp32": (1, 1), "openvino_int8": (0.5, 9)}, "openvino_fp32"),
-    ],
-)
-def test_the_choice_is_not_slower_than_fp32_at_any_batch_size(
-    ratios: dict[str, tuple[float, float]], wanted: str
-) -> None:
-    assert chosen_of(**ratios) == wanted
-
-
-def test_the_manifest_lists_the_batch_sizes_at_which_a_candidate_is_slower() -> None:
-    fast, slow = Candidate("onnx", "fp32", (1, 1)), Candidate("onnx", "int8", (3, 0.84))
-    _, judged = choose([fast, slow])
-    assert [c.to_dict().get("slower_than_fp32_at") for c in judged] == [None, [8]]
+    monkeypatch.setattr("aoft_deploy.export.fastest._ratios", fixed)
+    return ratios
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
-    """Ratios that replace the measured ones, by exporter and precision; other candidates get 1."""
-    ratios: dict[str, tuple[float, float]] = {}
-
-    def timed(drafts: dict[Candidate, object]) -> list[Candidate]:
-        return [
-            Candidate(c.to, c.precision, ratios=ratios.get(f"{c.to} {c.precision}", (1.0, 1.0)))
-            for c in drafts
-        ]
-
-    monkeypatch.setattr("aoft_deploy.export.fastest._timed", timed)
-    return ratios
+def onnx_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ONNX candidates, because exports take time."""
+    monkeypatch.setattr("aoft_deploy.export.fastest.CANDIDATES", CANDIDATES[:2])
 
 
 def auto(
@@ -140,8 +103,41 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_the_batch_sizes_asked_decide_and_what_is_faster_elsewhere_is_offered(
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    rates: dict[str, dict[int, float]],
+    onnx_only: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates["onnx int8"] = {1: 1.53, 8: 0.84}
+    words = auto(checkpoint, backbone_weights, tmp_path / "a b", images=photos[:1])
+    assert main(words) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "onnx int8: 1.53× at batch 1, 0.84× at batch 8; slower than fp32 at batch 8" in out
+    assert "chosen: onnx fp32" in out
+    assert "fastest at batch 8: onnx fp32" in out
+    (offer,) = (line for line in out if line.startswith("fastest at batch 1: onnx int8, 1.53×"))
+    offered = offer.partition("; by ")[2]
+    capsys.readouterr()
+    assert main(shlex.split(offered)[1:]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a b.onnx", "a b.onnx.json", "a b-int8.onnx", "a b-int8.onnx.json"}
+    chosen = json.loads((tmp_path / "a b.onnx.json").read_text("utf-8"))["chosen"]
+    assert chosen["fastest"] == {"1": "onnx int8", "8": "onnx fp32"}
+
+    assert main([*words, "--batches", "1", "--overwrite"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "chosen: onnx int8" in out
+    assert [line for line in out if "fastest at" in line][1:] == ["fastest at batch 1: onnx int8"]
+    manifest = json.loads((tmp_path / "a b-int8.onnx.json").read_text("utf-8"))
+    assert manifest["chosen"]["batches"] == [1]
+
+
 @pytest.mark.parametrize("name", ["task.onnx", "task.onnx.json", "task.openvino.json"])
-def test_an_existing_file_is_not_replaced_without_overwrite(
+def test_an_existing_file_of_a_possible_name_is_not_replaced_without_overwrite(
     name: str,
     checkpoint: Path,
     backbone_weights: Path,
@@ -150,48 +146,39 @@ def test_an_existing_file_is_not_replaced_without_overwrite(
 ) -> None:
     (tmp_path / name).write_text("precious")
     message = refused(main, *auto(checkpoint, backbone_weights, tmp_path / "task"))
-    assert name in message and "--overwrite" in message
-    assert contents(tmp_path) == {name: b"precious"}
-    (tmp_path / name).unlink()
-    (tmp_path / name).symlink_to("gone")
-    assert "--overwrite" in refused(main, *auto(checkpoint, backbone_weights, tmp_path / "task"))
+    assert f"{name} exists: give another --output" in message
+    assert "There is no file" in refused(main, "--merge", tmp_path / "no.ckpt", "--to", "auto")
 
 
-def test_an_existing_artefact_is_replaced_only_with_overwrite(
+def test_overwrite_replaces_only_the_artefact_of_the_chosen_exporter_and_precision(
     checkpoint: Path,
     backbone_weights: Path,
-    photos: list[Path],
-    rates: dict[str, tuple[float, float]],
+    rates: dict[str, dict[int, float]],
     tmp_path: Path,
     refused: Callable[..., str],
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
-    assert main([str(word) for word in [*words, "-o", tmp_path / "task.onnx"]]) == 0
-    before = contents(tmp_path)
-    rates["onnx int8"] = (3.0, 3.0)
-    again = auto(checkpoint, backbone_weights, tmp_path / "task", images=photos[:1])
-    assert "--overwrite" in refused(main, *again)
-    assert contents(tmp_path) == before
-    assert main([*again, "--overwrite"]) == 0
-    assert json.loads((tmp_path / "task.onnx.json").read_text())["precision"] == "int8"
-    assert sorted(contents(tmp_path)) == ["task.onnx", "task.onnx.json"]
-    assert load_artefact(tmp_path / "task.onnx").info["precision"] == "int8"
-    rates["onnx int8"] = (3.0, 0.84)
-    capsys.readouterr()
-    assert main([*again, "--overwrite"]) == 0
-    assert json.loads((tmp_path / "task.onnx.json").read_text())["precision"] == "fp32"
-    assert (
-        "3.00× and 0.84× at batch 1 and 8; slower than fp32 at batch 8" in capsys.readouterr().out
-    )
+    for name in ("task.onnx", "task-int8.onnx"):
+        (tmp_path / name).write_text("precious")
+    rates["openvino fp32"] = {1: 2.0, 8: 2.0}
+    words = [*auto(checkpoint, backbone_weights, tmp_path / "task"), "--overwrite"]
+    assert main(words) == 0
+    manifest = tmp_path / "task.openvino.json"
+    first = manifest.read_bytes()
+    assert main(words) == 0
+    assert manifest.read_bytes() != first
+    assert load_artefact(tmp_path / "task.openvino").info["precision"] == "fp32"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"task.onnx", "task-int8.onnx", "task.openvino", "task.openvino.json"}
+    for name in ("task.onnx", "task-int8.onnx"):
+        assert (tmp_path / name).read_text() == "precious"
 
 
 def test_a_file_that_appears_during_the_export_is_not_replaced(
     checkpoint: Path,
     backbone_weights: Path,
-    rates: dict[str, tuple[float, float]],
+    rates: dict[str, dict[int, float]],
+    onnx_only: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def progress(candidate: Candidate) -> None:
         (tmp_path / "task.onnx").write_text("precious")
@@ -203,60 +190,8 @@ def test_a_file_that_appears_during_the_export_is_not_replaced(
             progress=progress,
             backbone=BackboneSource(weights=backbone_weights),
         )
-    assert contents(tmp_path) == {"task.onnx": b"precious"}
-
-
-def test_a_folder_is_replaced_completely_or_not_at_all(
-    checkpoint: Path,
-    backbone_weights: Path,
-    rates: dict[str, tuple[float, float]],
-    tmp_path: Path,
-    refused: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rates["openvino fp32"] = (2.0, 2.0)
-    words = auto(checkpoint, backbone_weights, tmp_path / "task")
-    assert main(words) == 0
-    first = contents(tmp_path)
-    manifest = tmp_path / "task.openvino.json"
-    assert "task.openvino exists" in refused(main, *words)
-
-    def full(*arguments: object) -> None:
-        raise OutputError("The disk is full.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("aoft_deploy.export.fastest.publish", full)
-        assert "disk is full" in refused(main, *words, "--overwrite")
-    assert contents(tmp_path) == first
-    assert main([*words, "--overwrite"]) == 0
-    again = contents(tmp_path)
-    assert sorted(again) == sorted(first) and again[manifest.name] != first[manifest.name]
-    assert load_artefact(tmp_path / "task.openvino").info["precision"] == "fp32"
-
-    notes = tmp_path / "task.openvino" / "notes.txt"
-    notes.write_text("precious")
-    assert "was changed" in refused(main, *words, "--overwrite")
-    notes.unlink()
-    manifest.unlink()
-    assert "no manifest" in refused(main, *words, "--overwrite")
-    assert set(contents(tmp_path)) == set(first) - {manifest.name}
-
-
-def test_overwrite_keeps_artefacts_of_other_exporters(
-    checkpoint: Path,
-    backbone_weights: Path,
-    rates: dict[str, tuple[float, float]],
-    tmp_path: Path,
-) -> None:
-    rates["openvino fp32"] = (2.0, 2.0)
-    words = auto(checkpoint, backbone_weights, tmp_path / "task")
-    assert main(words) == 0
-    first = contents(tmp_path)
-    rates["openvino fp32"] = (0.5, 0.5)
-    assert main([*words, "--overwrite"]) == 0
-    after = contents(tmp_path)
-    assert {name: after[name] for name in first} == first
-    assert set(after) - set(first) == {"task.onnx", "task.onnx.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["task.onnx"]
+    assert (tmp_path / "task.onnx").read_text() == "precious"
 
 
 def test_auto_never_overwrites_an_input(
@@ -278,18 +213,8 @@ def test_an_output_with_a_suffix_is_refused(
     assert "chooses between .onnx and .openvino" in message
 
 
-@pytest.mark.parametrize("other", [["--merge", "a.ckpt"], ["--fleet", "a.ckpt"]])
-def test_overwrite_without_auto_is_refused(
-    other: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*other, "--overwrite"])
-    assert ended.value.code == 2
-    assert "--overwrite goes with --to auto" in capsys.readouterr().err
-
-
 def test_without_images_only_fp32_is_tried(
-    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+    checkpoint: Path, backbone_weights: Path, rates: dict[str, dict[int, float]], tmp_path: Path
 ) -> None:
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--to", "auto"]
     assert main([str(option) for option in [*options, "-o", tmp_path / "task"]]) == 0
@@ -304,19 +229,6 @@ def test_without_images_only_fp32_is_tried(
     }
 
 
-def test_existing_paths_are_refused_before_the_export_starts(
-    checkpoint: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    (tmp_path / "task.openvino").mkdir()
-    (tmp_path / "task.openvino" / "notes.txt").touch()
-    options = ["--merge", checkpoint, "--to", "auto", "-o", tmp_path / "task"]
-    assert "exists, and --to auto may choose that name" in refused(main, *options)
-    assert "There is no file" in refused(main, "--merge", tmp_path / "no.ckpt", "--to", "auto")
-    overwriting = [*options, "--overwrite"]
-    assert "exists and is no empty folder" in refused(main, *overwriting)
-    assert [path.name for path in tmp_path.rglob("*")] == ["task.openvino", "notes.txt"]
-
-
 @pytest.mark.parametrize("option", [["--precision", "int8"], ["--opset", "20"]])
 def test_options_that_auto_chooses_are_refused(
     option: list[str], capsys: pytest.CaptureFixture[str]
@@ -325,3 +237,17 @@ def test_options_that_auto_chooses_are_refused(
         main(["--merge", "a.ckpt", "--to", "auto", *option])
     assert ended.value.code == 2
     assert f"{option[0]} does not go with --to auto" in capsys.readouterr().err
+
+
+def test_auto_takes_one_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--fleet", "a.ckpt", "b.ckpt", "--to", "auto"])
+    assert ended.value.code == 2
+    assert "--to auto goes with --merge" in capsys.readouterr().err
+
+
+def test_a_batch_size_below_1_is_refused(
+    checkpoint: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(main, "--merge", checkpoint, "--to", "auto", "--batches", 0, 8)
+    assert line == "--batches must be one or more batch sizes from 1."

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
+from aoft_deploy.artefacts.verification import Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
 from aoft_deploy.checkpoints.opening import load, open_checkpoint
@@ -119,22 +120,51 @@ def test_the_default_output_is_beside_the_checkpoint(
     assert names == {"model.ckpt", "model.safetensors", "model.safetensors.json"}
 
 
-def test_a_second_export_replaces_the_first(
+def test_a_second_export_gives_the_same_artefact_and_needs_overwrite(
     checkpoint: Path, backbone_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "deep" / "er" / "a.safetensors"
-    first = export_merged(
-        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
-    )
+    backbone = BackboneSource(weights=backbone_weights)
+    first = export_merged(checkpoint, output, to="timm", backbone=backbone)
     tensors = {name: tensor.clone() for name, tensor in load_file(output).items()}
     output.write_bytes(b"something else")
-    second = export_merged(
-        checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
-    )
+    with pytest.raises(OutputError, match=r"exists: give another `output`, or .*overwrite=True"):
+        export_merged(checkpoint, output, to="timm", backbone=backbone)
+    assert output.read_bytes() == b"something else"
+    second = export_merged(checkpoint, output, to="timm", backbone=backbone, overwrite=True)
     again = load_file(output)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert first.report == second.report
     assert len(list(output.parent.iterdir())) == 2
+
+
+def test_a_file_that_appears_during_the_export_is_not_replaced(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a.safetensors"
+
+    def verify_slowly(*given: Any, **options: Any) -> Report:
+        output.write_text("precious")
+        return verify(*given, **options)
+
+    monkeypatch.setattr("aoft_deploy.export.merged.verify", verify_slowly)
+    with pytest.raises(OutputError, match=r"a\.safetensors exists"):
+        export_merged(
+            checkpoint, output, to="timm", backbone=BackboneSource(weights=backbone_weights)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    assert output.read_text() == "precious"
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.ckpt").write_bytes(checkpoint.read_bytes())
+    exported = export_merged(run, to="timm", backbone=BackboneSource(weights=backbone_weights))
+    assert exported.path == run / "model.safetensors"
+    assert json.loads(exported.manifest.read_text())["checkpoint"]["name"] == "model.ckpt"
 
 
 def test_the_artefact_gives_the_logits_of_the_trained_model(

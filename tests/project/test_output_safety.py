@@ -183,7 +183,7 @@ def test_a_killed_export_leaves_no_partial_artefact(
         )
     before = output.read_bytes() if older else None
     options = ["--merge", make_checkpoint("rlrr"), "--backbone-weights", backbone_weights]
-    words = [str(word) for word in (*options, "-o", output)]
+    words = [str(word) for word in (*options, "-o", output, "--overwrite")]
     process = run_python("-c", KILLED, moment, *words, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".aoft-*"))
@@ -266,7 +266,7 @@ def test_an_unwritable_folder_is_reported_and_unchanged(
     with bound_by_permissions():
         with pytest.raises(PermissionError):
             (locked / "anything").touch()
-        code = main([*words, str(locked / f"{name}{suffix}")])
+        code = main([*words, str(locked / f"{name}{suffix}"), "--overwrite"])
     assert code == 1
     line = capsys.readouterr().err
     assert line == f"error: Cannot write into {locked}: Permission denied.\n"

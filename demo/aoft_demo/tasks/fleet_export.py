@@ -37,7 +37,11 @@ def export_cached(checkpoints: Sequence[Path], folder: Path, weights: Path | Non
         from aoft_deploy.export.fleet import export_fleet  # imports torch
 
         export_fleet(
-            checkpoints, artefact, command=["aoft-demo"], backbone=BackboneSource(weights=weights)
+            checkpoints,
+            artefact,
+            backbone=BackboneSource(weights=weights),
+            overwrite=True,  # another demo may have started at the same time
+            command=["aoft-demo"],
         )
     return artefact
 

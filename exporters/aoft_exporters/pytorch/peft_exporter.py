@@ -22,6 +22,7 @@ from aoft_deploy.errors import OutputError, SettingError
 from aoft_deploy.files import folder_digest
 from aoft_deploy.texts import decoded
 from aoft_exporters.pytorch.engine import TorchEngine
+from aoft_exporters.pytorch.usage import load_adapter
 
 if TYPE_CHECKING:
     from aoft_deploy.tuning.tuned_model import TunedModel
@@ -174,4 +175,5 @@ EXPORTER = Exporter(
     describe=describe,
     platform="pytorch",
     updates=UpdateSupport(load_on),
+    next_step=load_adapter,
 )

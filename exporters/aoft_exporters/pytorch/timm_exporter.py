@@ -16,6 +16,7 @@ from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.texts import one_line
 from aoft_exporters.pytorch.engine import TorchEngine
+from aoft_exporters.pytorch.usage import load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,4 +119,5 @@ EXPORTER = Exporter(
     load=load,
     describe=describe,
     platform="pytorch",
+    next_step=load_model,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import SettingError
 
-__all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "write_config"]
+__all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "serve_command", "write_config"]
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
@@ -54,6 +55,11 @@ def write_config(folder: Path, spec: ExportSpec, backend: str) -> None:
         (folder / LABELS).write_text("".join(f"{name}\n" for name in classes), "utf-8")
     if ArtefactInfo(spec.metadata).is_fleet:
         (folder / TASKS).write_text(spec.metadata["tasks"] + "\n", "utf-8")
+
+
+def serve_command(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Command that serves a model's folder with Triton."""
+    return f"tritonserver --model-repository {shlex.quote(str(path.resolve().parent))}"
 
 
 def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from aoft_deploy.errors import ArtefactError
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx import exporter as onnx_exporter
-from aoft_exporters.triton.config import check_labels, write_config
+from aoft_exporters.triton.config import check_labels, serve_command, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,4 +111,5 @@ EXPORTER = replace(
     ranged=True,
     fleet=FleetSupport(("mixed",), export_fleet),
     emulation=Emulation(("fp16",), emulation),
+    next_step=serve_command,
 )

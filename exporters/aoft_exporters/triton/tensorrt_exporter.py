@@ -19,7 +19,7 @@ from aoft_deploy.errors import SettingError
 from aoft_exporters.tensorrt import exporter as tensorrt_exporter
 from aoft_exporters.tensorrt import library
 from aoft_exporters.tensorrt.metadata import MARKER
-from aoft_exporters.triton.config import check_labels, write_config
+from aoft_exporters.triton.config import check_labels, serve_command, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,4 +109,5 @@ EXPORTER = replace(
     describe=describe,
     fleet=FleetSupport(("mixed",), export_fleet),
     device=DeviceSupport(f"{VERSION}/{tensorrt_exporter.INTERMEDIATE}", device, load_intermediate),
+    next_step=serve_command,
 )

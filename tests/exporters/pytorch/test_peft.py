@@ -353,7 +353,7 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(
     (tmp_path / "link").symlink_to(empty)
     for existing in (full, file):
         line = refused(main, *options, "-o", existing)
-        assert f"{existing} exists and is no empty folder: give a new name with --output" in line
+        assert f"{existing} exists and is no peft artefact with a manifest: give another" in line
     for odd in (tmp_path / "link", tmp_path / "empty" / ".."):
         assert "cannot become a folder" in refused(main, *options, "-o", odd)
     assert main([*map(str, options), "-o", str(empty)]) == 0
