@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.texts import one_line
 
@@ -33,7 +34,7 @@ class Bar:
     Attributes:
         tolerance: Largest allowed difference, for logits up to 1. It scales with the largest logit
             above 1. It is infinite below fp32, where ``min_agreement`` decides.
-        min_agreement: Smallest allowed share of answers with the same top class, 0 to 1.
+        min_agreement: Smallest allowed agreement, 0 to 1; see ``Comparison.agreement``.
     """
 
     tolerance: float
@@ -49,7 +50,7 @@ class Report:
         batch_sizes: Batch sizes.
         max_abs: Largest absolute difference of two logits.
         relative: ``max_abs`` divided by the largest absolute logit of the reference.
-        agreement: Share of answers with the same top class, 0 to 1.
+        agreement: See ``Comparison.agreement``.
         tolerance: Largest allowed ``max_abs``; None if only the agreement was checked.
         min_agreement: Smallest allowed ``agreement``.
     """
@@ -115,12 +116,14 @@ class Comparison:
         self.largest, self.bar = largest, bar
         self.allowed = bar.tolerance * max(1.0, largest)
         self.max_abs, self.agreeing, self.compared = 0.0, 0, 0
+        self.values_error = 0.0
 
     def add(
         self,
         answers: NDArray[np.float32],
         expected: NDArray[np.float32],
         size: int,
+        classes: Classes,
         whose: str = "the artefact",
         counted: bool = True,
     ) -> None:
@@ -130,6 +133,7 @@ class Comparison:
             answers: The artefact's logits.
             expected: The unmerged model's logits.
             size: Batch size at which the answers were computed.
+            classes: The model's classes, which say what its logits mean.
             whose: Name of the artefact in an error message.
             counted: Whether the images count for the agreement.
 
@@ -142,15 +146,31 @@ class Comparison:
                 f"At batch size {size} {whose} answers with shape {answers.shape} where "
                 f"{expected.shape} and finite values are expected: it is not written."
             )
-        self.max_abs = max(self.max_abs, float(np.abs(answers - expected).max()))
+        error = float(np.abs(answers - expected).max())
+        self.max_abs = max(self.max_abs, error)
         if self.max_abs > self.allowed:
             raise VerificationError(
                 f"At batch size {size} {whose}'s logits differ from the unmerged model's by "
                 f"{self.max_abs:.2e}, but at most {self.allowed:.2e} is allowed: it is not written."
             )
-        if counted:
-            self.agreeing += int((answers.argmax(1) == expected.argmax(1)).sum())
-            self.compared += len(answers)
+        if classes.activation == "none":
+            self.values_error = max(self.values_error, error)
+        elif counted:
+            alike = classes.agreeing(answers, expected)
+            self.agreeing += int(alike.sum())
+            self.compared += alike.size
+
+    @property
+    def agreement(self) -> float:
+        """The agreement of all answers so far, 0 to 1.
+
+        It is the share of equal decisions: the top class of a softmax, or yes or no for each label
+        of a sigmoid. For plain values it is 1 minus the largest difference, relative to the largest
+        value. In a fleet of both, the smaller of these counts.
+        """
+        decisions = self.agreeing / self.compared if self.compared else 1.0
+        values = 1 - self.values_error / self.largest if self.values_error else 1.0
+        return max(min(decisions, values), 0.0)
 
     def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
         """Check the agreement, and summarise all comparisons.
@@ -162,13 +182,22 @@ class Comparison:
         Raises:
             VerificationError: The agreement is below the minimum.
         """
-        agreement = self.agreeing / self.compared
-        if agreement < self.bar.min_agreement:
+        agreement, least = self.agreement, self.bar.min_agreement
+        if agreement < least:
+            if self.agreeing >= least * self.compared:
+                found = (
+                    f"The values about {images} images differ from the unmerged model's by "
+                    f"{1 - agreement:.2%} of the largest, but at most {1 - least:.2%} is allowed"
+                )
+            else:
+                found = (
+                    f"The decisions about {images} images agree with the unmerged model's in "
+                    f"{agreement:.2%} ({self.agreeing} of {self.compared}), but at least "
+                    f"{least:.2%} is required"
+                )
             raise VerificationError(
-                f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
-                f"({self.agreeing} of {self.compared}) about {images} images, but at least "
-                f"{self.bar.min_agreement:.2%} is required: nothing is written. Choose a higher "
-                "`precision`, or lower `min_agreement`."
+                f"{found}: nothing is written. Choose a higher `precision`, or lower "
+                "`min_agreement`."
             )
         return Report(
             images=images,
@@ -185,6 +214,7 @@ def verify(
     reference: Run,
     candidate: Run,
     pixels: NDArray[np.uint8],
+    classes: Classes,
     *,
     bar: Bar,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -195,6 +225,7 @@ def verify(
         reference: The unmerged model.
         candidate: The artefact.
         pixels: Images, uint8 [n, H, W, 3].
+        classes: The classes of both, which say what logits mean.
         bar: Acceptance criteria for the candidate.
         batch_sizes: Batch sizes for the candidate. It gets all images at the largest size, and one
             batch of the first images at each other size.
@@ -204,7 +235,7 @@ def verify(
 
     Raises:
         VerificationError: A difference exceeds the tolerance, logits are not finite or have the
-            wrong shape, the candidate fails to run, or the agreement is too low. Top classes that
+            wrong shape, the candidate fails to run, or the agreement is too low. Decisions that
             differ within the tolerance count only against the agreement.
     """
     expected = np.concatenate([reference(batch) for batch in _batches(pixels, max(batch_sizes))])
@@ -213,7 +244,7 @@ def verify(
         is_largest = size == max(batch_sizes)
         count = len(pixels) if is_largest else size
         answers = _answers(candidate, pixels[:count], size)
-        comparison.add(answers, expected[:count], size, counted=is_largest)
+        comparison.add(answers, expected[:count], size, classes, counted=is_largest)
     return comparison.report(len(pixels), batch_sizes)
 
 

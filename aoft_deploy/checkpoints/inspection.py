@@ -45,6 +45,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "settings": dict(checkpoint.settings),
         "backbone": checkpoint.backbone.to_dict(),
         "classes": list(checkpoint.classes),
+        "activation": checkpoint.classes.activation,
         "preprocessing": checkpoint.preprocessing.to_dict(),
         "training": dict(checkpoint.training),
         **describe_tensors(checkpoint.tensors),

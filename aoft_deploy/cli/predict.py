@@ -13,7 +13,8 @@ from aoft_deploy.cli.command import add_engine_options, engine_options, positive
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from aoft_deploy.artefacts.prediction import Classifier, Prediction
+    from aoft_deploy.artefacts.prediction import Classifier
+    from aoft_deploy.classes import Answer
     from aoft_deploy.errors import AoftError
 
 __all__ = ["main"]
@@ -30,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
         "artefact", type=Path, metavar="ARTEFACT", help="an artefact of aoft-export"
     )
     options.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    options.add_argument("--top", type=positive, default=1, help="classes per image (default 1)")
+    options.add_argument(
+        "--top",
+        type=positive,
+        help="most probable classes per image (default 1; of independent labels, those above 0.5)",
+    )
     options.add_argument("--task", metavar="NAME", help="name of a task, for a fleet")
     add_engine_options(options)
     options.add_argument("--json", action="store_true", help="one JSON object per image")
@@ -68,23 +73,19 @@ def _answer(
     from aoft_deploy.errors import VerificationError
 
     try:
-        answers = classifier.classify([image for _, image in batch], options.top)
+        answers = classifier.predict([image for _, image in batch], options.top)
     except VerificationError as error:
         if len(batch) == 1:
             return [VerificationError(f"{batch[0][0]} has no answer. {error}")]
         return [failure for each in batch for failure in _answer(classifier, [each], options)]
-    for (path, _), ranked in zip(batch, answers, strict=True):
-        print(_as_json(path, ranked) if options.json else _as_text(path, ranked))
+    for (path, _), row in zip(batch, answers, strict=True):
+        print(_as_json(path, row) if options.json else "  ".join([str(path), *map(str, row)]))
     return []
 
 
-def _as_json(path: Path, ranked: list[Prediction]) -> str:
-    classes = [{"label": p.label, "probability": round(p.probability, 6)} for p in ranked]
+def _as_json(path: Path, row: list[Answer]) -> str:
+    classes = [answer._asdict() for answer in row]
     return json.dumps({"image": str(path), "classes": classes}, ensure_ascii=False)
-
-
-def _as_text(path: Path, ranked: list[Prediction]) -> str:
-    return f"{path}  " + "  ".join(f"{p.label} {p.probability:.1%}" for p in ranked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ answer is compared with the task's unmerged model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, FleetTables
 from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
 from aoft_deploy.artefacts.registry import exporters, get_exporter
@@ -25,8 +25,7 @@ from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from aoft_deploy.checkpoints.names import unique_task_names
-from aoft_deploy.checkpoints.opening import open_checkpoint
+from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AttachError, CheckpointError, SettingError, UnknownNameError
@@ -35,6 +34,7 @@ from aoft_deploy.export.merged import describe_model
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
+from aoft_deploy.export.sources import named_tasks, source_of
 from aoft_deploy.export.verifying import batch_pieces, logits, open_draft
 from aoft_deploy.files import file_digest
 from aoft_deploy.tuning.backbones.identity import difference
@@ -50,8 +50,8 @@ FORMS = ("auto", "mixed", "folded")
 
 
 def export_fleet(
-    checkpoints: Sequence[Path],
-    output: Path,
+    checkpoints: Sequence[str | Path] | Mapping[str, str | Path | TunedModel],
+    output: str | Path,
     *,
     to: str = "onnx",
     precision: str = "fp32",
@@ -64,8 +64,9 @@ def export_fleet(
     """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` for each task, all with the same backbone, method, settings
-            and preprocessing. The numbers of classes may differ.
+        checkpoints: One ``model.ckpt`` for each task, or checkpoints and models in memory by the
+            names of their tasks. All have the same backbone, method, settings and preprocessing.
+            The numbers of classes and the activations may differ.
         output: Path of the artefact.
         to: Name of an exporter that supports fleets.
         precision: Precision of the shared backbone. The tasks' parameters stay float32.
@@ -85,41 +86,45 @@ def export_fleet(
         AoftError: The input is invalid, the tasks cannot share a graph, or the answers differ. No
             file is left.
     """
-    names = unique_task_names(checkpoints)
+    given = named_tasks(checkpoints)
     exporter, support = _fleet_exporter(to, form)
-    request = Request.checked(
-        exporter,
-        output,
-        [*checkpoints, *([backbone.weights] if backbone.weights else [])],
-        precision=precision,
-        verify=verify,
-        build=build,
-        command=command,
-    )
-    tasks = [read_checkpoint(path) for path in checkpoints]
-    for path, task in zip(checkpoints, tasks, strict=True):
-        check_classes(task.classes, str(path))
-        _check_same(path, task, checkpoints[0], tasks[0])
-    source = replace(backbone, name=None)
-    open_first = functools.partial(open_checkpoint, checkpoints[0], source)
-    tuned, _ = open_first()
-    preprocessing = tasks[0].preprocessing
-    if form == "auto" and "folded" not in support.forms:
-        form = "mixed"
-    model, chosen = _model(lambda: open_first()[0], form, precision, preprocessing)
-    pixels = request.pixels(preprocessing)
-    inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
-    expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
-    info = ArtefactInfo.of_fleet(
-        {name: task.classes for name, task in zip(names, tasks, strict=True)},
-        describe_model(tuned, tasks[0]),
-        get_method(tuned.method).defaults,
-        model.layout.order(),
-    ).having(precision=precision, form=chosen, flops=flops_text(merge(tuned), preprocessing))
-    sources = dict(zip(names, checkpoints, strict=True))
-    forced = bool(difference(tuned.identity, tasks[0].backbone))
-    subject = _Fleet(exporter, support, model, tables, info, expected, sources, forced)
-    return export_verified(request, subject, pixels)
+    with ExitStack() as stack:
+        sources = {name: stack.enter_context(source_of(task)) for name, task in given.items()}
+        paths = {name: source.path for name, source in sources.items()}
+        request = Request.checked(
+            exporter,
+            Path(output),
+            [*paths.values(), *([backbone.weights] if backbone.weights else [])],
+            precision=precision,
+            verify=verify,
+            build=build,
+            command=command,
+        )
+        tasks = {name: read_checkpoint(path) for name, path in paths.items()}
+        first, source = next(iter(tasks.values())), next(iter(sources.values()))
+        for name, task in tasks.items():
+            check_classes(task.classes, str(paths[name]))
+            _check_same(paths[name], task, source.path, first)
+        chosen_backbone = replace(backbone, name=None)
+        tuned, _ = source.open(chosen_backbone)
+        preprocessing = first.preprocessing
+        if form == "auto" and "folded" not in support.forms:
+            form = "mixed"
+        model, chosen = _model(
+            lambda: source.open(chosen_backbone)[0], form, precision, preprocessing
+        )
+        pixels = request.pixels(preprocessing)
+        inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
+        expected, tables = _answers_and_tables(tuned, model, [*tasks.values()], inputs)
+        info = ArtefactInfo.of_fleet(
+            {name: task.classes for name, task in tasks.items()},
+            describe_model(tuned, first),
+            get_method(tuned.method).defaults,
+            model.layout.order(),
+        ).having(precision=precision, form=chosen, flops=flops_text(merge(tuned), preprocessing))
+        forced = bool(difference(tuned.identity, first.backbone))
+        subject = _Fleet(exporter, support, model, tables, info, expected, paths, forced)
+        return export_verified(request, subject, pixels)
 
 
 @dataclass
@@ -146,7 +151,8 @@ class _Fleet:
     ) -> Report:
         inputs = spec.input.prepare(pixels)
         expected = [answers[: len(pixels)] for answers in self.expected]
-        return _verified(engine, inputs, expected, bar, spec.build.batch_range)
+        classes = [*self.info.tasks.values()]
+        return _verified(engine, inputs, expected, classes, bar, spec.build.batch_range)
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
         entries = self.info.entries()
@@ -255,6 +261,7 @@ def _verified(
     engine: Engine,
     inputs: NDArray[np.float32],
     expected: Sequence[NDArray[np.float32]],
+    classes: Sequence[Classes],
     bar: Bar,
     batches: tuple[int, int, int],
 ) -> Report:
@@ -272,7 +279,7 @@ def _verified(
                 found, padding = answer[None, : wanted.shape[1]], answer[wanted.shape[1] :]
                 if not np.isneginf(padding).all():
                     found = answer[None]  # fails the comparison by its shape
-                comparison.add(found, wanted, size, f"the fleet's task {task}")
+                comparison.add(found, wanted, size, classes[task], f"the fleet's task {task}")
     return comparison.report(len(inputs), BATCH_SIZES)
 
 

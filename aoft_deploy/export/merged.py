@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_digest
@@ -20,14 +20,15 @@ from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import Checkpoint
-from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.checkpoints.peft_adapter import FILES
+from aoft_deploy.classes import check_classes
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.export.flops import flops_text
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
+from aoft_deploy.export.sources import Source, source_of
 from aoft_deploy.export.verifying import answers, logits, open_draft
 from aoft_deploy.tuning.backbones.identity import difference
 from aoft_deploy.tuning.merging import merge
@@ -37,8 +38,8 @@ __all__ = ["describe_model", "export_merged"]
 
 
 def export_merged(
-    checkpoint: Path,
-    output: Path | None = None,
+    checkpoint: str | Path | TunedModel,
+    output: str | Path | None = None,
     *,
     to: str = "onnx",
     precision: str = "fp32",
@@ -51,7 +52,8 @@ def export_merged(
     """Merge a checkpoint into its backbone, export the result, and verify it.
 
     Args:
-        checkpoint: A ``model.ckpt``, a published RLRR .pth file, or a PEFT LoRA folder.
+        checkpoint: A ``model.ckpt``, a published RLRR .pth file, a PEFT LoRA folder, or a model in
+            memory, which is not changed.
         output: Path of the artefact; None means beside the checkpoint.
         to: Name of an exporter.
         precision: One of the exporter's precisions.
@@ -68,23 +70,31 @@ def export_merged(
         AoftError: The input is invalid, or the answers differ. No file is left.
     """
     exporter = get_exporter(to)
-    if not checkpoint.is_file() and not checkpoint.is_dir():
-        raise CheckpointError(f"There is no file {checkpoint}.")
-    source = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
-    request = Request.checked(
-        exporter,
-        output or source.parent / f"{source.stem}{exporter.suffix}",
-        [checkpoint, *([backbone.weights] if backbone.weights else [])],
-        precision=precision,
-        verify=verify,
-        build=build,
-        command=command,
-    )
-    tuned, task = open_checkpoint(checkpoint, backbone)
-    check_classes(task.classes, str(checkpoint))
-    pixels = request.pixels(task.preprocessing)
-    subject = _Merged(exporter, checkpoint, backbone, tuned, task, precision)
-    return export_verified(request, subject, pixels, uint8)
+    with source_of(checkpoint) as source:
+        request = Request.checked(
+            exporter,
+            _default_output(source, exporter) if output is None else Path(output),
+            [source.path, *([backbone.weights] if backbone.weights else [])],
+            precision=precision,
+            verify=verify,
+            build=build,
+            command=command,
+        )
+        tuned, task = source.open(backbone)
+        check_classes(task.classes, str(source.path))
+        pixels = request.pixels(task.preprocessing)
+        subject = _Merged(exporter, source.path, backbone, tuned, task, precision)
+        return export_verified(request, subject, pixels, uint8)
+
+
+def _default_output(source: Source, exporter: Exporter) -> Path:
+    if source.model is not None:
+        raise SettingError("A model in memory has no folder: give the artefact's path as `output`.")
+    path = source.path
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"There is no file {path}.")
+    path = path if path.name.strip(".") else path.resolve()  # "." or ".."
+    return path.parent / f"{path.stem}{exporter.suffix}"
 
 
 @dataclass
@@ -124,6 +134,7 @@ class _Merged:
             lambda batch: logits(self.tuned, normalised(batch, mean, std)),
             lambda batch: answers(engine, batch, spec),
             pixels,
+            self.task.classes,
             bar=bar,
         )
 
@@ -140,6 +151,7 @@ class _Merged:
             "precision": spec.precision,
             "input": spec.input.to_dict(),
             "classes": list(self.task.classes),
+            "activation": self.task.classes.activation,
             "preprocessing": self.task.preprocessing.to_dict(),
         }
 

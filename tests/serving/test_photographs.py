@@ -73,7 +73,7 @@ def test_every_client_gets_its_own_photograph_s_answer(
 ) -> None:
     images = [read_image(photograph) for photograph in photographs]
     tasks = ("task0", "task1")
-    wanted = {task: load_classifier(fleet, task).classify(images, top=7) for task in tasks}
+    wanted = {task: load_classifier(fleet, task).predict(images, top=7) for task in tasks}
     server = serve(fleet, "--max-batch", 8)
 
     def ask(turn: int) -> None:

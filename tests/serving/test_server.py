@@ -64,7 +64,7 @@ def test_images_are_classified_like_in_the_library(
     served: Any, model: str, artefact: Path, pixel_artefact: Path, photos: list[Path]
 ) -> None:
     path = {"task": artefact, "pixels": pixel_artefact}[model]
-    wanted = load_classifier(path).classify([read_image(photo) for photo in photos], top=5)
+    wanted = load_classifier(path).predict([read_image(photo) for photo in photos], top=5)
     files = [photo.read_bytes() for photo in photos]
     address = f"/v2/models/{model}/classify"
     status, _, content = served.ask("POST", address, *form(files))

@@ -123,8 +123,10 @@ def _write(
     graph = openvino.convert_model(graph_file)
     _renumber(graph)
     if spec.precision == "int8" and spec.calibration is not None:
-        count, min_agreement = len(spec.calibration.pixels), spec.calibration.min_agreement
-        graph, float_products = int8.quantised(graph, count, sample, min_agreement)
+        info, count = ArtefactInfo(spec.metadata), len(spec.calibration.pixels)
+        classes = [*info.tasks.values()] if info.is_fleet else [info.classes]
+        least = spec.calibration.min_agreement
+        graph, float_products = int8.quantised(graph, count, sample, classes, least)
         _renumber(graph)
         if float_products:
             texts["left_in_float"] = json.dumps(float_products)

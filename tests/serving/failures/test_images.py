@@ -131,7 +131,7 @@ def test_unusual_images_are_classified_like_plain_ones(
     served: Any, artefact: Path, make_picture: Callable[..., Image.Image]
 ) -> None:
     pictures = odd(make_picture)
-    wanted = load_classifier(artefact).classify([plain for _, plain in pictures.values()], top=5)
+    wanted = load_classifier(artefact).predict([plain for _, plain in pictures.values()], top=5)
     for (name, (content, _)), row in zip(pictures.items(), wanted, strict=True):
         status, _, answer = served.ask("POST", CLASSIFY, content)
         assert status == 200, name
