@@ -23,6 +23,9 @@ __all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verif
 BATCH_SIZES = (1, 2, 7)
 """Batch sizes at which every artefact is verified."""
 
+SOFTMAX = Classes(())
+"""Classes without names, of which the largest logit decides."""
+
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Computes logits, float32 [batch, classes], from pixels, uint8 [batch, H, W, 3]."""
 
@@ -214,9 +217,9 @@ def verify(
     reference: Run,
     candidate: Run,
     pixels: NDArray[np.uint8],
-    classes: Classes,
     *,
     bar: Bar,
+    classes: Classes = SOFTMAX,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Report:
     """Compare two models on the same images, in batches of several sizes.
@@ -225,8 +228,8 @@ def verify(
         reference: The unmerged model.
         candidate: The artefact.
         pixels: Images, uint8 [n, H, W, 3].
-        classes: The classes of both, which say what logits mean.
         bar: Acceptance criteria for the candidate.
+        classes: The classes of both, which say what logits mean.
         batch_sizes: Batch sizes for the candidate. It gets all images at the largest size, and one
             batch of the first images at each other size.
 

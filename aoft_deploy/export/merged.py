@@ -134,8 +134,8 @@ class _Merged:
             lambda batch: logits(self.tuned, normalised(batch, mean, std)),
             lambda batch: answers(engine, batch, spec),
             pixels,
-            self.task.classes,
             bar=bar,
+            classes=self.task.classes,
         )
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
