@@ -43,7 +43,7 @@ def outputs(folder: Path, count: int) -> Classes:
         labels, kind = dict(found.get("id2label") or {}), found.get("problem_type")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is no config of transformers ({error}).") from error
-    if kind is not None and kind not in ACTIVATIONS:
+    if kind is not None and str(kind) not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise CheckpointError(f"{file} has the problem_type {kind!r}, but must have {known}.")
     names = [str(labels[n]) for n in numbers] if labels.keys() == set(numbers) else numbers

@@ -33,7 +33,6 @@ from aoft_deploy.errors import ImageError
 
 __all__ = ["read_image", "read_size", "to_rgb", "upright"]
 
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -276,11 +275,13 @@ def to_rgb(image: Image.Image, transparent: NDArray[np.bool_] | None) -> Image.I
 def upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
     """``rgb``, turned by the EXIF orientation of ``image``."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        method = _TO_UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata do not matter if the pixels are sound
         return rgb
-    method = _TO_UPRIGHT.get(orientation)
-    return rgb if method is None else rgb.transpose(method)
+    if method is not None:
+        rgb = rgb.transpose(method)
+        rgb.info.clear()  # it still says how to turn it
+    return rgb
 
 
 def _name(source: Path | bytes | BinaryIO) -> str:
