@@ -59,6 +59,7 @@ class TunedModel(nn.Module):
         self.direct = names if everything else self.classifier
         self._classes = Classes(map(str, range(self.num_classes)))
         self._preprocessing: Preprocessing | None = None
+        self.train(backbone.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
