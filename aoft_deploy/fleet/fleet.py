@@ -21,7 +21,7 @@ from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.checkpoints.names import task_name
-from aoft_deploy.classes import Classes
+from aoft_deploy.classes import Answer, Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.opening import open_store
@@ -44,6 +44,10 @@ class TaskAnswer(NamedTuple):
 
     logits: NDArray[np.float32]
     classes: Classes
+
+    def answers(self, top: int | None = None, *, usual: int = 1) -> list[Answer]:
+        """Predictions, best first, or values; arguments as for ``Classes.answers``."""
+        return self.classes.answers(self.logits[None], top, usual=usual)[0]
 
 
 class Fleet:

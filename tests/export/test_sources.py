@@ -105,7 +105,7 @@ def test_a_fleet_of_models_in_memory_answers_each_task_in_its_terms(
         rows = fleet.predict(batch, [name] * len(photos))
         for found in (
             load_classifier(path, name).predict(images),
-            [answer.classes.answers(answer.logits[None])[0] for answer in rows],
+            [answer.answers() for answer in rows],
         ):
             assert [[a.label for a in row] for row in found] == [
                 [a.label for a in row] for row in wanted
@@ -124,7 +124,7 @@ def test_a_task_of_another_kind_of_output_can_join_a_running_fleet(
     image = fleet.preprocessing(read_image(photos[0]))[None]
     (answer,) = fleet.predict(image, ["age"])
     assert fleet.classes("age").activation == answer.classes.activation == "none"
-    ((value,),) = answer.classes.answers(answer.logits[None])
+    (value,) = answer.answers()
     assert value == ("years", pytest.approx(models["age"].predict(photos[0])[0][1], abs=2e-5))
 
 

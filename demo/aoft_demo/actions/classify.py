@@ -69,8 +69,7 @@ def classify(session: Session, picture: Path, names: Sequence[str], top: int = T
         seconds = time.perf_counter() - start
         switch = _switch_seconds(fleet, keys)
     predictions = {
-        name: answer.classes.answers(answer.logits[None], usual=top)[0]
-        for name, answer in zip(names, answers, strict=True)
+        name: answer.answers(usual=top) for name, answer in zip(names, answers, strict=True)
     }
     return Answers(predictions, seconds, switch, decoded.width, decoded.height)
 
