@@ -86,7 +86,7 @@ class Classes(tuple[str, ...]):
         if self.activation == "none":
             return logits
         if self.activation == "sigmoid":
-            return (1 + np.tanh(logits / 2)) / 2  # exp(-logits) could overflow
+            return np.divide(1 + np.tanh(logits / 2), 2, dtype=np.float32)  # exp could overflow
         odds = np.exp(logits - logits.max(1, keepdims=True))
         result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
         return result
@@ -135,10 +135,11 @@ class Classes(tuple[str, ...]):
             (batch,) for a softmax, (batch, classes) for a sigmoid, and nothing for plain values.
         """
         if self.activation == "none":
-            return (logits == expected)[:0]
-        if self.activation == "sigmoid":
-            return (logits > 0) == (expected > 0)
-        same: NDArray[np.bool_] = logits.argmax(1) == expected.argmax(1)
+            same: NDArray[np.bool_] = (logits == expected)[:0]
+        elif self.activation == "sigmoid":
+            same = (logits > 0) == (expected > 0)
+        else:
+            same = logits.argmax(1) == expected.argmax(1)
         return same
 
 

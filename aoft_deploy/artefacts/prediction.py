@@ -42,7 +42,9 @@ class Classifier:
     task: int | None = None
 
     @overload
-    def predict(self, images: ImageInput, top: int | None = None) -> list[Answer]: ...
+    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
+        self, images: ImageInput, top: int | None = None
+    ) -> list[Answer]: ...
     @overload
     def predict(
         self, images: Iterable[ImageInput], top: int | None = None

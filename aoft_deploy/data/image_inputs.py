@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,8 @@ def answer_each(
     """
     single = isinstance(images, str | bytes) or not isinstance(images, Iterable)
     if single or getattr(images, "ndim", 4) < 4:
-        return answer([rgb_image(images)])[0]
-    given, rows = iter(images), list[Row]()
+        return answer([rgb_image(cast(ImageInput, images))])[0]
+    given, rows = iter(cast(Iterable[ImageInput], images)), list[Row]()
     while batch := [*map(rgb_image, islice(given, BATCH))]:
         rows += answer(batch)
     return rows

@@ -121,7 +121,9 @@ class TunedModel(nn.Module):
         self._preprocessing = preprocessing
 
     @overload
-    def predict(self, images: ImageInput, top: int | None = None) -> list[Answer]: ...
+    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
+        self, images: ImageInput, top: int | None = None
+    ) -> list[Answer]: ...
     @overload
     def predict(
         self, images: Iterable[ImageInput], top: int | None = None

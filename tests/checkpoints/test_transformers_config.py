@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PretrainedConfig
@@ -23,7 +24,7 @@ LABELS = {0: "ripe", 1: "red", 2: "round"}
     ],
 )
 def test_the_problem_type_and_the_labels_of_transformers_are_read(
-    problem_type: str | None, activation: str, tmp_path: Path
+    problem_type: Any, activation: str, tmp_path: Path
 ) -> None:
     PretrainedConfig(problem_type=problem_type, id2label=LABELS).save_pretrained(tmp_path)
     found = outputs(tmp_path, 3)

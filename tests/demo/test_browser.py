@@ -25,7 +25,7 @@ from aoft_demo.actions.evidence import accuracies
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_demo.views.classify_tab import REMOVE_OLD_ANSWERS
 from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.prediction import load_classifier, ranked
+from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
@@ -96,7 +96,7 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
     pixels = preprocessing(read_image(picture))
     with torch.inference_mode():
         logits = tuned(torch.from_numpy(pixels[None])).numpy()
-    return dict(ranked(logits, read_checkpoint(checkpoint).classes, 4)[0])
+    return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
 
 
 def test_classifying(open_page: Callable[..., DemoPage]) -> None:

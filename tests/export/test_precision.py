@@ -173,8 +173,8 @@ def test_int8_below_the_minimum_agreement_is_refused(
     options += ["-o", tmp_path / "a.onnx", "--images", photos[0].parent]
     line = refused(main, *options, "--min-agreement", "1")
     assert re.match(
-        r"The top class agrees with the unmerged model's in \d+\.\d\d% of the answers \(\d of 9\) "
-        r"about 9 images, but at least 100\.00% is required: nothing is written",
+        r"The decisions about 9 images agree with the unmerged model's in \d+\.\d\d% \(\d of 9\), "
+        r"but at least 100\.00% is required: nothing is written",
         line,
     )
     share = float(re.findall(r"in (\d+\.\d+)%", line)[0])

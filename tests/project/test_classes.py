@@ -80,7 +80,8 @@ def test_logits_that_are_not_finite_are_refused(activation: str, value: float) -
 def test_classes_equal_their_names_and_keep_their_activation_when_copied() -> None:
     classes = Classes(["red", "round"], "sigmoid")
     assert classes == ("red", "round")
-    for other in (Classes(classes), copy.deepcopy(classes), pickle.loads(pickle.dumps(classes))):
+    again: Classes = pickle.loads(pickle.dumps(classes))
+    for other in (Classes(classes), copy.deepcopy(classes), again):
         assert (other, other.activation) == (classes, "sigmoid")
     assert Classes(classes, "none").activation == "none"
     assert Classes(("red", "round")).activation == "softmax"

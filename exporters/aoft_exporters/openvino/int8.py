@@ -162,7 +162,8 @@ def _agreement(
     comparison = Comparison(float(np.abs(expected).max()), Bar(float("inf")))
     for index, row in enumerate(logits):
         own = classes[index % len(classes)]
-        comparison.add(row[None, : len(own)], expected[index, None, : len(own)], 1, own)
+        width = len(own) or None  # unnamed classes
+        comparison.add(row[None, :width], expected[index, None, :width], 1, own)
     return comparison.agreement
 
 
