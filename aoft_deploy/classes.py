@@ -85,10 +85,12 @@ class Classes(tuple[str, ...]):
             )
         if self.activation == "none":
             return logits
+        result: NDArray[np.float32]
         if self.activation == "sigmoid":
-            return np.divide(1 + np.tanh(logits / 2), 2, dtype=np.float32)  # exp could overflow
+            result = np.divide(1 + np.tanh(logits / 2), 2, dtype=np.float32)  # exp could overflow
+            return result
         odds = np.exp(logits - logits.max(1, keepdims=True))
-        result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
+        result = odds / odds.sum(1, keepdims=True)
         return result
 
     def answers(

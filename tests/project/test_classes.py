@@ -79,7 +79,7 @@ def test_logits_that_are_not_finite_are_refused(activation: str, value: float) -
 
 def test_classes_equal_their_names_and_keep_their_activation_when_copied() -> None:
     classes = Classes(["red", "round"], "sigmoid")
-    assert classes == ("red", "round")
+    assert tuple(classes) == classes == Classes(("red", "round"))
     again: Classes = pickle.loads(pickle.dumps(classes))
     for other in (Classes(classes), copy.deepcopy(classes), again):
         assert (other, other.activation) == (classes, "sigmoid")
