@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from aoft_deploy.errors import AoftError, ArtefactError, CheckpointError
+from aoft_deploy.classes import Classes, check_classes
+from aoft_deploy.errors import ArtefactError, CheckpointError, UnknownNameError
 from aoft_deploy.files import json_text
 from aoft_deploy.texts import decoded
 
 if TYPE_CHECKING:
     from aoft_deploy.data.preprocessing import Preprocessing
 
-__all__ = ["ArtefactInfo", "check_classes"]
+__all__ = ["ArtefactInfo"]
 
 FORMAT = "aoft-deploy/1"
 FLEET_FORMAT = "aoft-deploy-fleet/1"
@@ -37,7 +38,7 @@ class ArtefactInfo:
     @classmethod
     def of_model(
         cls,
-        classes: Sequence[str],
+        classes: Classes,
         preprocessing: Preprocessing,
         method: str,
         settings: Mapping[str, Any],
@@ -56,6 +57,7 @@ class ArtefactInfo:
             {
                 "format": FORMAT,
                 "classes": json_text(list(classes)),
+                "activation": classes.activation,
                 "preprocessing": json.dumps(preprocessing.to_dict()),
                 "method": method,
                 "settings": json.dumps(dict(settings)),
@@ -66,7 +68,7 @@ class ArtefactInfo:
     @classmethod
     def of_fleet(
         cls,
-        tasks: Mapping[str, Sequence[str]],
+        tasks: Mapping[str, Classes],
         model: Self,
         defaults: Mapping[str, Any],
         row: Sequence[Any],
@@ -79,7 +81,10 @@ class ArtefactInfo:
             defaults: Default settings of the method.
             row: Names and shapes of a task's parameters, in the order of the bank's columns.
         """
-        entries = [{"name": name, "classes": list(classes)} for name, classes in tasks.items()]
+        entries = [
+            {"name": name, "classes": list(classes), "activation": classes.activation}
+            for name, classes in tasks.items()
+        ]
         shared = {key: model.texts[key] for key in ("preprocessing", "method", "settings")}
         return cls(
             {
@@ -116,22 +121,25 @@ class ArtefactInfo:
             raise self._damaged("preprocessing") from error
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names of a single task, in the order of the logits; at least two."""
+    def classes(self) -> Classes:
+        """Class names of a single task, in the order of the logits."""
         value = self._json("classes")
         if not isinstance(value, list):
             raise self._damaged("classes")
-        names = tuple(map(str, value))
-        check_classes(names, self.owner, ArtefactError)
-        return names
+        classes = self._classes(value, self.texts.get("activation"))
+        check_classes(classes, self.owner, ArtefactError)
+        return classes
 
     @property
-    def tasks(self) -> dict[str, tuple[str, ...]]:
+    def tasks(self) -> dict[str, Classes]:
         """Class names of each task of a fleet, by task name, in the order of the tables."""
         value = self._json("tasks")
         try:
-            return {str(task["name"]): tuple(map(str, task["classes"])) for task in value}
-        except (KeyError, TypeError) as error:
+            return {
+                str(task["name"]): self._classes(task["classes"], task.get("activation"))
+                for task in value
+            }
+        except (KeyError, TypeError, AttributeError) as error:
             raise self._damaged("tasks") from error
 
     @property
@@ -167,6 +175,12 @@ class ArtefactInfo:
         """All entries, decoded if they are JSON."""
         return {key: decoded(text) for key, text in self.texts.items()}
 
+    def _classes(self, names: Any, activation: Any) -> Classes:
+        try:
+            return Classes(map(str, names), activation)
+        except UnknownNameError as error:
+            raise ArtefactError(f"{self.owner}: {error} Upgrade aoft-deploy.") from error
+
     def _json(self, key: str) -> Any:
         try:
             return json.loads(self.texts[key])
@@ -177,25 +191,4 @@ class ArtefactInfo:
         return ArtefactError(
             f"{self.owner} has no valid entry {key!r} in its metadata: it was not written by "
             "aoft-export, or is damaged."
-        )
-
-
-def check_classes(
-    classes: Sequence[str], owner: str, error: type[AoftError] = CheckpointError
-) -> None:
-    """Refuse a model with fewer than two outputs: a softmax of one output is always 1.
-
-    Args:
-        classes: The model's class names.
-        owner: The model's path or name, for the message.
-        error: Class of the error to raise.
-
-    Raises:
-        AoftError: There are fewer than two classes.
-    """
-    if len(classes) < 2:
-        only = f" ({classes[0]!r})" if classes else ""
-        raise error(
-            f"{owner} has {len(classes) or 'no'} output{only}, but a classifier has 2 or more: "
-            "train it with a class for each answer, such as yes and no."
         )

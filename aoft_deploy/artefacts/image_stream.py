@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from aoft_deploy.artefacts.prediction import Classifier, Prediction
+from aoft_deploy.artefacts.prediction import Classifier
+from aoft_deploy.classes import Answer
 from aoft_deploy.data.images import read_image
 from aoft_deploy.errors import AoftError, ImageError, VerificationError
 from aoft_deploy.processors import processors
@@ -27,17 +28,17 @@ Source = tuple[str, Path | bytes]
 
 
 def classify_stream(
-    classifier: Classifier, sources: Iterable[Source], top: int = 1
-) -> Iterator[tuple[str, list[Prediction] | AoftError]]:
+    classifier: Classifier, sources: Iterable[Source], top: int | None = None
+) -> Iterator[tuple[str, list[Answer] | AoftError]]:
     """Classify images as they are read.
 
     Args:
         classifier: Answers for batches of up to 16 images.
         sources: The images; a few are taken ahead.
-        top: Number of classes for each image, most probable first.
+        top: Number of answers for each image; see ``Classes.answers``.
 
     Yields:
-        The name of each image, in order, with its classes or with the reason why there are none.
+        The name of each image, in order, with its answers or with the reason why there are none.
     """
     batch: list[tuple[str, Image | ImageError]] = []
     pixels = 0
@@ -71,12 +72,12 @@ def _read(source: Path | bytes) -> Image | ImageError:
 
 
 def _answered(
-    classifier: Classifier, batch: list[tuple[str, Image | ImageError]], top: int
-) -> Iterator[tuple[str, list[Prediction] | AoftError]]:
+    classifier: Classifier, batch: list[tuple[str, Image | ImageError]], top: int | None
+) -> Iterator[tuple[str, list[Answer] | AoftError]]:
     """The answers of a batch; if it fails, its images are classified one by one."""
     images = [image for _, image in batch if not isinstance(image, ImageError)]
     try:
-        answers = iter(classifier.classify(images, top) if images else [])
+        answers = iter(classifier.predict(images, top) if images else [])
     except VerificationError as error:
         if len(batch) == 1:
             yield batch[0][0], VerificationError(f"{batch[0][0]} has no answer. {error}")

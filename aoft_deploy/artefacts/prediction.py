@@ -5,29 +5,24 @@ This module needs neither torch nor timm, unless the artefact does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.classes import Answer, Classes, check_classes
+from aoft_deploy.data.image_inputs import ImageInput, answer_each
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError, VerificationError
+from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError
 
-__all__ = ["Classifier", "Prediction", "load_classifier", "ranked"]
-
-
-class Prediction(NamedTuple):
-    """A class and its probability."""
-
-    label: str
-    probability: float
+__all__ = ["Classifier", "load_classifier"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +31,54 @@ class Classifier:
 
     Attributes:
         engine: Computes the logits.
-        classes: Class names, in the order of the logits.
+        classes: Class names, in the order of the logits, with their ``activation``.
         preprocessing: Converts an image to the engine's input.
         task: Index of the task in a fleet; None if the artefact holds a single task.
     """
 
     engine: Engine
-    classes: tuple[str, ...]
+    classes: Classes
     preprocessing: Preprocessing
     task: int | None = None
 
-    def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Probability of every class, (batch, classes), for RGB images in upright orientation.
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
+        self, images: ImageInput, top: int | None = None
+    ) -> list[Answer]: ...
+    @overload
+    def predict(
+        self, images: Iterable[ImageInput], top: int | None = None
+    ) -> list[list[Answer]]: ...
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int | None = None
+    ) -> list[Answer] | list[list[Answer]]:
+        """Classify images.
+
+        Args:
+            images: A path, a PIL image or an array of uint8 (height, width, 3), or many of them.
+            top: Number of most probable classes. None gives the best one; of independent labels
+                (sigmoid), all above 0.5. Plain values are always all given.
+
+        Returns:
+            For each image predictions, best first, or values; without the outer list for one image.
 
         Raises:
+            ImageError: A file cannot be read, or something is no image.
             ArtefactError: The number of logits differs from the number of classes.
             VerificationError: A logit is not finite.
         """
+        return answer_each(images, lambda batch: self.classes.answers(self._logits(batch), top))
+
+    def scores(self, images: Iterable[ImageInput]) -> NDArray[np.float32]:
+        """Probability or value of every class, (batch, classes).
+
+        Raises:
+            AoftError: As for ``predict``.
+        """
+        rows = answer_each(images, lambda batch: [*self.classes.scores(self._logits(batch))])
+        return np.reshape(rows, (-1, len(self.classes)))
+
+    def _logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
         batch = np.stack([prepare(image) for image in images])
         if self.task is None:
@@ -65,51 +91,11 @@ class Classifier:
                 f"The artefact answers with shape {logits.shape} for {len(images)} images and "
                 f"{len(self.classes)} classes: it was not written by aoft-export."
             )
-        return _softmax(logits)
-
-    def classify(self, images: Sequence[Image.Image], top: int = 1) -> list[list[Prediction]]:
-        """The ``top`` most probable classes of each image, best first.
-
-        Raises:
-            ArtefactError: As for ``probabilities``.
-            VerificationError: As for ``probabilities``.
-        """
-        return _best(self.probabilities(images), self.classes, top)
-
-
-def ranked(logits: NDArray[np.float32], classes: Sequence[str], top: int) -> list[list[Prediction]]:
-    """The ``top`` most probable classes of each row of logits, (batch, classes), best first.
-
-    Raises:
-        VerificationError: A logit is not finite.
-    """
-    return _best(_softmax(logits), classes, top)
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    invalid = ~np.isfinite(logits)
-    if invalid.any():
-        raise VerificationError(
-            f"The artefact answers with {logits[invalid][0]}, not with a number for each class: "
-            "export it with a higher `precision`."
-        )
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    result: NDArray[np.float32] = odds / odds.sum(1, keepdims=True)
-    return result
-
-
-def _best(
-    probabilities: NDArray[np.float32], classes: Sequence[str], top: int
-) -> list[list[Prediction]]:
-    rows = []
-    for row in probabilities:
-        best = np.argsort(-row, kind="stable")[:top]
-        rows.append([Prediction(classes[i], float(row[i])) for i in best])
-    return rows
+        return logits
 
 
 def load_classifier(
-    path: Path, task: str | None = None, options: EngineOptions = EngineOptions()
+    path: str | Path, task: str | None = None, options: EngineOptions = EngineOptions()
 ) -> Classifier:
     """Load an exported artefact as a classifier.
 
@@ -120,11 +106,11 @@ def load_classifier(
 
     Raises:
         ArtefactError: The file is not an artefact or is damaged, lacks classes or preprocessing, or
-            has fewer than two classes.
+            has a softmax of one class.
         UnknownNameError: The fleet has no such task.
         SettingError: ``task`` is missing for a fleet, or given for an artefact of a single task.
     """
-    engine = load_artefact(path, options)
+    engine = load_artefact(Path(path), options)
     info = ArtefactInfo(engine.info, str(path))
     if not info.is_fleet:
         if task is not None:

@@ -104,8 +104,8 @@ class Calibration:
 
     Attributes:
         pixels: uint8 [n, H, W, 3].
-        min_agreement: Share of the images that must keep their top class, for exporters that can
-            trade speed for accuracy.
+        min_agreement: Smallest allowed agreement on the images, see ``Comparison.agreement``, for
+            exporters that can trade speed for accuracy.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)

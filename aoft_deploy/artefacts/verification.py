@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.sampling import share_shown
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.texts import one_line
 
@@ -23,6 +24,9 @@ __all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verif
 
 BATCH_SIZES = (1, 2, 7)
 """Batch sizes at which every artefact is verified."""
+
+SOFTMAX = Classes(())
+"""Classes without names, of which the largest logit decides."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Computes logits, float32 [batch, classes], from pixels, uint8 [batch, H, W, 3]."""
@@ -35,7 +39,7 @@ class Bar:
     Attributes:
         tolerance: Largest allowed difference, for logits up to 1. It scales with the largest logit
             above 1. It is infinite below fp32, where ``min_agreement`` decides.
-        min_agreement: Smallest allowed share of answers with the same top class, 0 to 1.
+        min_agreement: Smallest allowed agreement, 0 to 1; see ``Comparison.agreement``.
     """
 
     tolerance: float
@@ -51,11 +55,11 @@ class Report:
         batch_sizes: Batch sizes.
         max_abs: Largest absolute difference of two logits.
         relative: ``max_abs`` divided by the largest absolute logit of the reference.
-        agreement: Share of answers with the same top class, 0 to 1.
+        agreement: See ``Comparison.agreement``.
         tolerance: Largest allowed ``max_abs``; None if only the agreement was checked.
         min_agreement: Smallest allowed ``agreement``.
         agreement_shown: What ``agreement`` shows about other images, see ``share_shown``; for a
-            fleet, of the task that agrees least. None if ``tolerance`` decides.
+            fleet, of the task that agrees least. None if ``tolerance`` or only values decide.
     """
 
     images: int
@@ -120,6 +124,7 @@ class Comparison:
         self.largest, self.bar = largest, bar
         self.allowed = bar.tolerance * max(1.0, largest)
         self.max_abs, self.agreeing, self.compared = 0.0, 0, 0
+        self.values_error = 0.0
         self.alike, self.images = Counter[str](), Counter[str]()
 
     def add(
@@ -127,6 +132,7 @@ class Comparison:
         answers: NDArray[np.float32],
         expected: NDArray[np.float32],
         size: int,
+        classes: Classes,
         whose: str = "the artefact",
         counted: bool = True,
     ) -> None:
@@ -136,6 +142,7 @@ class Comparison:
             answers: The artefact's logits.
             expected: The unmerged model's logits.
             size: Batch size at which the answers were computed.
+            classes: The model's classes, which say what its logits mean.
             whose: Name of the artefact in an error message.
             counted: Whether the images count for the agreement.
 
@@ -148,18 +155,34 @@ class Comparison:
                 f"At batch size {size} {whose} answers with shape {answers.shape} where "
                 f"{expected.shape} and finite values are expected: it is not written."
             )
-        self.max_abs = max(self.max_abs, float(np.abs(answers - expected).max()))
+        error = float(np.abs(answers - expected).max())
+        self.max_abs = max(self.max_abs, error)
         if self.max_abs > self.allowed:
             raise VerificationError(
                 f"At batch size {size} {whose}'s logits differ from the unmerged model's by "
                 f"{self.max_abs:.2e}, but at most {self.allowed:.2e} is allowed: it is not written."
             )
-        if counted:
-            alike = answers.argmax(1) == expected.argmax(1)
+        if classes.activation == "none":
+            self.values_error = max(self.values_error, error)
+        elif counted:
+            alike = classes.agreeing(answers, expected)
             self.agreeing += int(alike.sum())
-            self.compared += len(alike)
-            self.alike[whose] += int(alike.sum())
-            self.images[whose] += len(alike)
+            self.compared += alike.size
+            whole = alike.reshape(len(answers), -1).all(1)
+            self.alike[whose] += int(whole.sum())
+            self.images[whose] += len(whole)
+
+    @property
+    def agreement(self) -> float:
+        """The agreement of all answers so far, 0 to 1.
+
+        It is the share of equal decisions: the top class of a softmax, or yes or no for each label
+        of a sigmoid. For plain values it is 1 minus the largest difference, relative to the largest
+        value. In a fleet of both, the smaller of these counts.
+        """
+        decisions = self.agreeing / self.compared if self.compared else 1.0
+        values = 1 - self.values_error / self.largest if self.values_error else 1.0
+        return max(min(decisions, values), 0.0)
 
     def report(self, images: int, batch_sizes: Sequence[int]) -> Report:
         """Check the agreement, and summarise all comparisons.
@@ -171,13 +194,22 @@ class Comparison:
         Raises:
             VerificationError: The agreement is below the minimum.
         """
-        agreement = self.agreeing / self.compared
-        if agreement < self.bar.min_agreement:
+        agreement, least = self.agreement, self.bar.min_agreement
+        if agreement < least:
+            if self.agreeing >= least * self.compared:
+                found = (
+                    f"The values about {images} images differ from the unmerged model's by "
+                    f"{1 - agreement:.2%} of the largest, but at most {1 - least:.2%} is allowed"
+                )
+            else:
+                found = (
+                    f"The decisions about {images} images agree with the unmerged model's in "
+                    f"{agreement:.2%} ({self.agreeing} of {self.compared}), but at least "
+                    f"{least:.2%} is required"
+                )
             raise VerificationError(
-                f"The top class agrees with the unmerged model's in {agreement:.2%} of the answers "
-                f"({self.agreeing} of {self.compared}) about {images} images, but at least "
-                f"{self.bar.min_agreement:.2%} is required: nothing is written. Choose a higher "
-                "`precision`, or lower `min_agreement`."
+                f"{found}: nothing is written. Choose a higher `precision`, or lower "
+                "`min_agreement`."
             )
         by_tolerance = math.isfinite(self.allowed)
         shown = (share_shown(self.alike[each], count) for each, count in self.images.items())
@@ -189,7 +221,7 @@ class Comparison:
             agreement=agreement,
             tolerance=self.allowed if math.isfinite(self.allowed) else None,
             min_agreement=self.bar.min_agreement,
-            agreement_shown=None if by_tolerance else min(shown),
+            agreement_shown=None if by_tolerance else min(shown, default=None),
         )
 
 
@@ -199,6 +231,7 @@ def verify(
     pixels: NDArray[np.uint8],
     *,
     bar: Bar,
+    classes: Classes = SOFTMAX,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Report:
     """Compare two models on the same images, in batches of several sizes.
@@ -208,6 +241,7 @@ def verify(
         candidate: The artefact.
         pixels: Images, uint8 [n, H, W, 3].
         bar: Acceptance criteria for the candidate.
+        classes: The classes of both, which say what logits mean.
         batch_sizes: Batch sizes for the candidate. It gets all images at the largest size, and one
             batch of the first images at each other size.
 
@@ -216,7 +250,7 @@ def verify(
 
     Raises:
         VerificationError: A difference exceeds the tolerance, logits are not finite or have the
-            wrong shape, the candidate fails to run, or the agreement is too low. Top classes that
+            wrong shape, the candidate fails to run, or the agreement is too low. Decisions that
             differ within the tolerance count only against the agreement.
     """
     expected = np.concatenate([reference(batch) for batch in _batches(pixels, max(batch_sizes))])
@@ -225,7 +259,7 @@ def verify(
         is_largest = size == max(batch_sizes)
         count = len(pixels) if is_largest else size
         answers = _answers(candidate, pixels[:count], size)
-        comparison.add(answers, expected[:count], size, counted=is_largest)
+        comparison.add(answers, expected[:count], size, classes, counted=is_largest)
     return comparison.report(len(pixels), batch_sizes)
 
 

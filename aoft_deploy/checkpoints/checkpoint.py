@@ -2,7 +2,8 @@
 
 The file is safetensors. Its tensors are ``update.SITE.PARAMETER`` and ``head.NAME``. Its metadata
 has one entry, ``aoft``: JSON with the format version, the method and its settings, the identity of
-the backbone, the classes and the preprocessing. Reading never executes anything from the file.
+the backbone, the classes, the activation and the preprocessing. Reading never executes anything
+from the file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aoft_deploy.checkpoints.file_format import (
     read_tensors,
     unreadable,
 )
+from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import BackboneError, CheckpointError, OutputError
 from aoft_deploy.files import replacing
@@ -47,7 +49,7 @@ class Checkpoint:
         method: Name of the fine-tuning method.
         settings: Settings of the method.
         backbone: Identity of the backbone that the task was trained on.
-        classes: Class names, in the order of the logits.
+        classes: Class names, in the order of the logits, with their ``activation``.
         preprocessing: How an image becomes the model's input.
         tensors: The trained parameters by name.
         training: Figures of the training run, for information only.
@@ -56,7 +58,7 @@ class Checkpoint:
     method: str
     settings: Mapping[str, Any]
     backbone: Backbone
-    classes: tuple[str, ...]
+    classes: Classes
     preprocessing: Preprocessing
     tensors: Mapping[str, Tensor]
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -66,33 +68,40 @@ def save(
     tuned: TunedModel,
     path: Path | str,
     *,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    activation: str | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the trained parameters of a model as a checkpoint, completely or not at all.
 
     Args:
-        tuned: The model.
+        tuned: The model. It gets the values below as its own, and keeps its own for None.
         path: File to write.
         classes: One name for each logit.
         preprocessing: How images were prepared in training.
+        activation: What the outputs mean: ``softmax`` for one class of several, ``sigmoid`` for
+            independent labels, ``none`` for plain values.
         training: Figures of the training run, as JSON values.
 
     Raises:
-        CheckpointError: The number of classes differs from the number of logits, or a trained
-            parameter is not finite.
+        CheckpointError: A trained parameter is not finite, or the model is a softmax of one class.
+        SettingError: The number of classes differs from the number of logits.
+        UnknownNameError: The activation is unknown.
         OutputError: The file cannot be written.
     """
-    if len(classes) != tuned.num_classes:
-        raise CheckpointError(
-            f"{len(classes)} classes are named, but the model has {tuned.num_classes} logits."
-        )
+    if classes is not None:
+        tuned.classes = classes
+    if activation is not None:
+        tuned.activation = activation
+    if preprocessing is not None:
+        tuned.preprocessing = preprocessing
+    check_classes(tuned.classes, "The model")
     tensors = {n: p.detach().cpu().contiguous() for n, p in tuned.trained().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite: training diverged.")
-    text = description(tuned, classes, preprocessing, training)
+    text = description(tuned, tuned.classes, tuned.preprocessing, training)
     with replacing(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata={"aoft": text})
@@ -102,7 +111,7 @@ def save(
 
 def description(
     tuned: TunedModel,
-    classes: Sequence[str],
+    classes: Classes,
     preprocessing: Preprocessing,
     training: Mapping[str, Any] | None = None,
 ) -> str:
@@ -120,6 +129,7 @@ def description(
         "settings": tuned.settings,
         "backbone": backbone,
         "classes": list(classes),
+        "activation": classes.activation,
         "preprocessing": preprocessing.to_dict(),
         "training": dict(training or {}),
     }
@@ -157,9 +167,6 @@ def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Ch
         backbone = Backbone.from_dict(metadata["backbone"])
     except BackboneError as error:
         raise CheckpointError(f"The metadata of {path} names no backbone: {error}") from error
-    classes = tuple(str(name) for name in metadata["classes"])
     preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
-    plain = {k: metadata[k] for k in ("method", "settings", "training")}
-    return Checkpoint(
-        backbone=backbone, classes=classes, preprocessing=preprocessing, tensors=tensors, **plain
-    )
+    plain = {k: metadata[k] for k in ("method", "settings", "classes", "training")}
+    return Checkpoint(backbone=backbone, preprocessing=preprocessing, tensors=tensors, **plain)

@@ -18,7 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.classes import Classes
+from aoft_deploy.errors import CheckpointError, UnknownNameError
 from aoft_deploy.file_signatures import file_kind
 from aoft_deploy.path_kinds import CHECKPOINT, described, missing
 from aoft_deploy.texts import shortened
@@ -119,8 +120,12 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
         path: The file, for messages.
         text: Untrusted JSON.
 
+    Returns:
+        The values; ``classes`` is a ``Classes``, with the activation softmax in files without one.
+
     Raises:
-        CheckpointError: The text is not the metadata of a checkpoint, or has a newer format.
+        CheckpointError: The text is not the metadata of a checkpoint, or has a newer format or an
+            unknown activation.
     """
     found: dict[str, Any]
     try:
@@ -136,7 +141,10 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise CheckpointError(f"The metadata of {path} lacks {key} as {kind.__name__}.")
-    return found
+    try:
+        return {**found, "classes": Classes(map(str, found["classes"]), found.get("activation"))}
+    except UnknownNameError as error:
+        raise CheckpointError(f"{path}: {error} Upgrade aoft-deploy.") from error
 
 
 def unreadable(path: Path, error: object) -> str:

@@ -57,7 +57,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(unreadable(path, "no metadata"))
     found = parse_description(path, metadata["aoft"])
     del found["format"]
-    found["classes"] = list(found["classes"])
+    found |= {"classes": list(found["classes"]), "activation": found["classes"].activation}
     found["preprocessing"] = Preprocessing.from_dict(found["preprocessing"]).to_dict()
     return {"kind": "checkpoint", **file, **found, **describe_sizes(sizes)}
 

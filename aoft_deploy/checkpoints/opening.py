@@ -14,6 +14,8 @@ from aoft_deploy.checkpoints.lora_factors import bypassed_layers
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.checkpoints.rlrr import is_torch_file, published_preprocessing, read_published
 from aoft_deploy.checkpoints.trained_backbone import peft_backbone, trained_backbone
+from aoft_deploy.checkpoints.transformers_config import outputs
+from aoft_deploy.classes import Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning.attaching import attach
@@ -29,10 +31,12 @@ def load(
     path: Path | str,
     *,
     backbone: str | None = None,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     force: bool = False,
 ) -> TunedModel:
     """The tuned model of a checkpoint, on a backbone that timm creates.
+
+    Its ``classes``, ``activation`` and ``preprocessing`` are the checkpoint's.
 
     Args:
         path: The checkpoint or its run's folder, a published RLRR .pth, or a PEFT LoRA folder.
@@ -45,7 +49,10 @@ def load(
         CheckpointError: The file cannot be used, or was trained on another backbone.
         BackboneError: The backbone's weights are missing or do not fit.
     """
-    return open_checkpoint(path, BackboneSource(backbone, weights, force))[0]
+    file = None if weights is None else Path(weights)
+    tuned, checkpoint = open_checkpoint(path, BackboneSource(backbone, file, force))
+    tuned.classes, tuned.preprocessing = checkpoint.classes, checkpoint.preprocessing
+    return tuned
 
 
 def open_checkpoint(
@@ -90,7 +97,7 @@ def _open_published(
         tuned.method,
         tuned.settings,
         identity,
-        tuple(str(i) for i in range(count)),
+        Classes(map(str, range(count))),
         published_preprocessing(size),
         tensors,
     )
@@ -107,8 +114,8 @@ def _open_peft(path: Path, source: BackboneSource) -> tuple[TunedModel, Checkpoi
         model, identity = peft_backbone(folder, source.name, source)
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         count = len(model.get_parameter(classifier_names(model)[0]))
-        classes = tuple(str(i) for i in range(count))
-        checkpoint = Checkpoint("lora", {}, identity, classes, Preprocessing.from_timm(config), {})
+        prepared = Preprocessing.from_timm(config)
+        checkpoint = Checkpoint("lora", {}, identity, outputs(path, count), prepared, {})
     else:
         raise CheckpointError(
             f"{path} does not say which timm model it belongs to: name it with `backbone`."

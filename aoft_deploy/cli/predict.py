@@ -27,7 +27,7 @@ from aoft_deploy.texts import one_line
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.image_stream import Source
-    from aoft_deploy.artefacts.prediction import Prediction
+    from aoft_deploy.classes import Answer
 
 __all__ = ["main"]
 
@@ -59,12 +59,17 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--task", metavar="NAME", help="task of a fleet, which a fleet needs")
     answers = options.add_argument_group("answers, in the order of the inputs")
     answers.add_argument(
-        "--top", type=positive, default=1, metavar="N", help="most probable classes (default: 1)"
+        "--top",
+        type=positive,
+        metavar="N",
+        help="most probable classes (default: 1, or of independent labels all above 0.5)",
     )
     form = answers.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line for each image")
     form.add_argument(
-        "--csv", action="store_true", help="a table: image,label,probability; one row a class"
+        "--csv",
+        action="store_true",
+        help="a table: image,label,probability (or value); a row a class",
     )
     add_engine_options(options.add_argument_group("engine"))
     return options
@@ -139,12 +144,12 @@ def _source(name: str) -> Source:
     return name, sys.stdin.buffer.read() if name == STDIN else Path(name)
 
 
-def _csv() -> Callable[[str, list[Prediction]], None]:
+def _csv() -> Callable[[str, list[Answer]], None]:
     """Function that writes an image's rows of a table, whose header comes with the first."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     header: list[str] = []
 
-    def write(name: str, answer: list[Prediction]) -> None:
+    def write(name: str, answer: list[Answer]) -> None:
         rows = [_entry(each) for each in answer]
         if rows and not header:
             header.extend(["image", *rows[0]])
@@ -154,18 +159,20 @@ def _csv() -> Callable[[str, list[Prediction]], None]:
     return write
 
 
-def _json(name: str, answer: list[Prediction]) -> None:
+def _json(name: str, answer: list[Answer]) -> None:
     entry = {"image": name, "classes": [_entry(each) for each in answer]}
     print(json.dumps(entry, ensure_ascii=False))
 
 
-def _text(name: str, answer: list[Prediction]) -> None:
-    print(f"{name}  " + "  ".join(f"{p.label} {p.probability:.1%}" for p in answer))
+def _text(name: str, answer: list[Answer]) -> None:
+    print("  ".join([name, *map(str, answer)]))
 
 
-def _entry(prediction: Prediction) -> dict[str, Any]:
-    values = prediction._asdict()
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+def _entry(answer: Answer) -> dict[str, Any]:
+    return {
+        name: round(value, 6) if name == "probability" else value
+        for name, value in answer._asdict().items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

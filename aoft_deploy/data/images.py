@@ -31,8 +31,7 @@ from PIL import (  # noqa: F401
 
 from aoft_deploy.errors import ImageError
 
-__all__ = ["read_image", "read_size"]
-
+__all__ = ["read_image", "read_size", "to_rgb", "upright"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -47,15 +46,8 @@ _WRONG_FILES = (
 _ZEROS = 16  # zero bytes at the end of a JPEG that make us look for its end marker
 
 _HEIF_BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"heim": "HEIC",
-    b"heis": "HEIC",
-    b"hevc": "HEIC",
-    b"mif1": "HEIC",
-    b"msf1": "HEIC",
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIC"),
 }
 
 _EXIF_ORIENTATION = 0x0112
@@ -102,7 +94,7 @@ def read_image(
         image.load()
         if image.format in ("JPEG", "MPO"):
             _check_end(stream)
-        return _upright(_to_rgb(image, _transparent(image, layout, low)), image)
+        return upright(to_rgb(image, _transparent(image, layout, low)), image)
 
 
 def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = 64_000_000) -> tuple[int, int]:
@@ -254,7 +246,12 @@ def _transparent(
     return None if scale is None else np.asarray(np.asarray(image) == colour * scale)
 
 
-def _to_rgb(image: ImageFile.ImageFile, transparent: NDArray[np.bool_] | None) -> Image.Image:
+def to_rgb(image: Image.Image, transparent: NDArray[np.bool_] | None) -> Image.Image:
+    """An image as RGB; white where ``transparent`` is true, or where the image says so if None.
+
+    Raises:
+        ValueError: It holds 32-bit integers or floats.
+    """
     # Pillow reads 16-bit PGM files in mode I, scaled to 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
@@ -275,13 +272,16 @@ def _to_rgb(image: ImageFile.ImageFile, transparent: NDArray[np.bool_] | None) -
     return rgb
 
 
-def _upright(rgb: Image.Image, image: ImageFile.ImageFile) -> Image.Image:
+def upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """``rgb``, turned by the EXIF orientation of ``image``."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        method = _TO_UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata do not matter if the pixels are sound
         return rgb
-    method = _TO_UPRIGHT.get(orientation)
-    return rgb if method is None else rgb.transpose(method)
+    if method is not None:
+        rgb = rgb.transpose(method)
+        rgb.info.clear()  # it still says how to turn it
+    return rgb
 
 
 def _name(source: Path | bytes | BinaryIO) -> str:

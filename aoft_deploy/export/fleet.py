@@ -7,8 +7,8 @@ answer is compared with the task's unmerged model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, FleetTables
 from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.checkpoints.file_format import checkpoint_file
-from aoft_deploy.checkpoints.names import unique_task_names
+from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.export.fleet_form import fleet_exporter, fleet_model
@@ -32,6 +31,7 @@ from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.output_paths import artefact_path
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
+from aoft_deploy.export.sources import named_tasks, source_of
 from aoft_deploy.export.verifying import batch_pieces, logits, open_draft
 from aoft_deploy.files import file_digest
 
@@ -44,8 +44,8 @@ __all__ = ["export_fleet"]
 
 
 def export_fleet(
-    checkpoints: Sequence[Path],
-    output: Path | None = None,
+    checkpoints: Sequence[str | Path] | Mapping[str, str | Path | TunedModel],
+    output: str | Path | None = None,
     *,
     to: str = "onnx",
     precision: str = "fp32",
@@ -59,8 +59,9 @@ def export_fleet(
     """Export many tasks of one backbone as one verified graph.
 
     Args:
-        checkpoints: One ``model.ckpt`` or run's folder for each task, all with the same backbone,
-            method, settings and preprocessing. The numbers of classes may differ.
+        checkpoints: One ``model.ckpt`` or run's folder for each task, or checkpoints and models in
+            memory by the names of their tasks. All have the same backbone, method, settings and
+            preprocessing. The numbers of classes and the activations may differ.
         output: Path of the artefact; None means ``fleet.onnx`` or, below fp32, ``fleet-int8.onnx``
             in the current folder.
         to: Name of an exporter that supports fleets.
@@ -82,52 +83,54 @@ def export_fleet(
         AoftError: The input is invalid, the tasks cannot share a graph, or the answers differ. No
             file is left.
     """
-    checkpoints = [checkpoint_file(path) for path in checkpoints]
-    names = unique_task_names(checkpoints)
+    given = named_tasks(checkpoints)
     exporter, support = fleet_exporter(to, form, precision)
-    request = Request(
-        exporter,
-        output or artefact_path(Path("fleet"), exporter, precision),
-        checkpoints,
-        backbone,
-        precision=precision,
-        verify=verify,
-        build=build,
-        overwrite=overwrite,
-        command=command,
-    )
+    with ExitStack() as stack:
+        sources = {name: stack.enter_context(source_of(task)) for name, task in given.items()}
+        paths = {name: source.path for name, source in sources.items()}
+        request = Request(
+            exporter,
+            artefact_path(Path("fleet"), exporter, precision) if output is None else Path(output),
+            [*paths.values()],
+            backbone,
+            precision=precision,
+            verify=verify,
+            build=build,
+            overwrite=overwrite,
+            command=command,
+        )
 
-    from aoft_deploy.checkpoints.checkpoint import read_checkpoint  # imports torch
-    from aoft_deploy.checkpoints.opening import open_checkpoint
-    from aoft_deploy.export.flops import flops_text
-    from aoft_deploy.tuning.backbones.identity import difference
-    from aoft_deploy.tuning.merging import merge
-    from aoft_deploy.tuning.methods import get_method
+        from aoft_deploy.checkpoints.checkpoint import read_checkpoint  # imports torch
+        from aoft_deploy.export.flops import flops_text
+        from aoft_deploy.tuning.backbones.identity import difference
+        from aoft_deploy.tuning.merging import merge
+        from aoft_deploy.tuning.methods import get_method
 
-    tasks = [read_checkpoint(path) for path in checkpoints]
-    for path, task in zip(checkpoints, tasks, strict=True):
-        check_classes(task.classes, str(path))
-        _check_same(path, task, checkpoints[0], tasks[0])
-    source = replace(backbone, name=None)
-    open_first = functools.partial(open_checkpoint, checkpoints[0], source)
-    tuned, _ = open_first()
-    preprocessing = tasks[0].preprocessing
-    if form == "auto" and "folded" not in support.forms:
-        form = "mixed"
-    model, chosen = fleet_model(lambda: open_first()[0], form, precision, preprocessing)
-    pixels = request.pixels(preprocessing)
-    inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
-    expected, tables = _answers_and_tables(tuned, model, tasks, inputs)
-    info = ArtefactInfo.of_fleet(
-        {name: task.classes for name, task in zip(names, tasks, strict=True)},
-        describe_model(tuned, tasks[0]),
-        get_method(tuned.method).defaults,
-        model.layout.order(),
-    ).having(precision=precision, form=chosen, flops=flops_text(merge(tuned), preprocessing))
-    sources = dict(zip(names, checkpoints, strict=True))
-    forced = bool(difference(tuned.identity, tasks[0].backbone))
-    subject = _Fleet(exporter, support, model, tables, info, expected, sources, forced)
-    return export_verified(request, subject, pixels)
+        tasks = {name: read_checkpoint(path) for name, path in paths.items()}
+        first, source = next(iter(tasks.values())), next(iter(sources.values()))
+        for name, task in tasks.items():
+            check_classes(task.classes, str(paths[name]))
+            _check_same(paths[name], task, source.path, first)
+        chosen_backbone = replace(backbone, name=None)
+        tuned, _ = source.open(chosen_backbone)
+        preprocessing = first.preprocessing
+        if form == "auto" and "folded" not in support.forms:
+            form = "mixed"
+        model, chosen = fleet_model(
+            lambda: source.open(chosen_backbone)[0], form, precision, preprocessing
+        )
+        pixels = request.pixels(preprocessing)
+        inputs = normalised(pixels, preprocessing.mean, preprocessing.std)
+        expected, tables = _answers_and_tables(tuned, model, [*tasks.values()], inputs)
+        info = ArtefactInfo.of_fleet(
+            {name: task.classes for name, task in tasks.items()},
+            describe_model(tuned, first),
+            get_method(tuned.method).defaults,
+            model.layout.order(),
+        ).having(precision=precision, form=chosen, flops=flops_text(merge(tuned), preprocessing))
+        forced = bool(difference(tuned.identity, first.backbone))
+        subject = _Fleet(exporter, support, model, tables, info, expected, paths, forced)
+        return export_verified(request, subject, pixels)
 
 
 @dataclass
@@ -154,7 +157,8 @@ class _Fleet:
     ) -> Report:
         inputs = spec.input.prepare(pixels)
         expected = [answers[: len(pixels)] for answers in self.expected]
-        return _verified(engine, inputs, expected, bar, spec.build.batch_range)
+        classes = [*self.info.tasks.values()]
+        return _verified(engine, inputs, expected, classes, bar, spec.build.batch_range)
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
         entries = self.info.entries()
@@ -220,6 +224,7 @@ def _verified(
     engine: Engine,
     inputs: NDArray[np.float32],
     expected: Sequence[NDArray[np.float32]],
+    classes: Sequence[Classes],
     bar: Bar,
     batches: tuple[int, int, int],
 ) -> Report:
@@ -238,7 +243,9 @@ def _verified(
                 found, padding = answer[None, : wanted.shape[1]], answer[wanted.shape[1] :]
                 if not np.isneginf(padding).all():
                     found = answer[None]  # fails the comparison by its shape
-                comparison.add(found, wanted, size, f"the fleet's task {task}", is_largest)
+                comparison.add(
+                    found, wanted, size, classes[task], f"the fleet's task {task}", is_largest
+                )
     return comparison.report(len(inputs), BATCH_SIZES)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.description import ArtefactInfo, check_classes
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_digest
@@ -18,12 +18,14 @@ from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.checkpoints.file_format import checkpoint_file
+from aoft_deploy.classes import check_classes
 from aoft_deploy.data.normalisation import normalised
+from aoft_deploy.errors import SettingError
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.output_paths import artefact_path, beside
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
+from aoft_deploy.export.sources import Source, source_of
 from aoft_deploy.export.verifying import answers, logits, open_draft
 
 if TYPE_CHECKING:
@@ -36,8 +38,8 @@ __all__ = ["describe_model", "export_merged"]
 
 
 def export_merged(
-    checkpoint: Path,
-    output: Path | None = None,
+    checkpoint: str | Path | TunedModel,
+    output: str | Path | None = None,
     *,
     to: str = "onnx",
     precision: str = "fp32",
@@ -51,8 +53,8 @@ def export_merged(
     """Merge a checkpoint into its backbone, export the result, and verify it.
 
     Args:
-        checkpoint: A ``model.ckpt`` or the run's folder, a published RLRR .pth file, or a PEFT LoRA
-            folder.
+        checkpoint: A ``model.ckpt`` or the run's folder, a published RLRR .pth file, a PEFT LoRA
+            folder, or a model in memory, which is not changed.
         output: Path of the artefact; None means beside the checkpoint, as ``model.onnx`` or, below
             fp32, ``model-int8.onnx``.
         to: Name of an exporter.
@@ -71,26 +73,29 @@ def export_merged(
         AoftError: The input is invalid, or the answers differ. No file is left.
     """
     exporter = get_exporter(to)
-    checkpoint = checkpoint_file(checkpoint)
-    request = Request(
-        exporter,
-        output or artefact_path(beside(checkpoint), exporter, precision),
-        [checkpoint],
-        backbone,
-        precision=precision,
-        verify=verify,
-        build=build,
-        overwrite=overwrite,
-        command=command,
-    )
+    with source_of(checkpoint) as source:
+        request = Request(
+            exporter,
+            _default_output(source, exporter, precision) if output is None else Path(output),
+            [source.path],
+            backbone,
+            precision=precision,
+            verify=verify,
+            build=build,
+            overwrite=overwrite,
+            command=command,
+        )
+        tuned, task = source.open(backbone)
+        check_classes(task.classes, str(source.path))
+        pixels = request.pixels(task.preprocessing)
+        subject = _Merged(exporter, source.path, backbone, tuned, task, precision)
+        return export_verified(request, subject, pixels, uint8)
 
-    from aoft_deploy.checkpoints.opening import open_checkpoint  # imports torch
 
-    tuned, task = open_checkpoint(checkpoint, backbone)
-    check_classes(task.classes, str(checkpoint))
-    pixels = request.pixels(task.preprocessing)
-    subject = _Merged(exporter, checkpoint, backbone, tuned, task, precision)
-    return export_verified(request, subject, pixels, uint8)
+def _default_output(source: Source, exporter: Exporter, precision: str) -> Path:
+    if source.model is not None:
+        raise SettingError("A model in memory has no folder: give the artefact's path as `output`.")
+    return artefact_path(beside(source.path), exporter, precision)
 
 
 @dataclass
@@ -134,6 +139,7 @@ class _Merged:
             lambda batch: answers(engine, batch, spec),
             pixels,
             bar=bar,
+            classes=self.task.classes,
         )
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
@@ -152,6 +158,7 @@ class _Merged:
             "precision": spec.precision,
             "input": spec.input.to_dict(),
             "classes": list(self.task.classes),
+            "activation": self.task.classes.activation,
             "preprocessing": self.task.preprocessing.to_dict(),
         }
 

@@ -8,7 +8,6 @@ tasks than fit into memory. Needs neither torch nor timm.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.checkpoints.names import task_name
+from aoft_deploy.classes import Answer, Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.opening import open_store
@@ -38,11 +39,15 @@ class TaskAnswer(NamedTuple):
 
     Attributes:
         logits: (classes,).
-        classes: Names of the classes, in the order of the logits.
+        classes: Names of the classes, in the order of the logits; they turn logits into answers.
     """
 
     logits: NDArray[np.float32]
-    classes: tuple[str, ...]
+    classes: Classes
+
+    def answers(self, top: int | None = None, *, usual: int = 1) -> list[Answer]:
+        """Predictions, best first, or values; arguments as for ``Classes.answers``."""
+        return self.classes.answers(self.logits[None], top, usual=usual)[0]
 
 
 class Fleet:
@@ -85,14 +90,14 @@ class Fleet:
         tables, self._engine.tables = self._engine.tables, None
         assert tables is not None
         try:
-            described = json.loads(self._engine.info["tasks"])
-            names = [str(task["name"]) for task in described]
-            classes = [tuple(map(str, task["classes"])) for task in described]
+            described = ArtefactInfo(self._engine.info, str(path)).tasks
             self.kind = TaskKind.of_fleet(self._engine.info, tables.heads.shape[1] - 1)
             ends = tables.first + tables.count
             heads = [tables.heads[i:j] for i, j in zip(tables.first, ends, strict=True)]
-            parameters = map(TaskParameters, tables.bank, heads, classes)
-            own = list(zip(names, parameters, strict=True))
+            parameters = map(TaskParameters, tables.bank, heads, described.values())
+            own = list(zip(described, parameters, strict=True))
+        except ArtefactError:
+            raise
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ArtefactError(f"{path} is no fleet of aoft-export ({error}).") from error
         for name, task in own:
@@ -108,7 +113,7 @@ class Fleet:
         self._tasks = ResidentTasks(self._tables, store, own)
 
     @property
-    def tasks(self) -> dict[str, tuple[str, ...]]:
+    def tasks(self) -> dict[str, Classes]:
         """Names of the tasks in memory and their classes."""
         return self._tasks.resident
 
@@ -126,7 +131,7 @@ class Fleet:
         """How many tasks are in memory, and how often requests found theirs there."""
         return self._tasks.residency
 
-    def classes(self, name: str) -> tuple[str, ...]:
+    def classes(self, name: str) -> Classes:
         """Classes of a task in memory or in the store, in the order of its logits.
 
         Raises:

@@ -1,7 +1,8 @@
 """Many tasks packed into one file, which opens fast and is read one task at a time.
 
     magic
-    for each task: its row, its classifier (float32, little-endian), its classes (JSON)
+    for each task: its row, its classifier (float32, little-endian), its classes (JSON: their names,
+        or an object with ``names`` and ``activation`` if that is no softmax)
     index: length and text of the kind (JSON), number of tasks, entries (``ENTRY``), names
     start of the index, CRC-32 of the index, magic
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import CheckpointError, OutputError, UnknownNameError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.files import replacing
@@ -117,8 +119,11 @@ class PackedTasks:
             raise damaged
         floats = data[: size - text].view("<f4")
         try:
-            names = tuple(map(str, json.loads(data[size - text :].tobytes())))
-        except (TypeError, ValueError, RecursionError) as error:
+            described = json.loads(data[size - text :].tobytes())
+            if isinstance(described, list):
+                described = {"names": described}
+            names = Classes(map(str, described["names"]), described.get("activation"))
+        except (*UNREADABLE, UnknownNameError) as error:
             raise damaged from error
         row, head = floats[:row_length], floats[row_length:].reshape(classes, width)
         return TaskParameters(row, head, names)
@@ -169,7 +174,10 @@ def pack(source: TaskStore, path: Path) -> None:
                 for place, name in enumerate(names):
                     task = source.read(name)
                     kind.check_parameters(name, task)
-                    text = json.dumps(task.classes).encode()
+                    classes = Classes(task.classes)
+                    described = {"names": classes, "activation": classes.activation}
+                    plain = classes.activation == "softmax"
+                    text = json.dumps(classes if plain else described).encode()
                     data = b"".join(
                         [
                             task.row.astype("<f4", copy=False).data,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.fleet.name_index import NameIndex
 from aoft_deploy.fleet.slots import HeldTask, Residency, TaskSlots
@@ -51,7 +52,7 @@ class ResidentTasks:
         self._store = store
 
     @property
-    def resident(self) -> dict[str, tuple[str, ...]]:
+    def resident(self) -> dict[str, Classes]:
         """The tasks in memory and their classes."""
         with self._lock:
             return dict(self._slots.classes)
@@ -71,7 +72,7 @@ class ResidentTasks:
                 return False
         return name in self._store
 
-    def classes(self, name: str) -> tuple[str, ...]:
+    def classes(self, name: str) -> Classes:
         """Classes of a task in memory or in the store.
 
         Raises:
@@ -81,7 +82,7 @@ class ResidentTasks:
         with self._lock:
             if name in self._slots.classes:
                 return self._slots.classes[name]
-        return self._read(name).classes
+        return Classes(self._read(name).classes)
 
     @property
     def names(self) -> set[str]:

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import SettingError
 from aoft_deploy.fleet.tables import TaskTables
 
@@ -25,7 +26,7 @@ class HeldTask(NamedTuple):
     """
 
     slot: int
-    classes: tuple[str, ...]
+    classes: Classes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TaskSlots:
     def __init__(self, tables: TaskTables) -> None:
         self.tables = tables
         self.slots: dict[str, int] = {}
-        self.classes: dict[str, tuple[str, ...]] = {}
+        self.classes: dict[str, Classes] = {}
         self._evictable: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._pinned_bytes = 0  # of tasks that are never evicted
         self._references: Counter[int] = Counter()
@@ -122,7 +123,7 @@ class TaskSlots:
             evictable: Whether the task may be evicted.
         """
         self._writing.remove(slot)
-        self.slots[name], self.classes[name] = slot, classes
+        self.slots[name], self.classes[name] = slot, Classes(classes)
         if evictable:
             self._evictable[name] = None
         else:

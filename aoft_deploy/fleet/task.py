@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.description import check_classes
 from aoft_deploy.checkpoints.file_format import (
     checkpoint_file,
     parse_description,
     read_tensors,
 )
+from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning.backbones.architecture import (
     CHANGED,
@@ -38,7 +38,7 @@ class TaskParameters(NamedTuple):
     Attributes:
         row: Parameters of its updates in the fleet's order, float32 (row_length,).
         head: Its classifier, weights and bias of each class, float32 (classes, width + 1).
-        classes: Names of its classes.
+        classes: Names of its classes; plain names mean a softmax.
     """
 
     row: NDArray[np.float32]
@@ -162,7 +162,8 @@ class TaskKind:
         """Raise if a task's parameters have the wrong shape or do not describe a classifier.
 
         Raises:
-            CheckpointError: A shape is wrong, a parameter is not finite, or there is one class.
+            CheckpointError: A shape is wrong, a parameter is not finite, or there is no class, or
+                one with a softmax.
         """
         check_classes(task.classes, f"Task {name!r}")
         row, head = (self.row_length,), (len(task.classes), self.width + 1)
@@ -197,7 +198,7 @@ def read_task(path: Path, kind: TaskKind) -> TaskParameters:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of aoft-train.")
     description = parse_description(path, metadata["aoft"])
     kind.check(path, {**description, **_backbone(path, description["backbone"])})
-    classes = tuple(str(name) for name in description["classes"])
+    classes: Classes = description["classes"]
     check_classes(classes, str(path))
     remaining = dict(tensors)
     parts = [_checked(path, name, shape, remaining.pop(name, None)) for name, shape in kind.order]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self, overload
 
+import numpy as np
 import torch
+from PIL import Image
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aoft_deploy.errors import CheckpointError
-from aoft_deploy.tuning.backbones.identity import Backbone
+from aoft_deploy.classes import Answer, Classes
+from aoft_deploy.data.image_inputs import ImageInput, answer_each
+from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.errors import CheckpointError, SettingError
+from aoft_deploy.tuning.backbones.identity import Backbone, image_size
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.updates.update import Update
 
@@ -19,6 +26,8 @@ __all__ = ["TunedModel"]
 
 class TunedModel(nn.Module):
     """A frozen backbone with trained updates and a trained classifier, created by ``attach``.
+
+    ``classes``, ``activation`` and ``preprocessing`` can be set; ``save`` writes them.
 
     Attributes:
         backbone: The timm model, with updates at its sites.
@@ -48,11 +57,99 @@ class TunedModel(nn.Module):
         self.classifier = classifier_names(backbone)
         names = [name for name, _ in backbone.named_parameters()]
         self.direct = names if everything else self.classifier
+        self._classes = Classes(map(str, range(self.num_classes)))
+        self._preprocessing: Preprocessing | None = None
+        self.train(backbone.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
         logits: Tensor = self.backbone(x)
         return logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the classifier's pooling takes, such as tokens (batch, tokens, width)."""
+        features: Tensor = self.backbone.forward_features(x)  # type: ignore[operator]
+        return features
+
+    @property
+    def classes(self) -> Classes:
+        """One name for each logit, ``"0"``, ``"1"`` … until names are set.
+
+        Raises:
+            SettingError: The number of names differs from the number of logits.
+        """
+        return self._classes
+
+    @classes.setter
+    def classes(self, names: Sequence[str]) -> None:
+        if len(names) != self.num_classes:
+            raise SettingError(
+                f"{len(names)} classes are named, but the model has {self.num_classes} logits."
+            )
+        activation = names.activation if isinstance(names, Classes) else self.activation
+        self._classes = Classes(map(str, names), activation)
+
+    @property
+    def activation(self) -> str:
+        """What the outputs mean: ``softmax``, ``sigmoid`` (independent labels) or ``none``.
+
+        Raises:
+            UnknownNameError: Another text is set.
+        """
+        return self._classes.activation
+
+    @activation.setter
+    def activation(self, activation: str) -> None:
+        self._classes = Classes(self._classes, activation)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the input: as in training, or the backbone's own if none is set.
+
+        Raises:
+            SettingError: None is set, and the backbone's own input is no RGB image.
+        """
+        if self._preprocessing is None:
+            config = resolve_model_data_config(self.backbone)  # type: ignore[no-untyped-call]
+            default = Preprocessing.from_timm(config)
+            size = image_size(self.backbone) or default.size
+            self._preprocessing = replace(default, size=size)
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, preprocessing: Preprocessing) -> None:
+        self._preprocessing = preprocessing
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
+        self, images: ImageInput, top: int | None = None
+    ) -> list[Answer]: ...
+    @overload
+    def predict(
+        self, images: Iterable[ImageInput], top: int | None = None
+    ) -> list[list[Answer]]: ...
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int | None = None
+    ) -> list[Answer] | list[list[Answer]]:
+        """Classify images in evaluation mode, as ``Classifier.predict`` does with an artefact.
+
+        Raises:
+            ImageError: A file cannot be read, or something is no image.
+            VerificationError: A logit is not finite.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return answer_each(images, lambda batch: self._answers(batch, top))
+        finally:
+            self.train(training)
+
+    @torch.inference_mode()
+    def _answers(self, images: Sequence[Image.Image], top: int | None) -> list[list[Answer]]:
+        inputs = torch.from_numpy(np.stack([self.preprocessing(image) for image in images]))
+        weight = self.backbone.get_parameter(self.classifier[0])
+        logits = self(inputs.to(weight.device, weight.dtype))
+        return self.classes.answers(logits.float().cpu().numpy(), top)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, but keep the backbone's BatchNorm statistics."""

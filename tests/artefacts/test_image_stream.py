@@ -46,7 +46,7 @@ def test_answers_come_in_order_between_images_that_cannot_be_read(
     assert [name for name, _ in found] == ["-", *map(str, paths)]
     for (_, answer), path in zip(found, [photos[0], *paths], strict=True):
         if path.exists():
-            (expected,) = classifier.classify([read_image(path)], 2)
+            (expected,) = classifier.predict([read_image(path)], 2)
             assert [p.label for p in answer] == [p.label for p in expected]  # type: ignore[union-attr]
         else:
             assert isinstance(answer, ImageError)

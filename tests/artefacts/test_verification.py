@@ -25,6 +25,7 @@ from aoft_deploy.artefacts.verification import (
     verify,
 )
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.classes import Classes
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.export.merged import export_merged
@@ -124,8 +125,32 @@ def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds:
         report = verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
         assert report.agreement == agreeing / 100
         return
-    with pytest.raises(VerificationError, match=r"98\.00% of the answers \(98 of 100\)"):
+    with pytest.raises(VerificationError, match=r"decisions .* agree .* in 98\.00% \(98 of 100\)"):
         verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+
+
+def test_each_label_of_a_sigmoid_is_a_decision() -> None:
+    bar, labels = Bar(float("inf"), 0.9), Classes("ab", "sigmoid")
+    expected = np.tile(np.array([[1, -1]], np.float32), (10, 1))
+    answers = expected.copy()
+    answers[:2] = [0.1, 0.1]  # the same top class, and another answer for b
+    report = verify(lookup(expected), lookup(answers), numbered(10), bar=bar, classes=labels)
+    assert report.agreement == 18 / 20
+    assert verify(lookup(expected), lookup(answers), numbered(10), bar=bar).agreement == 1
+    answers[2] = [1, 0.1]
+    with pytest.raises(VerificationError, match=r"in 85\.00% \(17 of 20\), but at least 90\.00%"):
+        verify(lookup(expected), lookup(answers), numbered(10), bar=bar, classes=labels)
+
+
+def test_of_plain_values_only_the_differences_count() -> None:
+    bar, values = Bar(float("inf"), 0.99), Classes("ab", "none")
+    answers = EXPECTED[:, :2] + np.float32(0.03)  # largest value 4
+    expected = EXPECTED[:, :2]
+    report = verify(lookup(expected), lookup(answers), numbered(4), bar=bar, classes=values)
+    assert report.agreement == pytest.approx(1 - 0.03 / 4, abs=1e-6)
+    answers[1, 0] += 0.04
+    with pytest.raises(VerificationError, match=r"by 1\.75% of the largest, but at most 1\.00% is"):
+        verify(lookup(expected), lookup(answers), numbered(4), bar=bar, classes=values)
 
 
 def test_logits_of_zero_have_no_relative_error() -> None:

@@ -396,8 +396,8 @@ def test_an_answer_that_is_not_finite_is_an_error_for_its_image_alone(
     assert len(out.splitlines()) == 4
     assert "white" not in out and "nan" not in out.lower() and "infinity" not in out.lower()
     lines = [
-        f"warning: {white} has no answer. The artefact answers with {value}, not with a number "
-        "for each class: export it with a higher precision.\n"
+        f"warning: {white} has no answer. The model answers with {value}, not with a number for "
+        "each class: export it with a higher precision, or train it with a lower learning rate.\n"
         for white in whites
     ]
     assert err == f"{''.join(lines)}error: No answer for 2 of 6 images.\n"

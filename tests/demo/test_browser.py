@@ -25,7 +25,7 @@ from aoft_demo.actions.evidence import accuracies
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_demo.views.classify_tab import REMOVE_OLD_ANSWERS
 from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.prediction import load_classifier, ranked
+from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
@@ -96,7 +96,7 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
     pixels = preprocessing(read_image(picture))
     with torch.inference_mode():
         logits = tuned(torch.from_numpy(pixels[None])).numpy()
-    return dict(ranked(logits, read_checkpoint(checkpoint).classes, 4)[0])
+    return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
 
 
 def test_classifying(open_page: Callable[..., DemoPage]) -> None:
@@ -385,7 +385,7 @@ def test_training_and_exporting(open_page: Callable[..., DemoPage], tmp_path: Pa
     assert manifest["sha256"] == hashlib.sha256(saved[".onnx"].read_bytes()).hexdigest()
     page.shows("#exported", f"{manifest['verification']['max_abs']:.1e}")
     classifier = load_classifier(saved[".onnx"], options=EngineOptions(threads=1))
-    (answer,) = classifier.classify([read_image(tmp_path / "light-0.png")], 2)
+    (answer,) = classifier.predict([read_image(tmp_path / "light-0.png")], 2)
     assert dict(answer) == pytest.approx(answers, abs=2e-5)
 
 
@@ -598,6 +598,6 @@ def swap_train_and_export_among_fifty(page: DemoPage, tmp_path: Path) -> None:
     answers = page.classify(BUNDLED / "colour-green.png")
     assert set(answers) >= {"synthetic", "one more", "task 07"} and "task 33" not in answers
     classifier = load_classifier(tmp_path / "synthetic.onnx", options=EngineOptions(threads=1))
-    (answer,) = classifier.classify([read_image(BUNDLED / "colour-green.png")], 4)
+    (answer,) = classifier.predict([read_image(BUNDLED / "colour-green.png")], 4)
     assert answers["synthetic"] == pytest.approx(dict(answer), abs=2e-5)
     assert accuracy > 1.5 / len(classifier.classes)

@@ -20,6 +20,7 @@ from aoft_deploy.artefacts.verification import Bar
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
+from aoft_deploy.classes import Classes
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
 from aoft_deploy.data.preprocessing import Preprocessing
@@ -298,9 +299,10 @@ class FirstTaskOnly:
 def test_a_fleet_that_ignores_the_task_fails_verification() -> None:
     inputs = np.arange(7, dtype=np.float32)[:, None]
     expected = [np.repeat(inputs, 2, 1), np.repeat(inputs, 2, 1) + 1]
+    two = [Classes("ab")] * 2
     with pytest.raises(VerificationError, match=r"task 1's logits differ .* by 1\.00e"):
-        _verified(FirstTaskOnly(), inputs, expected, Bar(5e-5), (1, 8, 32))
+        _verified(FirstTaskOnly(), inputs, expected, two, Bar(5e-5), (1, 8, 32))
     with pytest.raises(VerificationError, match="not finite"):
-        _verified(FirstTaskOnly(), inputs, [inputs * np.nan], Bar(5e-5), (1, 8, 32))
-    report = _verified(FirstTaskOnly(), inputs, expected[:1], Bar(5e-5), (1, 8, 32))
+        _verified(FirstTaskOnly(), inputs, [inputs * np.nan], two, Bar(5e-5), (1, 8, 32))
+    report = _verified(FirstTaskOnly(), inputs, expected[:1], two, Bar(5e-5), (1, 8, 32))
     assert report.agreement == 1.0

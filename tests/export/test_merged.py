@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aoft_deploy.artefacts.manifest import manifest_path
+from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
+from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter
 from aoft_deploy.artefacts.verification import Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
@@ -242,8 +243,13 @@ def test_images_of_another_size_than_the_backbones_are_refused(
 
 
 @pytest.fixture(scope="module")
-def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any) -> Path:
-    """A checkpoint with a single logit, as in regression."""
+def one_output(
+    backbone_weights: Path,
+    backbone_name: str,
+    with_metadata: Callable[..., Path],
+    tmp_path_factory: Any,
+) -> Path:
+    """A checkpoint with a single logit that does not say what it means, as old files."""
     model, identity = create_backbone(
         backbone_name,
         num_classes=1,
@@ -257,21 +263,45 @@ def one_output(backbone_weights: Path, backbone_name: str, tmp_path_factory: Any
     path: Path = tmp_path_factory.mktemp("one") / "age.ckpt"
     half = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing(16, crop_pct=0.9, mean=half, std=half)
-    save(tuned, path, classes=("years",), preprocessing=preprocessing, training={})
-    return path
+    save(tuned, path, classes=("years",), preprocessing=preprocessing, activation="none")
+    return with_metadata(path, path, lambda metadata: metadata.pop("activation"))
 
 
 @pytest.mark.parametrize("to", exporter_names())
-def test_a_model_of_one_output_is_refused_by_name_by_every_exporter(
+def test_a_softmax_of_one_output_is_refused_by_name_by_every_exporter(
     to: str, one_output: Path, backbone_weights: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     suffix = get_exporter(to).suffix
     options: list[Any] = ["--merge", one_output, "--backbone-weights", backbone_weights, "--to", to]
     line = refused(main, *options, "-o", tmp_path / f"a{suffix}")
     assert line == (
-        f"{one_output} has 1 output ('years'), but a classifier has 2 or more: train it with a "
-        "class for each answer, such as yes and no."
+        f"{one_output} has 1 output ('years'), whose softmax is always 1: save its checkpoint with "
+        'activation="sigmoid" if it means yes or no, or with activation="none" if it is a value, '
+        "or train it with a class for each answer."
     )
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino", "peft", "timm", "triton"])
+def test_one_output_is_exported_and_answers_once_its_meaning_is_stated(
+    to: str, one_output: Path, backbone_weights: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    tuned = load(one_output, weights=str(backbone_weights))
+    save(tuned, tmp_path / "ripe.ckpt", activation="sigmoid")
+    output = tmp_path / f"a{get_exporter(to).suffix}"
+    source = BackboneSource(weights=backbone_weights)
+    export_merged(str(tmp_path / "ripe.ckpt"), output, to=to, backbone=source)
+    assert read_manifest(manifest_path(output))["activation"] == "sigmoid"
+    if to == "peft":  # its backbone is not timm's
+        assert load(output, weights=backbone_weights).predict(photos) == tuned.predict(photos)
+        return
+    if to == "triton":
+        text = '{\n  key: "activation"\n  value {\n    string_value: "sigmoid"'
+        assert text in (output / "config.pbtxt").read_text("utf-8")
+    for found, wanted in zip(
+        load_classifier(output).predict(photos, 1), tuned.predict(photos, 1), strict=True
+    ):
+        assert found[0].label == "years"
+        assert found[0][1] == pytest.approx(wanted[0][1], abs=1e-5)
 
 
 def test_a_fleet_with_a_task_of_one_output_is_refused_by_name(
@@ -285,4 +315,4 @@ def test_a_fleet_with_a_task_of_one_output_is_refused_by_name(
     options: list[Any] = ["--backbone-weights", backbone_weights, "-o", tmp_path / "fleet.onnx"]
     for tasks in ([other, one_output], [one_output, other]):
         line = refused(main, "--fleet", *tasks, *options)
-        assert line.startswith(f"{one_output} has 1 output ('years'), but a classifier has 2")
+        assert line.startswith(f"{one_output} has 1 output ('years'), whose softmax is always 1")

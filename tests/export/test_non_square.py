@@ -85,8 +85,8 @@ def test_every_exporter_takes_images_that_are_not_square(
     expected = unmerged(checkpoint, weights, PREPROCESSING(picture)[None])
     np.testing.assert_allclose(load_artefact(output).run(given[None]), expected, atol=1e-4)
     odds = np.exp(expected[0] - expected[0].max())
-    (answer,) = load_classifier(output).classify([picture], 3)
-    found = {prediction.label: prediction.probability for prediction in answer}
+    (answer,) = load_classifier(output).predict([picture], 3)
+    found = {prediction.label: prediction[1] for prediction in answer}
     np.testing.assert_allclose([found[n] for n in "abc"], odds / odds.sum(), atol=1e-4)
 
 

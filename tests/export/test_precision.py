@@ -40,7 +40,7 @@ def test_agreement_is_the_share_of_equal_top_classes_and_a_low_one_is_refused() 
     report = verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.75))
     assert (report.agreement, report.tolerance, report.min_agreement) == (0.75, None, 0.75)
     assert json.loads(json.dumps(report.to_dict()))["max_abs"] == 8.0
-    with pytest.raises(VerificationError, match=r"agrees .* in 75\.00% .* 4 images, .* 76\.00%"):
+    with pytest.raises(VerificationError, match=r"4 images agree .* in 75\.00% .* 76\.00%"):
         verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.76))
     nan = [[np.nan, 0.0], *one_wrong[1:]]
     with pytest.raises(VerificationError, match="finite values are expected"):
@@ -173,8 +173,8 @@ def test_int8_below_the_minimum_agreement_is_refused(
     options += ["-o", tmp_path / "a.onnx", "--images", photos[0].parent]
     line = refused(main, *options, "--min-agreement", "1")
     assert re.match(
-        r"The top class agrees with the unmerged model's in \d+\.\d\d% of the answers \(\d of 9\) "
-        r"about 9 images, but at least 100\.00% is required: nothing is written",
+        r"The decisions about 9 images agree with the unmerged model's in \d+\.\d\d% \(\d of 9\), "
+        r"but at least 100\.00% is required: nothing is written",
         line,
     )
     share = float(re.findall(r"in (\d+\.\d+)%", line)[0])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors_faults import FAULTS, faulty
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.fleet import packed_tasks
 from aoft_deploy.fleet.checkpoint_folder import CheckpointFolder
@@ -102,6 +103,18 @@ def test_folder_and_packed_file_give_the_checkpoints_parameters(
             store.read("cat")
 
 
+def test_a_store_keeps_what_the_outputs_of_its_tasks_mean(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, KIND)
+    write(tmp_path / "age.ckpt", ["age"], activation="none")
+    write(tmp_path / "labels.ckpt", ["ripe", "red"], activation="sigmoid")
+    write(tmp_path / "old.ckpt")
+    pack(folder, tmp_path / "tasks.pack")
+    for store in (folder, PackedTasks(tmp_path / "tasks.pack", KIND)):
+        found = {name: Classes(store.read(name).classes) for name in store.names}
+        assert found == {"age": ("age",), "labels": ("ripe", "red"), "old": ("x", "ü")}
+        assert [each.activation for each in found.values()] == ["none", "sigmoid", "softmax"]
+
+
 def test_a_row_has_the_order_of_the_kind(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ckpt", ["x", "y"], seed=5)
     rng = np.random.default_rng(5)
@@ -158,8 +171,9 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"classes": "ab"}, "lacks classes as list"),
     ({"format": 2}, "has format 2, but this version reads up to 1: upgrade aoft-deploy"),
     ({"format": None}, "lacks format as int"),
-    ({"classes": []}, "has no output, but a classifier has 2 or more"),
-    ({"classes": ["only"]}, r"has 1 output \('only'\), but a classifier has 2 or more"),
+    ({"classes": []}, "has no output, but a model has 1 or more"),
+    ({"classes": ["only"]}, r"has 1 output \('only'\), whose softmax is always 1"),
+    ({"activation": "relu"}, r"Unknown activation 'relu'\. Known: none, sigmoid, softmax\. U"),
     (
         {"tensors": {"head.head.weight": np.zeros((3, 4)), "head.head.bias": np.zeros(3)}},
         r"classifier in .* finite numbers of shape \(2, 5\)",
@@ -253,9 +267,9 @@ def test_parameters_of_wrong_shapes_are_not_packed(task: TaskParameters, tmp_pat
 
 
 @pytest.mark.parametrize("classes", [0, 1])
-def test_a_task_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: Path) -> None:
+def test_a_softmax_of_fewer_than_two_classes_is_not_packed(classes: int, tmp_path: Path) -> None:
     task = numbers(head=(classes, 5), classes=classes)
-    with pytest.raises(CheckpointError, match=r"Task 'bad' has .* output.* has 2 or more"):
+    with pytest.raises(CheckpointError, match=r"Task 'bad' has (no|1) output"):
         pack(Given({"bad": task}), tmp_path / "tasks.pack")
 
 

@@ -298,6 +298,40 @@ def labels(answer: httpx.Response) -> list[list[str]]:
     return [[text.split(":")[2] for text in row] for row in rows]
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_images_are_answered_as_the_activation_says_and_tensors_with_logits(
+    activation: str, artefact: Path, classes: tuple[str, ...], photos: list[Path], tmp_path: Path
+) -> None:
+    model = onnx.load(artefact)
+    changed = metadata_of(artefact) | {"activation": activation}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, changed)
+    onnx.save(model, tmp_path / "task.onnx")
+    image = PREPROCESSING(read_image(photos[0]))[None]
+    logits = dict(zip(classes, load_artefact(artefact).run(image)[0].tolist(), strict=True))
+
+    async def scenario(client: httpx.AsyncClient, service: Service) -> None:
+        photo = photos[0].read_bytes()
+        answer = await client.post("/v2/models/task/classify", content=photo)
+        (found,) = answer.json()["predictions"]
+        if activation == "sigmoid":
+            positive = [name for name, logit in logits.items() if logit > 0]
+            assert {p["label"] for p in found} == set(positive)
+            for p in found:
+                assert p["probability"] == pytest.approx(1 / (1 + np.exp(-logits[p["label"]])))
+            answer = await client.post("/v2/models/task/classify?top=4", content=photo)
+            assert len(answer.json()["predictions"][0]) == 4
+        else:
+            wanted = [{"label": name, "value": pytest.approx(x)} for name, x in logits.items()]
+            assert found == wanted
+        config = (await client.get("/v2/models/task/config")).json()
+        assert config["parameters"] == {"activation": {"string_value": activation}}
+        ((best, *_),) = labels(await client.post("/v2/models/task/infer", json=many(image)))
+        assert best == max(logits, key=lambda name: logits[name])
+
+    serving([("task", tmp_path / "task.onnx")], scenario)
+
+
 @pytest.mark.parametrize("address", ["infer", "classify"])
 @pytest.mark.parametrize("kind", ["fleet", "merged"])
 def test_labels_belong_to_the_version_that_computed_the_logits(

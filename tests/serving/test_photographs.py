@@ -73,7 +73,7 @@ def test_every_client_gets_its_own_photograph_s_answer(
 ) -> None:
     images = [read_image(photograph) for photograph in photographs]
     tasks = ("task0", "task1")
-    wanted = {task: load_classifier(fleet, task).classify(images, top=7) for task in tasks}
+    wanted = {task: load_classifier(fleet, task).predict(images, top=7) for task in tasks}
     server = serve(fleet, "--max-batch", 8)
 
     def ask(turn: int) -> None:
@@ -82,7 +82,7 @@ def test_every_client_gets_its_own_photograph_s_answer(
         status, _, content = server.ask("POST", address, photographs[place], timeout=60)
         assert status == 200
         (answer,) = json.loads(content)["predictions"]
-        expected = {p.label: p.probability for p in wanted[task][place]}
+        expected = {p.label: p[1] for p in wanted[task][place]}
         assert answer[0]["label"] == wanted[task][place][0].label
         assert len(answer) == len(expected)
         assert np.allclose(

@@ -64,7 +64,7 @@ def test_images_are_classified_like_in_the_library(
     served: Any, model: str, artefact: Path, pixel_artefact: Path, photos: list[Path]
 ) -> None:
     path = {"task": artefact, "pixels": pixel_artefact}[model]
-    wanted = load_classifier(path).classify([read_image(photo) for photo in photos], top=5)
+    wanted = load_classifier(path).predict([read_image(photo) for photo in photos], top=5)
     files = [photo.read_bytes() for photo in photos]
     address = f"/v2/models/{model}/classify"
     status, _, content = served.ask("POST", address, *form(files))
@@ -72,7 +72,7 @@ def test_images_are_classified_like_in_the_library(
     assert (status, found["model_name"]) == (200, model)
     for answer, row in zip(found["predictions"], wanted, strict=True):
         assert [p["label"] for p in answer] == [p.label for p in row]
-        assert np.allclose([p["probability"] for p in answer], [p.probability for p in row])
+        assert np.allclose([p["probability"] for p in answer], [p[1] for p in row])
     for file, row in zip(files, wanted, strict=True):
         (answer,) = json.loads(served.ask("POST", address + "?top=2", file)[2])["predictions"]
         assert [p["label"] for p in answer] == [p.label for p in row[:2]]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from small_models import PROMPTS, REFUSED, identity, image, model, tune
+from small_models import NARROW, PROMPTS, REFUSED, identity, image, model, tune
+from timm.data.config import resolve_model_data_config
 
-from aoft_deploy import attach, merge
+from aoft_deploy import Prediction, attach, load_classifier, merge
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint, save
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import (
-    CheckpointError,
-)
+from aoft_deploy.errors import CheckpointError, ImageError, SettingError, UnknownNameError
 from aoft_deploy.tuning.methods import method_names
 from aoft_deploy.tuning.tuned_model import TunedModel
 
@@ -189,3 +191,84 @@ def test_only_updates_and_classifier_are_trained() -> None:
     assert {id(p) for p in tuned.parameters() if p.requires_grad} == trained
     tuned(image(model("vit_tiny_patch16_224"))).sum().backward()
     assert all((p.grad is not None) == (id(p) in trained) for p in tuned.parameters())
+
+
+def test_a_loaded_model_knows_its_task_and_saves_it_again(
+    checkpoint: Path, backbone_weights: Path, classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    tuned = load(str(checkpoint), weights=str(backbone_weights))
+    written = read_checkpoint(checkpoint)
+    assert (tuned.classes, tuned.activation) == (classes, "softmax")
+    assert tuned.preprocessing == written.preprocessing
+    save(tuned, str(tmp_path / "again.ckpt"))
+    again = read_checkpoint(tmp_path / "again.ckpt")
+    assert (again.classes, again.preprocessing) == (classes, written.preprocessing)
+    assert all(torch.equal(t, written.tensors[name]) for name, t in again.tensors.items())
+
+
+def test_a_model_predicts_as_its_artefact_does(
+    checkpoint: Path, artefact: Path, backbone_weights: Path, photos: list[Path]
+) -> None:
+    tuned, classifier = load(checkpoint, weights=backbone_weights), load_classifier(artefact)
+    for found, wanted in zip(tuned.predict(photos, 5), classifier.predict(photos, 5), strict=True):
+        assert [type(p) for p in found] == [Prediction] * 5
+        assert [p.label for p in found] == [p.label for p in wanted]
+        np.testing.assert_allclose([p[1] for p in found], [p[1] for p in wanted], atol=2e-5)
+    assert tuned.predict(str(photos[0]), 5) == tuned.predict([photos[0]], 5)[0]
+
+
+def test_a_model_predicts_in_evaluation_mode_and_stays_in_its_mode(photos: list[Path]) -> None:
+    tuned = attach(
+        timm.create_model("vit_tiny_patch16_224", **{**NARROW, "drop_rate": 0.9}), "lora"
+    )
+    wanted = tuned.eval().predict(photos[0])
+    assert tuned.train().predict(photos[0]) == wanted
+    assert tuned.training and tuned.backbone.training
+    with pytest.raises(ImageError):
+        tuned.predict("missing.png")
+    assert tuned.training
+    assert tuned.double().predict(photos[0])[0].label == wanted[0].label
+
+
+def test_an_attached_model_has_numbered_classes_and_its_backbones_preprocessing() -> None:
+    tuned = attach(model("vit_tiny_patch16_224"), "lora")
+    assert (tuned.classes, tuned.activation) == (("0", "1", "2", "3", "4"), "softmax")
+    config = resolve_model_data_config(tuned.backbone)  # type: ignore[no-untyped-call]
+    own = Preprocessing.from_timm(config)
+    assert tuned.preprocessing == replace(own, size=32)
+    tuned.activation = "sigmoid"
+    tuned.classes = list("abcde")
+    assert (tuned.classes, tuned.activation) == (tuple("abcde"), "sigmoid")
+    with pytest.raises(SettingError, match="2 classes are named, but the model has 5 logits"):
+        tuned.classes = ("a", "b")
+    with pytest.raises(UnknownNameError, match="Unknown activation 'relu'"):
+        tuned.activation = "relu"
+    tuned.preprocessing = own
+    assert tuned.preprocessing == own
+
+
+def test_what_is_saved_with_a_model_is_the_models_own_afterwards(tmp_path: Path) -> None:
+    tuned = attach(model("vit_tiny_patch16_224"), "lora")
+    save(tuned, tmp_path / "a.ckpt", classes=list("abcde"), activation="none")
+    save(tuned, tmp_path / "b.ckpt")
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
+    written = read_checkpoint(tmp_path / "b.ckpt")
+    assert (written.classes, written.classes.activation) == (tuple("abcde"), "none")
+
+
+def test_features_are_those_of_the_merged_model() -> None:
+    tuned = tune(model("vit_tiny_patch16_224"), "lora").eval()
+    x = image(tuned.backbone)
+    with torch.no_grad():
+        found, wanted = tuned.forward_features(x), merge(tuned).forward_features(x)  # type: ignore[operator]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_keeps_its_state_and_its_task_when_copied(photos: list[Path]) -> None:
+    tuned = tune(model("vit_tiny_patch16_224"), "lora").eval()
+    tuned.classes, tuned.activation = list("abcde"), "sigmoid"
+    other = attach(model("vit_tiny_patch16_224"), "lora").eval()
+    other.load_state_dict(tuned.state_dict())
+    other.classes = tuned.classes
+    for again in (other, copy.deepcopy(tuned)):
+        assert again.predict(photos, 5) == tuned.predict(photos, 5)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.serving.batching.collector import Collector
 from aoft_deploy.serving.deadlines import Deadlines
 from aoft_deploy.serving.protocol.refusals import ENGINE_STUCK, OUT_OF_TIME, QUEUE_FULL, Refusal
@@ -29,14 +30,14 @@ __all__ = ["ENGINE", "Answer", "Batcher", "NotFiniteError", "Run"]
 ENGINE = "engine"
 """Name of every engine's thread. A closed engine that is idle has no thread."""
 
-Run = Callable[[NDArray[Any], Sequence[str]], Iterable[tuple[NDArray[np.float32], Sequence[str]]]]
+Run = Callable[[NDArray[Any], Sequence[str]], Iterable[tuple[NDArray[np.float32], Classes]]]
 """From a batch and the task name of each sample to the logits and classes of each sample.
 
 All samples of a task are classified by one version of it."""
 
 
 class NotFiniteError(ArithmeticError):
-    """NaN or infinity among a request's logits, which give no probabilities."""
+    """NaN or infinity among a request's logits, which give no answer."""
 
 
 class Answer(NamedTuple):
@@ -53,7 +54,7 @@ class Answer(NamedTuple):
     """
 
     logits: NDArray[np.float32]
-    classes: Sequence[str]
+    classes: Classes
     queued: float
     computed: float
     rows: int

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aoft_deploy._version import __version__
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import UnknownNameError
 from aoft_deploy.serving.endpoints.openapi import description, page
 from aoft_deploy.serving.protocol.messages import OUTPUT, VERSION, read_json
@@ -70,7 +71,7 @@ class Catalogue:
         """``GET /v2/models/{model}``."""
         model = self._model(request)
         tensor = model.artefact.tensor
-        shape = [-1, self._classes(model)]
+        shape = [-1, len(self._classes(model))]
         return _json(
             {
                 "name": model.name,
@@ -95,7 +96,8 @@ class Catalogue:
                 "backend": model.artefact.platform.partition("_")[0],
                 "max_batch_size": settings.max_batch,
                 "input": [_tensor_config(tensor.name, tensor.datatype, tensor.shape)],
-                "output": [_tensor_config(OUTPUT, "FP32", (classes,))],
+                "output": [_tensor_config(OUTPUT, "FP32", (len(classes),))],
+                "parameters": {"activation": {"string_value": classes.activation}},
                 "version_policy": {"latest": {"num_versions": 1}},
                 "dynamic_batching": {
                     "preferred_batch_size": [settings.max_batch],
@@ -159,10 +161,9 @@ class Catalogue:
         request.scope["aoft.call"].model = model.name
         return model
 
-    def _classes(self, model: Model) -> int:
-        """Number of classes of a model."""
+    def _classes(self, model: Model) -> Classes:
         try:
-            return len(self._service.models.classes(model))
+            return self._service.models.classes(model)
         except UnknownNameError:
             raise unknown_model(model.name) from None
 

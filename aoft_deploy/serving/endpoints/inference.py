@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
-from aoft_deploy.artefacts.prediction import ranked
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
 from aoft_deploy.serving.batching.batcher import Answer, NotFiniteError
@@ -29,6 +28,9 @@ from aoft_deploy.serving.transport.uploads import uploaded_files
 from aoft_deploy.texts import shortened
 
 __all__ = ["Inference"]
+
+USUAL = 5
+"""Number of classes in an answer about images, unless the client asks for another."""
 
 INLINE = 64 * 1024
 """Requests with up to this many bytes of JSON are parsed in the event loop."""
@@ -77,7 +79,7 @@ class Inference:
         service, call = self._service, scope["aoft.call"]
         model = self._model(scope, call)
         encodings = acceptable(call.header(b"accept-encoding"))
-        top = _top(QueryParams(scope["query_string"]).get("top", "5"))
+        top = _top(QueryParams(scope["query_string"]).get("top"))
         body = bytes(await self._body(receive, call))
         async with Departure(receive, service.deadlines):
             samples = await self._decode(call, body, model.artefact)
@@ -88,10 +90,8 @@ class Inference:
                 model, call, samples, None, preprocessing=preprocessing
             )
         answered = time.perf_counter()
-        predictions = [
-            [{"label": p.label, "probability": p.probability} for p in row]
-            for row in ranked(answer.logits, answer.classes, top)
-        ]
+        rows = answer.classes.answers(answer.logits, top, usual=USUAL)
+        predictions = [[each._asdict() for each in row] for row in rows]
         content = {"model_name": model.name, "model_version": VERSION, "predictions": predictions}
         self._count(model, call, answer, parsed, answered)
         await _send(send, orjson.dumps(content), [JSON], encodings)
@@ -236,7 +236,9 @@ async def _send(
     await send({"type": "http.response.body", "body": body})
 
 
-def _top(text: str) -> int:
+def _top(text: str | None) -> int | None:
+    if text is None:
+        return None
     if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
         raise Refusal(400, f"top is {shortened(text)}: give a whole number from 1.")
     return int(text)

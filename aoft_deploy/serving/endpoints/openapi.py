@@ -106,16 +106,18 @@ _SCHEMAS: dict[str, Any] = {
             "model_name": {"type": "string"},
             "model_version": {"type": "string"},
             "predictions": {
-                "description": "The most probable classes of each image, best first",
+                "description": "The most probable classes of each image, best first; of labels "
+                "(sigmoid) those above 0.5, or the `top` most probable; of plain values all",
                 "type": "array",
                 "items": {
                     "type": "array",
                     "items": {
                         "type": "object",
-                        "required": ["label", "probability"],
+                        "required": ["label"],
                         "properties": {
                             "label": {"type": "string"},
                             "probability": {"type": "number", "minimum": 0, "maximum": 1},
+                            "value": {"type": "number"},
                         },
                     },
                 },
@@ -154,7 +156,8 @@ _ENDPOINTS: tuple[tuple[str, str, str, Any, Any], ...] = (
     (
         "/v2/models/{model}/classify",
         "post",
-        "Labels and probabilities of images: JPEG, PNG or WebP, as the body or in a form.",
+        "Labels and probabilities, or values, of images: JPEG, PNG or WebP, as the body or in a "
+        "form. `top` is the number of classes: 5 if it is not given.",
         _IMAGES,
         _content(_ref("Predictions")),
     ),
@@ -212,7 +215,7 @@ def description(version: str) -> dict[str, Any]:
                     else []
                 ),
                 *(
-                    [_parameter("top", "query", {"type": "integer", "minimum": 1, "default": 5})]
+                    [_parameter("top", "query", {"type": "integer", "minimum": 1})]
                     if path.endswith("/classify")
                     else []
                 ),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import SettingError, UnknownNameError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.serving.protocol.messages import VERSION
@@ -80,7 +81,7 @@ class Models:
                 return Model(name, artefact, name)
         raise unknown_model(name)
 
-    def classes(self, model: Model) -> tuple[str, ...]:
+    def classes(self, model: Model) -> Classes:
         """Classes of a model in the order of its logits; read from the store if necessary.
 
         Raises:

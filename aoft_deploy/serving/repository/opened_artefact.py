@@ -20,6 +20,7 @@ from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.artefacts.registry import exporters_of, load_artefact
 from aoft_deploy.artefacts.spec import InputSpec
+from aoft_deploy.classes import Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
@@ -54,7 +55,7 @@ class Artefact:
     prepare: Callable[[Image], NDArray[Any]]
     batcher: Batcher
     preprocessing: Preprocessing
-    classes: tuple[str, ...]
+    classes: Classes
     fleet: Fleet | None
 
 
@@ -93,7 +94,7 @@ def open_artefact(
         fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
         preprocessing, pixels, stop = fleet.preprocessing, False, None
         run: Run = partial(fleet.predict, rows=settings.max_batch)
-        classes: tuple[str, ...] = ()
+        classes = Classes(())
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
     else:
@@ -120,8 +121,8 @@ def open_artefact(
 
 
 def _run_merged(
-    engine: Engine, classes: Sequence[str], rows: int, images: NDArray[Any], tasks: Sequence[str]
-) -> Iterator[tuple[NDArray[np.float32], Sequence[str]]]:
+    engine: Engine, classes: Classes, rows: int, images: NDArray[Any], tasks: Sequence[str]
+) -> Iterator[tuple[NDArray[np.float32], Classes]]:
     """Logits and classes of each sample of a merged model, computed ``rows`` at a time."""
     for start in range(0, len(images), rows):
         for logits in engine.run(images[start : start + rows]):

@@ -12,13 +12,13 @@ import numpy as np
 
 from aoft_demo.actions.pictures import read_picture
 from aoft_demo.tasks.session import Session
-from aoft_deploy.artefacts.prediction import Prediction, ranked
+from aoft_deploy.classes import Answer
 from aoft_deploy.errors import SettingError
 from aoft_deploy.fleet.fleet import Fleet
 
 __all__ = ["Answers", "classify"]
 
-TOP = 5
+TOP = 4
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Answers:
     """Predictions of several tasks for one picture.
 
     Attributes:
-        predictions: The most probable classes of each task, best first.
+        predictions: The most probable classes of each task, best first; of independent labels
+            those above 0.5; or its values.
         seconds: Duration of the pass, for all tasks together.
         switch: Duration of a look-up of the tasks' parameters, in seconds.
         width: Width of the picture in pixels.
         height: Height of the picture in pixels.
     """
 
-    predictions: dict[str, list[Prediction]]
+    predictions: dict[str, list[Answer]]
     seconds: float
     switch: float
     width: int
@@ -47,7 +48,7 @@ def classify(session: Session, picture: Path, names: Sequence[str], top: int = T
         session: Session with the tasks.
         picture: The picture's file.
         names: Names of the tasks.
-        top: Number of classes to return for each task.
+        top: Number of classes to return for a task that chooses one of several.
 
     Raises:
         ImageError: The picture cannot be read.
@@ -68,8 +69,7 @@ def classify(session: Session, picture: Path, names: Sequence[str], top: int = T
         seconds = time.perf_counter() - start
         switch = _switch_seconds(fleet, keys)
     predictions = {
-        name: ranked(answer.logits[None], answer.classes, top)[0]
-        for name, answer in zip(names, answers, strict=True)
+        name: answer.answers(usual=top) for name, answer in zip(names, answers, strict=True)
     }
     return Answers(predictions, seconds, switch, decoded.width, decoded.height)
 

@@ -24,7 +24,8 @@ class Agreement:
         largest: Largest logit, as a scale for the differences.
         merged: Largest difference between a logit of the merged and of the unmerged model.
         fleet: Largest difference between a logit of the fleet and of the unmerged model.
-        agreeing: Number of pictures for which all three predict the same class.
+        agreeing: Number of pictures for which all three decide alike; all if there is nothing to
+            decide.
     """
 
     images: int
@@ -57,8 +58,8 @@ def verify(session: Session, name: str) -> Agreement:
         merged = logits(merge(tuned).eval(), inputs)
         answers = session.shared.fleet.predict(inputs, [task.key] * IMAGES)
         fleet = np.stack([answer.logits for answer in answers])
-    top = unmerged.argmax(1)
-    agreeing = (merged.argmax(1) == top) & (fleet.argmax(1) == top)
+    alike = [checkpoint.classes.agreeing(found, unmerged) for found in (merged, fleet)]
+    agreeing = np.logical_and(*alike).reshape(IMAGES, -1).all(1)
     return Agreement(
         images=IMAGES,
         largest=float(np.abs(unmerged).max()),

@@ -12,6 +12,7 @@ from aoft_demo.tasks.fleet_export import export_cached
 from aoft_deploy.artefacts.manifest import artefact_files, manifest_path
 from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.checkpoints.names import task_name
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.path_kinds import CHECKPOINT, missing
@@ -42,7 +43,7 @@ class Task:
     """
 
     key: str
-    classes: tuple[str, ...]
+    classes: Classes
     checkpoint: Path | None
     origin: str = "initial"
 

@@ -22,7 +22,7 @@ from aoft_demo.tasks.shared_fleet import SharedFleet
 from aoft_demo.views.charts import Bar, Line, bars, lines
 from aoft_demo.views.notices import empty, success, verdict
 from aoft_demo.views.units import duration, size
-from aoft_deploy.artefacts.prediction import Prediction
+from aoft_deploy.classes import Answer, Value
 
 __all__ = [
     "agreement_card",
@@ -70,19 +70,27 @@ def answer_cards(answers: Answers) -> str:
     )
     cards = "".join(
         f'<section class="card" data-task="{escape(name)}"><h3>{escape(name)}</h3>'
-        f'<div class="top">{escape(best[0].label)}</div>{_probabilities(best[:4])}</section>'
+        f'<div class="top">{escape(_headline(best))}</div>{"".join(map(_line, best))}</section>'
         for name, best in answers.predictions.items()
     )
     return f'{facts}<div class="cards" tabindex="0" aria-label="Answers">{cards}</div>'
 
 
-def _probabilities(predictions: Iterable[Prediction]) -> str:
-    return "".join(
-        f'<div class="line" data-label="{escape(p.label)}" data-p="{p.probability:.6f}">'
-        f'<span class="name">{escape(p.label)}</span><span class="bar">'
-        f'<i class="b1" style="width:{100 * p.probability:.1f}%"></i></span>'
-        f'<span class="value">{p.probability:.1%}</span></div>'
-        for p in predictions
+def _headline(best: Sequence[Answer]) -> str:
+    if not best:
+        return "no label"
+    return str(best[0]) if isinstance(best[0], Value) else best[0].label
+
+
+def _line(answer: Answer) -> str:
+    name = f'<span class="name">{escape(answer.label)}</span>'
+    if isinstance(answer, Value):
+        value = f'<span class="value">{answer.value:.6g}</span>'
+        return f'<div class="line" data-label="{escape(answer.label)}">{name}{value}</div>'
+    return (
+        f'<div class="line" data-label="{escape(answer.label)}" data-p="{answer.probability:.6f}">'
+        f'{name}<span class="bar"><i class="b1" style="width:{100 * answer.probability:.1f}%"></i>'
+        f'</span><span class="value">{answer.probability:.1%}</span></div>'
     )
 
 
@@ -121,7 +129,7 @@ def agreement_card(name: str, result: Agreement) -> str:
         ("largest difference of a logit, merged to unmerged", f"{result.merged:.1e}"),
         ("largest difference of a logit, fleet to unmerged", f"{result.fleet:.1e}"),
         ("largest logit", f"{result.largest:.2f}"),
-        ("same class from all three", f"{result.agreeing} of {result.images} pictures"),
+        ("same answer from all three", f"{result.agreeing} of {result.images} pictures"),
     )
 
 

@@ -23,6 +23,7 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
 from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.artefacts.verification import SOFTMAX
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.openvino import int8
@@ -123,8 +124,14 @@ def _write(
     graph = openvino.convert_model(graph_file)
     _renumber(graph)
     if spec.precision == "int8" and spec.calibration is not None:
-        count, min_agreement = len(spec.calibration.pixels), spec.calibration.min_agreement
-        graph, float_products = int8.quantised(graph, count, sample, min_agreement)
+        info, count = ArtefactInfo(spec.metadata), len(spec.calibration.pixels)
+        classes = (
+            [*info.tasks.values()]
+            if info.is_fleet
+            else [info.classes if "classes" in info.texts else SOFTMAX]
+        )
+        least = spec.calibration.min_agreement
+        graph, float_products = int8.quantised(graph, count, sample, classes, least)
         _renumber(graph)
         if float_products:
             texts["left_in_float"] = json.dumps(float_products)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.verification import Bar, Comparison
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import optional_imports
 
 __all__ = ["quantised", "require"]
@@ -39,18 +41,23 @@ def require() -> Any:
 
 
 def quantised(
-    graph: Any, images: int, inputs: Callable[[int], Any], min_agreement: float = 0.0
+    graph: Any,
+    images: int,
+    inputs: Callable[[int], Any],
+    classes: Sequence[Classes],
+    min_agreement: float = 0.0,
 ) -> tuple[Any, list[str]]:
     """Convert the linear maps and attention products of a graph to int8.
 
-    If too few images keep their top class, the products with the largest error are restored to
+    If too few images keep their answers, the products with the largest error are restored to
     float32.
 
     Args:
         graph: An OpenVINO model in float32.
         images: Number of calibration images.
         inputs: Returns the graph's inputs for the image of an index.
-        min_agreement: Share of the images that must keep their top class.
+        classes: The classes of the tasks; images have these tasks in turn.
+        min_agreement: Smallest allowed agreement with the graph; see ``Comparison.agreement``.
 
     Returns:
         A new OpenVINO model and the names of its restored products. The result is deterministic.
@@ -72,11 +79,16 @@ def quantised(
             ignored_scope=nncf.IgnoredScope(names=_kept_in_float(graph)),
             advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
         )
-    return _restored_until(graph, int8_graph, [*map(inputs, range(images))], min_agreement)
+    samples = [*map(inputs, range(images))]
+    return _restored_until(graph, int8_graph, samples, classes, min_agreement)
 
 
 def _restored_until(
-    graph: Any, int8_graph: Any, samples: list[Any], min_agreement: float
+    graph: Any,
+    int8_graph: Any,
+    samples: list[Any],
+    classes: Sequence[Classes],
+    min_agreement: float,
 ) -> tuple[Any, list[str]]:
     """Restore 1, 2, 4, … products to float32 until the agreement is reached.
 
@@ -85,7 +97,7 @@ def _restored_until(
     if not min_agreement:
         return int8_graph, []
     expected = _logits(graph, samples)
-    if _agreement(_logits(int8_graph, samples), expected) >= min_agreement:
+    if _agreement(_logits(int8_graph, samples), expected, classes) >= min_agreement:
         return int8_graph, []
     subset = samples[:: max(1, len(samples) // RANKED)][:RANKED]
     exact = expected[:: max(1, len(samples) // RANKED)][:RANKED]
@@ -97,7 +109,7 @@ def _restored_until(
     count = 1
     while count < 2 * len(ranked):
         result = _restored(int8_graph, ranked[:count])
-        if _agreement(_logits(result, samples), expected) >= min_agreement:
+        if _agreement(_logits(result, samples), expected, classes) >= min_agreement:
             return result, sorted(ranked[:count])
         count *= 2
     return int8_graph, []
@@ -141,8 +153,15 @@ def _logits(graph: Any, samples: list[Any]) -> NDArray[np.float32]:
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
-def _agreement(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    return float((logits.argmax(1) == expected.argmax(1)).mean())
+def _agreement(
+    logits: NDArray[np.float32], expected: NDArray[np.float32], classes: Sequence[Classes]
+) -> float:
+    comparison = Comparison(float(np.abs(expected).max()), Bar(float("inf")))
+    for index, row in enumerate(logits):
+        own = classes[index % len(classes)]
+        width = len(own) or None  # unnamed classes
+        comparison.add(row[None, :width], expected[index, None, :width], 1, own)
+    return comparison.agreement
 
 
 def _kept_in_float(graph: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.spec import ExportSpec
+from aoft_deploy.classes import Classes
 from aoft_deploy.errors import SettingError
 
 __all__ = ["CONFIG", "LABELS", "TASKS", "check_labels", "serve_command", "write_config"]
@@ -89,7 +90,7 @@ def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
     warmup_inputs = [
         {"key": name, "value": {**tensor, "zero_data": True}} for name, tensor in inputs.items()
     ]
-    metadata_keys = ("preprocessing", "precision", "method")
+    metadata_keys = ("activation", "preprocessing", "precision", "method")
     return {
         "backend": backend,
         "max_batch_size": spec.build.batch_range[2],
@@ -108,10 +109,10 @@ def _config(spec: ExportSpec, backend: str) -> dict[str, Any]:
     }
 
 
-def _classes(spec: ExportSpec) -> list[str] | None:
+def _classes(spec: ExportSpec) -> Classes | None:
     """Class names of a single model; None for a fleet or if they are unknown."""
     info = ArtefactInfo(spec.metadata)
-    return list(info.classes) if "classes" in info.texts else None
+    return info.classes if "classes" in info.texts else None
 
 
 def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -15,7 +15,6 @@ from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import BUNDLED
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.data.images import read_image
 from aoft_deploy.errors import ImageError, SettingError, UnknownNameError
 
 PICTURE = BUNDLED / "digits-7.png"
@@ -29,12 +28,10 @@ def test_one_pass_gives_the_answers_of_the_merged_models(
     assert list(answers.predictions) == names
     assert 0 < answers.switch < answers.seconds
     exported = export_task(session, "digits", uint8=False)
-    expected = load_classifier(exported.path, options=EngineOptions(threads=1)).classify(
-        [read_image(PICTURE)], 3
-    )[0]
+    expected = load_classifier(exported.path, options=EngineOptions(threads=1)).predict(PICTURE, 3)
     for ours, theirs in zip(answers.predictions["digits"], expected, strict=True):
         assert ours.label == theirs.label
-        assert ours.probability == pytest.approx(theirs.probability, abs=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
     assert answers.predictions["digits"][0].label == "7"
 
 

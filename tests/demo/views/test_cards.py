@@ -7,7 +7,7 @@ from aoft_demo.actions.classify import Answers
 from aoft_demo.actions.verification import Agreement
 from aoft_demo.views import cards, notices, units
 from aoft_demo.views.charts import Bar, Line, bars, lines
-from aoft_deploy.artefacts.prediction import Prediction
+from aoft_deploy.classes import Answer, Prediction, Value
 
 
 def test_texts_of_users_are_escaped() -> None:
@@ -37,6 +37,19 @@ def test_figures_have_suitable_units() -> None:
         "10.9 MB",
         "2.0 GB",
     ]
+
+
+def test_labels_and_values_have_their_own_cards() -> None:
+    labels: list[Answer] = [Prediction("ripe", 0.9), Prediction("red", 0.6)]
+    answers = Answers({"fruit": labels, "leaf": [], "age": [Value("years", 41.25)]}, 1, 1, 3, 4)
+    html = cards.answer_cards(answers)
+    assert [html.count(f'class="top">{text}<') for text in ("ripe", "no label", "years 41.25")] == [
+        1,
+        1,
+        1,
+    ]
+    assert html.count("data-p=") == 2 and html.count("%</span>") == 2
+    assert '<span class="value">41.25</span>' in html
 
 
 def test_differing_answers_are_reported() -> None:

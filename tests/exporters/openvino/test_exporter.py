@@ -186,7 +186,7 @@ def test_the_pixel_graph_takes_images_and_agrees_with_the_float_graph(
     assert engine.takes_pixels
     assert not load(folder).takes_pixels
     pictures = [Image.open(photo).convert("RGB") for photo in photos]
-    exact, found = (load_classifier(p).probabilities(pictures) for p in (folder, path))
+    exact, found = (load_classifier(p).scores(pictures) for p in (folder, path))
     np.testing.assert_allclose(found, exact, atol=2e-5, rtol=0)
 
 

@@ -412,7 +412,7 @@ def test_a_folder_on_timms_weights_runs_without_a_file(
     image = make_picture(80, 70, seed=3)
     with torch.inference_mode():
         expected = tuned(torch.from_numpy(preprocessing(image))[None]).softmax(1).numpy()
-    np.testing.assert_allclose(classifier.probabilities([image]), expected, atol=1e-5)
+    np.testing.assert_allclose(classifier.scores([image]), expected, atol=1e-5)
     assert classifier.classes == ("x", "y", "z")
 
 

@@ -122,9 +122,9 @@ def test_the_model_agrees_with_the_onnx_artefact(
     repository: Path, artefact: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = [Image.open(photo).convert("RGB") for photo in photos]
-    exact = load_classifier(artefact).probabilities(pictures)
+    exact = load_classifier(artefact).scores(pictures)
     for name in ("floats", "pixels"):
-        found = load_classifier(repository / name).probabilities(pictures)
+        found = load_classifier(repository / name).scores(pictures)
         np.testing.assert_allclose(found, exact, atol=2e-5, rtol=0)
     capsys.readouterr()
     assert predict([str(repository / "floats"), str(photos[0])]) == 0
