@@ -168,7 +168,7 @@ class Comparison:
             alike = classes.agreeing(answers, expected)
             self.agreeing += int(alike.sum())
             self.compared += alike.size
-            whole = alike.reshape(len(answers), -1).all(1)
+            whole = np.logical_and.reduce(alike.reshape(len(answers), -1), axis=1)
             self.alike[whose] += int(whole.sum())
             self.images[whose] += len(whole)
 

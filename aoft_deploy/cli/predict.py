@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument(
         "--csv",
         action="store_true",
-        help="a table: image,label,probability (or value); a row a class",
+        help="a table with the columns image, label, probability; a row a class",
     )
     add_engine_options(options.add_argument_group("engine"))
     return options

@@ -12,7 +12,7 @@ from typing import Any
 from aoft_deploy.cli.command import Parser, add_import_option, positive
 from aoft_deploy.training.paper_benchmarks.tasks import BENCHMARKS
 from aoft_deploy.training.settings import AUGMENTATIONS, PRECISIONS, TRAIN_ON, TrainingSettings
-from aoft_deploy.tuning.method_names import SUMMARIES
+from aoft_deploy.tuning.method_summaries import SUMMARIES
 
 __all__ = ["check_usage", "given_settings", "parser"]
 

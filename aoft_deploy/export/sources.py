@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.checkpoints.checkpoint import Checkpoint, read_checkpoint, save
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.names import unique_task_names
-from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuning.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from aoft_deploy.checkpoints.checkpoint import Checkpoint
+    from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["Source", "named_tasks", "source_of"]
 
@@ -36,6 +38,9 @@ class Source(NamedTuple):
         Raises:
             AoftError: The checkpoint cannot be used.
         """
+        from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+        from aoft_deploy.checkpoints.opening import open_checkpoint
+
         if self.model is None:
             return open_checkpoint(self.path, backbone)
         return copy.deepcopy(self.model).cpu().eval(), read_checkpoint(self.path)
@@ -48,9 +53,12 @@ def source_of(task: str | Path | TunedModel) -> Iterator[Source]:
     Raises:
         AoftError: The model cannot be saved.
     """
-    if not isinstance(task, TunedModel):
-        yield Source(Path(task))
+    if isinstance(task, str | Path):
+        yield Source(checkpoint_file(task))
         return
+
+    from aoft_deploy.checkpoints.checkpoint import save  # imports torch
+
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.ckpt"
         save(task, path)
@@ -67,7 +75,7 @@ def named_tasks(
     """
     if isinstance(tasks, Mapping):
         return tasks
-    if any(isinstance(task, TunedModel) for task in tasks):
+    if not all(isinstance(task, str | Path) for task in tasks):
         raise SettingError(
             "A model in memory has no task name: give `checkpoints` as a dict from task names to "
             "models or checkpoints."

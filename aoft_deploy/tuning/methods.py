@@ -13,7 +13,7 @@ from torch import Generator
 
 from aoft_deploy.errors import AttachError, UnknownNameError
 from aoft_deploy.tuning.method import AUTO, Build, Method, Settings
-from aoft_deploy.tuning.method_names import SUMMARIES
+from aoft_deploy.tuning.method_summaries import SUMMARIES
 from aoft_deploy.tuning.sites.site import LINEAR_ROLES, Site
 from aoft_deploy.tuning.updates.aoft import Aoft, AoftAdapter, AoftLowRank, AoftPrompts
 from aoft_deploy.tuning.updates.low_rank import LowRank, LowRankAdapter

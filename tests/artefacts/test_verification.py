@@ -18,6 +18,7 @@ from aoft_deploy.artefacts.sampling import share_shown
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import (
     BATCH_SIZES,
+    SOFTMAX,
     Bar,
     Comparison,
     Report,
@@ -169,8 +170,8 @@ def test_the_share_shown_of_a_fleet_is_that_of_the_task_that_agrees_least() -> N
     comparison = Comparison(1.0, Bar(float("inf")))
     right, wrong = np.array([[1, 0]], np.float32), np.array([[0, 1]], np.float32)
     for image in range(20):
-        comparison.add(right, right, 7, "task 0")
-        comparison.add(wrong if image < 3 else right, right, 7, "task 1")
+        comparison.add(right, right, 7, SOFTMAX, "task 0")
+        comparison.add(wrong if image < 3 else right, right, 7, SOFTMAX, "task 1")
     report = comparison.report(20, BATCH_SIZES)
     assert report.agreement == 37 / 40
     assert report.agreement_shown == share_shown(17, 20)

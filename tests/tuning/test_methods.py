@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from aoft_deploy.errors import SettingError, UnknownNameError
-from aoft_deploy.tuning.method_names import SUMMARIES
+from aoft_deploy.tuning.method_summaries import SUMMARIES
 from aoft_deploy.tuning.methods import METHODS, get_method, method_names
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.sites.discovery import find_sites
