@@ -8,16 +8,23 @@ JOBS ?= 2
 # Every package has the release that constraints.txt names. An empty CONSTRAINTS resolves anew.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet) $(CONSTRAINTS:%=--constraint %)
+OPENVINO = tests/exporters/openvino/test_exporter.py
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-latest docs constraints lint clean
+.PHONY: quickstart test test-fast test-latest docs constraints lint clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py
 
+# OpenVINO ends a process that has run the other tests, so its file has a process of its own.
 test: $(VENV)/.test
-	$(TESTS) -n $(JOBS) --dist worksteal --ignore tests/exporters/openvino/test_exporter.py
-	$(TESTS) tests/exporters/openvino/test_exporter.py  # OpenVINO ends a process that has run the others
+	$(TESTS) $(OPENVINO) > $(VENV)/openvino.log 2>&1 & openvino=$$!; \
+	$(TESTS) -n $(JOBS) --dist worksteal --ignore $(OPENVINO); tests=$$?; \
+	wait $$openvino; openvino=$$?; cat $(VENV)/openvino.log; exit $$((tests || openvino))
+
+# What needs neither servers, browsers, training runs nor traced graphs.
+test-fast: $(VENV)/.test
+	$(TESTS) -n $(JOBS) --dist worksteal -m 'not slow and not medium'
 
 test-latest:
 	rm -rf .venv-latest

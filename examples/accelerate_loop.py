@@ -50,7 +50,7 @@ for step, (pixels, labels) in zip(range(1, STEPS + 1), loader, strict=False):
 if accelerator.is_main_process:
     RUN.mkdir(exist_ok=True)
     aoft_deploy.save(tuned, RUN / "model.ckpt")
-    exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx")
+    exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx", overwrite=True)
     classifier = aoft_deploy.load_classifier(exported.path)
     images, labels = zip(*(data.test[i] for i in range(64)), strict=True)
     answers = [data.classes.index(row[0].label) for row in classifier.predict(images)]

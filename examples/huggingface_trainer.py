@@ -52,7 +52,7 @@ arguments = TrainingArguments(
 ImageTrainer(tuned, arguments, data_collator=batch, train_dataset=data.train).train()
 
 aoft_deploy.save(tuned, RUN / "model.ckpt")
-exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx")
+exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx", overwrite=True)
 classifier = aoft_deploy.load_classifier(exported.path)
 images, labels = zip(*(data.test[i] for i in range(64)), strict=True)
 answers = [data.classes.index(row[0].label) for row in classifier.predict(images)]

@@ -53,7 +53,7 @@ trainer.fit(Task(tuned), DataLoader(data.train, BATCH, shuffle=True, collate_fn=
 
 RUN.mkdir(exist_ok=True)
 aoft_deploy.save(tuned, RUN / "model.ckpt")
-exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx")
+exported = aoft_deploy.export_merged(RUN / "model.ckpt", RUN / "model.onnx", overwrite=True)
 classifier = aoft_deploy.load_classifier(exported.path)
 for image, label in (data.test[i] for i in range(5)):
     print(data.classes[label], *classifier.predict(image), sep="  ")

@@ -69,8 +69,8 @@ def describe_sizes(sizes: Mapping[str, int]) -> dict[str, Any]:
         owner = name.removeprefix("update.").rpartition(".")[0]
         sites["classifier" if name.startswith("head.") else owner] += size
     return {
-        "trained_numbers": sum(sites.values()),
-        "update_numbers": sum(sites.values()) - sites["classifier"],
+        "trained_parameters": sum(sites.values()),
+        "update_parameters": sum(sites.values()) - sites["classifier"],
         "sites": dict(sites),
     }
 

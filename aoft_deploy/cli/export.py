@@ -51,7 +51,7 @@ def _print_report(report: Report) -> None:
     print(
         f"verified on {report.images} images at batch sizes "
         f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e}"
-        f"{allowed}, top-1 agreement {_at_least(report.agreement)}{minimum}"
+        f"{allowed}, agreement {_at_least(report.agreement)}{minimum}"
     )
     if report.agreement_shown is None:
         return

@@ -26,8 +26,8 @@ def test_a_checkpoint_is_described_with_its_task_and_parameter_counts(
     assert found["method"] == "rlrr"
     assert found["classes"] == list(classes)
     assert found["training"] == {"epochs": 3}
-    assert found["trained_numbers"] == sum(sizes.values())
-    assert found["update_numbers"] == sum(sizes.values()) - head
+    assert found["trained_parameters"] == sum(sizes.values())
+    assert found["update_parameters"] == sum(sizes.values()) - head
     assert head == 5 * 32 + 5 == found["sites"]["classifier"]
     assert found["sites"]["blocks.0.attn.qkv.q"] == 3 * 32
     assert found["bytes"] == checkpoint.stat().st_size
@@ -105,7 +105,7 @@ def test_a_published_checkpoint_is_described_with_its_parameter_counts(tmp_path:
     found = describe(tmp_path / "cifar  75.60.pth")
     assert found["kind"] == "published RLRR checkpoint"
     assert found["sites"] == {"classifier": 27, "blocks.0.attn.qkv.q": 16}
-    assert found["update_numbers"] == 16
+    assert found["update_parameters"] == 16
 
 
 def test_a_description_survives_json(checkpoint: Path, artefact: Path) -> None:

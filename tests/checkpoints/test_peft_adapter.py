@@ -110,7 +110,7 @@ def test_inspect_describes_a_folder_of_peft(adapted: Callable[..., Tensor], tmp_
     assert found["kind"] == "PEFT LoRA folder"
     assert found["ranks"] == {f"blocks.{i}.attn.qkv": 4 for i in range(2)}
     assert found["factors"]["blocks.0.attn.qkv"] == 8 / math.sqrt(4)
-    assert found["trained_numbers"] == 2 * 4 * (WIDTH + 3 * WIDTH) + CLASSES * (WIDTH + 1)
+    assert found["trained_parameters"] == 2 * 4 * (WIDTH + 3 * WIDTH) + CLASSES * (WIDTH + 1)
     assert found["manifest"] == "none"
     assert "method" not in found
 

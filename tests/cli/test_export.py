@@ -35,7 +35,7 @@ def test_the_command_prints_the_paths_and_the_verification(
     first, second, third, fourth = out.splitlines()
     assert first == f"{output}  0.1 MiB"
     assert second.startswith("verified on 7 images at batch sizes 1, 2, 7: max |Δlogit| ")
-    assert second.endswith("top-1 agreement 100.0%")
+    assert second.endswith(", agreement 100.0%")
     assert third == f"manifest: {output}.json"
     assert fourth.startswith("next: ")
 
