@@ -82,7 +82,7 @@ def test_the_orientation_of_an_opened_photograph_is_applied(
         (Image.new("F", (2, 2)), "32-bit values, which have no defined white"),
         ("missing.png", "Cannot read image 'missing.png': no such file"),
     ],
-    ids=str,
+    ids=lambda value: value[:20] if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_image_is_refused(given: Any, kind: str) -> None:
     with pytest.raises(ImageError, match=kind):
