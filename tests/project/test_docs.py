@@ -129,7 +129,7 @@ def test_options_in_the_text_exist(path: Path) -> None:
 def test_extras_exist(path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     for line in command_lines(path):
-        for extras in re.findall(r"aoft-deploy\[([\w,]+)\]", line):
+        for extras in re.findall(r"(?:aoft-deploy|\.)\[([\w,]+)\]", line):
             assert set(extras.split(",")) <= set(project["optional-dependencies"]), line
 
 
