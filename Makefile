@@ -3,15 +3,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# Many tests wait for servers and browsers, so three processes keep two cores busy.
+JOBS ?= 3
 
 # Every package has the release that constraints.txt names. An empty CONSTRAINTS resolves anew.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet) $(CONSTRAINTS:%=--constraint %)
 OPENVINO = tests/exporters/openvino/test_exporter.py
+FAST = $(addprefix tests/,data artefacts checkpoints cli project/test_imports.py project/test_faces.py)
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-fast test-latest docs constraints lint clean
+.PHONY: quickstart test test-fast test-stress test-latest docs constraints lint clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py
@@ -19,12 +21,14 @@ quickstart: $(VENV)/.runtime
 # OpenVINO ends a process that has run the other tests, so its file has a process of its own.
 test: $(VENV)/.test
 	$(TESTS) $(OPENVINO) > $(VENV)/openvino.log 2>&1 & openvino=$$!; \
-	$(TESTS) -n $(JOBS) --dist worksteal --ignore $(OPENVINO); tests=$$?; \
+	$(TESTS) -n $(JOBS) --dist worksteal -m 'not stress' --ignore $(OPENVINO); tests=$$?; \
 	wait $$openvino; openvino=$$?; cat $(VENV)/openvino.log; exit $$((tests || openvino))
 
-# What needs neither servers, browsers, training runs nor traced graphs.
 test-fast: $(VENV)/.test
-	$(TESTS) -n $(JOBS) --dist worksteal -m 'not slow and not medium'
+	$(TESTS) -n $(JOBS) --dist worksteal -m 'not slow and not stress' $(FAST)
+
+test-stress: $(VENV)/.test
+	$(TESTS) -m stress
 
 test-latest:
 	rm -rf .venv-latest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,8 +50,9 @@ def root(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A graph cache for the tests alone."""
-    folder = tmp_path_factory.mktemp("graphs")
+    """A graph cache for the tests alone, which the workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "graphs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AOFT_CACHE_DIR", str(folder))
         yield folder

@@ -16,7 +16,13 @@ from aoft_deploy.artefacts.registry import get_exporter, load_artefact
 from aoft_deploy.artefacts.timing import Subject, interleaved
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.file_format import checkpoint_file
-from aoft_deploy.errors import AoftError, CheckpointError, OutputError, SettingError
+from aoft_deploy.errors import (
+    AoftError,
+    CheckpointError,
+    OutputError,
+    SettingError,
+    optional_imports,
+)
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.output_paths import artefact_path, beside, check_output
@@ -39,6 +45,7 @@ CANDIDATES = (
 BATCHES, ROUNDS = (1, 8), 5
 
 
+@optional_imports()
 def export_fastest(
     checkpoint: Path,
     output: Path | None = None,

@@ -24,7 +24,7 @@ from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Rep
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, optional_imports
 from aoft_deploy.export.fleet_form import fleet_exporter, fleet_model
 from aoft_deploy.export.merged import describe_model
 from aoft_deploy.export.options import VerifyOptions
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["export_fleet"]
 
 
+@optional_imports()
 def export_fleet(
     checkpoints: Sequence[str | Path] | Mapping[str, str | Path | TunedModel],
     output: str | Path | None = None,

@@ -20,7 +20,7 @@ from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.classes import check_classes
 from aoft_deploy.data.normalisation import normalised
-from aoft_deploy.errors import SettingError
+from aoft_deploy.errors import SettingError, optional_imports
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.output_paths import artefact_path, beside
 from aoft_deploy.export.pipeline import Request, export_verified
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_model", "export_merged"]
 
 
+@optional_imports()
 def export_merged(
     checkpoint: str | Path | TunedModel,
     output: str | Path | None = None,

@@ -512,6 +512,7 @@ def test_unusable_uploads_are_reported_and_the_page_stays_usable(
     assert set(page.classify(BUNDLED / "colour-red.png")) == set(TASKS)
 
 
+@pytest.mark.stress
 def test_fifty_tasks_are_usable(
     demo: Demo, chrome: Any, installed: dict[str, str], tmp_path: Path
 ) -> None:

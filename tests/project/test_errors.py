@@ -74,7 +74,7 @@ def test_the_extra_of_a_package_installs_it() -> None:
     ("command", "package", "extra"),
     [
         ("aoft_deploy.cli.train --data digits --out {folder}/run", "accelerate", "train"),
-        ("aoft_deploy.cli.export --merge {folder}", "torch", "train"),
+        ("aoft_deploy.cli.export --merge {checkpoint} -o {folder}/a.onnx", "torch", "train"),
         ("aoft_deploy.cli.predict {artefact} {folder}/a.png", "onnxruntime", "cpu"),
         ("aoft_deploy.cli.bench {artefact} --plot {folder}/a.png", "matplotlib", "plots"),
         ("aoft_deploy.cli.serve --repository {folder}", "uvicorn", "serve"),
@@ -83,17 +83,21 @@ def test_the_extra_of_a_package_installs_it() -> None:
     ],
 )
 def test_a_command_names_the_extra_that_it_lacks(
-    command: str, package: str, extra: str, artefact: Path, tmp_path: Path
+    command: str, package: str, extra: str, artefact: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    module, *arguments = command.format(artefact=artefact, folder=tmp_path).split()
+    paths = {"artefact": artefact, "checkpoint": checkpoint, "folder": tmp_path}
+    module, *arguments = command.format(**paths).split()
     done = run_without(package, f"from {module} import main; exit(main())", *arguments)
     expected = f"error: {package} is not installed: run pip install 'aoft-deploy[{extra}]'.\n"
     assert (done.returncode, done.stderr) == (1, expected)
 
 
-@pytest.mark.parametrize("name", ["load", "register", "export_merged"])
-def test_a_public_name_that_needs_torch_names_the_extra_without_it(name: str) -> None:
-    done = run_without("torch", f"from aoft_deploy import {name}")
+@pytest.mark.parametrize("use", ["load", "register", "export_merged(sys.argv[1], sys.argv[2])"])
+def test_a_public_name_that_needs_torch_names_the_extra_without_it(
+    use: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    code = f"import sys, aoft_deploy; aoft_deploy.{use}"
+    done = run_without("torch", code, str(checkpoint), str(tmp_path / "a.onnx"))
     assert done.stderr.splitlines()[-1] == (
         "aoft_deploy.errors.MissingExtraError: torch is not installed: run pip install "
         "'aoft-deploy[train]'."

@@ -63,7 +63,7 @@ def test_every_measurement_names_its_script() -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_prints_the_documented_output(tmp_path: Path) -> None:
-    options = ["--epochs", "2", "--out", str(tmp_path / "run")]
+    options = ["--epochs", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "tools/quickstart.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     page = INSTALL.read_text("utf-8").partition("<!-- quickstart -->")[2]

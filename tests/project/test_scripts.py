@@ -110,9 +110,10 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
-    *("engines", "exporting", "fleet", "forms", "stress", "serving", "soak"),
+    *("engines", "exporting", "fleet", "forms", "serving"),
     *("training_step", "methods", "coverage"),
 )
+STRESS = ("stress", "soak")
 
 NOT_IN_TABLE = {
     "benchmarks/export/coverage_page.py": "a module of coverage.py",
@@ -175,7 +176,11 @@ def inputs(artefact: Path, fleet_artefact: Path, fleet_tasks: dict[str, Path]) -
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(script, marks=[pytest.mark.slow] if Path(script).stem in SLOW else [])
+        pytest.param(
+            script,
+            marks=[pytest.mark.slow] * (Path(script).stem in SLOW)
+            + [pytest.mark.stress] * (Path(script).stem in STRESS),
+        )
         for script in RUNS
     ],
 )
@@ -252,11 +257,11 @@ def test_a_peers_script_reports_a_missing_package(peer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("peer", "name", "nested"),
     [
-        pytest.param(peer, name, nested, id=peer)
-        for peer, name, nested in (
-            ("lit", "LitServe", False),
-            ("bento", "BentoML", True),
-            ("rays", "Ray Serve", False),
+        pytest.param(peer, name, nested, id=peer, marks=marks)
+        for peer, name, nested, marks in (
+            ("lit", "LitServe", False, ()),
+            ("bento", "BentoML", True, ()),
+            ("rays", "Ray Serve", False, pytest.mark.stress),
         )
         if importlib.util.find_spec(PEERS[peer]) is not None
     ],

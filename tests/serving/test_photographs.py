@@ -67,7 +67,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_every_client_gets_its_own_photograph_s_answer(
     serve: Callable[..., Any], fleet: Path, photographs: list[bytes]
 ) -> None:

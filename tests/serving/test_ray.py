@@ -90,7 +90,7 @@ def replicas() -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Ray is not made for this Python yet")
 def test_killing_a_replica_fails_only_its_own_requests(port: int) -> None:
     def ask(connection: http.client.HTTPConnection, model: str) -> tuple[int, Any]:

@@ -98,9 +98,7 @@ def test_a_cached_graph_has_no_weights_and_gives_the_models_logits(cache_dir: Pa
     assert not any(tensor.doc_string for tensor in filled.graph.initializer)
 
 
-@pytest.mark.parametrize(
-    ("method", "form"), [("aoft-lora-star", "mixed"), ("rlrr", "mixed"), ("rlrr", "folded")]
-)
+@pytest.mark.parametrize(("method", "form"), [("lora", "folded"), ("rlrr", "mixed")])
 def test_a_fleets_graph_is_cached_too(
     method: str,
     form: str,
