@@ -322,7 +322,9 @@ def test_the_command_prints_no_output_of_nncf(
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
         str(tmp_path / "a"),
         "verified",
+        "9",  # images, and the agreement that they show
         "manifest:",
+        "next:",
     ]
 
 
