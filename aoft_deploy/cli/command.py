@@ -61,15 +61,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments; an unknown option is reported before a missing one."""
-        args = sys.argv[1:] if args is None else list(args)
-        for word in args:
+        return super().parse_known_args(self._with_known_options(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ``parse_known_args``, which newer Pythons do not call for this."""
+        return super().parse_known_intermixed_args(self._with_known_options(args), namespace)
+
+    def _with_known_options(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments, or the process's; exit with 2 if an option is unknown."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = [o for o in self._option_string_actions if o.startswith("--")]
+        for word in words:
             option = word.partition("=")[0]
             if option == "--":
                 break
-            known = [o for o in self._option_string_actions if o.startswith("--")]
             if re.fullmatch(r"--\S+", option) and not any(o.startswith(option) for o in known):
                 self.error(f"Unknown option {option}.{close_matches(option, known)}")
-        return super().parse_known_args(args, namespace)
+        return words
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
