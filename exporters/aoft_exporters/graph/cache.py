@@ -156,7 +156,8 @@ Form = tuple[str, int, int, bool]
 def _forms(weights: Mapping[str, NDArray[Any]], names: Set[str]) -> Iterator[Form]:
     """Every form in which a graph can store these weights."""
     for name in sorted(names):
-        for count in (1, 3) if len(weights[name]) % 3 == 0 else (1,):
+        rows = weights[name].shape[:1]
+        for count in (1, 3) if rows and rows[0] % 3 == 0 else (1,):
             for block in range(count):
                 yield from ((name, block, count, transposed) for transposed in (True, False))
 

@@ -136,6 +136,26 @@ def test_a_graph_is_cached_only_without_weights_in_folded_constants(
     assert (next(cache_dir.iterdir()).stat().st_size > 0) == is_cached
 
 
+class Scaled(torch.nn.Module):
+    """A model with a parameter without axes, which constant folding replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.linear(pixel_values.mean((2, 3))) * (self.scale + 1)  # type: ignore[no-any-return]
+
+
+def test_a_folded_parameter_without_axes_prevents_caching_only(cache_dir: Path) -> None:
+    model, x = Scaled().eval(), np.ones((2, 3, 8, 8), np.float32)
+    computed = logits(graph_of(model, example(8), {"name": "scaled"}), x)
+    with torch.no_grad():
+        np.testing.assert_allclose(computed, model(torch.from_numpy(x)), atol=1e-5)
+    assert next(cache_dir.iterdir()).stat().st_size == 0
+
+
 def test_models_without_a_kind_are_not_cached(cache_dir: Path) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     for heads in (3, 6):  # repr and shapes are equal
