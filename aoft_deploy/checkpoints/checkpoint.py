@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from aoft_deploy.checkpoints.file_format import (
     FORMAT,
     checkpoint_file,
     parse_description,
+    read_described,
     read_tensors,
-    unreadable,
 )
 from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.preprocessing import Preprocessing
@@ -146,15 +147,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: The file is missing, damaged, not a checkpoint, or of a newer format.
     """
     path = checkpoint_file(path)
-    try:
-        tensors, metadata = read_tensors(path, "pt")
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(unreadable(path, error)) from error
-    if "aoft" not in metadata:
-        raise CheckpointError(unreadable(path, "no metadata"))
-    return parse_checkpoint(path, metadata["aoft"], tensors)
+    tensors, text = read_described(path, partial(read_tensors, framework="pt"))
+    return parse_checkpoint(path, text, tensors)
 
 
 def parse_checkpoint(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -12,9 +12,9 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,10 +29,12 @@ __all__ = [
     "MOST_TENSORS",
     "checkpoint_file",
     "parse_description",
+    "read_described",
     "read_sizes",
     "read_tensors",
-    "unreadable",
 ]
+
+Content = TypeVar("Content")
 
 FORMAT = 1
 """Version of the format that this code writes and reads."""
@@ -113,6 +115,29 @@ def read_sizes(path: Path) -> tuple[dict[str, int], dict[str, str]]:
         return sizes, file.metadata() or {}
 
 
+def read_described(
+    path: Path, read: Callable[[Path], tuple[Content, dict[str, str]]]
+) -> tuple[Content, str]:
+    """Read a checkpoint; return its content and the text that describes it.
+
+    Args:
+        path: The file.
+        read: Returns the content that is wanted and the metadata, such as ``read_sizes``.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is no checkpoint of this project.
+    """
+    try:
+        content, metadata = read(path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    if "aoft" not in metadata:
+        raise CheckpointError(_unreadable(path, "no metadata"))
+    return content, metadata["aoft"]
+
+
 def parse_description(path: Path, text: str) -> dict[str, Any]:
     """Parse a checkpoint's metadata, and check that every key has its type.
 
@@ -147,7 +172,7 @@ def parse_description(path: Path, text: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error} Upgrade aoft-deploy.") from error
 
 
-def unreadable(path: Path, error: object) -> str:
+def _unreadable(path: Path, error: object) -> str:
     """The sentence for a file from which no checkpoint could be read."""
     if file_kind(path) in ("torch", "pickle"):
         return (

@@ -13,11 +13,10 @@ from typing import Any
 from aoft_deploy.checkpoints.file_format import (
     checkpoint_file,
     parse_description,
+    read_described,
     read_sizes,
-    unreadable,
 )
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import CheckpointError
 from aoft_deploy.file_signatures import file_kind
 from aoft_deploy.files import file_digest
 from aoft_deploy.path_kinds import CHECKPOINT, run_folders
@@ -47,15 +46,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
         sizes = {name: tensor.numel() for name, tensor in read_published(path).items()}
         return {"kind": "published RLRR checkpoint", **file, **describe_sizes(sizes)}
-    try:
-        sizes, metadata = read_sizes(path)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(unreadable(path, error)) from error
-    if "aoft" not in metadata:
-        raise CheckpointError(unreadable(path, "no metadata"))
-    found = parse_description(path, metadata["aoft"])
+    sizes, text = read_described(path, read_sizes)
+    found = parse_description(path, text)
     del found["format"]
     found |= {"classes": list(found["classes"]), "activation": found["classes"].activation}
     found["preprocessing"] = Preprocessing.from_dict(found["preprocessing"]).to_dict()
