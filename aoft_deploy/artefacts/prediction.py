@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,8 @@ from PIL import Image
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
-from aoft_deploy.classes import Answer, Classes, check_classes
-from aoft_deploy.data.image_inputs import ImageInput, answer_each
+from aoft_deploy.classes import Classes, check_classes
+from aoft_deploy.data.image_inputs import ImageInput, Predictor, answer_each
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError
 
@@ -26,7 +25,7 @@ __all__ = ["Classifier", "load_classifier"]
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(Predictor):
     """Classifies images with an artefact.
 
     Attributes:
@@ -41,44 +40,21 @@ class Classifier:
     preprocessing: Preprocessing
     task: int | None = None
 
-    @overload
-    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
-        self, images: ImageInput, top: int | None = None
-    ) -> list[Answer]: ...
-    @overload
-    def predict(
-        self, images: Iterable[ImageInput], top: int | None = None
-    ) -> list[list[Answer]]: ...
-    def predict(
-        self, images: ImageInput | Iterable[ImageInput], top: int | None = None
-    ) -> list[Answer] | list[list[Answer]]:
-        """Classify images.
-
-        Args:
-            images: A path, a PIL image or an array of uint8 (height, width, 3), or many of them.
-            top: Number of most probable classes. None gives the best one; of independent labels
-                (sigmoid), all above 0.5. Plain values are always all given.
-
-        Returns:
-            For each image predictions, best first, or values; without the outer list for one image.
-
-        Raises:
-            ImageError: A file cannot be read, or something is no image.
-            ArtefactError: The number of logits differs from the number of classes.
-            VerificationError: A logit is not finite.
-        """
-        return answer_each(images, lambda batch: self.classes.answers(self._logits(batch), top))
-
     def scores(self, images: Iterable[ImageInput]) -> NDArray[np.float32]:
         """Probability or value of every class, (batch, classes).
 
         Raises:
             AoftError: As for ``predict``.
         """
-        rows = answer_each(images, lambda batch: [*self.classes.scores(self._logits(batch))])
+        rows = answer_each(images, lambda batch: [*self.classes.scores(self.image_logits(batch))])
         return np.reshape(rows, (-1, len(self.classes)))
 
-    def _logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def image_logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Logits, (batch, classes), of upright RGB images.
+
+        Raises:
+            ArtefactError: The number of logits differs from the number of classes.
+        """
         prepare = self.preprocessing.pixels if self.engine.takes_pixels else self.preprocessing
         batch = np.stack([prepare(image) for image in images])
         if self.task is None:

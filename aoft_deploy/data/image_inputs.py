@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,10 @@ from PIL import Image
 from aoft_deploy.data.images import read_image, to_rgb, upright
 from aoft_deploy.errors import ImageError
 
-__all__ = ["ImageInput", "answer_each", "rgb_image"]
+if TYPE_CHECKING:
+    from aoft_deploy.classes import Answer, Classes
+
+__all__ = ["ImageInput", "Predictor", "answer_each", "rgb_image"]
 
 BATCH = 16
 """Maximum number of images that are in memory at once."""
@@ -70,3 +73,41 @@ def answer_each(
     while batch := [*map(rgb_image, islice(given, BATCH))]:
         rows += answer(batch)
     return rows
+
+
+class Predictor:
+    """Base of what classifies images: a model in memory, or an artefact."""
+
+    classes: Classes
+
+    def image_logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Logits, (batch, classes), of upright RGB images."""
+        raise NotImplementedError
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
+        self, images: ImageInput, top: int | None = None
+    ) -> list[Answer]: ...
+    @overload
+    def predict(
+        self, images: Iterable[ImageInput], top: int | None = None
+    ) -> list[list[Answer]]: ...
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int | None = None
+    ) -> list[Answer] | list[list[Answer]]:
+        """Classify images.
+
+        Args:
+            images: A path, a PIL image or an array of uint8 (height, width, 3), or many of them.
+            top: Number of most probable classes. None gives the best one; of independent labels
+                (sigmoid), all above 0.5. Plain values are always all given.
+
+        Returns:
+            For each image predictions, best first, or values; without the outer list for one image.
+
+        Raises:
+            ImageError: A file cannot be read, or something is no image.
+            ArtefactError: An artefact has another number of logits than of classes.
+            VerificationError: A logit is not finite.
+        """
+        return answer_each(images, lambda few: self.classes.answers(self.image_logits(few), top))

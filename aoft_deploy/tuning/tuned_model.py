@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aoft_deploy.classes import Answer, Classes
-from aoft_deploy.data.image_inputs import ImageInput, answer_each
+from aoft_deploy.classes import Classes
+from aoft_deploy.data.image_inputs import Predictor
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.tuning.backbones.identity import Backbone, image_size
@@ -24,7 +25,7 @@ from aoft_deploy.tuning.updates.update import Update
 __all__ = ["TunedModel"]
 
 
-class TunedModel(nn.Module):
+class TunedModel(nn.Module, Predictor):
     """A frozen backbone with trained updates and a trained classifier, created by ``attach``.
 
     ``classes``, ``activation`` and ``preprocessing`` can be set; ``save`` writes them.
@@ -120,36 +121,19 @@ class TunedModel(nn.Module):
     def preprocessing(self, preprocessing: Preprocessing) -> None:
         self._preprocessing = preprocessing
 
-    @overload
-    def predict(  # type: ignore[overload-overlap]  # a text is one path, not many
-        self, images: ImageInput, top: int | None = None
-    ) -> list[Answer]: ...
-    @overload
-    def predict(
-        self, images: Iterable[ImageInput], top: int | None = None
-    ) -> list[list[Answer]]: ...
-    def predict(
-        self, images: ImageInput | Iterable[ImageInput], top: int | None = None
-    ) -> list[Answer] | list[list[Answer]]:
-        """Classify images in evaluation mode, as ``Classifier.predict`` does with an artefact.
-
-        Raises:
-            ImageError: A file cannot be read, or something is no image.
-            VerificationError: A logit is not finite.
-        """
+    @torch.inference_mode()
+    def image_logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Logits in evaluation mode, (batch, classes), of upright RGB images."""
+        inputs = torch.from_numpy(np.stack([self.preprocessing(image) for image in images]))
+        weight = self.backbone.get_parameter(self.classifier[0])
         training = self.training
         self.eval()
         try:
-            return answer_each(images, lambda batch: self._answers(batch, top))
+            logits = self(inputs.to(weight.device, weight.dtype))
         finally:
             self.train(training)
-
-    @torch.inference_mode()
-    def _answers(self, images: Sequence[Image.Image], top: int | None) -> list[list[Answer]]:
-        inputs = torch.from_numpy(np.stack([self.preprocessing(image) for image in images]))
-        weight = self.backbone.get_parameter(self.classifier[0])
-        logits = self(inputs.to(weight.device, weight.dtype))
-        return self.classes.answers(logits.float().cpu().numpy(), top)
+        found: NDArray[np.float32] = logits.float().cpu().numpy()
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, but keep the backbone's BatchNorm statistics."""
