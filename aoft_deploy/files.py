@@ -20,6 +20,7 @@ __all__ = [
     "json_text",
     "replacing",
     "settle",
+    "taken",
     "writable_folder",
     "write_json",
 ]
@@ -44,9 +45,14 @@ def check_new(path: Path, overwrite: bool, parameter: str) -> None:
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file: give another `{parameter}`.")
     if path.exists() and not overwrite:
-        raise OutputError(
-            f"{path} exists: give another `{parameter}`, or replace it with `overwrite=True`."
-        )
+        raise taken(path, parameter)
+
+
+def taken(path: Path, parameter: str) -> OutputError:
+    """The error for a result whose path exists; arguments as for ``check_new``."""
+    return OutputError(
+        f"{path} exists: give another `{parameter}`, or replace it with `overwrite=True`."
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Fine-tune a timm model with AOFT* updates in a loop of your own, with accelerate.
 
-    pip install "aoft-deploy[train,cpu]"
+    pip install "..[train,cpu]"
     python accelerate_loop.py
 
 Writes accelerate_run/model.ckpt, the trained task, and accelerate_run/model.onnx, verified.

@@ -1,6 +1,6 @@
 """Fine-tune a timm model with AOFT* updates in the Trainer of Hugging Face.
 
-    pip install "aoft-deploy[train,cpu]" transformers
+    pip install "..[train,cpu]" transformers
     python huggingface_trainer.py
 
 Writes trainer_run/model.ckpt, the trained task, and trainer_run/model.onnx, verified.

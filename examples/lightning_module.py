@@ -1,6 +1,6 @@
 """Fine-tune a timm model with AOFT* updates in Lightning; here with several labels per image.
 
-    pip install "aoft-deploy[train,cpu]" lightning
+    pip install "..[train,cpu]" lightning
     python lightning_module.py
 
 Writes lightning_run/model.ckpt, the trained task, and lightning_run/model.onnx, verified.

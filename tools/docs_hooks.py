@@ -15,6 +15,7 @@ import logging
 import os
 import posixpath
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = "https://github.com/aoft-deploy/aoft-deploy/blob/main"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+SOURCE = f"{PROJECT['urls']['Homepage']}/blob/main"
 
 COMMANDS = {
     f"aoft-{name}": f"aoft_deploy.cli.{name}"

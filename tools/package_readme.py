@@ -10,15 +10,19 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 __all__ = ["AbsoluteLinks", "absolute"]
 
-PROJECT = "aoft-deploy/aoft-deploy"
 RELATIVE = r"(?!https?:|mailto:|#|/)"
 
 
-def absolute(text: str) -> str:
-    """Markdown whose relative links and pictures lead into the repository."""
-    pictures = rf"\1https://raw.githubusercontent.com/{PROJECT}/main/"
+def absolute(text: str, home: str) -> str:
+    """Markdown whose relative links and pictures lead into the repository.
+
+    Args:
+        text: The Markdown.
+        home: Address of the repository on GitHub.
+    """
+    pictures = rf"\1{home}/raw/main/"
     text = re.sub(rf"""(!\[[^\]]*\]\(|\b(?:src|srcset)=["']){RELATIVE}""", pictures, text)
-    links = rf"\1https://github.com/{PROJECT}/blob/main/"
+    links = rf"\1{home}/blob/main/"
     return re.sub(rf"""(\]\(|\bhref=["']){RELATIVE}""", links, text)
 
 
@@ -27,5 +31,6 @@ class AbsoluteLinks(MetadataHookInterface):
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Set the dynamic field ``readme``."""
-        text = absolute(Path(self.root, "README.md").read_text("utf-8"))
+        home = metadata["urls"]["Homepage"]
+        text = absolute(Path(self.root, "README.md").read_text("utf-8"), home)
         metadata["readme"] = {"content-type": "text/markdown", "text": text}

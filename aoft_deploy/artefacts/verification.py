@@ -219,7 +219,7 @@ class Comparison:
             max_abs=self.max_abs,
             relative=self.max_abs / self.largest if self.largest else 0.0,
             agreement=agreement,
-            tolerance=self.allowed if math.isfinite(self.allowed) else None,
+            tolerance=self.allowed if by_tolerance else None,
             min_agreement=self.bar.min_agreement,
             agreement_shown=None if by_tolerance else min(shown, default=None),
         )

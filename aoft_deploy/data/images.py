@@ -280,7 +280,7 @@ def upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
         return rgb
     if method is not None:
         rgb = rgb.transpose(method)
-        rgb.info.clear()  # it still says how to turn it
+        rgb.info.clear()  # its EXIF data hold the orientation before the turn
     return rgb
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import check_unchanged, manifest_path, read_manifest
 from aoft_deploy.errors import ArtefactError, OutputError
+from aoft_deploy.files import taken
 
 __all__ = ["artefact_path", "beside", "check_output"]
 
@@ -55,9 +56,7 @@ def check_output(
     if exporter.marker and output in existing:
         _check_folder(exporter, output)
     if not overwrite:
-        raise OutputError(
-            f"{existing[0]} exists: give another `output`, or replace it with `overwrite=True`."
-        )
+        raise taken(existing[0], "output")
     try:
         if manifest in existing:
             read_manifest(manifest)

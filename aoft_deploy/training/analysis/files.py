@@ -8,7 +8,7 @@ from typing import Any
 
 from aoft_deploy.drawing import check_matplotlib, save_figure
 from aoft_deploy.errors import OutputError
-from aoft_deploy.files import json_text, settle, writable_folder
+from aoft_deploy.files import json_text, settle, taken, writable_folder
 from aoft_deploy.training.analysis.plots import FILES, draw
 
 __all__ = ["check_folder", "write_analysis"]
@@ -28,9 +28,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         if path.exists() and not path.is_file():
             raise OutputError(f"Cannot write {path}: it exists and is no file.")
         if path.exists() and not overwrite:
-            raise OutputError(
-                f"{path} exists: give another `plots`, or replace it with `overwrite=True`."
-            )
+            raise taken(path, "plots")
 
 
 def write_analysis(
