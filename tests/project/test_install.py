@@ -187,7 +187,8 @@ def test_a_package_index_shows_links_keywords_and_a_readme_that_works_there(
     links = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", outside_code)
     assert links and all(re.match(r"https?://|#", one or two) for one, two in links)
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", outside_code)
-    assert all(re.match(r"https://(raw\.githubusercontent|img\.shields)\.", p) for p in pictures)
+    addresses = r"https://(img\.shields\.io/|github\.com/[\w-]+/[\w-]+/raw/main/docs/)"
+    assert pictures and all(re.match(addresses, picture) for picture in pictures)
 
 
 def test_each_extra_brings_one_onnxruntime_at_most_and_torch_only_where_it_is_used(
