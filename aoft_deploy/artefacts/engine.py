@@ -21,11 +21,13 @@ class EngineOptions:
         engine: Name of the runtime; None means the one that verified the artefact.
         threads: CPU threads for one batch; None lets the runtime choose.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
+        lanes: Batches that a GPU computes at once, each with its own buffers and stream.
     """
 
     engine: str | None = None
     threads: int | None = None
     device: str | None = None
+    lanes: int = 1
 
 
 class Engine(Protocol):

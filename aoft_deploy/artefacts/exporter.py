@@ -23,13 +23,13 @@ class FleetSupport:
     Attributes:
         forms: Supported forms of a fleet, ``mixed`` first.
         export: Writes the model of a fleet and the tables of its tasks to a path.
-        load: Loads a fleet whose tasks can change, with a number of threads (None lets the runtime
-            choose). None if the tasks are fixed.
+        load: Loads a fleet whose tasks can change. Raises as ``Exporter.load`` does. None if the
+            tasks are fixed.
     """
 
     forms: tuple[str, ...]
     export: Callable[[FleetModel, Path, ExportSpec, FleetTables], None]
-    load: Callable[[Path, int | None], FleetEngine] | None = None
+    load: Callable[[Path, EngineOptions], FleetEngine] | None = None
 
 
 @dataclass(frozen=True)

@@ -90,21 +90,23 @@ def _no_artefact(path: Path) -> str:
     return f"{path} {reason}."
 
 
-def load_fleet(path: Path, threads: int | None = None) -> FleetEngine:
+def load_fleet(path: Path, options: EngineOptions = EngineOptions()) -> FleetEngine:
     """Load a fleet whose tasks can change: it takes the tables of its tasks as arguments.
 
     Args:
         path: The artefact.
-        threads: CPU threads for one batch; None lets the runtime choose.
+        options: Threads and device; ``engine`` must be None.
 
     Raises:
         ArtefactError: The artefact is not a fleet, or its tasks cannot change.
+        SettingError: The engine cannot run it on this device.
+        MissingExtraError: The runtime is not installed.
     """
     for exporter in exporters_of(path):
         if exporter.fleet is not None and exporter.fleet.load is not None:
             with unchanged(path):
                 check_unchanged(path)
-                return exporter.fleet.load(path, threads)
+                return exporter.fleet.load(path, options)
     able = sorted(e.name for e in exporters() if e.fleet is not None and e.fleet.load is not None)
     raise ArtefactError(
         f"{path} is no fleet whose tasks can change: export the checkpoints as a fleet with "

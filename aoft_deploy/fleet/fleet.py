@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import ArtefactInfo
-from aoft_deploy.artefacts.engine import FleetTables
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.registry import load_fleet
 from aoft_deploy.checkpoints.names import task_name
@@ -71,11 +71,12 @@ class Fleet:
         budget: Bytes of memory that the parameters of tasks may take; None: the machine's memory.
             Memory is taken when tasks are added and returned when they are removed.
         threads: Threads within an operator; None lets the runtime choose.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet.
         CheckpointError: The store cannot be used or is of another kind.
-        SettingError: The artefact's own tasks exceed the budget.
+        SettingError: The artefact's own tasks exceed the budget, or it does not run on the device.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Fleet:
         store: Path | str | TaskStore | None = None,
         budget: int | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> None:
-        self._engine = load_fleet(Path(path), threads)
+        self._engine = load_fleet(Path(path), EngineOptions(threads=threads, device=device))
         tables, self._engine.tables = self._engine.tables, None
         assert tables is not None
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.engine import FleetTables
+from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError, optional_imports
@@ -196,14 +196,15 @@ class OnnxFleet:
 
     Args:
         path: A file of ``export_fleet``.
-        threads: Threads within an operator; None lets ONNX Runtime choose.
+        options: Threads and device.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
-        MissingExtraError: ONNX Runtime is not installed.
+        SettingError: The device does not exist or does not start.
+        MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, options: EngineOptions = EngineOptions()) -> None:
         import onnx
 
         self.info: Mapping[str, str] = checked_metadata(path)
@@ -222,7 +223,8 @@ class OnnxFleet:
             shape = [axis, *stored[name].dims[1:]]
             kind = stored[name].data_type
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        self._session = session(proto.SerializeToString(), threads, "cpu", path)
+        device = options.device or "cpu"
+        self._session = session(proto.SerializeToString(), options.threads, device, path)
 
     def run(
         self,

@@ -97,19 +97,21 @@ class OpenvinoFleet:
 
     Args:
         path: A folder of ``export_fleet``.
-        threads: Threads within a batch; None lets OpenVINO choose.
+        options: Threads.
 
     Raises:
         ArtefactError: The folder is missing, damaged, or no fleet.
+        SettingError: The device is not the CPU.
         MissingExtraError: OpenVINO is not installed.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, options: EngineOptions = EngineOptions()) -> None:
+        _check_device(options)
         if not (path / MARKER).is_file():
             raise ArtefactError(f"There is no folder {path} with an {MARKER}.")
         if not (path / TASKS).is_file():
             raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
-        self._compiled = _Compiled(path, path / MARKER, threads)
+        self._compiled = _Compiled(path, path / MARKER, options.threads)
         self.info: Mapping[str, str] = self._compiled.info
         self.tables: FleetTables | None = _tables(path)
         check_digest(path)
@@ -276,8 +278,13 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> OpenvinoEngine
     Raises:
         SettingError: The device is not the CPU.
     """
+    _check_device(options)
+    return OpenvinoEngine(path, options.threads)
+
+
+def _check_device(options: EngineOptions) -> None:
+    """Raise SettingError unless the device is the CPU."""
     if options.device not in (None, "cpu"):
         raise SettingError(
             f"OpenVINO runs artefacts on the CPU, not on {options.device!r}: leave `device` out."
         )
-    return OpenvinoEngine(path, options.threads)
