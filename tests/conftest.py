@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from seeding import Seeding
 from served import Served
+from warm import keep_operator_table
 
 import aoft_deploy.tuning.backbones.bundled  # noqa: F401  (registers aoft_vit_nano with timm)
 from aoft_deploy.checkpoints.checkpoint import save
@@ -38,8 +39,9 @@ PREPROCESSING = Preprocessing(ARGS["img_size"], crop_pct=0.9, mean=MEAN, std=STD
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the random numbers of all tests reproducible."""
+    """Make the random numbers of all tests reproducible, and exports of small models quick."""
     config.pluginmanager.register(Seeding())
+    keep_operator_table()
 
 
 @pytest.fixture(scope="session")

@@ -77,15 +77,16 @@ def commands(block: str) -> list[str]:
 class Shell:
     """Runs commands in a folder, as a terminal would, without being one.
 
-    Args:
+    Attributes:
         folder: Working directory, which is left out of the output.
+        environment: Environment variables of the commands.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         cache = {"AOFT_CACHE_DIR": str(folder / ".cache")}
-        self._environment = {**cache, **os.environ, "PATH": path}
+        self.environment = {**cache, **os.environ, "PATH": path}
         self._servers: list[subprocess.Popen[bytes]] = []
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = str(free.getsockname()[1])
@@ -95,20 +96,25 @@ class Shell:
         actual = command.replace("127.0.0.1:8000", f"127.0.0.1:{self._port}")
         if command.endswith("&"):
             return self._start(f"{actual.removesuffix('&')} --port {self._port}")
-        bash = ["bash", "-c", actual]
+        code, output = self.execute(actual)
+        if code:
+            raise SystemExit(f"$ {command}\n{output}\nexit code {code}")
+        return self._as_shown(output)
+
+    def execute(self, command: str) -> tuple[int, str]:
+        """The exit code and the output of a command that ends by itself."""
+        bash = ["bash", "-c", command]
         done = subprocess.run(
-            bash, cwd=self._folder, env=self._environment, stdout=PIPE, stderr=STDOUT
+            bash, cwd=self.folder, env=self.environment, stdout=PIPE, stderr=STDOUT
         )
-        if done.returncode:
-            raise SystemExit(f"$ {command}\n{done.stdout.decode()}\nexit code {done.returncode}")
-        return self._as_shown(done.stdout)
+        return done.returncode, done.stdout.decode("utf-8", "replace")
 
     def _start(self, command: str) -> str:
-        log = self._folder / f".log-{len(self._servers)}"
+        log = self.folder / f".log-{len(self._servers)}"
         bash = ["bash", "-c", f"exec {command}"]
         with log.open("wb") as file:
             server = subprocess.Popen(
-                bash, cwd=self._folder, env=self._environment, stdout=file, stderr=STDOUT
+                bash, cwd=self.folder, env=self.environment, stdout=file, stderr=STDOUT
             )
         self._servers.append(server)
         end = time.monotonic() + 120
@@ -116,7 +122,7 @@ class Shell:
             if server.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"$ {command}\n{log.read_text('utf-8')}")
             time.sleep(0.1)
-        return self._as_shown(log.read_bytes())
+        return self._as_shown(log.read_text("utf-8", "replace"))
 
     def close(self) -> None:
         """End the servers."""
@@ -124,8 +130,8 @@ class Shell:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
 
-    def _as_shown(self, output: bytes) -> str:
-        text = output.decode("utf-8", "replace").replace(f"{self._folder}/", "")
+    def _as_shown(self, output: str) -> str:
+        text = output.replace(f"{self.folder}/", "")
         return text.replace("\r", "\n").replace(self._port, "8000")
 
 
@@ -153,11 +159,12 @@ def missing(block: str, printed: list[str]) -> list[str]:
     return [line for line in shown if masked(line) not in known and not _MACHINE.match(line)]
 
 
-def run_document(text: str) -> tuple[str, list[str]]:
+def run_document(text: str, make_shell: type[Shell] = Shell) -> tuple[str, list[str]]:
     """Run a document's commands.
 
     Args:
         text: The document.
+        make_shell: Runs the commands.
 
     Returns:
         The document with new outputs, and the lines of the old ones that are not printed now.
@@ -166,7 +173,7 @@ def run_document(text: str) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         write_pictures(folder)
-        shell = Shell(folder)
+        shell = make_shell(folder)
 
         def rewritten(match: re.Match[str]) -> str:
             lines, printed = [], []

@@ -426,7 +426,7 @@ def test_waiting_trainings_can_be_stopped_and_closed_pages_do_not_block_the_queu
     demo: Demo, open_page: Callable[..., DemoPage]
 ) -> None:
     first, second, third = open_page(), open_page(), open_page()
-    train(first, "first", 800)
+    train(first, "first", 200)
     first.shows("#curve", re.compile("Preparing|Starting|epochs"))
     for page in (second, third):
         train(page, "mine", 60)

@@ -44,7 +44,7 @@ def connection_with(client: DemoClient, request: bytes) -> socket.socket:
 def start_training(client: DemoClient) -> list[Any]:
     """Start a training, and return its processes; a thread receives its progress."""
     classes: list[Any] = ["", None] * 4
-    start = (SYNTHETIC, "shape", 800, "endless", "normal", *classes)
+    start = (SYNTHETIC, "shape", 60, "endless", "normal", *classes)
     curve_shown = threading.Event()
 
     def receive() -> None:

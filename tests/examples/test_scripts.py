@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 from aoft_deploy.artefacts.prediction import load_classifier
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
@@ -16,11 +15,8 @@ from aoft_deploy.data.synthetic import load_task
 
 def run(root: Path, name: str, folder: Path) -> str:
     """The output of an example."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(root / "examples" / name)]
-    found = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    found = run_python(root / "examples" / name, cwd=folder, env=environment)
     assert found.returncode == 0, found.stderr
     return found.stdout
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytest
 from checkout import ROOT
 from documents import DOCUMENTS, blocks, command_lines, commands, prose
+from forked import run_python
 from served import Served
 
 from aoft_deploy.cli.export import main as export_main
@@ -195,9 +196,33 @@ def test_python_code_runs_that_reads_files(
         run_code(path, f"127.0.0.1:{server.port}")
 
 
+class ForkingShell(transcripts.Shell):  # type: ignore[misc]
+    """Runs this package's commands in forked processes, and pipelines in bash."""
+
+    def execute(self, command: str) -> tuple[int, str]:
+        """The exit code and the output of a command."""
+        program, _, rest = command.partition(" ")
+        if not program.startswith("aoft-") or "|" in rest:
+            code, output = super().execute(command)
+            return int(code), str(output)
+        code, words = super().execute(f"printf '%s\\n' {rest}")
+        assert code == 0
+        module = f"aoft_deploy.cli.{program.removeprefix('aoft-')}"
+        done = run_python(
+            "-m", module, *words.splitlines(), cwd=self.folder, env=self.environment, joined=True
+        )
+        return done.returncode, done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSCRIPTS)
 def test_transcripts_show_what_the_commands_print(name: str) -> None:
-    command = [sys.executable, "tools/transcripts.py", "--check", name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, faults = transcripts.run_document((ROOT / name).read_text("utf-8"), ForkingShell)
+    assert faults == []
+
+
+def test_a_transcript_that_shows_other_lines_is_found() -> None:
+    text = "```console\n$ echo one more\none more\na line of another version\n```\n"
+    rewritten, faults = transcripts.run_document(text)
+    assert faults == ["a line of another version"]
+    assert "one more" in rewritten and "another version" not in rewritten

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkout import ROOT
 from documents import README
+from forked import run_python
 
 INSTALL = ROOT / "docs" / "start" / "install.md"
 
@@ -64,8 +63,8 @@ def test_every_measurement_names_its_script() -> None:
 @pytest.mark.slow
 def test_the_quickstart_prints_the_documented_output(tmp_path: Path) -> None:
     options = ["--epochs", "1", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "tools/quickstart.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python(ROOT / "tools" / "quickstart.py", *options, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     page = INSTALL.read_text("utf-8").partition("<!-- quickstart -->")[2]
     for line in page.split("```")[1].splitlines()[2:]:
         label = line[:46].strip()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 __all__ = ["ForkedPython", "run_python"]
 
-PRELOADED = ["torch", "timm", "onnxruntime", "onnxscript", "torchvision", "accelerate"]
+PRELOADED = ["timm", "onnxruntime", "torchvision", "accelerate", "sklearn.datasets", "warm_process"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -31,6 +31,7 @@ class ForkedPython:
         arguments: Arguments of ``python``: a script or ``-m module`` or ``-c code``, and its own.
         cwd: Working directory; None for this process's.
         env: Environment variables; None for this process's.
+        joined: Whether ``stdout`` has the errors too, in their order.
     """
 
     def __init__(
@@ -38,16 +39,18 @@ class ForkedPython:
         *arguments: object,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        joined: bool = False,
     ) -> None:
         self.arguments = [str(argument) for argument in arguments]
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         for file in self._outputs:
             file.touch()
+        outputs = [self._outputs[0]] * 2 if joined else self._outputs
         where = str(cwd or Path.cwd())
         self._process = _context.Process(
             target=_main,
-            args=(self.arguments, where, dict(os.environ if env is None else env), self._outputs),
+            args=(self.arguments, where, dict(os.environ if env is None else env), outputs),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -91,9 +94,10 @@ def run_python(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
+    joined: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a forked Python to its end; see ``ForkedPython``."""
-    return ForkedPython(*arguments, cwd=cwd, env=env).wait(timeout)
+    return ForkedPython(*arguments, cwd=cwd, env=env, joined=joined).wait(timeout)
 
 
 def _main(arguments: Sequence[str], cwd: str, env: Mapping[str, str], outputs: list[Path]) -> None:

@@ -214,8 +214,7 @@ def test_every_sample_of_a_mixed_batch_uses_the_prompts_of_its_task(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [SWIN, SWIN_V2])
+@pytest.mark.parametrize(("name", "method"), [(SWIN, "aoft-vpt-star"), (SWIN_V2, "vpt")])
 def test_an_exported_graph_with_prompts_in_windows_gives_the_logits_of_the_tuned_model(
     name: str, method: str, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from specs import export_spec
+from torch import nn
 
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import SettingError, UnknownNameError
@@ -201,11 +204,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Attention pooling with a learned query; masks, shifts and position biases; convolutions."""
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_other_architectures_agree_with_pytorch_in_the_precision(
-    architecture: str, precision: str, tmp_path: Path
-) -> None:
+@functools.cache
+def architecture_and_graph(architecture: str) -> tuple[nn.Module, Any]:
+    """A model with random weights, and its graph in float32."""
     name, arguments = ARCHITECTURES[architecture]
     model = timm.create_model(name, num_classes=5, **arguments).eval()
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +214,16 @@ def test_other_architectures_agree_with_pytorch_in_the_precision(
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {})
-    low = typed(plain_graph(model, spec), precision)
+    return model, plain_graph(model, spec)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_agree_with_pytorch_in_the_precision(
+    architecture: str, precision: str
+) -> None:
+    model, graph = copy.deepcopy(architecture_and_graph(architecture))
+    low = typed(graph, precision)
     onnx.checker.check_model(low, full_check=True)
     x = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
     found = run(emulated(low), pixel_values=x)
