@@ -25,7 +25,7 @@ from pathlib import Path
 import uvicorn
 
 from aoft_deploy.errors import OutputError
-from aoft_deploy.serving.batching.batcher import ENGINE
+from aoft_deploy.serving.batching.worker import ENGINE
 from aoft_deploy.serving.endpoints.application import Application
 from aoft_deploy.serving.log import JsonHandler, background, flush, log
 from aoft_deploy.serving.service import Service

@@ -26,6 +26,7 @@ from aoft_deploy.checkpoints.opening import open_checkpoint
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.serving.batching.worker import Replica
 from aoft_deploy.serving.endpoints.application import Application
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
@@ -112,13 +113,14 @@ def test_a_failed_start_is_reported_to_the_asgi_server(tmp_path: Path) -> None:
 def test_a_stuck_model_is_not_ready_and_the_others_answer(artefact: Path) -> None:
     async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         batcher: Any = service.models.artefacts["a"].batcher
-        gate, run, stopped = threading.Event(), batcher._run, threading.Event()
+        (worker,) = batcher._workers
+        gate, run, stopped = threading.Event(), worker.replica.run, threading.Event()
 
         def wait(images: Any, tasks: Any) -> Any:
             assert gate.wait(10)
             return run(images, tasks)
 
-        batcher._run, batcher._stop = wait, stopped.set
+        worker.replica = Replica(wait, stop=stopped.set)
         answer = await client.post("/v2/models/a/infer", json=asking())
         assert answer.status_code == 504 and "did not answer in time" in answer.json()["error"]
         assert stopped.is_set()
@@ -210,8 +212,9 @@ class Gate:
     """Blocks a batcher's engine until it is opened."""
 
     def __init__(self, batcher: Any) -> None:
-        self.reached, self._opened, self._run = threading.Event(), threading.Event(), batcher._run
-        batcher._run = self
+        (worker,) = batcher._workers
+        self.reached, self._opened = threading.Event(), threading.Event()
+        self._run, worker.replica = worker.replica.run, Replica(self)
 
     def __call__(self, images: Any, tasks: Any) -> Any:
         found = list(self._run(images, tasks))
@@ -536,7 +539,8 @@ def test_logits_that_are_not_finite_are_refused_with_the_reason(
 ) -> None:
     async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         batcher: Any = service.models.artefacts["a"].batcher
-        run = batcher._run
+        (worker,) = batcher._workers
+        run = worker.replica.run
 
         def overflowing(images: Any, tasks: Any) -> Any:
             for logits, classes in run(images, tasks):
@@ -544,7 +548,7 @@ def test_logits_that_are_not_finite_are_refused_with_the_reason(
                 logits[-1] = value
                 yield logits, classes
 
-        batcher._run = overflowing
+        worker.replica = Replica(overflowing)
         for address, content in (
             ("infer", json.dumps(asking()).encode()),
             ("infer", json.dumps(many(np.zeros((1, 3, 16, 16), np.float32))).encode()),

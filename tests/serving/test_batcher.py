@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from aoft_deploy.serving.batching.batcher import Answer, Batcher, NotFiniteError
+from aoft_deploy.serving.batching.batcher import Batcher
 from aoft_deploy.serving.batching.collector import Collector
+from aoft_deploy.serving.batching.worker import Answer, NotFiniteError, Replica
 from aoft_deploy.serving.deadlines import TICK, Deadlines
 from aoft_deploy.serving.protocol.refusals import Refusal
 
@@ -139,9 +140,9 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-def batcher(engine: Engine, **changes: Any) -> Batcher:
+def batcher(engine: Engine, stop: Callable[[], object] | None = None, **changes: Any) -> Batcher:
     options = {"max_rows": 8, "max_wait": 0.005, "capacity": 64, **changes}
-    return Batcher(engine, **options)
+    return Batcher([Replica(engine, stop=stop)], **options)
 
 
 def sample(*values: float) -> NDArray[np.float32]:
@@ -282,7 +283,7 @@ def test_a_hung_engine_fails_its_requests_and_is_used_again_later() -> None:
         await until(lambda: not subject.stuck)
         subject._engine_seconds = math.inf  # from here on the test triggers the watchdog
         running, queued = await engine.blocked(subject, 5.0, 6.0)
-        subject._time_out()
+        subject._time_out(subject._workers[0])
         for task, status in ((running, 504), (queued, 503)):
             with pytest.raises(Refusal) as caught:
                 await task

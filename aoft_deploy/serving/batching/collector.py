@@ -1,15 +1,16 @@
 """The choice of the next batch and of its time. Independent of clock, threads and server.
 
-A batch is sent when the engine is free and the expected number of rows is waiting: the rows of the
-previous batch, whose clients are likely to send again, and the rows that queued meanwhile. Fewer
-rows are sent after a short wait. A single client therefore never waits, and clients that send one
+A batch is sent when a worker is free and the expected number of rows is waiting: the rows of the
+previous batch, whose clients are likely to send again, and the rows that queued meanwhile. Workers
+share the rows: with those that are running in other workers, each expects an equal part. Fewer rows
+are sent after a short wait. A single client therefore never waits, and clients that send one
 request after another share batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
 __all__ = ["Collector"]
@@ -18,7 +19,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Collector(Generic[Item]):
-    """The queue of requests for one engine, first in, first out.
+    """The queue of requests for one artefact, first in, first out.
 
     Attributes:
         rows: Number of samples in the queue.
@@ -51,13 +52,21 @@ class Collector(Generic[Item]):
         rows, _ = self._waiting.pop(item, (0, 0.0))
         self.rows -= rows
 
-    def engine_free(self, rows: int, now: float) -> None:
-        """Note that the engine has finished a batch of ``rows``."""
-        self._expected = min(max(rows + self.rows, 1), self._max_rows)
-        self._free_since = now
+    def engine_free(self, rows: int, now: float, others: Sequence[int] = ()) -> None:
+        """Note that a worker has finished a batch.
+
+        Args:
+            rows: Number of samples in the batch.
+            now: The time.
+            others: Number of samples that each other worker is running, 0 for an idle one.
+        """
+        share = math.ceil((rows + self.rows + sum(others)) / (1 + len(others)))
+        self._expected = min(max(share, 1), self._max_rows)
+        if 0 not in others:  # no worker was free before
+            self._free_since = now
 
     def wait(self, now: float) -> float | None:
-        """Seconds until the next batch is sent to a free engine; None if the queue is empty."""
+        """Seconds until the next batch is sent to a free worker; None if the queue is empty."""
         if not self._waiting:
             return None
         if self.rows >= self._expected:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import AoftError, SettingError, UnknownNameError
-from aoft_deploy.serving.batching.batcher import Answer, NotFiniteError
+from aoft_deploy.serving.batching.worker import Answer, NotFiniteError
 from aoft_deploy.serving.endpoints.images import decode_sample
 from aoft_deploy.serving.log import log
 from aoft_deploy.serving.protocol.messages import VERSION, format_answer, parse_request

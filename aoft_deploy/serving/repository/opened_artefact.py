@@ -24,7 +24,8 @@ from aoft_deploy.classes import Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
-from aoft_deploy.serving.batching.batcher import Batcher, Run
+from aoft_deploy.serving.batching.batcher import Batcher
+from aoft_deploy.serving.batching.worker import Replica, Run
 from aoft_deploy.serving.protocol.tensors import DTYPES, Tensor
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.texts import one_line
@@ -107,12 +108,11 @@ def open_artefact(
     tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
     _warm_up(path, run, tensor, tasks, width, settings.max_batch)
     batcher = Batcher(
-        run,
+        [Replica(run, stop=cast("Callable[[], object] | None", stop))],
         max_rows=settings.max_batch,
         max_wait=settings.max_wait,
         capacity=settings.queue,
         engine_seconds=settings.engine_timeout,
-        stop=cast("Callable[[], object] | None", stop),
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing

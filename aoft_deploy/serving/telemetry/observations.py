@@ -68,8 +68,10 @@ class Observations:
         yield gauge("aoft_in_flight", "Requests not answered yet.", (), {(): self.in_flight})
         waiting = {(name,): float(a.batcher.waiting) for name, a in artefacts.items()}
         yield gauge("aoft_queue_depth", "Requests that wait for an engine.", ("artefact",), waiting)
-        stuck = {(name,): float(a.batcher.stuck) for name, a in artefacts.items()}
-        yield gauge("aoft_engine_stuck", "Engines that do not return.", ("artefact",), stuck)
+        hung = {(name,): float(a.batcher.hung) for name, a in artefacts.items()}
+        yield gauge("aoft_engine_stuck", "Batches that do not return.", ("artefact",), hung)
+        workers = {(name,): float(a.batcher.workers) for name, a in artefacts.items()}
+        yield gauge("aoft_engine_workers", "Batches that run at once.", ("artefact",), workers)
         counts = {
             (name, key): float(value)
             for name, a in artefacts.items()
