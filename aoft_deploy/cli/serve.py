@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from aoft_deploy.cli.command import Parser, run
 from aoft_deploy.serving.settings import PARSERS, Settings, read_toml
@@ -33,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
         if entry.type == "bool":
             options.add_argument(flag, action="store_true", default=None, help=help)
         else:
-            shown = "" if entry.default is None else f" (default {entry.default})"
-            options.add_argument(flag, type=PARSERS[str(entry.type)], help=help + shown)
+            shown = "" if entry.default in (None, ()) else f" (default {entry.default})"
+            several: dict[str, Any] = {"nargs": "+"} if "tuple" in str(entry.type) else {}
+            options.add_argument(flag, type=PARSERS[str(entry.type)], help=help + shown, **several)
     return options
 
 
@@ -44,7 +46,8 @@ def serve(options: argparse.Namespace) -> None:
     paths = options.artefacts or config.get("artefacts", [])
     config.pop("artefacts", None)
     flags = {f.name: getattr(options, f.name) for f in fields(Settings)}
-    settings = Settings(**config | {name: v for name, v in flags.items() if v is not None})
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items() if v is not None}
+    settings = Settings(**config | given)
     from aoft_deploy.serving import server
     from aoft_deploy.serving.memory import return_large_blocks
     from aoft_deploy.serving.repository.names import artefact_name

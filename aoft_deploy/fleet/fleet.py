@@ -9,7 +9,8 @@ tasks than fit into memory. Needs neither torch nor timm.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ class Fleet:
             Memory is taken when tasks are added and returned when they are removed.
         threads: Threads within an operator; None lets the runtime choose.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
+        lanes: Batches that a GPU computes at once.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet.
@@ -87,8 +89,10 @@ class Fleet:
         budget: int | None = None,
         threads: int | None = None,
         device: str | None = None,
+        lanes: int = 1,
     ) -> None:
-        self._engine = load_fleet(Path(path), EngineOptions(threads=threads, device=device))
+        options = EngineOptions(threads=threads, device=device, lanes=lanes)
+        self._engine = load_fleet(Path(path), options)
         tables, self._engine.tables = self._engine.tables, None
         assert tables is not None
         try:
@@ -161,12 +165,32 @@ class Fleet:
             SettingError: A task of that name exists, in memory or in the store, or the tasks added
                 leave no room for it in the budget.
         """
-        path = Path(checkpoint)
-        name = task_name(path) if name is None else name
-        with unchanged(path):
-            task = read_task(path, self.kind)
-        self._tasks.add(name, task, replace=replace)
+        name = task_name(Path(checkpoint)) if name is None else name
+        self._tasks.add(name, self.read(checkpoint), replace=replace)
         return name
+
+    def read(self, checkpoint: Path | str) -> TaskParameters:
+        """Read a task of this fleet's kind from its ``model.ckpt``, without adding it.
+
+        Raises:
+            CheckpointError: The file is damaged, does not belong to this fleet, or was changed
+                while it was read.
+        """
+        path = Path(checkpoint)
+        with unchanged(path):
+            return read_task(path, self.kind)
+
+    def staged(self, task: TaskParameters) -> AbstractContextManager[Callable[[str, bool], None]]:
+        """Context manager: hold a task that ``read`` returned in memory, without a name.
+
+        Yields:
+            Function that gives the task a name, and may replace a task of that name if its second
+            argument is true. Without this call, the memory is returned at the end.
+
+        Raises:
+            SettingError: The tasks added leave no room for it in the budget.
+        """
+        return self._tasks.staged(task)
 
     def remove(self, name: str) -> None:
         """Remove a task. Its memory is reused once the requests that hold it have ended.

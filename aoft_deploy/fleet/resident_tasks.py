@@ -7,7 +7,7 @@ request waits for room only while it holds no task, so requests cannot deadlock.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -107,19 +107,44 @@ class ResidentTasks:
         """
         if not replace and name in self:
             raise _name_in_use(name)
+        with self.staged(task) as publish:
+            publish(name, replace)
+
+    @contextmanager
+    def staged(self, task: TaskParameters) -> Iterator[Callable[[str, bool], None]]:
+        """Context manager: hold a task in a slot without a name, after waiting for room.
+
+        Yields:
+            Function that publishes the task under a name, and may replace a task of that name if
+            its second argument is true. Without this call, the slot is freed at the end.
+
+        Raises:
+            SettingError: There is no room for the task.
+        """
         while True:
             changes = self._changes
             slot = self._write(task)
             if slot is not None:
                 break
             self._wait(changes)
-        with self._changing():
-            if name in self._slots.slots:
-                if not replace:
+        published = False
+
+        def publish(name: str, replace: bool) -> None:
+            nonlocal published
+            with self._changing():
+                if name in self._slots.slots:
+                    if not replace:
+                        raise _name_in_use(name)
+                    self._slots.remove(name)
+                self._slots.publish(slot, name, task.classes, evictable=False)
+                published = True
+
+        try:
+            yield publish
+        finally:
+            if not published:
+                with self._changing():
                     self._slots.free(slot)
-                    raise _name_in_use(name)
-                self._slots.remove(name)
-            self._slots.publish(slot, name, task.classes, evictable=False)
 
     def remove(self, name: str) -> None:
         """Remove a task permanently, also one of the store.

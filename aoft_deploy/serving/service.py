@@ -99,7 +99,8 @@ class Service:
             if unready:
                 log("not ready", reason=f"The server is {unready}.")
             else:
-                log("ready", models=sorted(self.models.artefacts))
+                models = self.models
+                log("ready", models=sorted(models.artefacts), devices=models.devices)
         if self.settings.follow:
             self._follower = asyncio.create_task(self.repository.follow())
 

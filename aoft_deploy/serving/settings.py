@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,7 +12,7 @@ from typing import Any
 from aoft_deploy.errors import SettingError
 from aoft_deploy.processors import processors
 
-__all__ = ["PARSERS", "Settings", "read_toml"]
+__all__ = ["PARSERS", "Settings", "device_name", "read_toml"]
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
@@ -20,6 +21,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "int | None": int,
     "float": float,
     "Path | None": Path,
+    "tuple[str, ...]": str,
 }
 """Converts the text of a command-line option, by the annotation of the setting."""
 
@@ -55,7 +57,8 @@ class Settings:
         metadata=_about("more tasks of the fleet, read on demand: a folder or a packed file"),
     )
     budget: int | None = field(
-        default=None, metadata=_about("bytes of memory that a fleet's tasks may take", 1)
+        default=None,
+        metadata=_about("bytes of memory that a fleet's tasks may take on each device", 1),
     )
     admin_token_file: Path | None = field(
         default=None,
@@ -70,10 +73,17 @@ class Settings:
             "they were verified with"
         ),
     )
-    device: str | None = field(
+    device: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "devices, written after the artefacts: cpu, cuda, cuda:1 …; each gets a replica of all "
+            "models; default: the engine's choice"
+        ),
+    )
+    lanes: int | None = field(
         default=None,
         metadata=_about(
-            "device of merged models: cpu, cuda, cuda:1 …; default: the engine's choice"
+            "batches that each device computes at once; default: 2 on a GPU, 1 on the CPU", 1, 64
         ),
     )
     threads: int | None = field(default=None, metadata=_about("threads of an engine", 1, 1024))
@@ -145,6 +155,16 @@ class Settings:
                 raise SettingError(f"`{entry.name}` is {value!r}: use {limits}.")
         if self.http not in ("h11", "httptools"):
             raise SettingError(f"`http` is {self.http!r}: use h11 or httptools.")
+        for device in self.device:
+            if not (isinstance(device, str) and re.fullmatch(r"[a-z]+(:\d+)?", device)):
+                raise SettingError(
+                    f"`device` has {device!r}: use cpu, cuda, cuda:1 …, and write artefacts before "
+                    "the devices."
+                )
+        names = [device_name(device) for device in self.device]
+        for name in names:
+            if names.count(name) > 1:
+                raise SettingError(f"`device` has {name} twice: name each device once.")
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -155,6 +175,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "int | None": (int,),
     "float": (int, float),
     "Path | None": (Path,),
+    "tuple[str, ...]": (tuple,),
 }
 _WORDS: dict[type, str] = {
     str: "a text",
@@ -162,7 +183,14 @@ _WORDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     Path: "a path",
+    tuple: "a text or a list of texts",
 }
+
+
+def device_name(device: str) -> str:
+    """A device's name with its number: ``cuda`` is ``cuda:0``, and the CPU has none."""
+    kind, _, index = device.partition(":")
+    return kind if kind == "cpu" else f"{kind}:{int(index or 0)}"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -188,6 +216,8 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise SettingError(f"{path} has an unknown setting {key!r}. Known: {names}.")
         elif "Path" in known[name] and isinstance(value, str):
             found[name] = path.parent / value
+        elif "tuple" in known[name] and isinstance(value, str | list):
+            found[name] = (value,) if isinstance(value, str) else tuple(value)
         else:
             found[name] = value
     return found

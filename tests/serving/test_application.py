@@ -394,14 +394,15 @@ def test_a_request_that_runs_in_parts_is_answered_by_one_version(
 
     async def scenario(client: httpx.AsyncClient, service: Service) -> None:
         fleet: Any = service.models.find("task").artefact.fleet
-        run, rows = fleet._engine.run, list[int]()
+        (only,) = fleet.fleets
+        run, rows = only._engine.run, list[int]()
 
         def exchanging(part: Any, *rest: Any) -> Any:
             rows.append(len(part))
-            fleet.add(versions[len(rows) % 2][0], "task", replace=True)
+            fleet.add(versions[len(rows) % 2][0], "task")
             return run(part, *rest)
 
-        fleet._engine.run = exchanging
+        only._engine.run = exchanging
         found = labels(await client.post("/v2/models/task/infer", json=many(images)))
         path, classes = versions[0]
         logits = expected(path, backbone_weights, images)
@@ -432,7 +433,7 @@ def test_labels_stay_right_while_a_task_is_replaced_in_a_loop(
             turn = 0
             while not done:
                 turn += 1
-                await asyncio.to_thread(fleet.add, versions[turn % 2][0], "task", replace=True)
+                await asyncio.to_thread(fleet.add, versions[turn % 2][0], "task")
 
         async def ask() -> None:
             for _ in range(40):

@@ -107,7 +107,7 @@ def test_requests_of_different_tasks_share_batches(served: Any) -> None:
     assert float(values['aoft_batch_size_sum{artefact="fleet"}']) > 1.5 * batches
     assert values["aoft_ready"] == "1" and float(values["aoft_in_flight"]) == 1
     assert values['aoft_queue_depth{artefact="fleet"}'] == "0"
-    assert float(values['aoft_resident{artefact="fleet",key="tasks"}']) >= 2
+    assert float(values['aoft_resident{artefact="fleet",device="cpu",key="tasks"}']) >= 2
     assert float(values['aoft_engine_seconds_total{artefact="fleet"}']) > 0
     for stage in ("queue", "engine", "request"):
         assert float(values[f'aoft_stage_seconds_count{{artefact="fleet",stage="{stage}"}}']) >= 200

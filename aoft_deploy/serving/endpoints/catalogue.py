@@ -97,6 +97,9 @@ class Catalogue:
                 "max_batch_size": settings.max_batch,
                 "input": [_tensor_config(tensor.name, tensor.datatype, tensor.shape)],
                 "output": [_tensor_config(OUTPUT, "FP32", (len(classes),))],
+                "instance_group": [
+                    _instance_group(*entry) for entry in model.artefact.devices.items()
+                ],
                 "parameters": {"activation": {"string_value": classes.activation}},
                 "version_policy": {"latest": {"num_versions": 1}},
                 "dynamic_batching": {
@@ -194,6 +197,14 @@ class Catalogue:
 
 def _tensor_config(name: str, datatype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"name": name, "data_type": f"TYPE_{datatype}", "dims": list(shape)}
+
+
+def _instance_group(device: str, lanes: int) -> dict[str, Any]:
+    """A device in Triton's form, with the number of batches that it computes at once."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return {"name": device, "kind": "KIND_CPU", "count": lanes}
+    return {"name": device, "kind": "KIND_GPU", "count": lanes, "gpus": [int(index or 0)]}
 
 
 def _json(content: Any) -> Response:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aoft_deploy.classes import Classes
 from aoft_deploy.errors import SettingError, UnknownNameError
-from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.fleet.replicas import FleetReplicas
 from aoft_deploy.serving.protocol.messages import VERSION
 from aoft_deploy.serving.protocol.refusals import Refusal, unknown_model
 from aoft_deploy.serving.repository.names import check_name
@@ -65,6 +65,11 @@ class Models:
             for a in self.artefacts.values()
         )
 
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices that run models."""
+        return sorted({device for a in self.artefacts.values() for device in a.devices})
+
     def find(self, name: str, version: str = VERSION) -> Model:
         """The model that has this name now.
 
@@ -104,7 +109,7 @@ class Models:
         opened = await in_thread(open_artefact, name, path, self._settings, self._observe)
         if opened.fleet is not None:
             for task, checkpoint in self._added.items():
-                await in_thread(opened.fleet.add, checkpoint, task, replace=True)
+                await in_thread(opened.fleet.add, checkpoint, task)
         names = _resident(opened)
         for task in names:
             check_name(task)
@@ -130,7 +135,7 @@ class Models:
             )
         if name in self.artefacts:
             raise SettingError(f"{path} has the name of another artefact: rename it.")
-        await in_thread(fleet.add, path, name, replace=True)
+        await in_thread(fleet.add, path, name)
         self._added[name] = path
 
     async def remove(self, name: str) -> None:
@@ -159,7 +164,7 @@ class Models:
             artefact.batcher.close()
 
 
-def _all_names(fleet: Fleet) -> set[str]:
+def _all_names(fleet: FleetReplicas) -> set[str]:
     return fleet.names
 
 

@@ -1,15 +1,16 @@
-"""An artefact opened for serving: its warmed-up engine, its batcher and its metadata.
+"""An artefact opened for serving: its warmed-up engines, its batcher and its metadata.
 
-This is the only module of the server that opens engines.
+This is the only module of the server that opens engines. With several devices, each gets a replica.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from PIL.Image import Image
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
+from aoft_deploy.artefacts.manifest import unchanged
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.artefacts.registry import exporters_of, load_artefact
 from aoft_deploy.artefacts.spec import InputSpec
@@ -24,13 +26,17 @@ from aoft_deploy.classes import Classes
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.fleet.replicas import FleetReplicas
 from aoft_deploy.serving.batching.batcher import Batcher
 from aoft_deploy.serving.batching.worker import Replica, Run
 from aoft_deploy.serving.protocol.tensors import DTYPES, Tensor
-from aoft_deploy.serving.settings import Settings
+from aoft_deploy.serving.settings import Settings, device_name
 from aoft_deploy.texts import one_line
 
 __all__ = ["Artefact", "open_artefact"]
+
+GPU_LANES = 2
+"""Batches that a GPU computes at once by default: one is copied while the other is computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +49,11 @@ class Artefact:
         platform: Name of its format in the protocol.
         tensor: Its input.
         prepare: Converts an upright RGB image to one sample of the input.
-        batcher: Its queue and engine.
+        devices: Number of lanes of its replica on each device, by name: ``cpu``, ``cuda:0`` …
+        batcher: Its queue and engines.
         preprocessing: The preprocessing that ``prepare`` applies.
         classes: Classes of a merged model, in the order of its logits; empty for a fleet.
-        fleet: The fleet, whose tasks are the models; None for a merged model.
+        fleet: The replicas of the fleet, whose tasks are the models; None for a merged model.
     """
 
     name: str
@@ -54,10 +61,11 @@ class Artefact:
     platform: str
     tensor: Tensor
     prepare: Callable[[Image], NDArray[Any]]
+    devices: dict[str, int]
     batcher: Batcher
     preprocessing: Preprocessing
     classes: Classes
-    fleet: Fleet | None
+    fleet: FleetReplicas | None
 
 
 def open_artefact(
@@ -66,7 +74,9 @@ def open_artefact(
     settings: Settings,
     observe: Callable[[str, int, float], object] | None = None,
 ) -> Artefact:
-    """Open an artefact, run it with batches of 1 and of the maximum size, and check the answers.
+    """Open an artefact on each device, run all its lanes, and check the answers.
+
+    Each lane runs batches of 1 and of the maximum size.
 
     Args:
         name: As the attribute.
@@ -76,39 +86,44 @@ def open_artefact(
 
     Raises:
         ArtefactError: It is damaged, refers to other files, or gives malformed answers.
-        SettingError: It is a fleet, but the settings choose an engine or a device.
+        SettingError: It is a fleet, but the settings choose an engine, or it does not run on a
+            device.
         MissingExtraError: Its engine's package is not installed.
     """
-    info = read_metadata(path) if path.suffix == ".onnx" else None
-    engine = None
-    if info is None or "tasks" not in info:
-        options = EngineOptions(settings.engine, settings.threads, settings.device)
-        engine = load_artefact(path, options)
-    fleet: Fleet | None = None
-    if engine is None or engine.takes_tasks:
-        engine = None
-        if settings.engine is not None or settings.device not in (None, "cpu"):
-            raise SettingError(
-                f"{path} is a fleet, which runs on the CPU in the engine that it was exported for: "
-                "leave `engine` and `device` out."
-            )
-        fleet = Fleet(path, store=settings.store, budget=settings.budget, threads=settings.threads)
-        preprocessing, pixels, stop = fleet.preprocessing, False, None
-        run: Run = partial(fleet.predict, rows=settings.max_batch)
-        classes = Classes(())
+    with unchanged(path):  # all replicas are of one version
+        options = _options(path, settings)
+        info = read_metadata(path) if path.suffix == ".onnx" else None
+        engines: list[Engine] = []
+        if info is None or "tasks" not in info:
+            engines = [load_artefact(path, each) for each in options]
+        fleet: FleetReplicas | None = None
+        if not engines or engines[0].takes_tasks:
+            engines = []
+            fleet = _open_fleet(path, settings, options)
+    if fleet is not None:
+        preprocessing, pixels, classes = fleet.preprocessing, False, Classes(())
+        runs: list[Run] = [partial(each.predict, rows=settings.max_batch) for each in fleet.fleets]
+        stops: list[Any] = [None for _ in runs]
+        names = [device_name(each.device or "cpu") for each in options]
         tasks = [next(iter(fleet.tasks))]
         width = len(fleet.classes(tasks[0]))
     else:
-        described = ArtefactInfo(engine.info, str(path))
+        described = ArtefactInfo(engines[0].info, str(path))
         preprocessing, classes = described.preprocessing, described.classes
-        pixels, stop = engine.takes_pixels, getattr(engine, "stop", None)
-        run = partial(_run_merged, engine, classes, settings.max_batch)
+        pixels = engines[0].takes_pixels
+        runs = [partial(_run_merged, each, classes, settings.max_batch) for each in engines]
+        stops = [getattr(each, "stop", None) for each in engines]
+        names = [each.device for each in engines]
         tasks, width = [""], len(classes)
+    lanes = [each.lanes for each in options]
+    replicas = [Replica(*each) for each in zip(runs, lanes, stops, strict=True)]
     spec = InputSpec.of(preprocessing, pixels)
     tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
-    _warm_up(path, run, tensor, tasks, width, settings.max_batch)
+    for device, replica in zip(names, replicas, strict=True):
+        where = f"{path} on {device}" if len(names) > 1 else str(path)
+        _warm_up(where, replica, tensor, tasks, width, settings.max_batch)
     batcher = Batcher(
-        [Replica(run, stop=cast("Callable[[], object] | None", stop))],
+        replicas,
         max_rows=settings.max_batch,
         max_wait=settings.max_wait,
         capacity=settings.queue,
@@ -116,8 +131,50 @@ def open_artefact(
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing
-    platform = exporters_of(path)[0].platform
-    return Artefact(name, path, platform, tensor, prepare, batcher, preprocessing, classes, fleet)
+    platform, devices = exporters_of(path)[0].platform, dict(zip(names, lanes, strict=True))
+    return Artefact(
+        name, path, platform, tensor, prepare, devices, batcher, preprocessing, classes, fleet
+    )
+
+
+def _options(path: Path, settings: Settings) -> list[EngineOptions]:
+    """The options of the engine on each device."""
+    built_for_gpu = any(exporter.device is not None for exporter in exporters_of(path)[:1])
+    devices: Sequence[str | None] = settings.device or [None]
+    return [
+        EngineOptions(
+            settings.engine,
+            settings.threads,
+            device,
+            settings.lanes or (GPU_LANES if _is_gpu(device, built_for_gpu) else 1),
+        )
+        for device in devices
+    ]
+
+
+def _is_gpu(device: str | None, built_for_gpu: bool) -> bool:
+    return built_for_gpu if device is None else device != "cpu"
+
+
+def _open_fleet(path: Path, settings: Settings, options: Sequence[EngineOptions]) -> FleetReplicas:
+    if settings.engine is not None:
+        raise SettingError(
+            f"{path} is a fleet, which runs in the engine that it was exported for: leave `engine` "
+            "out."
+        )
+    return FleetReplicas(
+        [
+            Fleet(
+                path,
+                store=settings.store,
+                budget=settings.budget,
+                threads=each.threads,
+                device=each.device,
+                lanes=each.lanes,
+            )
+            for each in options
+        ]
+    )
 
 
 def _run_merged(
@@ -130,17 +187,47 @@ def _run_merged(
 
 
 def _warm_up(
-    path: Path, run: Run, tensor: Tensor, tasks: list[str], width: int, max_rows: int
+    path: str, replica: Replica, tensor: Tensor, tasks: list[str], width: int, max_rows: int
 ) -> None:
+    """Run every lane of a replica with batches of 1 and of the maximum size."""
     for rows in sorted({1, max_rows}):
         batch = np.zeros((rows, *tensor.shape), DTYPES[tensor.datatype])
+        run = partial(_check_answers, path, replica.run, batch, tasks * rows, width)
+        _run_at_once(run, replica.lanes)
+
+
+def _check_answers(path: str, run: Run, batch: NDArray[Any], tasks: list[str], width: int) -> None:
+    try:
+        logits = np.stack([logits for logits, _ in run(batch, tasks)])
+    except Exception as error:  # each runtime has its own exceptions
+        raise ArtefactError(f"{path} does not run ({one_line(error, 160)}).") from error
+    if logits.shape != (len(batch), width) or not np.isfinite(logits).all():
+        raise ArtefactError(
+            f"{path} gives logits of shape {logits.shape}, or not finite ones, for {len(batch)} "
+            f"samples of {width} classes: it was not written by aoft-export."
+        )
+
+
+def _run_at_once(function: Callable[[], None], times: int) -> None:
+    """Run a function several times at once, in this thread and in daemon threads.
+
+    Raises:
+        Exception: Whatever the function raises.
+    """
+    start, errors = threading.Barrier(times), list[Exception]()
+
+    def run() -> None:
+        start.wait()
         try:
-            logits = np.stack([logits for logits, _ in run(batch, tasks * rows)])
-        except Exception as error:  # each runtime has its own exceptions
-            reason = one_line(error, 160)
-            raise ArtefactError(f"{path} does not run ({reason}).") from error
-        if logits.shape != (rows, width) or not np.isfinite(logits).all():
-            raise ArtefactError(
-                f"{path} gives logits of shape {logits.shape}, or not finite ones, for {rows} "
-                f"samples of {width} classes: it was not written by aoft-export."
-            )
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=run, daemon=True) for _ in range(times - 1)]
+    for thread in others:
+        thread.start()
+    run()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]

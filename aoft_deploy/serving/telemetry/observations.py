@@ -73,11 +73,11 @@ class Observations:
         workers = {(name,): float(a.batcher.workers) for name, a in artefacts.items()}
         yield gauge("aoft_engine_workers", "Batches that run at once.", ("artefact",), workers)
         counts = {
-            (name, key): float(value)
+            (name, device, key): float(value)
             for name, a in artefacts.items()
             if a.fleet is not None
-            for key, value in asdict(a.fleet.residency).items()
+            for device, fleet in zip(a.devices, a.fleet.fleets, strict=True)
+            for key, value in asdict(fleet.residency).items()
         }
-        yield gauge(
-            "aoft_resident", "Tasks of a fleet in memory: see key.", ("artefact", "key"), counts
-        )
+        labels = ("artefact", "device", "key")
+        yield gauge("aoft_resident", "Tasks of a fleet in memory: see key.", labels, counts)
