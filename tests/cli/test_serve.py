@@ -104,7 +104,22 @@ def test_settings_are_read_from_a_file(
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("option", [["--engine", "openvino"], ["--device", "cuda"]])
-def test_engine_and_device_are_refused_for_a_fleet(fleet_artefact: Path, option: list[str]) -> None:
-    line = failed(fleet_artefact, *option)
-    assert "is a fleet, which runs on the CPU in the engine that it was exported for" in line
+def test_a_fleet_has_one_engine(fleet_artefact: Path) -> None:
+    line = failed(fleet_artefact, "--engine", "openvino")
+    assert "is a fleet, which runs in the engine that it was exported for: leave --engine" in line
+
+
+def test_a_fleet_runs_on_the_device_or_not_at_all(fleet_artefact: Path) -> None:
+    assert "onnxruntime-gpu is not installed" in failed(fleet_artefact, "--device", "cuda")
+
+
+def test_several_devices_are_given_after_the_artefacts(artefact: Path) -> None:
+    options = parser().parse_args(["a.onnx", "--device", "cuda:0", "cuda:1", "--lanes", "3"])
+    assert (options.artefacts, options.device, options.lanes) == (
+        ["a.onnx"],
+        ["cuda:0", "cuda:1"],
+        3,
+    )
+    line = failed("--device", "cpu", artefact)
+    assert "use cpu, cuda, cuda:1 …, and write artefacts before the devices" in line
+    assert "--device has cuda:0 twice" in failed(artefact, "--device", "cuda", "cuda:0")

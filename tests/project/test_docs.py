@@ -25,6 +25,7 @@ from served import Served
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.serving.repository.models import Models
 from aoft_deploy.serving.settings import read_toml
+from aoft_deploy.serving.telemetry.gpus import Gpu
 from aoft_deploy.serving.telemetry.observations import Observations
 from aoft_deploy.tuning.methods import method_names
 
@@ -151,9 +152,10 @@ def test_settings_files_are_read(path: Path, tmp_path: Path) -> None:
 def test_all_metrics_are_documented() -> None:
     page = (ROOT / "docs" / "serving" / "metrics.md").read_text("utf-8")
 
-    shown = Observations().exposition(cast(Models, SimpleNamespace(artefacts={})), True)
+    gpu = Gpu("cuda:0", "GPU-1", "GPU", 2, 1, 0.5, 100.0)
+    shown = Observations().exposition(cast(Models, SimpleNamespace(artefacts={})), True, [gpu])
     metrics = set(re.findall(r"^# TYPE (\w+)", shown, re.M))
-    assert metrics == set(re.findall(r"^\| `(aoft_\w+)`", page, re.M))
+    assert metrics == set(re.findall(r"^\| `((?:aoft|nv)_\w+)`", page, re.M))
 
 
 def reads_files(path: Path) -> bool:

@@ -30,6 +30,15 @@ def test_settings_are_read_from_a_file(tmp_path: Path) -> None:
     assert read_toml(config)["artefacts"] == [f"{tmp_path}/a.onnx", "/b/c.onnx"]
 
 
+def test_devices_are_one_text_or_a_list(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    for text, devices in (('"cuda"', ("cuda",)), ('["cuda:0", "cuda:1"]', ("cuda:0", "cuda:1"))):
+        config.write_text(f"device = {text}\nlanes = 4\n")
+        found = Settings(**read_toml(config))
+        assert (found.device, found.lanes) == (devices, 4)
+    assert (Settings().device, Settings().lanes) == ((), None)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -45,6 +54,12 @@ def test_settings_are_read_from_a_file(tmp_path: Path) -> None:
         ("log-requests = 1", "`log_requests` is 1: give true or false"),
         ("max-wait = nan", "`max_wait` is nan"),
         ('http = "h2"', "use h11 or httptools"),
+        ("device = 1", "`device` is 1: give a text or a list of texts"),
+        ("device = [1]", "`device` has 1: use cpu, cuda"),
+        ('device = ["cuda", "pets.onnx"]', "`device` has 'pets.onnx': use cpu, cuda, cuda:1"),
+        ('device = ["cuda", "cuda:00"]', "`device` has cuda:0 twice: name each device once"),
+        ('device = ["cpu", "cpu"]', "`device` has cpu twice"),
+        ("lanes = 0", "`lanes` is 0: use from 1 to 64"),
     ],
 )
 def test_a_bad_setting_is_refused(text: str, words: str, tmp_path: Path) -> None:

@@ -147,7 +147,9 @@ class Catalogue:
     async def metrics(self, request: Request) -> Response:
         """``GET /metrics``."""
         service = self._service
-        text = service.observations.exposition(service.models, service.ready)
+        observations = service.observations
+        gpus = await observations.gpus.read(service.models.devices)
+        text = observations.exposition(service.models, service.ready, gpus)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:

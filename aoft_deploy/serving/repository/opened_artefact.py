@@ -95,11 +95,13 @@ def open_artefact(
         info = read_metadata(path) if path.suffix == ".onnx" else None
         engines: list[Engine] = []
         if info is None or "tasks" not in info:
-            engines = [load_artefact(path, each) for each in options]
+            engines = [load_artefact(path, options[0])]
         fleet: FleetReplicas | None = None
         if not engines or engines[0].takes_tasks:
             engines = []
             fleet = _open_fleet(path, settings, options)
+        else:
+            engines += [load_artefact(path, each) for each in options[1:]]
     if fleet is not None:
         preprocessing, pixels, classes = fleet.preprocessing, False, Classes(())
         runs: list[Run] = [partial(each.predict, rows=settings.max_batch) for each in fleet.fleets]

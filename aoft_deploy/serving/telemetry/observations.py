@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from aoft_deploy.serving.repository.models import Models
+from aoft_deploy.serving.telemetry.gpus import Gpu, Gpus, gpu_lines
 from aoft_deploy.serving.telemetry.metrics import Counter, Histogram, exposition, gauge
 from aoft_deploy.serving.telemetry.statistics import Statistics
 
@@ -23,12 +24,14 @@ class Observations:
     Attributes:
         statistics: Statistics of each model, as Triton reports them.
         in_flight: Number of requests that are not answered yet.
+        gpus: Reads the figures of GPUs.
     """
 
     def __init__(self) -> None:
         self.statistics = Statistics()
         self.in_flight = 0
         self._labels: set[str] = set()
+        self.gpus = Gpus()
         self.requests = Counter(
             "aoft_requests_total", "Requests by model and HTTP status.", ("model", "status")
         )
@@ -57,10 +60,16 @@ class Observations:
         self.sizes.observe(rows, artefact)
         self.engine.add(artefact, amount=seconds)
 
-    def exposition(self, models: Models, ready: bool) -> str:
-        """The text for Prometheus."""
+    def exposition(self, models: Models, ready: bool, gpus: Iterable[Gpu]) -> str:
+        """The text for Prometheus.
+
+        Args:
+            models: The open models.
+            ready: Whether requests are taken.
+            gpus: Figures of the GPUs that run models.
+        """
         parts = [part.lines() for part in (self.requests, self.stages, self.sizes, self.engine)]
-        return exposition([*parts, *self._gauges(models, ready)])
+        return exposition([*parts, *self._gauges(models, ready), *gpu_lines(gpus)])
 
     def _gauges(self, models: Models, ready: bool) -> Iterable[Iterable[str]]:
         artefacts = models.artefacts
