@@ -4,7 +4,8 @@
     serve run aoft_deploy.serving.ray:app config=serve.toml replicas=2
 
 Every replica serves everything that the TOML file names, so any replica answers requests for any
-task. Ray decides on address and port, and the settings about connections are not used.
+task. Ray decides on address and port, and the settings about connections are not used. A replica
+gets as many GPUs as ``device`` names, and numbers them from 0.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def app(arguments: dict[str, str]) -> Any:
     found = read_toml(Path(arguments["config"]).absolute())
     given = [artefact_name(path) for path in found.pop("artefacts", [])]
     settings = Settings(**found)
+    gpus = sum(device != "cpu" for device in settings.device)
     from ray import serve
 
     def build() -> Application:
@@ -52,7 +54,7 @@ def app(arguments: dict[str, str]) -> Any:
     @serve.deployment(
         num_replicas=replicas,
         max_ongoing_requests=2 * settings.queue,
-        ray_actor_options={"num_cpus": cpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=settings.grace,
     )
     @serve.ingress(build)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
+import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,13 +23,19 @@ import stand_in_gpu
 import tritonclient.http
 from stub_drivers import UUIDS, build_drivers
 
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.errors import ArtefactError
 from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.serving.repository import opened_artefact
+from aoft_deploy.serving.settings import Settings
+from aoft_deploy.serving.telemetry import gpus
 
 IMAGES = np.random.default_rng(8).normal(size=(3, 3, 16, 16)).astype(np.float32)
 TOKEN = "a token of more than sixteen bytes"
 DEVICES = ["cuda:0", "cuda:1"]
 LANES = 2
+NOTHING = str(uuid.UUID(int=0))
 HAS_COMPILER = shutil.which("gcc") is not None
 
 
@@ -225,3 +235,96 @@ def test_lanes_are_as_many_as_are_asked_for(
     assert server.event("ready")["devices"] == ["cuda:0"]
     assert "load merged task.standin cuda:0 lanes=3" in environment.read_text()
     assert server.stop() == 0
+
+
+class Failing:
+    """An engine that fails in every run on one device."""
+
+    def __init__(self, engine: Any, device: str) -> None:
+        self.info, self.takes_pixels, self.takes_tasks = engine.info, False, False
+        self.device = device
+        self._run = engine.run
+
+    def run(self, images: Any) -> Any:
+        if self.device == "cuda:1":
+            raise RuntimeError("out of memory")
+        return self._run(images)
+
+
+def test_a_replica_that_does_not_run_is_named(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path, options: EngineOptions) -> Any:
+        return Failing(load_artefact(path), str(options.device))
+
+    monkeypatch.setattr(opened_artefact, "load_artefact", load)
+    settings = Settings(device=("cuda:0", "cuda:1"), threads=1)
+    with pytest.raises(ArtefactError, match=r"on cuda:1 does not run \(out of memory\)"):
+        opened_artefact.open_artefact("task", artefact, settings)
+
+
+def test_replicas_are_of_one_version_of_the_file(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "task.onnx"
+    shutil.copy(artefact, path)
+
+    def load(path: Path, options: EngineOptions) -> Any:
+        engine = Failing(load_artefact(path), "cuda:0")
+        shutil.copy(artefact, path)  # another one, for the next replica
+        return engine
+
+    monkeypatch.setattr(opened_artefact, "load_artefact", load)
+    settings = Settings(device=("cuda:0", "cuda:1"), threads=1)
+    with pytest.raises(ArtefactError, match="was changed while it was opened"):
+        opened_artefact.open_artefact("task", path, settings)
+
+
+def test_a_driver_that_does_not_answer_is_asked_once_and_delays_no_scrape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers, calls = threading.Event(), list[list[str]]()
+    gpu = gpus.Gpu("cuda:0", "GPU-1", "GPU", 2, 1, 0.5, 100.0)
+
+    def read(devices: list[str]) -> list[gpus.Gpu]:
+        calls.append(devices)
+        assert answers.wait(60)
+        return [gpu]
+
+    async def scrape() -> None:
+        subject = gpus.Gpus()
+        assert await subject.read(["cpu"]) == []
+        for _ in range(3):
+            assert await subject.read(["cpu", "cuda:0"]) == []
+        assert calls == [["cuda:0"]]
+        answers.set()
+        while await subject.read(["cuda:0"]) != [gpu]:
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(gpus, "SECONDS", 0.01)
+    monkeypatch.setattr(gpus, "_read", read)
+    asyncio.run(scrape())
+
+
+def test_a_part_of_a_gpu_is_found_by_its_own_uuid() -> None:
+    """Stand-ins of the libraries: with MIG, NVML knows a CUDA device as MIG-…, without a load."""
+    asked = []
+
+    def find(name: bytes, gpu: Any) -> int:
+        asked.append(name)
+        return 0 if name.startswith(b"MIG-") else 6
+
+    cuda = SimpleNamespace(cuDeviceGet=lambda *_: 0, cuDeviceGetUuid_v2=lambda *_: 0)
+    nvml = SimpleNamespace(
+        nvmlDeviceGetHandleByUUID=find,
+        nvmlDeviceGetName=lambda *_: 0,
+        nvmlDeviceGetMemoryInfo=lambda *_: 0,
+        nvmlDeviceGetUtilizationRates=lambda *_: 3,
+        nvmlDeviceGetPowerUsage=lambda *_: 3,
+    )
+    found = gpus._figures(cuda, nvml, "cuda:0")
+    assert [name.decode() for name in asked] == [f"GPU-{NOTHING}", f"MIG-{NOTHING}"]
+    assert (found.uuid, found.utilization, found.power) == (f"MIG-{NOTHING}", None, None)
+    text = [line for lines in gpus.gpu_lines([found]) for line in lines]
+    names = {line.partition("{")[0] for line in text if "{" in line}
+    assert names == {"nv_gpu_memory_total_bytes", "nv_gpu_memory_used_bytes", "aoft_gpu_info"}

@@ -53,6 +53,15 @@ def test_bad_arguments_are_refused(arguments: dict[str, str], words: str) -> Non
         app(arguments)
 
 
+def test_a_replica_gets_the_gpus_that_its_settings_name(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text('artefacts = ["task.onnx"]\ndevice = ["cuda:0", "cuda:1"]\n')
+    shown = "app({'config': sys.argv[1], 'cpus': '3'})._bound_deployment.ray_actor_options"
+    code = f"import json, sys; from aoft_deploy.serving.ray import app; print(json.dumps({shown}))"
+    done = subprocess.run([sys.executable, "-c", code, str(config)], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"num_cpus": 3, "num_gpus": 2}, done.stderr
+
+
 @pytest.fixture
 def port(fleet_artefact: Path, artefact: Path, tmp_path: Path) -> Iterator[int]:
     config = tmp_path / "serve.toml"

@@ -146,12 +146,12 @@ def test_a_batch_goes_to_the_replica_with_the_fewest_running() -> None:
             asked[value] = ask(subject, value)
             await until(lambda: len(one.batches) + len(two.batches) == len(asked))
         assert (one.batches, two.batches) == ([[1.0], [3.0]], [[2.0], [4.0]])
-        for value in (2.0, 4.0):
-            two.release(value)
+        for value, engine in ((1.0, one), (2.0, two), (4.0, two)):
+            engine.release(value)
             await asked[value]
         asked[5.0] = ask(subject, 5.0)
         await until(lambda: len(two.batches) == 3)
-        for value, engine in ((1.0, one), (3.0, one), (5.0, two)):
+        for value, engine in ((3.0, one), (5.0, two)):
             engine.release(value)
             await asked[value]
 
