@@ -21,9 +21,11 @@ def test_the_dockerfile_has_valid_arguments_and_all_packages(root: Path) -> None
     arguments = yaml.safe_load(entry[1])[1:] + yaml.safe_load(command[1])
     assert parser().parse_args(arguments).host == "0.0.0.0"
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    installed = re.search(r"pip install .*/srv/source\[([\w,]+)\]", text)
-    assert installed is not None
-    assert set(installed[1].split(",")) == {"cpu", "serve"} <= set(project["optional-dependencies"])
+    installed = re.search(r"pip install .*\"/srv/source\[(.+)\]\"", text)
+    runtime = re.search(r"^ARG RUNTIME=(\w+)$", text, re.M)
+    assert installed is not None and runtime is not None
+    assert installed[1] == "${RUNTIME},serve" and runtime[1] == "cpu"
+    assert {"cpu", "gpu", "serve"} <= set(project["optional-dependencies"])
 
 
 def test_the_manifests_have_valid_arguments(root: Path) -> None:
