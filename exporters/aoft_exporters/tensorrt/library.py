@@ -39,7 +39,7 @@ class Library:
         module: The Python module.
         name: ``tensorrt`` or ``tensorrt-rtx``.
         version: Its version; engines run in the same version only.
-        log: Logger of its objects; ``errors`` holds the error messages.
+        log: Logger of its objects; ``errors`` holds the error messages, ``reason()`` sums them up.
     """
 
     module: Any
@@ -103,6 +103,10 @@ def _library(name: str) -> Library:
             """Record a message; TensorRT calls this."""
             if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
+
+        def reason(self, default: str = "no reason given") -> str:
+            """The beginning of the error messages, or a default without any."""
+            return " ".join(self.errors)[:200] or default
 
     return Library(module, name, str(module.__version__), Log())
 
