@@ -136,6 +136,12 @@ def target(capability: str | None) -> Target:
                 f"not for {wanted}: leave `compute_capability` out."
             )
     elif wanted not in _capabilities(chosen.module):
+        if gpu and capability is None:
+            raise SettingError(
+                f"tensorrt-rtx {chosen.version} does not build for this machine's {gpu.name} of "
+                f"compute capability {wanted}, but for {', '.join(_capabilities(chosen.module))}: "
+                "install NVIDIA's tensorrt, or export to onnx."
+            )
         raise SettingError(
             f"tensorrt-rtx {chosen.version} does not build for compute capability {wanted}, but "
             f"for {', '.join(_capabilities(chosen.module))}: choose one of these, or build with "

@@ -237,11 +237,10 @@ def test_the_seconds_of_the_device_are_those_of_copies_and_kernels(
 
 
 def test_the_stand_ins_have_no_method_that_tensorrt_lacks() -> None:
-    import tensorrt_rtx
-
-    pairs = {Context: tensorrt_rtx.IExecutionContext, Engine: tensorrt_rtx.ICudaEngine}
+    trt = library("tensorrt-rtx").module
+    pairs = {Context: trt.IExecutionContext, Engine: trt.ICudaEngine}
     for standin, real in pairs.items():
         names = [name for name in vars(standin) if not name.startswith("_")]
         assert names and not [name for name in names if not hasattr(real, name)]
     options = vars(Engine.create_runtime_config(None))  # type: ignore[arg-type]
-    assert not [name for name in options if not hasattr(tensorrt_rtx.IRuntimeConfig, name)]
+    assert not [name for name in options if not hasattr(trt.IRuntimeConfig, name)]
