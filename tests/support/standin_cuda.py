@@ -32,12 +32,13 @@ class Cuda:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls = list[str]()
         self.recorded: Work = lambda: None
-        self.now = 0
+        self.now = 0.0
         self.memory = dict[int, torch.Tensor]()
         self.streams = dict[int, Stream]()
         self.recording: Stream | None = None
         self._handles = itertools.count(1)
         self._local = threading.local()
+        self._default = Stream(self)
         self._copy = torch.Tensor.copy_
         for name in ("zeros", "empty"):
             patch.setattr(torch, name, self._allocating(getattr(torch, name)))
@@ -61,7 +62,7 @@ class Cuda:
     @property
     def current(self) -> Stream:
         """The thread's current stream."""
-        stream: Stream = self._local.stream
+        stream: Stream = getattr(self._local, "stream", None) or self._default
         return stream
 
     def add(self, stream: Stream) -> int:
@@ -122,9 +123,9 @@ class Stream:
         self.cuda = cuda
         self.cuda_stream = cuda.add(self)
         self.graph: Graph | None = None
-        self.work = list[tuple[Work, int]]()
+        self.work = list[tuple[Work, float]]()
 
-    def queue(self, work: Work, milliseconds: int) -> None:
+    def queue(self, work: Work, milliseconds: float) -> None:
         """Add work; while the stream is recorded, to the graph."""
         (self.work if self.graph is None else self.graph.work).append((work, milliseconds))
 
@@ -143,7 +144,7 @@ class Graph:
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self.work = list[tuple[Work, int]]()
+        self.work = list[tuple[Work, float]]()
 
     def capture_begin(self, capture_error_mode: str = "global") -> None:
         """Record the current stream."""
@@ -169,7 +170,8 @@ class Event:
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self.at: int | None = None
+        self.at: float | None = None
+        self._stream: Stream | None = None
 
     def record(self) -> None:
         """Take the time when the current stream comes to this point."""
@@ -177,7 +179,13 @@ class Event:
         def take() -> None:
             self.at = self.cuda.now
 
-        self.cuda.current.queue(take, 0)
+        self._stream = self.cuda.current
+        self._stream.queue(take, 0)
+
+    def synchronize(self) -> None:
+        """Wait until the stream has come to the event."""
+        assert self._stream is not None
+        self._stream.synchronize()
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds until another event."""
