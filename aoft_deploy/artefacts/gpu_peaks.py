@@ -87,8 +87,9 @@ def _torch_products(device: str) -> dict[str, Callable[[int], Product]]:
         return lambda: matrix @ matrix
 
     def integer(side: int) -> Product:
-        kind = {"dtype": torch.int8, "device": device}
-        matrix = torch.randint(-63, 64, (side, side), generator=generator, **kind)
+        matrix = torch.randint(
+            -63, 64, (side, side), generator=generator, dtype=torch.int8, device=device
+        )
         return lambda: torch._int_mm(matrix, matrix.t())
 
     def eight_bits(side: int) -> Product:
