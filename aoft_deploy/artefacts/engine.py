@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from aoft_deploy.errors import SettingError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Engine", "EngineOptions", "FleetEngine", "FleetTables"]
+__all__ = [
+    "DeviceTimer",
+    "Engine",
+    "EngineOptions",
+    "FleetEngine",
+    "FleetTables",
+    "check_lanes",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,25 @@ class EngineOptions:
     threads: int | None = None
     device: str | None = None
     lanes: int = 1
+
+
+def check_lanes(options: EngineOptions, device: str) -> None:
+    """Check that a device computes as many batches at once; only NVIDIA GPUs compute several.
+
+    Args:
+        options: The options that an engine is loaded with.
+        device: The engine's device: ``cpu``, ``cuda:0`` …
+
+    Raises:
+        SettingError: It does not.
+    """
+    if options.lanes != 1 and device.partition(":")[0] not in ("cuda", "tensorrt"):
+        raise SettingError(
+            f"`lanes` is {options.lanes}, but {device} computes one batch at a time: leave it out, "
+            "or choose an NVIDIA GPU."
+        )
+    if options.lanes < 1:
+        raise SettingError(f"`lanes` is {options.lanes}, but must be a whole number from 1.")
 
 
 class Engine(Protocol):
@@ -64,6 +92,19 @@ class Engine(Protocol):
         Raises:
             SettingError: The images have the wrong type or shape, tasks are missing for a fleet or
                 given for a single task, or a task index is out of range.
+        """
+
+
+@runtime_checkable
+class DeviceTimer(Protocol):
+    """An engine on a GPU that measures the GPU's part of a run."""
+
+    def device_seconds(self, images: NDArray[Any], task: NDArray[np.int64] | None = None) -> float:
+        """Seconds between CUDA events around the copies and kernels of a batch.
+
+        Args:
+            images: As for ``Engine.run``.
+            task: As for ``Engine.run``.
         """
 
 

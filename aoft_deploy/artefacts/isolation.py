@@ -12,7 +12,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, BinaryIO
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.duration import Duration, duration
 from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.errors import AoftError
 
@@ -63,10 +63,15 @@ class SubprocessEngine:
         logits: NDArray[np.float32] = self._ask(("run", (images, task)))
         return logits
 
-    def seconds(self, images: NDArray[Any], task: NDArray[np.int64] | None = None) -> float:
-        """Duration of one run in seconds, without the transfer to and from the subprocess."""
-        seconds: float = self._ask(("seconds", (images, task)))
-        return seconds
+    def duration(self, inputs: tuple[NDArray[Any], ...], lanes: int = 1) -> Duration:
+        """Measure the engine, without the transfer to and from the subprocess.
+
+        Args:
+            inputs: Arguments of ``run``.
+            lanes: Number of threads that call the engine at once.
+        """
+        measured: Duration = self._ask(("duration", (inputs, lanes)))
+        return measured
 
     def close(self) -> None:
         """End the subprocess."""
@@ -121,10 +126,8 @@ def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
         engine = pickle.load(requests)()
         return dict(engine.info), engine.device, engine.takes_pixels, engine.takes_tasks
 
-    def seconds(*inputs: Any) -> float:
-        start = time.perf_counter()
-        engine.run(*inputs)
-        return time.perf_counter() - start
+    def measure(inputs: tuple[Any, ...], lanes: int) -> Duration:
+        return duration(engine, inputs, lanes)
 
     sys.path[:] = pickle.load(requests)
     if not respond(load):
@@ -134,7 +137,7 @@ def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
             verb, inputs = pickle.load(requests)
         except EOFError:
             return
-        respond(partial(seconds if verb == "seconds" else engine.run, *inputs))
+        respond(partial(measure if verb == "duration" else engine.run, *inputs))
 
 
 def _picklable(error: Exception) -> Exception:

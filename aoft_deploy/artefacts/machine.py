@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aoft_deploy.processors import processors
 
-__all__ = ["PRECISIONS", "gemm_peaks", "machine"]
+__all__ = ["PRECISIONS", "Product", "fastest_rates", "gemm_peaks", "machine"]
 
 PRECISIONS = ("fp32", "bf16", "int8")
 """Precisions whose peak is measured."""
@@ -54,10 +54,40 @@ def gemm_peaks(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     kinds = _torch_products() if products is None else products
+
+    def timed(product: Product) -> float:
+        start = clock()
+        product()
+        return clock() - start
+
     try:
-        rates = {name: _rate(make, seconds / len(kinds), clock) for name, make in kinds.items()}
+        return fastest_rates(kinds, seconds, SIDES, timed)
     finally:
         torch.set_num_threads(before)
+
+
+def fastest_rates(
+    kinds: Mapping[str, Callable[[int], Product]],
+    seconds: float,
+    sides: Sequence[int],
+    timed: Callable[[Product], float],
+) -> dict[str, float]:
+    """Operations per second of each precision's fastest product, if faster than fp32's.
+
+    Args:
+        kinds: Maps each precision, ``fp32`` among them, to a function from a side to a product. One
+            that raises ``RuntimeError`` is left out.
+        seconds: Time limit, exceeded by at most one small product of each precision.
+        sides: Sides of the square matrices, in rising order.
+        timed: Computes a product and returns its seconds.
+    """
+    rates = {}
+    for name, make in kinds.items():
+        try:
+            rates[name] = _rate(make, seconds / len(kinds), sides, timed)
+        except RuntimeError:
+            if name == "fp32":
+                raise
     return {n: rate for n, rate in rates.items() if n == "fp32" or rate > rates["fp32"]}
 
 
@@ -86,17 +116,21 @@ def _torch_products() -> dict[str, Callable[[int], Product]]:
     }
 
 
-def _rate(make: Callable[[int], Product], seconds: float, clock: Callable[[], float]) -> float:
+def _rate(
+    make: Callable[[int], Product],
+    seconds: float,
+    sides: Sequence[int],
+    timed: Callable[[Product], float],
+) -> float:
     """Operations per second of the fastest product. The side grows until the time is used up."""
-    start, best = clock(), 0.0
-    for side in SIDES:
+    used, best = 0.0, 0.0
+    for side in sides:
         operations, product = 2 * side**3, make(side)
-        for _ in range(REPEATS if side == SIDES[-1] else 2):
-            begin = clock()
-            if best and begin - start + operations / best > seconds:
+        for _ in range(REPEATS if side == sides[-1] else 2):
+            if best and used + operations / best > seconds:
                 return best
-            product()
-            best = max(best, operations / (clock() - begin))
+            taken = timed(product)
+            used, best = used + taken, max(best, operations / taken)
     return best
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import ArtefactInfo
+from aoft_deploy.artefacts.duration import Duration, duration
 from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.isolation import SubprocessEngine
 
@@ -27,18 +28,20 @@ class Subject:
         engine: The engine.
         flops: Floating-point operations for one image; None if unknown.
         precision: Precision of most of the arithmetic: ``fp32``, ``bf16`` …
+        lanes: Number of threads that call the engine at once.
     """
 
     name: str
     engine: Engine
     flops: int | None
     precision: str
+    lanes: int = 1
 
     @classmethod
-    def of(cls, name: str, engine: Engine) -> Subject:
+    def of(cls, name: str, engine: Engine, lanes: int = 1) -> Subject:
         """An engine, with FLOPs and precision from its artefact's metadata."""
         info = ArtefactInfo(engine.info)
-        return cls(name, engine, info.flops, info.precision)
+        return cls(name, engine, info.flops, info.precision, lanes)
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,27 @@ class Timing:
     Attributes:
         subject: The timed engine.
         batch: Number of images in a batch.
-        seconds: Duration of one batch, for each round.
+        seconds: Duration of one batch, for each round; see ``Duration.wall``.
         ratios: Throughput relative to the first subject, for each round.
+        device_seconds: The GPU's part of a batch, for each round; empty for engines that do not
+            measure it.
     """
 
     subject: Subject
     batch: int
     seconds: tuple[float, ...]
     ratios: tuple[float, ...]
+    device_seconds: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
         """Median of ``seconds``."""
         return statistics.median(self.seconds)
+
+    @property
+    def device_median(self) -> float | None:
+        """Median of ``device_seconds``, or None."""
+        return statistics.median(self.device_seconds) if self.device_seconds else None
 
     @property
     def ratio(self) -> float:
@@ -88,7 +99,10 @@ class Timing:
         return {
             "name": self.subject.name,
             "batch": self.batch,
+            "device": self.subject.engine.device,
+            "lanes": self.subject.lanes,
             "seconds": self.median,
+            "device_seconds": self.device_median,
             "images_per_second": self.throughput,
             "ratio": self.ratio,
             "ratio_lowest": min(self.ratios),
@@ -144,23 +158,24 @@ def interleaved(
     inputs = {
         (batch, index): inputs_for(subjects[index].engine, batch, size) for batch, index in work
     }
-    seconds: dict[tuple[int, int], list[float]] = {key: [] for key in work}
+    found: dict[tuple[int, int], list[Duration]] = {key: [] for key in work}
     for key in work:
-        _seconds(subjects[key[1]].engine, inputs[key], clock)
+        _duration(subjects[key[1]], inputs[key], clock)
     for turn in range(rounds):
         for key in work if turn % 2 == 0 else reversed(work):
-            _seconds(subjects[key[1]].engine, inputs[key], clock)
-            seconds[key].append(_seconds(subjects[key[1]].engine, inputs[key], clock))
+            _duration(subjects[key[1]], inputs[key], clock)
+            found[key].append(_duration(subjects[key[1]], inputs[key], clock))
         progress(turn + 1)
     return [
         Timing(
             subjects[index],
             batch,
-            tuple(seconds[batch, index]),
+            tuple(own.wall for own in found[batch, index]),
             tuple(
-                first / own
-                for first, own in zip(seconds[batch, 0], seconds[batch, index], strict=True)
+                first.wall / own.wall
+                for first, own in zip(found[batch, 0], found[batch, index], strict=True)
             ),
+            tuple(own.device for own in found[batch, index] if own.device is not None),
         )
         for batch, index in work
     ]
@@ -177,9 +192,9 @@ def trusted_peaks(peaks: Mapping[str, float], timings: Sequence[Timing]) -> dict
     return {name: peak for name, peak in peaks.items() if name not in exceeded}
 
 
-def _seconds(engine: Engine, inputs: tuple[NDArray[Any], ...], clock: Callable[[], float]) -> float:
-    if isinstance(engine, SubprocessEngine):
-        return engine.seconds(*inputs)
-    start = clock()
-    engine.run(*inputs)
-    return clock() - start
+def _duration(
+    subject: Subject, inputs: tuple[NDArray[Any], ...], clock: Callable[[], float]
+) -> Duration:
+    if isinstance(subject.engine, SubprocessEngine):
+        return subject.engine.duration(inputs, subject.lanes)
+    return duration(subject.engine, inputs, subject.lanes, clock)

@@ -1,15 +1,16 @@
-"""aoft-bench: measure how fast artefacts run, compared with each other and with the CPU's peak."""
+"""aoft-bench: measure how fast artefacts run, compared with each other and with the peak speed."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aoft_deploy.cli.bench_report import is_gpu, print_shares, print_timings, trusted
 from aoft_deploy.cli.command import (
     DEVICES,
     ENGINES,
@@ -24,6 +25,7 @@ from aoft_deploy.errors import AoftError
 from aoft_deploy.texts import one_line
 
 if TYPE_CHECKING:
+    from aoft_deploy.artefacts.engine import EngineOptions
     from aoft_deploy.artefacts.timing import Subject, Timing
 
 __all__ = ["main"]
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         prog="aoft-bench",
         description="Time artefacts in turn, each in a subprocess, so that other load affects all "
         "of them equally. Prints images per second, the ratio to the first artefact, and the share "
-        "of this processor's peak in matrix products.",
+        "of the processor's or GPU's peak in matrix products.",
     )
     options.add_argument(
         "artefacts", type=Path, nargs="+", metavar="ARTEFACT", help="what aoft-export wrote"
@@ -53,8 +55,16 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="N",
-        help="run each artefact with each of these numbers of CPU threads (default: the number of "
-        "cores)",
+        help="run each artefact on the CPU with each of these numbers of threads (default: the "
+        "number of cores)",
+    )
+    engine.add_argument(
+        "--lanes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="run each artefact on a GPU with each of these numbers of batches at once, from as "
+        "many threads (default: 1)",
     )
     engine.add_argument(
         "--device", type=device, metavar="NAME", help=f"{DEVICES} (default: the engine's choice)"
@@ -88,8 +98,8 @@ def bench(options: argparse.Namespace) -> None:
     Raises:
         AoftError: A result cannot be written, or an artefact could not be timed.
     """
-    from aoft_deploy.artefacts.machine import gemm_peaks, machine
-    from aoft_deploy.artefacts.timing import trusted_peaks
+    from aoft_deploy.artefacts.gpu_peaks import gpu_name
+    from aoft_deploy.artefacts.machine import machine
     from aoft_deploy.drawing import check_matplotlib
     from aoft_deploy.files import check_new, write_json
     from aoft_deploy.processors import processors
@@ -99,69 +109,126 @@ def bench(options: argparse.Namespace) -> None:
             check_new(getattr(options, name), options.overwrite, name)
     if options.plot:
         check_matplotlib()
-    threads = options.threads or [processors()]
+    wanted = _wanted(options)
     timings: list[Timing] = []
     with ExitStack() as engines, Progress() as progress:
-        subjects = _subjects(options, threads, engines, progress)
+        subjects = _subjects(wanted, engines, progress)
         for batch in options.batches:
             timings += _timed(subjects, batch, options.rounds, progress)
             progress.clear()
-            _print(timings, batch)
+            print_timings(timings, batch)
     if not timings:
         raise AoftError("Nothing was timed: see the warnings.")
-    on_cpu = all(timing.subject.engine.device == "cpu" for timing in timings)
-    has_torch = importlib.util.find_spec("torch") is not None
-    measured = gemm_peaks(max(threads)) if on_cpu and has_torch else {}
-    peaks = trusted_peaks(measured, timings)
-    if measured:
-        _print_shares(timings, peaks, measured)
-    elif on_cpu:
-        print("no shares of the peak: measuring it needs PyTorch, aoft-deploy[train]")
+    threads = max(options.threads or [processors()])
+    peaks = {device: _peaks(device, threads) for device in _devices(timings)}
+    print_shares(timings, peaks)
     if options.json:
-        rows = [timing.to_dict(peaks) for timing in timings]
-        result = {"machine": machine(max(threads)), "gemm_peaks": measured, "rows": rows}
+        gpus = {device: gpu_name(device) for device in peaks if is_gpu(device) and peaks[device]}
+        result = {
+            "machine": {**machine(threads), "gpus": gpus},
+            "gemm_peaks": {device: found for device, found in peaks.items() if found},
+            "rows": [timing.to_dict(trusted(timing, timings, peaks)) for timing in timings],
+        }
         write_json(options.json, result)
     if options.plot:
         from aoft_deploy.artefacts.throughput_plot import draw_throughput
 
         draw_throughput(timings, options.plot)
-    names = len(options.artefacts) * len(options.engines or [None]) * len(threads)
-    if missing := names * len(options.batches) - len(timings):
-        raise AoftError(f"{missing} of {names * len(options.batches)} timings are missing.")
+    number = len(wanted) * len(options.batches)
+    if missing := number - len(timings):
+        raise AoftError(f"{missing} of {number} timings are missing.")
+
+
+def _wanted(options: argparse.Namespace) -> list[tuple[str, Path, EngineOptions]]:
+    """Every artefact in every engine, with the shortest names that are unique.
+
+    Those on the CPU are run with each number of threads, those on a GPU with each number of lanes.
+
+    Raises:
+        SettingError: Threads or lanes are given, but no artefact runs on the CPU or a GPU.
+    """
+    from aoft_deploy.errors import SettingError
+
+    on_gpu = [_on_gpu(path, options.device) for path in options.artefacts]
+    if options.threads and all(on_gpu):
+        raise SettingError("`threads` is for artefacts on the CPU, but all run on a GPU.")
+    if options.lanes and not any(on_gpu):
+        raise SettingError(
+            "`lanes` is for artefacts on a GPU, but all run on the CPU: choose `device=cuda`."
+        )
+    short = len({path.name for path in options.artefacts}) == len(options.artefacts)
+    return [
+        (" ".join([path.name if short else str(path), *words]), path, chosen)
+        for path, gpu in zip(options.artefacts, on_gpu, strict=True)
+        for words, chosen in _engines(options, gpu)
+    ]
+
+
+def _engines(
+    options: argparse.Namespace, on_gpu: bool
+) -> Iterator[tuple[list[str], EngineOptions]]:
+    """Every combination of engine options for an artefact, each with the words that name it."""
+    from aoft_deploy.artefacts.engine import EngineOptions
+    from aoft_deploy.processors import processors
+
+    for engine in options.engines or [None]:
+        words = [engine] if engine else []
+        if on_gpu:
+            counts = options.lanes or [1]
+            for lanes in counts:
+                several = [f"{lanes} lanes"] if len(counts) > 1 else []
+                yield words + several, EngineOptions(engine, None, options.device, lanes)
+        else:
+            counts = options.threads or [processors()]
+            for threads in counts:
+                several = [f"×{threads}"] if len(counts) > 1 else []
+                yield words + several, EngineOptions(engine, threads, options.device)
+
+
+def _on_gpu(path: Path, device: str | None) -> bool:
+    """Whether an artefact will run on a GPU."""
+    from aoft_deploy.artefacts.registry import exporters_of
+
+    if device is not None:
+        return device != "cpu"
+    return any(exporter.device is not None for exporter in exporters_of(path))
+
+
+def _devices(timings: Sequence[Timing]) -> list[str]:
+    return list(dict.fromkeys(timing.subject.engine.device for timing in timings))
+
+
+def _peaks(device: str, threads: int) -> dict[str, float]:
+    """The peak speed of a device in matrix products, by precision; empty if it is not measured."""
+    from aoft_deploy.artefacts.gpu_peaks import gpu_gemm_peaks
+    from aoft_deploy.artefacts.machine import gemm_peaks
+
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    if device == "cpu":
+        return gemm_peaks(threads)
+    return gpu_gemm_peaks(device) if is_gpu(device) else {}
 
 
 def _subjects(
-    options: argparse.Namespace,
-    threads: Sequence[int],
-    engines: ExitStack,
-    progress: Progress,
+    wanted: Sequence[tuple[str, Path, EngineOptions]], engines: ExitStack, progress: Progress
 ) -> list[Subject]:
-    """Load every artefact in every engine, with the shortest names that are unique.
+    """Load every artefact in every engine.
 
     Raises:
         AoftError: A single artefact cannot be loaded.
     """
-    from aoft_deploy.artefacts.engine import EngineOptions
     from aoft_deploy.artefacts.isolation import SubprocessEngine
     from aoft_deploy.artefacts.registry import load_artefact
     from aoft_deploy.artefacts.timing import Subject
 
-    short = len({path.name for path in options.artefacts}) == len(options.artefacts)
-    wanted = [
-        (path, engine, count)
-        for path in options.artefacts
-        for engine in options.engines or [None]
-        for count in threads
-    ]
     subjects = []
-    for path, name, count in wanted:
-        label = path.name if short else str(path)
-        label += f" {name}" if name else ""
-        label += f" ×{count}" if len(threads) > 1 else ""
+    for label, path, options in wanted:
         progress.show(f"opening {label}")
-        load = partial(load_artefact, path, EngineOptions(name, count, options.device))
+        load = partial(load_artefact, path, options)
         try:
-            subject = Subject.of(label, engines.enter_context(SubprocessEngine(load)))
+            engine = engines.enter_context(SubprocessEngine(load))
+            subject = Subject.of(label, engine, options.lanes)
             _size([subject])
             subjects.append(subject)
         except Exception as error:  # engines raise their own classes
@@ -216,42 +283,6 @@ def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
         named = ", ".join(f"{name} {h} x {w}" for (h, w), name in sizes.items())
         raise SettingError(f"Artefacts of different input sizes ({named}): time them separately.")
     return next(iter(sizes), (0, 0))
-
-
-def _print(timings: Sequence[Timing], batch: int) -> None:
-    """Print the rows of a batch size; the header comes before the first."""
-    width = max((len(timing.subject.name) for timing in timings), default=0)
-    if timings and timings[0].batch == batch:
-        print(f"{'batch':>5}  {'artefact':{width}}  {'ms':>9}  {'img/s':>8}  {'ratio':>6}")
-    for timing in (timing for timing in timings if timing.batch == batch):
-        print(
-            f"{timing.batch:5}  {timing.subject.name:{width}}  {timing.median * 1e3:9.2f}  "
-            f"{timing.throughput:8.2f}  {timing.ratio:6.2f}",
-            flush=True,
-        )
-
-
-def _print_shares(
-    timings: Sequence[Timing], peaks: dict[str, float], measured: dict[str, float]
-) -> None:
-    """Print this machine's peaks, and the share of them that each artefact reaches."""
-    from aoft_deploy.artefacts.machine import PRECISIONS
-
-    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in measured.items())
-    print(f"peak of matrix products on this machine, in 10⁹ operations per second: {speeds}")
-    for name in (name for name in measured if name not in peaks):
-        print(
-            f"no share of {name}: an artefact is faster than the measured peak, so it is no limit"
-        )
-    for name in (name for name in PRECISIONS if name not in measured):
-        print(
-            f"no share of {name}: its products are not faster than those of fp32, as this "
-            "processor has no instructions for them or PyTorch no kernels"
-        )
-    for timing in timings:
-        share, subject = timing.share(peaks), timing.subject
-        if share is not None:
-            print(f"{timing.batch:5}  {subject.name}  {share:.0%} of {subject.precision}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

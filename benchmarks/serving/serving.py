@@ -319,7 +319,7 @@ def in_turn(options: argparse.Namespace, size: int, threads: list[Any]) -> dict[
         partial(load_artefact, options.artefact, EngineOptions(threads=options.threads))
     ) as engine:
         served, alone, own = server.take_turns(
-            tensors("merged", size, 8), lambda: engine.seconds(image), options.turns + 1
+            tensors("merged", size, 8), lambda: engine.duration((image,)).wall, options.turns + 1
         )
     server.stop()
     medians = {"bare_p50": statistics.median(alone), "p50": statistics.median(served)}

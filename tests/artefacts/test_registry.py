@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from aoft_deploy.artefacts.engine import EngineOptions, check_lanes
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact, load_fleet
-from aoft_deploy.errors import ArtefactError, UnknownNameError
+from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError
 
 
 def test_the_exporters_of_this_repository_are_installed() -> None:
@@ -75,3 +76,35 @@ def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
     manifest.write_text("[]", "utf-8")
     with pytest.raises(ArtefactError, match=r"f\.onnx\.json is no manifest of aoft-export"):
         load(artefact)
+
+
+@pytest.mark.parametrize("engine", [None, "onnxruntime", "openvino"])
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_cpu_computes_one_batch_at_a_time(
+    engine: str | None, device: str | None, lanes: int, artefact: Path, fleet_artefact: Path
+) -> None:
+    message = f"`lanes` is {lanes}, but cpu computes one batch at a time: leave it out, or choose"
+    options = EngineOptions(engine, None, device, lanes)
+    with pytest.raises(SettingError, match=message):
+        load_artefact(artefact, options)
+    with pytest.raises(SettingError, match=message):
+        load_fleet(fleet_artefact, EngineOptions(device=device, lanes=lanes))
+
+
+@pytest.mark.parametrize("name", exporter_names())
+def test_every_exporters_engines_refuse_lanes_on_a_cpu(name: str, tmp_path: Path) -> None:
+    exporter = get_exporter(name)
+    path = tmp_path / f"a{exporter.suffix}"
+    path.touch()
+    with pytest.raises(SettingError, match="`lanes` is 2, but cpu computes one batch at a time"):
+        load_artefact(path, EngineOptions(device="cpu", lanes=2))
+
+
+def test_a_gpu_computes_several_batches_at_once() -> None:
+    for device in ("cuda", "cuda:1", "cuda:0"):
+        check_lanes(EngineOptions(lanes=4), device)
+        with pytest.raises(SettingError, match="`lanes` is 0, but must be a whole number from 1"):
+            check_lanes(EngineOptions(lanes=0), device)
+    for device in ("cpu", "mps", "xpu:0"):
+        check_lanes(EngineOptions(), device)

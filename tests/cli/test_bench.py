@@ -10,11 +10,14 @@ from typing import Any
 
 import onnx
 import pytest
+import standin_gpu_engine
 from faulty_model import metadata_of
 from PIL import Image
+from tensorrt_target import CAPABILITY, GPU
 
 from aoft_deploy.artefacts import timing
 from aoft_deploy.cli.bench import main
+from aoft_deploy.cli.export import main as export_main
 
 
 def test_two_artefacts_are_timed_in_one_run(
@@ -41,7 +44,7 @@ def test_two_artefacts_are_timed_in_one_run(
         assert row["share_of_peak"] is None or 0 < row["share_of_peak"] <= 1
         assert f"{row['images_per_second']:.2f}" in out
     assert [row["ratio"] for row in found["rows"]][::2] == [1, 1]
-    assert found["gemm_peaks"]["fp32"] > 0
+    assert found["gemm_peaks"]["cpu"]["fp32"] > 0
     assert found["machine"]["processor"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
@@ -63,6 +66,102 @@ def test_every_engine_and_number_of_threads_gets_a_line(
     lines = capsys.readouterr().out.splitlines()[1:-1]
     labels = [f"{artefact.name} {e} ×{n}" for e in ("onnxruntime", "openvino") for n in (1, 2)]
     assert [label in line for label, line in zip(labels, lines, strict=True)] == [True] * 4
+
+
+@pytest.fixture
+def plan(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the exporter tensorrt that runs on a GPU which does not exist."""
+    monkeypatch.setattr("aoft_deploy.artefacts.registry.load_artefact", standin_gpu_engine.load)
+    return standin_gpu_engine.write(tmp_path / "task.tensorrt", metadata_of(artefact))
+
+
+def test_an_artefact_on_a_gpu_gets_no_threads_and_its_gpus_own_time_is_shown(
+    plan: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--threads", "1", "2", "--batches", "2", "--rounds", "2", "--json", figures]
+    assert without_torch(artefact, plan, *options) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    header, *rows, _, _ = out.splitlines()
+    assert header.split() == ["batch", "artefact", "ms", "GPU", "ms", "img/s", "ratio"]
+    assert [row.split()[1:-4] for row in rows] == [
+        [artefact.name, "×1"],
+        [artefact.name, "×2"],
+        [plan.name],
+    ]
+    assert [row.split()[-3] for row in rows] == ["-", "-", "12.50"]
+    assert [len(row) for row in rows] == [len(header)] * 3
+    found = json.loads(figures.read_text("utf-8"))["rows"]
+    assert [(row["device"], row["device_seconds"]) for row in found] == [
+        ("cpu", None),
+        ("cpu", None),
+        ("cuda:0", standin_gpu_engine.DEVICE_SECONDS),
+    ]
+
+
+def test_lanes_apply_to_artefacts_on_a_gpu(
+    plan: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--lanes", "1", "3", "--batches", "1", "--rounds", "1", "--json", figures]
+    assert without_torch(plan, artefact, *options) == 0
+    rows = json.loads(figures.read_text("utf-8"))["rows"]
+    assert [(row["name"], row["lanes"]) for row in rows] == [
+        (f"{plan.name} 1 lanes", 1),
+        (f"{plan.name} 3 lanes", 3),
+        (artefact.name, 1),
+    ]
+
+
+def test_the_share_refers_to_the_peak_of_the_artefacts_device(
+    plan: Path,
+    artefact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peaks = {"cpu": {"fp32": 1e15}, "cuda:0": {"fp32": 5e15, "fp16": 9e15}}
+    module = "aoft_deploy.artefacts"
+    monkeypatch.setattr(f"{module}.machine.gemm_peaks", lambda threads: peaks["cpu"])
+    monkeypatch.setattr(f"{module}.gpu_peaks.gpu_gemm_peaks", lambda device: peaks[device])
+    monkeypatch.setattr(f"{module}.gpu_peaks.gpu_name", lambda device: "Tesla")
+    figures = tmp_path / "figures.json"
+    options = [str(artefact), str(plan), "--batches", "1", "--rounds", "1"]
+    assert main([*options, "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text("utf-8"))
+    flops = int(metadata_of(artefact)["flops"])
+    for row in found["rows"]:
+        share = row["images_per_second"] * flops / peaks[row["device"]]["fp32"]
+        assert row["share_of_peak"] == pytest.approx(share)
+    assert found["gemm_peaks"] == peaks
+    assert found["machine"]["gpus"] == {"cuda:0": "Tesla"}
+    out = capsys.readouterr().out
+    assert "peak of matrix products on cuda:0, Tesla, in 10⁹ operations per second: fp32 5" in out
+    assert "no share of fp8: its products are not faster" in out
+
+
+@pytest.mark.skipif(GPU is not None, reason="needs a machine without a GPU")
+def test_a_plan_without_its_gpu_is_refused_for_the_gpu_and_not_for_threads(
+    checkpoint: Path, backbone_weights: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    plan = tmp_path / "task.tensorrt"
+    options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "-o", plan]
+    named = ["--to", "tensorrt", "--compute-capability", CAPABILITY]
+    assert export_main([str(option) for option in [*options, *named]]) == 0
+    line = refused(main, plan)
+    assert "needs an NVIDIA GPU of compute capability 8.9, and this machine has none" in line
+
+
+def test_threads_without_a_cpu_and_lanes_without_a_gpu_are_refused(
+    plan: Path, artefact: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(main, plan, "--threads", 2)
+    assert line == "--threads is for artefacts on the CPU, but all run on a GPU."
+    line = refused(main, artefact, "--lanes", 2)
+    assert (
+        line == "--lanes is for artefacts on a GPU, but all run on the CPU: choose --device cuda."
+    )
 
 
 def test_a_fleet_is_timed_with_its_tasks_in_turn(
@@ -105,7 +204,7 @@ def test_a_share_above_100_per_cent_is_left_out(
     assert main([*options, "--json", str(tmp_path / "figures.json")]) == 0
     found = json.loads((tmp_path / "figures.json").read_text("utf-8"))
     assert [row["share_of_peak"] for row in found["rows"]] == [None]
-    assert found["gemm_peaks"] == peaks
+    assert found["gemm_peaks"] == {"cpu": peaks}
     out = capsys.readouterr().out
     assert "no share of fp32: an artefact is faster" in out
     assert "no share of int8" not in out and "%" not in out

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
 from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_exporters.tensorrt.library import Target, find_gpu
@@ -46,14 +47,14 @@ def build(
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in batches))
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        raise OutputError(f"TensorRT cannot build for batches {batches} ({log.reason()}).")
     if refittable:
         mark(target.library, network, config, refittable)
-    with _timing_cache(trt, config, target):
+    with GPU_SETUP, _timing_cache(trt, config, target):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reason = " ".join(log.errors)[:200] or "no reason given"
-        raise OutputError(f"TensorRT cannot build the engine ({reason}).")
+        raise OutputError(f"TensorRT cannot build the engine ({log.reason()}).")
     return bytes(plan)
 
 
@@ -69,12 +70,18 @@ def _timing_cache(trt: Any, config: Any, target: Target) -> Iterator[None]:
     if target.library.name == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         name = f"SM{target.capability.replace('.', '')}"
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
+            reason = target.library.log.reason()
+            raise OutputError(
+                f"TensorRT cannot build for compute capability {target.capability} ({reason})."
+            )
         yield  # TensorRT-RTX times kernels only when the engine runs
         return
     path = _timing_path(target)
     stored = path.read_bytes() if path and path.is_file() else b""
-    config.set_timing_cache(config.create_timing_cache(stored), False)
+    cache = config.create_timing_cache(stored)
+    if cache is None or not config.set_timing_cache(cache, False):  # damaged, or of another driver
+        config.set_timing_cache(config.create_timing_cache(b""), False)
     yield
     cache = config.get_timing_cache()
     if path and cache is not None:

@@ -172,26 +172,19 @@ def load_intermediate(path: Path) -> OnnxEngine:
     return OnnxEngine(path / INTERMEDIATE)
 
 
-def load(
-    path: Path,
-    options: EngineOptions = EngineOptions(),
-    *,
-    lanes: int = 1,
-    cuda_graphs: bool = True,
-) -> TensorrtEngine:
+def load(path: Path, options: EngineOptions = EngineOptions()) -> TensorrtEngine:
     """Open a folder on a GPU of this machine.
 
     Args:
         path: A folder of ``export``.
         options: The device is ``cuda`` or ``cuda:1`` …; None is the first GPU. ``threads`` must be
             None.
-        lanes: Number of batches computed in parallel, each with its own buffers and stream.
-        cuda_graphs: Whether a CUDA graph is recorded for each batch size and replayed.
 
     Raises:
         ArtefactError: The folder is missing, damaged or changed, or was built for another GPU or
             version of TensorRT.
-        SettingError: Threads are given, or this machine has no such GPU.
+        SettingError: Threads are given, this machine has no such GPU, or the GPU has too little
+            memory.
         VerificationError: The engine's logits differ from those of its graph.
         MissingExtraError: The TensorRT that built the engine is not installed.
     """
@@ -214,9 +207,7 @@ def load(
     metadata.check_here(path, library.version, gpu.capability)
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 
-    opened = TensorrtEngine(
-        plan, metadata, library, index=index, lanes=lanes, cuda_graphs=cuda_graphs
-    )
+    opened = TensorrtEngine(plan, metadata, library, index=index, lanes=options.lanes)
     difference = metadata.sample.difference(opened, metadata.batches)
     if not difference <= metadata.sample.allowed:  # nan too
         raise VerificationError(

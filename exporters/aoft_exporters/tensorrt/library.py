@@ -39,7 +39,7 @@ class Library:
         module: The Python module.
         name: ``tensorrt`` or ``tensorrt-rtx``.
         version: Its version; engines run in the same version only.
-        log: Logger of its objects; ``errors`` holds the error messages.
+        log: Logger of its objects; ``errors`` holds the error messages, ``reason()`` sums them up.
     """
 
     module: Any
@@ -104,6 +104,10 @@ def _library(name: str) -> Library:
             if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
 
+        def reason(self, default: str = "no reason given") -> str:
+            """The beginning of the error messages, or a default without any."""
+            return " ".join(self.errors)[:200] or default
+
     return Library(module, name, str(module.__version__), Log())
 
 
@@ -132,6 +136,12 @@ def target(capability: str | None) -> Target:
                 f"not for {wanted}: leave `compute_capability` out."
             )
     elif wanted not in _capabilities(chosen.module):
+        if gpu and capability is None:
+            raise SettingError(
+                f"tensorrt-rtx {chosen.version} does not build for this machine's {gpu.name} of "
+                f"compute capability {wanted}, but for {', '.join(_capabilities(chosen.module))}: "
+                "install NVIDIA's tensorrt, or export to onnx."
+            )
         raise SettingError(
             f"tensorrt-rtx {chosen.version} does not build for compute capability {wanted}, but "
             f"for {', '.join(_capabilities(chosen.module))}: choose one of these, or build with "

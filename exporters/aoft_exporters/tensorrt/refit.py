@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_exporters.tensorrt import library as libraries
@@ -73,6 +74,11 @@ def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes
     Raises:
         OutputError: TensorRT cannot load the plan or replace its weights.
     """
+    with GPU_SETUP:
+        return _refitted(plan, library, weights)
+
+
+def _refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes:
     import onnx
 
     trt, log = library.module, library.log
@@ -81,22 +87,28 @@ def refitted(plan: bytes, library: Library, weights: Mapping[str, Any]) -> bytes
     engine = runtime.deserialize_cuda_engine(plan)
     refitter = None if engine is None else trt.Refitter(engine, log)
     if refitter is None or set(refitter.get_all_weights()) - set(weights):
-        raise OutputError(f"TensorRT cannot refit the engine ({_reason(log)}).")
+        raise _failure(log)
     arrays = {}  # TensorRT reads them until the refit is done
     for name in refitter.get_all_weights():
         arrays[name] = values = onnx.numpy_helper.to_array(weights[name])
         kind = {"float32": trt.float32, "float16": trt.float16}.get(values.dtype.name, trt.bfloat16)
-        refitter.set_named_weights(name, trt.Weights(kind, values.ctypes.data, values.size))
+        if not refitter.set_named_weights(name, trt.Weights(kind, values.ctypes.data, values.size)):
+            raise _failure(log)
     if refitter.get_missing_weights() or not refitter.refit_cuda_engine():
-        raise OutputError(f"TensorRT cannot refit the engine ({_reason(log)}).")
+        raise _failure(log)
     options = engine.create_serialization_config()
     if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # from 10.14 on
-        options.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    return bytes(engine.serialize_with_config(options))
+        if not options.set_flag(trt.SerializationFlag.INCLUDE_REFIT):
+            raise _failure(log)
+    plan_with_weights = engine.serialize_with_config(options)
+    if plan_with_weights is None:
+        raise _failure(log)
+    return bytes(plan_with_weights)
 
 
-def _reason(log: Any) -> str:
-    return " ".join(log.errors)[:200] or "it was built with other refittable weights"
+def _failure(log: Any) -> OutputError:
+    reason = log.reason("it was built with other refittable weights")
+    return OutputError(f"TensorRT cannot refit the engine ({reason}).")
 
 
 def check_refit(spec: ExportSpec) -> None:

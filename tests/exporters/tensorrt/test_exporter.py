@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from specs import export_spec
+from tensorrt_target import CAPABILITY, DEVICE_NAME, GPU, on_gpu, why_no_engine_runs
 from torch import nn
 
 from aoft_deploy.artefacts.engine import EngineOptions
@@ -36,16 +37,15 @@ from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.tensorrt import exporter
+from aoft_exporters.tensorrt import library as libraries
 from aoft_exporters.tensorrt.build import build
 from aoft_exporters.tensorrt.engine import checked
-from aoft_exporters.tensorrt.library import find_gpu, library, target
+from aoft_exporters.tensorrt.library import Gpu, library, target
 from aoft_exporters.tensorrt.metadata import MARKER, METADATA, Metadata, Sample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GPU = find_gpu()
-NAMED = ["--compute-capability", "8.9"] if GPU is None else []
+NAMED = ["--compute-capability", CAPABILITY] if CAPABILITY else []
 without_gpu = pytest.mark.skipif(GPU is not None, reason="needs a machine without a GPU")
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPU is None, reason="needs a CUDA device")]
 
 
 def inputs(batch: int) -> NDArray[np.float32]:
@@ -104,7 +104,7 @@ def check_built(path: Path, precision: str, batches: list[int]) -> None:
     assert (metadata.library, metadata.version) == (library().name, library().version)
     manifest = json.loads(path.with_name(f"{path.name}.json").read_text("utf-8"))
     assert manifest["precision"] == precision
-    assert manifest["verification"]["verified_on_device"] == (GPU.name if GPU else False)
+    assert manifest["verification"]["verified_on_device"] == (DEVICE_NAME or False)
     assert manifest["versions"][metadata.library] == metadata.version
 
 
@@ -155,8 +155,7 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3).eval()
-    capability = NAMED[1] if NAMED else None
-    spec = export_spec(224, False, MEAN, STD, {}, "fp16", compute_capability=capability)
+    spec = export_spec(224, False, MEAN, STD, {}, "fp16", compute_capability=CAPABILITY)
     exporter.export(model, tmp_path / "a", spec)
     x = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
     np.testing.assert_allclose(
@@ -202,8 +201,7 @@ def test_the_intermediate_graph_gives_the_unmerged_logits(
     make_tuned: Callable[..., TunedModel], tmp_path: Path
 ) -> None:
     tuned = make_tuned("rlrr")
-    capability = NAMED[1] if NAMED else None
-    spec = export_spec(16, False, MEAN, STD, {"a": "b"}, "bf16", compute_capability=capability)
+    spec = export_spec(16, False, MEAN, STD, {"a": "b"}, "bf16", compute_capability=CAPABILITY)
     exporter.export(merge(tuned), tmp_path / "a", spec)
     expected, logits = (
         logits_of(tuned, inputs(7)),
@@ -212,7 +210,7 @@ def test_the_intermediate_graph_gives_the_unmerged_logits(
     assert 1e-4 < np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
     sample = Metadata.read(tmp_path / "a" / METADATA).sample
     assert sample.difference(exporter.load_intermediate(tmp_path / "a"), (1, 8, 32)) == 0
-    assert exporter.device(tmp_path / "a") == (GPU.name if GPU else None)
+    assert exporter.device(tmp_path / "a") == DEVICE_NAME
 
 
 def test_the_sample_detects_another_models_engine(
@@ -253,7 +251,7 @@ def test_batches_outside_the_profile_and_invalid_inputs_are_refused(folder: Path
     assert list(checked(metadata, inputs(32), None)) == ["pixel_values"]
     for size in (33, 100):
         with pytest.raises(
-            SettingError, match=rf"batches of 1 to 32 images, but got {size}: split"
+            SettingError, match=rf"batches of up to 32 images, but got {size}: split"
         ):
             checked(metadata, inputs(size), None)
     with pytest.raises(SettingError, match=r"takes float32 \[batch, 3, 16, 16\], but got float64"):
@@ -398,7 +396,7 @@ def test_a_difference_above_the_tolerance_leaves_no_file(
 
 
 def test_a_graph_that_tensorrt_cannot_read_is_refused(tmp_path: Path) -> None:
-    chosen = target(NAMED[1] if NAMED else None)
+    chosen = target(CAPABILITY)
     with pytest.raises(OutputError, match=r"TensorRT cannot read the graph \(.+\)"):
         build(b"nonsense", chosen, (1, 2, 3))
     info, make = onnx.helper.make_tensor_value_info, onnx.helper.make_node
@@ -427,6 +425,25 @@ def test_a_missing_package_is_named_with_its_extra(options: list[str], tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"])
+def test_tests_on_a_gpu_run_where_tensorrt_rtx_builds_for_it(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "find_gpu", lambda index=0: Gpu("GPU", capability))
+    assert why_no_engine_runs() is None
+
+
+@pytest.mark.skipif(GPU is not None, reason="TensorRT may be installed beside a GPU")
+@pytest.mark.parametrize(("name", "capability"), [("H100", "9.0"), ("B200", "10.0")])
+def test_tests_on_a_gpu_that_tensorrt_rtx_refuses_are_skipped_with_its_reason(
+    name: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "find_gpu", lambda index=0: Gpu(name, capability))
+    reason = why_no_engine_runs() or ""
+    assert f"does not build for this machine's {name} of compute capability {capability}" in reason
+    assert "but for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1: install NVIDIA's tensorrt, or" in reason
+
+
 def test_the_exporter_is_found_by_name() -> None:
     found: object = get_exporter("tensorrt")
     assert found is exporter.EXPORTER
@@ -437,26 +454,41 @@ class TestOnDevice:
 
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("cuda_graphs", [True, False])
     @pytest.mark.parametrize("batch", [1, 2, 7, 32])
     def test_the_engine_gives_the_unmerged_logits(
-        self, batch: int, cuda_graphs: bool, folder: Path, make_tuned: Callable[..., TunedModel]
+        self, batch: int, folder: Path, make_tuned: Callable[..., TunedModel]
     ) -> None:
-        engine = exporter.load(folder, cuda_graphs=cuda_graphs, lanes=2)
+        engine = exporter.load(folder, EngineOptions(lanes=2))
         expected = logits_of(make_tuned("rlrr"), inputs(batch))
-        for _ in range(3):  # computed, recorded, replayed
+        for _ in range(4):  # twice in each lane
             np.testing.assert_allclose(engine.run(inputs(batch)), expected, atol=1e-4, rtol=0)
         assert engine.device == "cuda:0"
+        assert 0 < engine.device_seconds(inputs(batch)) < 60
 
-    def test_concurrent_threads_get_their_own_logits(self, folder: Path) -> None:
+    @pytest.mark.parametrize("lanes", [1, 2, 4])
+    def test_sixteen_threads_get_the_unmerged_logits_of_their_batches(
+        self, lanes: int, folder: Path, make_tuned: Callable[..., TunedModel]
+    ) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        engine = exporter.load(folder, lanes=2)
-        batches = [inputs(1 + i % 9) for i in range(100)]
-        expected = [engine.run(batch) for batch in batches[:9]]
-        with ThreadPoolExecutor(8) as pool:
+        engine = exporter.load(folder, EngineOptions(lanes=lanes))
+        batches = [inputs(1 + i % 32) for i in range(256)]
+        expected = [logits_of(make_tuned("rlrr"), batch) for batch in batches[:32]]
+        with ThreadPoolExecutor(16) as pool:
             for i, logits in enumerate(pool.map(engine.run, batches)):
-                np.testing.assert_allclose(logits, expected[i % 9], atol=1e-5, rtol=0)
+                np.testing.assert_allclose(logits, expected[i % 32], atol=1e-4, rtol=0)
+
+    def test_engines_load_while_another_one_runs(self, folder: Path) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        engine = exporter.load(folder, EngineOptions(lanes=2))
+        expected = engine.run(inputs(7))
+        with ThreadPoolExecutor(4) as pool:
+            loads = [pool.submit(exporter.load, folder) for _ in range(2)]
+            while not all(load.done() for load in loads):
+                np.testing.assert_allclose(engine.run(inputs(7)), expected, atol=1e-5, rtol=0)
+        for load in loads:
+            np.testing.assert_allclose(load.result().run(inputs(7)), expected, atol=1e-5, rtol=0)
 
     def test_an_engine_with_other_logits_is_not_used(self, copy: Path) -> None:
         metadata = json.loads((copy / METADATA).read_text("utf-8"))

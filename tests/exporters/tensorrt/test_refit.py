@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from specs import export_spec, with_build
+from tensorrt_target import GPU, on_gpu
 
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.tuning.merging import merge
@@ -19,13 +20,12 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.low_precision import typed
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.tensorrt import exporter
-from aoft_exporters.tensorrt.library import find_gpu, library
+from aoft_exporters.tensorrt.library import library
 from aoft_exporters.tensorrt.metadata import METADATA, Metadata
 from aoft_exporters.tensorrt.refit import mark, named_weights, structure
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = export_spec(16, False, HALF, HALF, {}, opset=20)
-GPU = find_gpu()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,11 @@ def test_without_a_gpu_refitting_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(GPU is None, reason="needs a CUDA device")
 class TestOnDevice:
+    """Tests that need a GPU."""
+
+    pytestmark = on_gpu
+
     @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
     def test_a_refitted_engine_gives_the_new_tasks_logits(
         self, precision: str, make_tuned: Callable[..., TunedModel], tmp_path: Path
