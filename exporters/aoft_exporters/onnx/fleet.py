@@ -13,7 +13,7 @@ from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import ArtefactError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
-from aoft_exporters.onnx.engine import session
+from aoft_exporters.onnx.sessions import session
 
 __all__ = ["OnnxFleet"]
 
