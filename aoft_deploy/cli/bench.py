@@ -103,6 +103,8 @@ def bench(options: argparse.Namespace) -> None:
     timings: list[Timing] = []
     with ExitStack() as engines, Progress() as progress:
         subjects = _subjects(options, threads, engines, progress)
+        progress.clear()
+        _print_placements(subjects)
         for batch in options.batches:
             timings += _timed(subjects, batch, options.rounds, progress)
             progress.clear()
@@ -216,6 +218,21 @@ def _size(subjects: Sequence[Subject]) -> tuple[int, int]:
         named = ", ".join(f"{name} {h} x {w}" for (h, w), name in sizes.items())
         raise SettingError(f"Artefacts of different input sizes ({named}): time them separately.")
     return next(iter(sizes), (0, 0))
+
+
+def _print_placements(subjects: Sequence[Subject]) -> None:
+    """Print how many nodes of each artefact on a GPU are computed where, if its engine tells."""
+    from aoft_deploy.artefacts.description import ArtefactInfo
+
+    for subject in subjects:
+        placement = ArtefactInfo(subject.engine.info, subject.name).placement
+        if placement and subject.engine.device != "cpu":
+            parts = [
+                f"{sum(operators.values())} nodes on {provider}"
+                + (f" ({', '.join(operators)})" if provider.startswith("CPU") else "")
+                for provider, operators in placement.items()
+            ]
+            print(f"{subject.name} on {subject.engine.device}: {', '.join(parts)}", flush=True)
 
 
 def _print(timings: Sequence[Timing], batch: int) -> None:

@@ -151,8 +151,8 @@ def test_other_failed_imports_stay_as_they_are(error: ImportError) -> None:
 def test_a_package_that_replaces_another_is_not_installed_beside_it() -> None:
     error = MissingExtraError("onnxruntime-gpu", "gpu", replaces="onnxruntime")
     assert str(error) == (
-        "onnxruntime-gpu is not installed: run pip uninstall onnxruntime, then pip install "
-        "'aoft-deploy[gpu]'."
+        "onnxruntime-gpu is not installed: run pip uninstall -y onnxruntime onnxruntime-gpu && pip "
+        "install 'aoft-deploy[gpu]'."
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.buckets import bucket_sizes
 from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import AoftError
 from aoft_exporters.graph.fleet_tables import fleet_logits
@@ -126,19 +127,33 @@ def _lane(path: Path, info: Mapping[str, str], device: str, threads: int | None)
     Raises:
         AoftError: As for ``session``, or a recording failed.
     """
-    with RECORDING.apart():
-        tf32 = info.get("precision") == "tf32"
+    tf32 = info.get("precision") == "tf32"
+    with GPU_SETUP:
         opened = session(path, threads, device, path, tf32=tf32, recorded=True)
-        lane = GpuLane(opened, OnnxInputs.of(opened, info, path), device)
-    for size in bucket_sizes(1, LARGEST_BUCKET):
+        inputs = OnnxInputs.of(opened, info, path)
         try:
-            with RECORDING.alone():
-                lane.record(size)
+            with RECORDING.apart():
+                lane = GpuLane(opened, inputs, device)
+            for size in bucket_sizes(1, LARGEST_BUCKET):
+                if not _recorded(lane, size):
+                    break
+        except AoftError:
+            raise
         except Exception as error:  # ONNX Runtime raises its own classes, all Exception
-            if lane.sizes and _MEMORY_IS_FULL.search(str(error)):
-                break
             raise refusal(error, device, path) from error
     return lane
+
+
+def _recorded(lane: GpuLane, size: int) -> bool:
+    """Record a batch size, unless a smaller one is recorded and the device's memory is full."""
+    try:
+        with RECORDING.alone():
+            lane.record(size)
+    except Exception as error:  # ONNX Runtime raises its own classes, all Exception
+        if not lane.sizes or not _MEMORY_IS_FULL.search(str(error)):
+            raise
+        return False
+    return True
 
 
 def _computed(feed: Mapping[str, NDArray[Any]], lane: GpuLane) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ from aoft_exporters.onnx.placement import (
     check_placement,
     placement_of,
 )
+from aoft_exporters.onnx.recording import RECORDING
 
 __all__ = ["device_index", "library", "reason", "refusal", "session"]
 
@@ -92,7 +93,8 @@ def session(
     if device != "cpu":
         _prepare_gpu(ort, device)
     try:
-        opened = ort.InferenceSession(model, options, providers, enable_fallback=0)
+        with RECORDING.apart():
+            opened = ort.InferenceSession(model, options, providers, enable_fallback=0)
         opened.get_inputs()[0]
     except Exception as error:  # ONNX Runtime raises its own classes, all Exception
         if recorded and "graph capture" in str(error):  # the CPU would compute layers: name them
@@ -121,8 +123,6 @@ def reason(error: Exception) -> str:
 
 def refusal(error: Exception, device: str, path: Path) -> AoftError:
     """The error for a model that cannot be opened or run: the device's fault, or the model's."""
-    if isinstance(error, AoftError):
-        return error
     if _DEVICE_FAILURE.search(str(error)):
         return _not_started(device, reason(error))
     return ArtefactError(f"{path} is no ONNX model that can be run ({reason(error)}).")
