@@ -38,7 +38,7 @@ class OnnxGpuEngine:
     """An ONNX file on a GPU: buffers on the device, and a recorded run for each bucket.
 
     When it is loaded, each lane records batches of 1, 2, 4 … up to ``LARGEST_BUCKET`` images, or
-    up to what the device's memory allows. A batch is padded to the next of these, and a larger one
+    as many as the device's memory holds. A batch is padded to the next of these, and a larger one
     is computed in parts. So no request waits for a first run of its size, and memory does not grow.
 
     Attributes:
@@ -134,9 +134,8 @@ def _lane(path: Path, info: Mapping[str, str], device: str, threads: int | None)
         try:
             with RECORDING.apart():
                 lane = GpuLane(opened, inputs, device)
-            for size in bucket_sizes(1, LARGEST_BUCKET):
-                if not _recorded(lane, size):
-                    break
+            for size in reversed(bucket_sizes(1, LARGEST_BUCKET)):  # they share the memory
+                _record(lane, size)
         except AoftError:
             raise
         except Exception as error:  # ONNX Runtime raises its own classes, all Exception
@@ -144,16 +143,14 @@ def _lane(path: Path, info: Mapping[str, str], device: str, threads: int | None)
     return lane
 
 
-def _recorded(lane: GpuLane, size: int) -> bool:
-    """Record a batch size, unless a smaller one is recorded and the device's memory is full."""
+def _record(lane: GpuLane, size: int) -> None:
+    """Record a batch size, or leave it out if the device's memory is full."""
     try:
         with RECORDING.alone():
             lane.record(size)
     except Exception as error:  # ONNX Runtime raises its own classes, all Exception
-        if not lane.sizes or not _MEMORY_IS_FULL.search(str(error)):
+        if size == 1 or not _MEMORY_IS_FULL.search(str(error)):
             raise
-        return False
-    return True
 
 
 def _computed(feed: Mapping[str, NDArray[Any]], lane: GpuLane) -> NDArray[np.float32]:

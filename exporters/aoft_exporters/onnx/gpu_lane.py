@@ -71,10 +71,10 @@ class GpuLane:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The recorded batch sizes, in rising order."""
-        return tuple(self._buckets)
+        return tuple(sorted(self._buckets))
 
     def record(self, size: int) -> None:
-        """Allocate and record a batch size, which is larger than those recorded before.
+        """Allocate and record a batch size.
 
         Raises:
             Exception: ONNX Runtime failed, for example since the device's memory is full.

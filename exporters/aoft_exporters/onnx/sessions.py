@@ -88,7 +88,7 @@ def session(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry(RECORD_PLACEMENT, "1")
-    # A pattern is one large allocation, which would fall into the recording of the second run.
+    # A pattern is a second block of memory for each batch size, beside that of its first run.
     options.enable_mem_pattern = not recorded
     if device != "cpu":
         _prepare_gpu(ort, device)

@@ -11,12 +11,15 @@ import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cuda_on_host import CudaOnHost, cuda_on_host
+from onnx import helper, numpy_helper
 from specs import export_spec
 from torch import nn
 
@@ -179,17 +182,36 @@ def test_operators_without_a_kernel_for_gpus_are_named(
     assert "operators on the CPU: DynamicQuantizeLinear (4), MatMulInteger (4). Choose" in sentence
 
 
-def test_sizes_that_do_not_fit_into_memory_are_left_out(cuda: CudaOnHost, artefact: Path) -> None:
+def test_sizes_that_do_not_fit_into_memory_are_left_out(cuda: CudaOnHost, tmp_path: Path) -> None:
+    """The graph takes 192 KiB an image, of 6 MiB: batches of 16 fit, and larger ones do not."""
+    arrays = {"times": np.array([1, 64, 1, 1]), "head": np.ones((192, 5), np.float32)}
+    nodes = [
+        helper.make_node("Tile", ["pixel_values", "times"], ["many"]),
+        helper.make_node("GlobalAveragePool", ["many"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["features"]),
+        helper.make_node("MatMul", ["features", "head"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "wide",
+        [helper.make_tensor_value_info("pixel_values", 1, ["batch", 3, 16, 16])],
+        [helper.make_tensor_value_info("logits", 1, ["batch", 5])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "a.onnx")
     code = """
 import numpy as np
 engine = opened(sys.argv[1])
 assert engine.run(np.zeros((70, 3, 16, 16), np.float32)).shape == (70, 5)
 print(events())
 """
-    log = output(cuda.run(OPEN + EVENTS + code, artefact, CUDA_ON_HOST_BYTES=str(2 << 20)))
-    assert 0 < log.count("record") < BUCKETS
-    sentence = output(cuda.run(REFUSED, artefact, CUDA_ON_HOST_BYTES="9999"))
-    assert "could not start on cuda (" in sentence and "memory" in sentence
+    run = partial(cuda.run, OPEN + EVENTS + code, tmp_path / "a.onnx")
+    log = output(run(CUDA_ON_HOST_BYTES=str(6 << 20)))
+    assert log.count("record") == 5 and "forbidden" not in log
+    assert output(run()).count("record") == BUCKETS
+    sentence = output(cuda.run(REFUSED, tmp_path / "a.onnx", CUDA_ON_HOST_BYTES="99"))
+    assert "could not start on cuda (Failed to allocate memory for requested" in sentence
 
 
 def test_the_commands_say_where_nodes_are_computed(
