@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -157,7 +158,7 @@ def test_the_command_for_a_package_that_replaces_another_runs_as_it_is_copied(
     assert what == "onnxruntime-gpu is not installed"
     (tmp_path / "pip").write_text('#!/bin/sh\necho "$#:$@"\n')
     (tmp_path / "pip").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     ended = subprocess.run(
         ["sh", "-c", command], env={"PATH": path}, stdin=subprocess.DEVNULL, capture_output=True
     )
