@@ -9,6 +9,8 @@ JOBS ?= 3
 # Every package has the release that constraints.txt names. An empty CONSTRAINTS resolves anew.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet) $(CONSTRAINTS:%=--constraint %)
+# The tests of GPUs need a second ONNX Runtime, which cannot be beside the one for CPUs.
+GPU_RUNTIME = 'onnxruntime-gpu>=1.25; platform_system == "Linux" and platform_machine == "x86_64"'
 OPENVINO = tests/exporters/openvino/test_exporter.py
 FAST = $(addprefix tests/,data artefacts checkpoints cli project/test_imports.py project/test_faces.py)
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -39,7 +41,8 @@ docs: $(VENV)/.test
 
 constraints:
 	$(MAKE) .venv-latest/.lint VENV=.venv-latest CONSTRAINTS=
-	.venv-latest/bin/python -m pip freeze --all --exclude-editable > constraints.txt
+	{ .venv-latest/bin/python -m pip freeze --all --exclude-editable; \
+	  .venv-latest/bin/python -m pip freeze --path .venv-latest/onnxruntime-gpu; } > constraints.txt
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -58,8 +61,9 @@ $(VENV)/.runtime: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	@echo 'Installing what the tests need: 1.4 GB on disk.'
+	@echo 'Installing what the tests need: 1.8 GB on disk.'
 	$(INSTALL) $(CONSTRAINTS:%=--build-constraint %) --editable '.[all]' --group test
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/onnxruntime-gpu $(GPU_RUNTIME)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -147,7 +147,8 @@ class MissingExtraError(AoftError, ImportError):
         elif extra is None:
             message = f"{package} is not installed, but another package needs it: run pip check."
         else:
-            first = f"pip uninstall {replaces}, then " if replaces else ""
+            # Uninstalling one of the two deletes files of the other, so both go.
+            first = f"pip uninstall -y {replaces} {package} && " if replaces else ""
             message = f"{package} is not installed: run {first}pip install {install}."
         super().__init__(message, name=package)
 

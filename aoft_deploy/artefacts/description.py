@@ -171,6 +171,14 @@ class ArtefactInfo:
         """Names of the matrix products that stay in float32 in a low-precision artefact."""
         return tuple(json.loads(self.texts.get("left_in_float", "[]")))
 
+    @property
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Number of nodes by execution provider and operator; empty if the engine states none."""
+        value = self._json("placement") if "placement" in self.texts else {}
+        if not isinstance(value, dict) or not all(isinstance(x, dict) for x in value.values()):
+            raise self._damaged("placement")
+        return value
+
     def entries(self) -> dict[str, Any]:
         """All entries, decoded if they are JSON."""
         return {key: decoded(text) for key, text in self.texts.items()}

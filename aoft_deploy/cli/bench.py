@@ -10,7 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoft_deploy.cli.bench_report import is_gpu, print_shares, print_timings, trusted
+from aoft_deploy.cli.bench_report import (
+    is_gpu,
+    print_placements,
+    print_shares,
+    print_timings,
+    trusted,
+)
 from aoft_deploy.cli.command import (
     DEVICES,
     ENGINES,
@@ -113,6 +119,8 @@ def bench(options: argparse.Namespace) -> None:
     timings: list[Timing] = []
     with ExitStack() as engines, Progress() as progress:
         subjects = _subjects(wanted, engines, progress)
+        progress.clear()
+        print_placements(subjects)
         for batch in options.batches:
             timings += _timed(subjects, batch, options.rounds, progress)
             progress.clear()

@@ -1,4 +1,4 @@
-"""What aoft-bench prints: the timings, and the shares of a device's peak speed."""
+"""What aoft-bench prints: where nodes are computed, the timings, and the shares of a device's peak speed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aoft_deploy.artefacts.timing import Timing
+    from aoft_deploy.artefacts.timing import Subject, Timing
 
-__all__ = ["is_gpu", "print_shares", "print_timings", "trusted"]
+__all__ = ["is_gpu", "print_placements", "print_shares", "print_timings", "trusted"]
 
 Peaks = Mapping[str, Mapping[str, float]]
 """Operations per second, by device and precision."""
@@ -17,6 +17,21 @@ Peaks = Mapping[str, Mapping[str, float]]
 def is_gpu(device: str) -> bool:
     """Whether an engine's device is an NVIDIA GPU."""
     return device.startswith("cuda")
+
+
+def print_placements(subjects: Sequence[Subject]) -> None:
+    """Print how many nodes of each artefact on a GPU are computed where, if its engine tells."""
+    from aoft_deploy.artefacts.description import ArtefactInfo
+
+    for subject in subjects:
+        placement = ArtefactInfo(subject.engine.info, subject.name).placement
+        if placement and is_gpu(subject.engine.device):
+            parts = [
+                f"{sum(operators.values())} nodes on {provider}"
+                + (f" ({', '.join(operators)})" if provider.startswith("CPU") else "")
+                for provider, operators in placement.items()
+            ]
+            print(f"{subject.name} on {subject.engine.device}: {', '.join(parts)}", flush=True)
 
 
 def print_timings(timings: Sequence[Timing], batch: int) -> None:

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 ENGINES = "onnxruntime, openvino, tensorrt or torch"
-DEVICES = "cpu, cuda, tensorrt, mps or xpu; cuda:1 is the second GPU"
+DEVICES = "cpu, cuda, mps or xpu; cuda:1 is the second GPU"
 """Values of ``--engine`` and ``--device``, for help texts."""
 
 _PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -171,7 +171,7 @@ def positive(text: str) -> int:
 
 def device(text: str) -> str:
     """Parse the name of a device: a ``type=`` for options."""
-    if not re.fullmatch(r"cpu|mps|(cuda|tensorrt|xpu)(:\d+)?", text):
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no device: choose {DEVICES}")
     return text
 

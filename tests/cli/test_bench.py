@@ -277,7 +277,7 @@ def test_an_existing_result_is_replaced_only_on_request(
     [
         (["--engines", "tensorrt"], "Unknown engine for .* 'tensorrt'. Known: onnxruntime"),
         (["--device", "cuda"], "onnxruntime-gpu is not installed"),
-        (["--device", "mps"], "Unknown device of ONNX Runtime 'mps': give cpu, cuda or tensorrt"),
+        (["--device", "mps"], "Unknown device of ONNX Runtime 'mps': give cpu, cuda, or cuda:1"),
         (["--json", "/nowhere/figures.json"], "There is no folder /nowhere: give another --json"),
         (["--plot", "/dev/null"], "/dev/null exists and is no file: give another --plot"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -148,11 +149,22 @@ def test_other_failed_imports_stay_as_they_are(error: ImportError) -> None:
     assert raised.value is error
 
 
-def test_a_package_that_replaces_another_is_not_installed_beside_it() -> None:
+def test_the_command_for_a_package_that_replaces_another_runs_as_it_is_copied(
+    tmp_path: Path,
+) -> None:
+    """pip removes files of the one with the other, so both are uninstalled first."""
     error = MissingExtraError("onnxruntime-gpu", "gpu", replaces="onnxruntime")
-    assert str(error) == (
-        "onnxruntime-gpu is not installed: run pip uninstall onnxruntime, then pip install "
-        "'aoft-deploy[gpu]'."
+    what, command = str(error).removesuffix(".").split(": run ")
+    assert what == "onnxruntime-gpu is not installed"
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$#:$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    ended = subprocess.run(
+        ["sh", "-c", command], env={"PATH": path}, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert (ended.returncode, ended.stdout.decode().splitlines()) == (
+        0,
+        ["4:uninstall -y onnxruntime onnxruntime-gpu", "2:install aoft-deploy[gpu]"],
     )
 
 

@@ -202,8 +202,10 @@ def test_each_extra_brings_one_onnxruntime_at_most_and_torch_only_where_it_is_us
     for without in ("serve", "demo", "train", "openvino", "peft", "ray"):
         assert not needed(described, without) & {"onnxruntime", "onnxruntime-gpu"}, without
     assert needed(described, "demo") >= {"gradio"} | needed(described, "train")
-    gpu = {each.name for each in chosen(described.get_all("Requires-Dist", []), ["gpu"])}
-    assert gpu >= {"onnxruntime-gpu", "tensorrt-rtx"} and "onnxruntime" not in gpu
+    gpu = {each.name: each for each in chosen(described.get_all("Requires-Dist", []), ["gpu"])}
+    assert gpu.keys() >= {"onnxruntime-gpu", "tensorrt-rtx"} and "onnxruntime" not in gpu
+    runtime = gpu["onnxruntime-gpu"]  # with CUDA's libraries, and Attention on GPUs
+    assert runtime.extras == {"cuda", "cudnn"} and not runtime.specifier.contains("1.24.9")
     everything = needed(described, "all")
     assert "onnxruntime-gpu" not in everything
     for extra in set(described.get_all("Provides-Extra", [])) - {"all", "gpu", "tensorrt"}:

@@ -25,8 +25,10 @@ from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
-from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet
+from aoft_exporters.onnx.engine import OnnxEngine
+from aoft_exporters.onnx.fleet import OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
+from aoft_exporters.onnx.gpu_engine import OnnxGpuEngine
 from aoft_exporters.onnx.int8 import quantised
 from aoft_exporters.openvino import engine as openvino_engine
 
@@ -182,7 +184,9 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
     """
     if options.engine == "openvino":
         return openvino_engine.load(path, options)
-    return OnnxEngine(path, options.threads, options.device or "cpu")
+    if options.device in (None, "cpu"):
+        return OnnxEngine(path, options.threads)
+    return OnnxGpuEngine(path, options)
 
 
 def describe(path: Path) -> dict[str, Any]:

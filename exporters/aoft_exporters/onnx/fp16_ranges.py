@@ -18,7 +18,7 @@ from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_exporters.graph.emulation import emulated, left_in_float, low_results
 from aoft_exporters.graph.low_precision import LARGEST_FP16, typed
-from aoft_exporters.onnx.engine import session
+from aoft_exporters.onnx.sessions import session
 
 __all__ = ["HEADROOM", "in_range", "magnitudes"]
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from aoft_exporters.onnx.engine import library
+from aoft_exporters.onnx.sessions import library
 
 __all__ = ["quantised"]
 

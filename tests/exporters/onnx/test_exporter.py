@@ -27,7 +27,6 @@ from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.multitask import MixedModel
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter
-from aoft_exporters.onnx.engine import PROVIDERS, _providers
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPEC = export_spec(16, False, MEAN, STD, {"classes": '["日本"]', "empty": ""})
@@ -328,23 +327,6 @@ def test_the_size_limit_of_a_fleet_counts_its_float32_tables(
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", 1.4 * backbone)
     with pytest.raises(OutputError, match=r"Backbone and tasks take .* in fp16, .*: export fewer"):
         exporter.export_fleet(model, tmp_path / "a.onnx", replace(SPEC, precision="fp16"), tables)
-
-
-class Cuda:
-    """Stands for ONNX Runtime on a machine with all execution providers."""
-
-    @staticmethod
-    def get_available_providers() -> list[str]:
-        return list(PROVIDERS.values())
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt"])
-def test_float32_products_never_use_tf32_on_a_gpu(device: str) -> None:
-    """CUDA's provider rounds float32 to 10 bits by default, but artefacts are verified without."""
-    providers = dict(_providers(Cuda, device))
-    index = device.partition(":")[2] or "0"
-    assert providers["CUDAExecutionProvider"] == {"device_id": index, "use_tf32": "0"}
-    assert ("TensorrtExecutionProvider" in providers) is (device == "tensorrt")
 
 
 def test_the_engine_reports_the_files_metadata_and_input_form(

@@ -1,0 +1,58 @@
+"""Keep the recording of a CUDA graph apart from other work of ONNX Runtime on GPUs.
+
+ONNX Runtime records in CUDA's global mode: while one thread records, an allocation or a copy of any
+other thread of the process fails, and makes the recording fail.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["RECORDING", "Recording"]
+
+
+class Recording:
+    """A lock that one recording holds alone, or any number of other threads together.
+
+    A recording that waits goes before those that come later. The lock is not reentrant.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._others, self._waiting, self._records = 0, 0, False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context manager: record while no other thread uses a GPU."""
+        with self._changed:
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: not self._others and not self._records)
+            finally:
+                self._waiting -= 1
+            self._records = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._records = False
+                self._changed.notify_all()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Context manager: use a GPU while no thread records."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records and not self._waiting)
+            self._others += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._others -= 1
+                self._changed.notify_all()
+
+
+RECORDING = Recording()
+"""The lock of this process."""
