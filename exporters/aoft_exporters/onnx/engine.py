@@ -1,4 +1,4 @@
-"""Run ONNX files and fleets with ONNX Runtime."""
+"""Run ONNX files with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError, optional_imports
 from aoft_deploy.processors import limited
-from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
+from aoft_exporters.graph.fleet_tables import fleet_logits
 
-__all__ = ["OnnxEngine", "OnnxFleet", "library", "session"]
+__all__ = ["OnnxEngine", "library", "session"]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -165,8 +164,13 @@ class OnnxEngine:
         """Logits of a batch in the file's input form; see ``Engine``."""
         check_batch(images, task, takes=self._expects, tasks=self._tasks)
         if task is not None:
-            return _fleet_logits(self._session, images, task, {}, self.info)
-        feed = {self.input_name: images}
+            return fleet_logits(self._run, images, task, self.info)
+        return self._run(images)
+
+    def _run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        feed = {self.input_name: images} | ({} if task is None else {"task": task})
         logits: Any = self._session.run(["logits"], feed, self._run_options)[0]
         return np.asarray(logits, np.float32)
 
@@ -185,71 +189,3 @@ def _task_count(info: Mapping[str, str], path: Path) -> int:
         return len(json.loads(info.get("tasks", "[]")))
     except (ValueError, TypeError, RecursionError) as error:
         raise ArtefactError(f"{path} does not name its tasks ({error}).") from error
-
-
-class OnnxFleet:
-    """A fleet in an ONNX Runtime session that reads the tasks' tables from the caller's memory.
-
-    Attributes:
-        info: Metadata of the file.
-        tables: Tables of the tasks that the file holds.
-
-    Args:
-        path: A file of ``export_fleet``.
-        options: Threads and device.
-
-    Raises:
-        ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
-        SettingError: The device does not exist or does not start.
-        MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
-    """
-
-    def __init__(self, path: Path, options: EngineOptions = EngineOptions()) -> None:
-        import onnx
-
-        self.info: Mapping[str, str] = checked_metadata(path)
-        try:
-            proto = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf raises its own classes
-            raise ArtefactError(f"{path} is no ONNX model ({error}).") from error
-        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
-        if set(stored) != set(FLEET_TABLES):
-            raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
-        self.tables: FleetTables | None = FleetTables(
-            **{name: onnx.numpy_helper.to_array(tensor) for name, tensor in stored.items()}
-        )
-        for name, axis in FLEET_TABLES.items():
-            proto.graph.initializer.remove(stored[name])
-            shape = [axis, *stored[name].dims[1:]]
-            kind = stored[name].data_type
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        device = options.device or "cpu"
-        self._session = session(proto.SerializeToString(), options.threads, device, path)
-
-    def run(
-        self,
-        images: NDArray[np.float32],
-        task: NDArray[np.int64],
-        tables: FleetTables,
-    ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
-        return _fleet_logits(self._session, images, task, tables.by_name(), self.info)
-
-
-def _fleet_logits(
-    session: Any,
-    images: NDArray[Any],
-    task: NDArray[np.int64],
-    tables: Mapping[str, NDArray[Any]],
-    info: Mapping[str, str],
-) -> NDArray[np.float32]:
-    """Logits of a fleet; the folded form options one task at a time."""
-
-    def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
-        logits: Any = session.run(["logits"], {"pixel_values": images, "task": task, **tables})[0]
-        return np.asarray(logits, np.float32)
-
-    task = np.asarray(task, np.int64)
-    if info.get("form") == "folded":
-        return folded_logits(run, images, task)
-    return run(images, task)

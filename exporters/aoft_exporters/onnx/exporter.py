@@ -25,7 +25,8 @@ from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
-from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet
+from aoft_exporters.onnx.engine import OnnxEngine
+from aoft_exporters.onnx.fleet import OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.int8 import quantised
 from aoft_exporters.openvino import engine as openvino_engine

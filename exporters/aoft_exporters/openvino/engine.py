@@ -16,7 +16,7 @@ from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.processors import limited
-from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
+from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.openvino.digest import check_digest
 from aoft_exporters.openvino.files import MARKER, SECTION, TASKS
 from aoft_exporters.openvino.library import check_arithmetic, openvino_library
@@ -185,9 +185,7 @@ class _Compiled:
         def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
             return self.run({"pixel_values": images, "task": task, **inputs})
 
-        if self.info.get("form") == "folded":
-            return folded_logits(run, images, task)
-        return run(images, task)
+        return fleet_logits(run, images, task, self.info)
 
 
 def _batch_tables(
