@@ -69,7 +69,8 @@ class Fleet:
         store: More tasks: a folder of checkpoints, a file from ``pack``, or any ``TaskStore``.
         budget: Bytes of memory that the parameters of tasks may take. On a CPU, they are taken when
             tasks are added and returned when they are removed; None allows the machine's memory. On
-            a GPU, they are taken at once and lie on the GPU; None takes half of its free memory.
+            a GPU, they are taken at once, and half as many for gaps between classifiers; None takes
+            half of its free memory.
         threads: Threads within an operator; None lets the runtime choose.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
 

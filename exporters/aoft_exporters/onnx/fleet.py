@@ -27,8 +27,11 @@ from aoft_exporters.onnx.gpu_memory import free_memory
 
 __all__ = ["DeviceMemory", "OnnxFleet"]
 
-SPARE = 8
-"""A device's memory has one part in so many more than the tables need, for gaps between them."""
+SPARE = 0.5
+"""Memory of a device beyond the size, as a fraction of it, for gaps between classifiers."""
+
+SHARE = 0.5
+"""Fraction of a GPU's free memory that a fleet takes if no budget is given."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class DeviceMemory:
     """
 
     def __init__(self, size: int, device: str) -> None:
-        self.size = size + size // SPARE
+        self.size = size + int(SPARE * size)
         self._place = Place.of(device)
         kind, index = self._place.kind, self._place.index
         try:
@@ -160,9 +163,11 @@ class OnnxFleet:
         self._session = session(proto.SerializeToString(), options.threads, self._device, path)
 
     def capacity(self) -> int:
-        """The machine's memory, or half of what is free on the GPU, in bytes."""
+        """The machine's memory, or a budget whose memory is ``SHARE`` of what is free on the GPU."""
         place = Place.of(self._device)
-        return physical_memory() if place.kind == "cpu" else free_memory(place.index) // 2
+        if place.kind == "cpu":
+            return physical_memory()
+        return int(SHARE * free_memory(place.index) / (1 + SPARE))
 
     def reserve(self, size: int) -> TableMemory:
         """Memory for tables of ``size`` bytes, of this process or of the GPU.
