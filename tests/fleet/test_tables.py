@@ -11,6 +11,7 @@ import psutil
 import pytest
 from fleet_memories import table_rows
 
+from aoft_deploy.artefacts import table_memory
 from aoft_deploy.artefacts.table_memory import TableMemory
 from aoft_deploy.errors import SettingError
 from aoft_deploy.fleet.tables import TaskTables
@@ -143,6 +144,26 @@ def test_memory_is_returned_when_all_tasks_are_replaced(
         for slot in slots:
             tables.free(slot)
     assert resident_bytes() - before < 0.1 * budget
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_a_released_page_holds_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bank ends on the page on which the classifiers begin."""
+    monkeypatch.setattr(table_memory, "SPARE", 0)
+    tables = TaskTables(row_length=300, width=6, budget=40_000)
+    rng, there = np.random.default_rng(2), dict[int, tuple[float, int]]()
+    for value in map(float, range(1, 2000)):
+        classes = int(rng.choice([1, 3, 40, 300]))
+        while (slot := tables.allocate(classes)) is None:
+            freed = int(rng.choice(list(there)))
+            del there[freed]
+            tables.free(freed)
+        tables.write(slot, task(300, 6, classes, value))
+        there[slot] = value, classes
+        for slot, (value, classes) in there.items():
+            first = int(tables.first[slot])
+            assert (tables.bank[slot] == value).all()
+            assert (tables.heads[first : first + classes] == value).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
