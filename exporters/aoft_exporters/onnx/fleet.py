@@ -7,7 +7,9 @@ that is added is copied to its own place, beside the tasks that requests use mea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,7 @@ class DeviceMemory:
 class OnnxFleet:
     """A fleet in an ONNX Runtime session that reads the tasks' tables in place.
 
-    Many threads may call ``run`` at once.
+    Many threads may call ``run`` at once; a GPU computes one batch for each lane at a time.
 
     Attributes:
         info: Metadata of the file.
@@ -132,7 +134,7 @@ class OnnxFleet:
 
     Args:
         path: A file of ``export_fleet``.
-        options: Threads and device.
+        options: Threads, device and lanes.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
@@ -161,9 +163,11 @@ class OnnxFleet:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         self._device = options.device or "cpu"
         self._session = session(proto.SerializeToString(), options.threads, self._device, path)
+        lanes = threading.BoundedSemaphore(options.lanes)
+        self._lane: AbstractContextManager[Any] = nullcontext() if self._device == "cpu" else lanes
 
     def capacity(self) -> int:
-        """The machine's memory, or a budget whose memory is ``SHARE`` of what is free on the GPU."""
+        """The machine's memory, or the budget that takes ``SHARE`` of the GPU's free memory."""
         place = Place.of(self._device)
         if place.kind == "cpu":
             return physical_memory()
@@ -186,16 +190,17 @@ class OnnxFleet:
         """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
 
         def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
-            binding = self._session.io_binding()
             feed = {"pixel_values": images, "task": task, **tables.by_name()}
-            for name, value in feed.items():
-                if isinstance(value, DeviceTable):
-                    binding.bind_input(name, *_location(value))
-                else:
-                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            binding.bind_output("logits", "cpu")
-            self._session.run_with_iobinding(binding)
-            return np.asarray(binding.copy_outputs_to_cpu()[0], np.float32)
+            with self._lane:
+                binding = self._session.io_binding()
+                for name, value in feed.items():
+                    if isinstance(value, DeviceTable):
+                        binding.bind_input(name, *_location(value))
+                    else:
+                        binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                binding.bind_output("logits", "cpu")
+                self._session.run_with_iobinding(binding)
+                return np.asarray(binding.copy_outputs_to_cpu()[0], np.float32)
 
         return fleet_logits(run, images, np.asarray(task, np.int64), self.info)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_exporters.onnx import fleet as onnx_fleet
-from aoft_exporters.onnx.engine import library
+from aoft_exporters.onnx.engine import library, session
 from aoft_exporters.onnx.fleet import SPARE, DeviceMemory, OnnxFleet
 
 
@@ -139,3 +141,43 @@ def test_a_device_that_cannot_run_the_fleet_is_refused(fleet_artefact: Path) -> 
     if "CUDAExecutionProvider" not in library().get_available_providers():
         with pytest.raises(MissingExtraError, match="onnxruntime-gpu"):
             Fleet(fleet_artefact, device="cuda")
+
+
+def test_a_gpu_computes_one_batch_for_each_lane_at_a_time(
+    fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's part is played by the CPU, in the session alone."""
+    on_cpu, both = partial(session, device="cpu"), threading.Barrier(2)
+    lock, running, most = threading.Lock(), 0, 0
+
+    class Counting:
+        """A session that notes how many of its runs overlap; the first two wait for each other."""
+
+        def __init__(self, opened: Any) -> None:
+            self.opened, self.io_binding, self.runs = opened, opened.io_binding, 0
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            nonlocal running, most
+            with lock:
+                self.runs, running = self.runs + 1, running + 1
+                first, most = self.runs <= 2, max(most, running)
+            if first:
+                both.wait(20)
+            self.opened.run_with_iobinding(binding)
+            with lock:
+                running -= 1
+
+    def opened(model: bytes, threads: int, device: str, path: Path) -> Counting:
+        assert device == "cuda:1"
+        return Counting(on_cpu(model, threads, path=path))
+
+    monkeypatch.setattr(onnx_fleet, "session", opened)
+    engine = OnnxFleet(fleet_artefact, EngineOptions(threads=1, device="cuda:1", lanes=2))
+    tables, x, task = engine.tables, images(2), np.array([0, 1])
+    assert tables is not None
+    with ThreadPoolExecutor(6) as pool:
+        found = [pool.submit(engine.run, x, task, tables) for _ in range(40)]
+    expected = load_artefact(fleet_artefact, EngineOptions(threads=1)).run(x, task)
+    for logits in found:
+        np.testing.assert_allclose(logits.result(), expected, atol=1e-5, rtol=0)
+    assert most == 2
