@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from aoft_deploy.artefacts.table_memory import TableMemory
+
 __all__ = [
     "DeviceTimer",
     "Engine",
@@ -112,6 +114,8 @@ class DeviceTimer(Protocol):
 class FleetTables:
     """The parameters of a fleet's tasks, in the order of the arguments of ``MixedModel.forward``.
 
+    Tables in memory that an engine reserved are in the form that this memory gives them.
+
     Attributes:
         bank: Parameters of the updates, float32 (tasks, parameters).
         heads: Classifier rows of all tasks, weights and bias, float32 (rows, width + 1).
@@ -144,6 +148,19 @@ class FleetEngine(Protocol):
     def info(self) -> Mapping[str, str]:
         """Metadata stored in the artefact."""
 
+    def capacity(self) -> int:
+        """Bytes that the parameters of tasks may take if the caller sets no limit."""
+
+    def reserve(self, size: int) -> TableMemory:
+        """Reserve memory for tables, where the engine reads them in place.
+
+        Args:
+            size: Bytes that are needed.
+
+        Raises:
+            SettingError: The device has less.
+        """
+
     def run(
         self, images: NDArray[np.float32], task: NDArray[np.int64], tables: FleetTables
     ) -> NDArray[np.float32]:
@@ -152,7 +169,8 @@ class FleetEngine(Protocol):
         Args:
             images: float32 [batch, 3, H, W], normalised.
             task: Row of each image's task in the tables, int64 [batch].
-            tables: Parameters of the tasks. They are not copied.
+            tables: Parameters of the tasks: arrays of this process, or tables of reserved memory.
+                They are not copied.
 
         Returns:
             float32 [batch, columns].

@@ -1,4 +1,4 @@
-"""What aoft-bench prints: where nodes are computed, the timings, and the shares of a device's peak speed."""
+"""What aoft-bench prints: placements, timings, and the shares of a device's peak speed."""
 
 from __future__ import annotations
 

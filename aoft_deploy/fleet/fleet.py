@@ -1,14 +1,13 @@
 """A live fleet: many tasks on one graph and one backbone, added and removed while requests run.
 
 The graph that ``export_fleet`` writes takes the parameters of all tasks as input tables. The
-runtime reads these tables in place from this process's memory: adding a task writes one row,
-removing it frees the row, and a request selects its row by index. A store on disk may hold more
-tasks than fit into memory. Needs neither torch nor timm.
+runtime reads these tables in place, from this process's memory or from the GPU's: adding a task
+writes one row, removing it frees the row, and a request selects its row by index. A store on disk
+may hold more tasks than fit into memory. Needs neither torch nor timm.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -69,8 +68,10 @@ class Fleet:
     Args:
         path: The artefact that ``export_fleet`` wrote; its tasks are available from the start.
         store: More tasks: a folder of checkpoints, a file from ``pack``, or any ``TaskStore``.
-        budget: Bytes of memory that the parameters of tasks may take; None: the machine's memory.
-            Memory is taken when tasks are added and returned when they are removed.
+        budget: Bytes of memory that the parameters of tasks may take. On a CPU, they are taken when
+            tasks are added and returned when they are removed; None allows the machine's memory. On
+            a GPU, they are taken at once, and half as many for gaps between classifiers; None takes
+            half of its free memory.
         threads: Threads within an operator; None lets the runtime choose.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
         lanes: Batches that a GPU computes at once.
@@ -78,7 +79,8 @@ class Fleet:
     Raises:
         ArtefactError: The file is missing, damaged or no fleet.
         CheckpointError: The store cannot be used or is of another kind.
-        SettingError: The artefact's own tasks exceed the budget, or it does not run on the device.
+        SettingError: The artefact's own tasks exceed the budget, the budget exceeds the device's
+            memory, or the artefact does not run on the device.
     """
 
     def __init__(
@@ -113,9 +115,9 @@ class Fleet:
             store = open_store(Path(store), self.kind)
         elif store is not None:
             self.kind.check_kind(store, store.kind)
-        if budget is None:
-            budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._tables = TaskTables(self.kind.row_length, self.kind.width, budget)
+        budget = self._engine.capacity() if budget is None else budget
+        row_length, width = self.kind.row_length, self.kind.width
+        self._tables = TaskTables(row_length, width, budget, self._engine.reserve)
         self._tasks = ResidentTasks(self._tables, store, own)
 
     @property

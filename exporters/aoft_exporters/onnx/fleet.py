@@ -1,25 +1,134 @@
-"""Run fleets whose tasks can change with ONNX Runtime."""
+"""Run fleets whose tasks can change with ONNX Runtime.
+
+On a CPU, ONNX Runtime reads the tables of the tasks from this process's memory. On a GPU they lie
+in the GPU's memory: with a batch travel its images and the index of each image's task, and a task
+that is added is copied to its own place, beside the tasks that requests use meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_deploy.errors import ArtefactError
+from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
+from aoft_deploy.errors import ArtefactError, SettingError
+from aoft_deploy.texts import one_line
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
-from aoft_exporters.onnx.sessions import session
+from aoft_exporters.graph.tracing import OPSET
+from aoft_exporters.onnx.gpu_memory import free_memory
+from aoft_exporters.onnx.recording import RECORDING
+from aoft_exporters.onnx.sessions import device_index, library, session
 
-__all__ = ["OnnxFleet"]
+__all__ = ["DeviceMemory", "OnnxFleet"]
+
+SPARE = 0.5
+"""Memory of a device beyond the size, as a fraction of it, for gaps between classifiers."""
+
+SHARE = 0.5
+"""Fraction of a GPU's free memory that a fleet takes if no budget is given."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ONNX Runtime has memory.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        index: Index of the GPU; 0 for the CPU.
+    """
+
+    kind: str
+    index: int
+
+    @classmethod
+    def of(cls, device: str) -> Place:
+        """The memory of a device such as ``cuda:1``."""
+        return cls("cpu" if device == "cpu" else "cuda", device_index(device))
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTable:
+    """A table in a device's memory.
+
+    Attributes:
+        memory: The memory, which lives as long as the table.
+        place: Where it is.
+        dtype: Type of the values.
+        shape: The table's shape.
+        address: Its first byte.
+    """
+
+    memory: Any
+    place: Place
+    dtype: DTypeLike
+    shape: Sequence[int]
+    address: int
+
+
+class DeviceMemory:
+    """Memory of a device, taken at once.
+
+    Attributes:
+        size: See ``TableMemory``.
+
+    Args:
+        size: Bytes that are needed.
+        device: ``cuda:0`` …, or ``cpu``.
+
+    Raises:
+        SettingError: The device has less free memory.
+    """
+
+    def __init__(self, size: int, device: str) -> None:
+        self.size = size + int(SPARE * size)
+        self._place = Place.of(device)
+        kind, index = self._place.kind, self._place.index
+        try:
+            with RECORDING.apart():
+                self._memory = library().OrtValue.ortvalue_from_shape_and_type(
+                    [self.size], np.uint8, kind, index
+                )
+        except Exception as error:  # ONNX Runtime raises its own classes, all Exception
+            raise SettingError(
+                f"{device} has no room for {self.size} bytes of tasks ({one_line(error, 160)}): "
+                "give a smaller `budget`."
+            ) from error
+        self._copy = session(_copying(), 1, device, Path("copy.onnx"))
+
+    def table(self, offset: int, shape: Sequence[int], dtype: DTypeLike) -> DeviceTable:
+        """A table in this memory; see ``TableMemory``."""
+        address = self._memory.data_ptr() + offset
+        return DeviceTable(self._memory, self._place, dtype, shape, address)
+
+    def write(self, offset: int, values: NDArray[Any]) -> None:
+        """Copy values to a place; see ``TableMemory``."""
+        content = values.reshape(-1).view(np.uint8)
+        if not content.size:
+            return
+        place = self.table(offset, content.shape, content.dtype)
+        binding = self._copy.io_binding()
+        binding.bind_cpu_input("values", content)
+        binding.bind_output("place", *_location(place))
+        with RECORDING.apart():
+            self._copy.run_with_iobinding(binding)  # ends when the device has copied them
+
+    def release(self, start: int, end: int) -> None:
+        """The device's memory stays taken."""
 
 
 class OnnxFleet:
-    """A fleet in an ONNX Runtime session that reads the tasks' tables from the caller's memory.
+    """A fleet in an ONNX Runtime session that reads the tasks' tables in place.
+
+    Many threads may call ``run`` at once; a GPU computes one batch for each lane at a time.
 
     Attributes:
         info: Metadata of the file.
@@ -27,7 +136,7 @@ class OnnxFleet:
 
     Args:
         path: A file of ``export_fleet``.
-        options: Threads and device.
+        options: Threads, device and lanes.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
@@ -54,8 +163,36 @@ class OnnxFleet:
             shape = [axis, *stored[name].dims[1:]]
             kind = stored[name].data_type
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        device = options.device or "cpu"
-        self._session = session(proto.SerializeToString(), options.threads, device, path)
+        self._device = options.device or "cpu"
+        tf32 = self.info.get("precision") == "tf32"
+        self._session = session(
+            proto.SerializeToString(), options.threads, self._device, path, tf32=tf32
+        )
+        self._lanes = threading.BoundedSemaphore(options.lanes)
+
+    def capacity(self) -> int:
+        """The machine's memory, or the budget that takes ``SHARE`` of the GPU's free memory."""
+        place = Place.of(self._device)
+        if place.kind == "cpu":
+            return physical_memory()
+        return int(SHARE * free_memory(place.index) / (1 + SPARE))
+
+    def reserve(self, size: int) -> TableMemory:
+        """Memory for tables of ``size`` bytes, of this process or of the GPU.
+
+        Raises:
+            SettingError: The system or the GPU has less.
+        """
+        return HostMemory(size) if self._device == "cpu" else DeviceMemory(size, self._device)
+
+    @contextmanager
+    def _lane(self) -> Iterator[None]:
+        """Context manager: a lane of the GPU while no other engine is recorded; none on a CPU."""
+        if self._device == "cpu":
+            yield
+            return
+        with self._lanes, RECORDING.apart():
+            yield
 
     def run(
         self,
@@ -67,7 +204,36 @@ class OnnxFleet:
 
         def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
             feed = {"pixel_values": images, "task": task, **tables.by_name()}
-            logits: Any = self._session.run(["logits"], feed)[0]
-            return np.asarray(logits, np.float32)
+            with self._lane():
+                binding = self._session.io_binding()
+                for name, value in feed.items():
+                    if isinstance(value, DeviceTable):
+                        binding.bind_input(name, *_location(value))
+                    else:
+                        binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                binding.bind_output("logits", "cpu")
+                self._session.run_with_iobinding(binding)
+                return np.asarray(binding.copy_outputs_to_cpu()[0], np.float32)
 
         return fleet_logits(run, images, np.asarray(task, np.int64), self.info)
+
+
+def _location(table: DeviceTable) -> tuple[Any, ...]:
+    """A table as ``IOBinding`` takes it."""
+    place = table.place
+    return place.kind, place.index, table.dtype, table.shape, table.address
+
+
+def _copying() -> bytes:
+    """An ONNX model that copies the bytes ``values`` to ``place``."""
+    import onnx
+
+    source, target = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, ["bytes"])
+        for name in ("values", "place")
+    )
+    node = onnx.helper.make_node("Identity", ["values"], ["place"])
+    graph = onnx.helper.make_graph([node], "copy", [source], [target])
+    opset = onnx.helper.make_opsetid("", OPSET)
+    model = onnx.helper.make_model_gen_version(graph, opset_imports=[opset])
+    return bytes(model.SerializeToString())

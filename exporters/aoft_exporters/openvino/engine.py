@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
+from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
@@ -115,6 +116,14 @@ class OpenvinoFleet:
         self.info: Mapping[str, str] = self._compiled.info
         self.tables: FleetTables | None = _tables(path)
         check_digest(path)
+
+    def capacity(self) -> int:
+        """The machine's memory, in bytes."""
+        return physical_memory()
+
+    def reserve(self, size: int) -> TableMemory:
+        """Memory of this process for tables of ``size`` bytes."""
+        return HostMemory(size)
 
     def run(
         self,

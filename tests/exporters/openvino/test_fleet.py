@@ -88,6 +88,8 @@ def test_a_live_fleet_opens_the_folder(
     x = images(4)
     live = Fleet(fleet, threads=1)
     assert list(live.tasks) == ["cats", "dogs", "日"]
+    with pytest.raises(SettingError, match="runs artefacts on the CPU, not on 'cuda': leave `dev"):
+        Fleet(fleet, device="cuda")
     live.remove("dogs")
     assert live.add(tasks[1], "again") == "again"
     answers = live.predict(x, ["again", "cats", "again", "日"])
