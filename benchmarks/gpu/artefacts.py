@@ -48,6 +48,8 @@ STORED_TASKS = 2
 def export_all(run: Run) -> None:
     """Export every artefact, those for the first steps first."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPU is measured meanwhile
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[len(cores) // 2 :])
     for name in _names():
         if run.has_artefact(name):
             continue

@@ -133,16 +133,13 @@ def _server(run: Run, artefacts: list[str]) -> Iterator[tuple[str, subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stderr is not None
     try:
         events: dict[str, Any] = {}
-        lines = []
         while "ready" not in events:
-            line = process.stdout.readline()
-            if not line:
-                reason = process.stderr.read().strip().splitlines() or lines[-1:]
-                raise RuntimeError(f"aoft-serve ended: {' '.join(reason[-1:])}")
-            lines.append(line)
+            line = process.stderr.readline()
+            if not line.startswith("{"):  # its log is JSON
+                raise RuntimeError(f"aoft-serve ended: {line or events}")
             event = json.loads(line)
             events[event["event"]] = event
         yield f"http://127.0.0.1:{events['listening']['port']}", process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from aoft_deploy.artefacts.machine import machine
+from aoft_deploy.export.flops import flops_per_image
+from benchmarks.gpu.models import large, plain
 from benchmarks.gpu.run import NotMeasured, Run
 from benchmarks.gpu.timing import Variant, interleaved
 
@@ -29,6 +32,7 @@ def describe(run: Run) -> None:
         driver=None if run.dry else _driver(),
         cuda=torch.version.cuda,
         python=sys.version.split()[0],
+        flops=flops_per_image(plain(large(run)), large(run).side),
         versions={package: found for package in PACKAGES if (found := _version(package))},
         **{key: value for key, value in machine(None).items() if key != "threads"},
     )
@@ -37,13 +41,20 @@ def describe(run: Run) -> None:
         with run.row(f"peak {precision}"):
             timing = interleaved(run, {precision: Variant(make(side, run.device))})[precision]
             seconds = (timing.device_ms or timing.ms) / 1e3
-            run.note(f"peak {precision}", kind="peak", flops_per_second=2 * side**3 / seconds)
+            run.note(
+                f"peak {precision}",
+                kind="peak",
+                precision=precision,
+                per_second=2 * side**3 / seconds,
+            )
 
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm"]
-    done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-    return done.stdout.strip()
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
+        return done.stdout.strip()
+    return "unknown"
 
 
 def _version(package: str) -> str | None:

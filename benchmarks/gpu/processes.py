@@ -43,6 +43,7 @@ def _perform(step: Step, run: Run) -> None:
     with run.row(step.name):
         getattr(import_module(f"benchmarks.gpu.{module}"), function)(run)
         run.note(step.name, seconds=round(time.time() - start, 1))
+    print(f"== {step.name}: {sum(os.times()[:4]):.1f} s of CPU time")
 
 
 def end(process: BaseProcess, run: Run, *, wait: bool = True) -> None:

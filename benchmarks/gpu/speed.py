@@ -1,11 +1,12 @@
-"""Speed of artefacts and fleets as users load them."""
+"""Speed of artefacts and fleets as users load them, beside ONNX Runtime alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
@@ -16,66 +17,98 @@ from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
 from benchmarks.gpu.answers import open_fleet
 from benchmarks.gpu.artefacts import LARGE, PRECISIONS
-from benchmarks.gpu.models import large, pictures, task_files
+from benchmarks.gpu.models import CLASSES, large, pictures, task_files
 from benchmarks.gpu.run import NotMeasured, Run
-from benchmarks.gpu.timing import Timing, Variant, interleaved
+from benchmarks.gpu.timing import Subject, Variant, note_speeds
 
-__all__ = ["aoti", "engines", "fleets", "note_speeds", "tensorrt"]
+__all__ = ["aoti", "engines", "fleets", "onnxruntime_alone", "tensorrt"]
 
 
 def engines(run: Run) -> None:
-    """ONNX Runtime in every precision, plain and merged, beside its session as it comes."""
-    opened: dict[str, Engine] = {}
+    """Artefacts in every precision, plain and merged, from NumPy arrays to NumPy arrays."""
+    opened: dict[Subject, Engine] = {}
     for kind in (kind for kind in LARGE if "fleet" not in kind):
         with run.row(f"ONNX Runtime, {kind}"):
             path = run.artefact(f"large {kind}")
-            opened[f"ONNX Runtime, {kind}"] = load_artefact(path, _options(run))
+            opened[_subject("ONNX Runtime", kind)] = load_artefact(path, _options(run))
     for batch in run.batches:
-        variants = {name: _variant(run, engine, batch) for name, engine in opened.items()}
-        for kind in ("fp32", "fp16"):
-            name = f"ONNX Runtime's own session, {kind}"
-            with run.row(name):
-                variants[name] = _session(run, run.artefact(f"large {kind}"), batch)
-        note_speeds(run, interleaved(run, variants), batch)
+        note_speeds(run, batch, {who: _variant(engine, batch) for who, engine in opened.items()})
+
+
+def onnxruntime_alone(run: Run) -> None:
+    """The same files in ONNX Runtime without this project.
+
+    Once from NumPy arrays, and once with buffers on the GPU and recorded as a CUDA graph.
+    """
+    for precision in PRECISIONS:
+        with run.row(f"ONNX Runtime alone, {precision}"):
+            path = run.artefact(f"large {precision}")
+            for batch in run.batches:
+                variants = {
+                    Subject("ONNX Runtime alone", "merged", precision): _session(run, path, batch),
+                    Subject("ONNX Runtime alone", "merged", precision, "GPU"): _recorded(
+                        run, path, batch
+                    ),
+                }
+                note_speeds(run, batch, variants)
+
+
+def _subject(runtime: str, kind: str) -> Subject:
+    words = kind.split()
+    precision = next(word for word in words if word in PRECISIONS)
+    images = "NumPy uint8" if "uint8" in words else "NumPy"
+    return Subject(runtime, "plain" if "plain" in words else "merged", precision, images)
 
 
 def _options(run: Run) -> EngineOptions:
     return EngineOptions(device=run.device)
 
 
-def _variant(run: Run, engine: Engine, batch: int) -> Variant:
-    """An engine's ``run``, from NumPy arrays to NumPy arrays."""
+def _variant(engine: Engine, batch: int) -> Variant:
+    """An engine's ``run``, and its own measurement of the GPU's time if it has one."""
     side = ArtefactInfo(engine.info).preprocessing.height
-    return Variant(partial(engine.run, *inputs_for(engine, batch, (side, side))), events=False)
+    inputs = inputs_for(engine, batch, (side, side))
+    measure = getattr(engine, "device_seconds", None)
+    on_device = None if measure is None else partial(measure, *inputs)
+    return Variant(partial(engine.run, *inputs), on_device, events=False)
+
+
+def _opened(run: Run, path: Path, **options: str) -> Any:
+    """A session of ONNX Runtime on the device."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.enable_mem_pattern = "enable_cuda_graph" not in options
+    chosen = ("CPUExecutionProvider", {}) if run.dry else ("CUDAExecutionProvider", options)
+    return onnxruntime.InferenceSession(path, settings, [chosen], enable_fallback=0)
+
+
+def _tf32(path: Path) -> dict[str, str]:
+    return {"use_tf32": str(int("tf32" in path.name))}
 
 
 def _session(run: Run, path: Path, batch: int) -> Variant:
-    """A session with the provider's defaults, but without TF32."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    provider: tuple[str, Mapping[str, str]] = ("CUDAExecutionProvider", {"use_tf32": "0"})
-    if run.dry:
-        provider = ("CPUExecutionProvider", {})
-    session = onnxruntime.InferenceSession(path, options, [provider])
+    session = _opened(run, path, **_tf32(path))
     feed = {"pixel_values": large(run).inputs(batch)}
     return Variant(partial(session.run, ["logits"], feed), events=False)
 
 
-def note_speeds(run: Run, timings: Mapping[str, Timing], batch: int) -> None:
-    """Write a row for each variant, named ``RUNTIME, WORDS``, of which one is a precision."""
-    for name, timing in timings.items():
-        words = name.replace(",", "").split()
-        run.note(
-            name,
-            kind="speed",
-            precision=next((word for word in words if word in PRECISIONS), None),
-            batch=batch,
-            ms=timing.ms,
-            device_ms=timing.device_ms,
-            images_per_second=1e3 * batch / (timing.device_ms or timing.ms),
-        )
+def _recorded(run: Run, path: Path, batch: int) -> Variant:
+    """Every run waits for the GPU, so the clock gives the GPU's time and a launch."""
+    import onnxruntime
+
+    search = {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": "1"}
+    session = _opened(run, path, **search, **_tf32(path))
+    kind = "cpu" if run.dry else "cuda"
+    binding = session.io_binding()
+    images = onnxruntime.OrtValue.ortvalue_from_numpy(large(run).inputs(batch), kind, 0)
+    logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+        [batch, CLASSES], np.float32, kind, 0
+    )
+    binding.bind_ortvalue_input("pixel_values", images)
+    binding.bind_ortvalue_output("logits", logits)
+    return Variant(partial(session.run_with_iobinding, binding), events=False)
 
 
 def fleets(run: Run) -> None:
@@ -87,21 +120,25 @@ def fleets(run: Run) -> None:
             merged = load_artefact(run.artefact(f"large {precision}"), _options(run))
             for batch in run.batches:
                 images = model.inputs(batch)
-                tasks = [f"t{i % count}" for i in range(batch)]
-                variants: dict[str, Callable[[], Any]] = {
-                    f"merged, {precision}": partial(merged.run, images),
-                    f"fleet of {count} tasks, {precision}": partial(served.predict, images, tasks),
-                    f"fleet, one task, {precision}": partial(
-                        served.predict, images, ["t0"] * batch
+                calls = {
+                    "merged": partial(merged.run, images),
+                    "1 task": partial(served.predict, images, ["t0"] * batch),
+                    f"{count} tasks": partial(
+                        served.predict, images, [f"t{i % count}" for i in range(batch)]
                     ),
                 }
-                timed = {name: Variant(call, events=False) for name, call in variants.items()}
-                note_speeds(run, interleaved(run, timed), batch)
+                variants = {
+                    Subject("fleet", name, precision): Variant(call, events=False)
+                    for name, call in calls.items()
+                }
+                note_speeds(run, batch, variants)
 
 
 def tensorrt(run: Run) -> None:
     """TensorRT, where the installed one builds for this GPU."""
-    _built_here(run, "tensorrt", BuildOptions(batches=(1, 32, max(run.batches))))
+    _built_here(
+        run, "tensorrt", BuildOptions(batches=(1, min(32, run.batches[-1]), run.batches[-1]))
+    )
 
 
 def aoti(run: Run) -> None:
@@ -113,25 +150,22 @@ def _built_here(run: Run, to: str, build: BuildOptions) -> None:
     """Export on this machine, then time."""
     if to not in exporter_names():
         raise NotMeasured(f"there is no exporter {to}")
-    model = large(run)
-    for precision in get_exporter(to).precisions:
-        if precision not in PRECISIONS:
-            continue
-        name = f"{to}, {precision}"
-        with run.row(name):
+    model, exporter = large(run), get_exporter(to)
+    for precision in (each for each in PRECISIONS if each in exporter.precisions):
+        with run.row(f"{to}, {precision}"):
             images = [pictures(run, model, 16)] if precision != "fp32" else []
-            calibrate = images if precision in get_exporter(to).calibrated else []
-            output = run.scratch / f"large-{precision}{get_exporter(to).suffix}"
+            calibrate = images if precision in exporter.calibrated else []
             exported = export_merged(
                 task_files(run, model, 1)[0],
-                output,
+                run.scratch / f"large-{precision}{exporter.suffix}",
                 to=to,
                 precision=precision,
                 backbone=model.source,
-                verify=VerifyOptions(images, calibrate, 0.0),
+                verify=VerifyOptions(
+                    images, images if precision in exporter.calibrated else [], 0.0
+                ),
                 build=build,
             )
             engine = load_artefact(exported.path, _options(run))
             for batch in run.batches:
-                timings = interleaved(run, {name: _variant(run, engine, batch)})
-                note_speeds(run, timings, batch)
+                note_speeds(run, batch, {Subject(to, "merged", precision): _variant(engine, batch)})

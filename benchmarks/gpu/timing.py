@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.gpu.run import Run
 
-__all__ = ["Timing", "Variant", "interleaved"]
+__all__ = ["Subject", "Timing", "Variant", "interleaved", "note_speeds"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Subject(NamedTuple):
+    """What a row of the speeds is about.
+
+    Attributes:
+        runtime: ``ONNX Runtime``, ``PyTorch`` …
+        model: ``plain``, ``merged``, or the tasks of a mixed batch.
+        precision: ``fp32`` …
+        images: Where the images lie and the logits go: ``NumPy``, ``NumPy uint8`` or ``GPU``.
+    """
+
+    runtime: str
+    model: str
+    precision: str
+    images: str = "NumPy"
 
 
 @dataclass(frozen=True)
@@ -20,9 +39,9 @@ class Variant:
 
     Attributes:
         run: Computes one batch.
-        device_seconds: Seconds of the GPU for one batch, by the engine's own events; None times
-            ``run`` on PyTorch's stream.
-        events: Whether the GPU's time is known at all.
+        device_seconds: Seconds of the GPU for one batch, by the engine's own events; None if it
+            has none.
+        events: Whether ``run`` works on PyTorch's stream, whose events give the GPU's time.
     """
 
     run: Callable[[], object]
@@ -43,40 +62,36 @@ class Timing:
     device_ms: float | None
 
 
-def interleaved(run: Run, variants: Mapping[str, Variant], rounds: int = 15) -> dict[str, Timing]:
-    """Time all variants in turn, every other round in reverse order, after one warm-up each."""
+def interleaved(run: Run, variants: Mapping[Key, Variant], rounds: int = 15) -> dict[Key, Timing]:
+    """Time all variants in turn, every other round in reverse order, after a warm-up of each."""
     rounds = 1 if run.dry else rounds
     for variant in variants.values():
         for _ in range(1 if run.dry else 3):
             variant.run()
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    device: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[Key, list[float]] = {key: [] for key in variants}
+    device: dict[Key, list[float]] = {key: [] for key in variants}
     for turn in range(rounds):
         order = list(variants.items())
-        for name, variant in reversed(order) if turn % 2 else order:
-            seconds, on_device = _once(variant, not run.dry)
-            wall[name].append(1e3 * seconds)
+        for key, variant in reversed(order) if turn % 2 else order:
+            seconds, on_device = _once(variant, on_gpu=not run.dry)
+            wall[key].append(1e3 * seconds)
             if on_device is not None:
-                device[name].append(1e3 * on_device)
+                device[key].append(1e3 * on_device)
     return {
-        name: Timing(
-            statistics.median(wall[name]),
-            statistics.median(device[name]) if device[name] else None,
+        key: Timing(
+            statistics.median(wall[key]), statistics.median(device[key]) if device[key] else None
         )
-        for name in variants
+        for key in variants
     }
 
 
 def _once(variant: Variant, on_gpu: bool) -> tuple[float, float | None]:
     """Seconds of one batch by the clock, and by events on a GPU."""
-    if variant.device_seconds is not None:
+    if variant.device_seconds is not None or not (on_gpu and variant.events):
         start = time.perf_counter()
         variant.run()
-        return time.perf_counter() - start, variant.device_seconds()
-    if not (on_gpu and variant.events):
-        start = time.perf_counter()
-        variant.run()
-        return time.perf_counter() - start, None
+        seconds = time.perf_counter() - start
+        return seconds, variant.device_seconds() if variant.device_seconds else None
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -85,3 +100,22 @@ def _once(variant: Variant, on_gpu: bool) -> tuple[float, float | None]:
     end.record()
     torch.cuda.synchronize()
     return time.perf_counter() - start, begin.elapsed_time(end) / 1e3
+
+
+def note_speeds(run: Run, batch: int, variants: Mapping[Subject, Variant]) -> None:
+    """Time variants in turn, and write a row for each.
+
+    Images per second count the GPU's time if the images are on the GPU, else the time from call to
+    answer.
+    """
+    for subject, timing in interleaved(run, variants).items():
+        ms = timing.device_ms if subject.images == "GPU" and timing.device_ms else timing.ms
+        run.note(
+            ", ".join(subject),
+            kind="speed",
+            **subject._asdict(),
+            batch=batch,
+            ms=timing.ms,
+            device_ms=timing.device_ms,
+            images_per_second=1e3 * batch / ms,
+        )

@@ -116,13 +116,13 @@ def speed(run: Run) -> None:
     }
     steps, memory = {}, {}
     for name, make in makers.items():
-        with run.row(f"step {name}"):
+        with run.row(name):
             step = _step(make().to(run.device).train(), images, labels)
             memory[name] = _peak_mib(step, run)
             steps[name] = Variant(step)
     for name, timing in interleaved(run, steps).items():
         run.note(
-            f"step {name}",
+            name,
             kind="training step",
             precision="bf16",
             batch=batch,
