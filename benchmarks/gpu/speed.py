@@ -161,9 +161,7 @@ def _built_here(run: Run, to: str, build: BuildOptions) -> None:
                 to=to,
                 precision=precision,
                 backbone=model.source,
-                verify=VerifyOptions(
-                    images, images if precision in exporter.calibrated else [], 0.0
-                ),
+                verify=VerifyOptions(images, calibrate, min_agreement=0.0),
                 build=build,
             )
             engine = load_artefact(exported.path, _options(run))
