@@ -12,31 +12,32 @@ from pathlib import Path
 
 from benchmarks.gpu.processes import end, start
 from benchmarks.gpu.run import Run
-from benchmarks.gpu.steps import STEPS, Step
+from benchmarks.gpu.steps import EXPORTS, STEPS, Step
 from benchmarks.gpu.table import write_table
 
-EXPORTS = Step("exports", 600, "artefacts:export_all", artefacts=False)
-"""Exports the artefacts on the CPU, beside the first steps."""
+__all__ = ["main", "run_steps"]
 
 LEAST = 10
 """Seconds that must be left for another step to begin."""
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options."""
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description="Check and measure the project on this machine's first NVIDIA GPU.",
     )
+    names = [step.name for step in STEPS]
     options.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results, a new one"
     )
     options.add_argument(
         "--only",
         nargs="+",
-        default=[step.name for step in STEPS],
-        choices=[step.name for step in STEPS],
+        default=names,
+        choices=names,
         metavar="STEP",
-        help=f"run only these steps: {', '.join(step.name for step in STEPS)}",
+        help=f"run only these steps: {', '.join(names)}",
     )
     options.add_argument(
         "--seconds", type=float, default=600, metavar="N", help="time for all steps (default: 600)"
@@ -54,60 +55,72 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen steps.
+    """Run the chosen steps and write the table.
 
     Returns:
-        0; 1 if a step or a check failed. Figures that this machine cannot give are no failure.
+        0; 1 if a step or a check failed. What this machine cannot measure is no failure.
     """
     options = parser().parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if (options.out / "results.jsonl").exists():
+    out: Path = options.out.resolve()
+    if (out / "results.jsonl").exists():
         parser().error(f"{options.out} has results of an earlier run: choose another --out")
-    until = time.time() + options.seconds
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [step for step in STEPS if step.name in options.only]
     with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
-        scratch = (options.scratch or Path(temporary)).resolve()
+        scratch: Path = (options.scratch or Path(temporary)).resolve()
         scratch.mkdir(parents=True, exist_ok=True)
-        _prepare_environment(scratch, options.dry)
-        chosen = [step for step in STEPS if step.name in options.only]
-        exports = None
-        if any(step.artefacts for step in chosen):
-            exports = start(EXPORTS, _run(EXPORTS, options, scratch, until))
-        for step in chosen:
-            run = _run(step, options, scratch, until)
-            if run.left < LEAST:
-                run.note(step.name, not_measured="no time was left for this step")
-                continue
-            end(start(step, run), run)
-            _show(options.out, step.name)
-        if exports is not None:
-            end(exports, _run(EXPORTS, options, scratch, until), wait=False)
-            _show(options.out, EXPORTS.name)
-    failed = write_table(options.out)
-    print((options.out / "table.md").read_text("utf-8"))
+        run_steps(chosen, out, scratch, options.dry, options.seconds)
+    failed = write_table(out)
+    print((out / "table.md").read_text("utf-8"))
     return 1 if failed else 0
 
 
-def _prepare_environment(scratch: Path, dry: bool) -> None:
+def run_steps(steps: Sequence[Step], out: Path, scratch: Path, dry: bool, seconds: float) -> None:
+    """Run steps one after the other, and print the rows of each; exports run beside the first.
+
+    Args:
+        steps: The steps.
+        out: Folder of the results.
+        scratch: Folder of checkpoints and artefacts.
+        dry: Whether to run on the CPU with a tiny model.
+        seconds: Time for all steps.
+    """
+    _set_environment(scratch, dry)
+    until = time.time() + seconds
+
+    def run_of(step: Step) -> Run:
+        return Run(step.name, out, scratch, dry, min(time.time() + step.seconds, until))
+
+    exports, exporting = None, run_of(EXPORTS)
+    if any(step.artefacts for step in steps):
+        exports = start(EXPORTS, exporting)
+    for step in steps:
+        run = run_of(step)
+        if run.left < LEAST:
+            run.note(step.name, not_measured="no time was left for this step")
+        else:
+            end(start(step, run), run)
+        _print_rows(out, step)
+    if exports is not None:
+        end(exports, exporting, wait=False)
+        _print_rows(out, EXPORTS)
+
+
+def _set_environment(scratch: Path, dry: bool) -> None:
     """Set what all steps and the commands that they start inherit."""
-    os.environ |= {"AOFT_CACHE_DIR": str(scratch / "graphs"), "HF_HUB_OFFLINE": "1"}
+    root, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    os.environ |= {
+        "AOFT_CACHE_DIR": str(scratch / "graphs"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([root, given] if given else [root]),
+    }
     if dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
 
 
-def _run(step: Step, options: argparse.Namespace, scratch: Path, until: float) -> Run:
-    seconds = min(step.seconds, until - time.time())
-    return Run(step.name, options.out.resolve(), scratch, options.dry, time.time() + seconds)
-
-
-def _show(out: Path, step: str) -> None:
-    """Print the rows of a step."""
-    results = out / "results.jsonl"
-    for line in results.read_text("utf-8").splitlines() if results.exists() else []:
-        if json.loads(line)["step"] == step:
+def _print_rows(out: Path, step: Step) -> None:
+    for line in (out / "results.jsonl").read_text("utf-8").splitlines():
+        if json.loads(line)["step"] == step.name:
             print(line[:400], flush=True)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from aoft_deploy.artefacts.registry import get_exporter
@@ -135,7 +136,7 @@ def digits(run: Run) -> Path:
             for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
                 path = draft / part / str(label) / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
+                Image.fromarray(np.asarray(image)).save(path)
         draft.rename(folder)
     return folder
 

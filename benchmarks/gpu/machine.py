@@ -18,8 +18,10 @@ from benchmarks.gpu.timing import Variant, interleaved
 
 __all__ = ["describe"]
 
-PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
-PACKAGES += ("peft", "transformers", "triton", "numpy")
+PACKAGES = (
+    *("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+    *("peft", "transformers", "triton", "numpy"),
+)
 
 
 def describe(run: Run) -> None:

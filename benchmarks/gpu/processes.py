@@ -25,6 +25,7 @@ _context.set_forkserver_preload(["torch", "timm"])
 
 
 def start(step: Step, run: Run) -> BaseProcess:
+    """Start the process of a step."""
     process = _context.Process(target=_perform, args=(step, run))
     process.start()
     return process
@@ -39,10 +40,10 @@ def _perform(step: Step, run: Run) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"== {step.name}")
     module, function = step.function.split(":")
-    start = time.time()
+    begin = time.time()
     with run.row(step.name):
-        getattr(import_module(f"benchmarks.gpu.{module}"), function)(run)
-        run.note(step.name, seconds=round(time.time() - start, 1))
+        getattr(import_module(module), function)(run)
+        run.note(step.name, seconds=round(time.time() - begin, 1))
     print(f"== {step.name}: {sum(os.times()[:4]):.1f} s of CPU time")
 
 
@@ -56,6 +57,7 @@ def end(process: BaseProcess, run: Run, *, wait: bool = True) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if ended is None:
-        run.note(run.step, failed="it was ended when its time was over" if wait else "unfinished")
+        why = "it was ended when its time was over" if wait else "it had not ended after all steps"
+        run.note(run.step, failed=why)
     elif ended:
         run.note(run.step, failed=f"its process ended with {ended}")

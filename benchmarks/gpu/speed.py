@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def _variant(engine: Engine, batch: int) -> Variant:
 
 def _opened(run: Run, path: Path, **options: str) -> Any:
     """A session of ONNX Runtime on the device."""
-    import onnxruntime
+    onnxruntime: Any = import_module("onnxruntime")
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
@@ -96,7 +98,7 @@ def _session(run: Run, path: Path, batch: int) -> Variant:
 
 def _recorded(run: Run, path: Path, batch: int) -> Variant:
     """Every run waits for the GPU, so the clock gives the GPU's time and a launch."""
-    import onnxruntime
+    onnxruntime: Any = import_module("onnxruntime")
 
     search = {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": "1"}
     session = _opened(run, path, **search, **_tf32(path))
@@ -120,7 +122,7 @@ def fleets(run: Run) -> None:
             merged = load_artefact(run.artefact(f"large {precision}"), _options(run))
             for batch in run.batches:
                 images = model.inputs(batch)
-                calls = {
+                calls: dict[str, Callable[[], object]] = {
                     "merged": partial(merged.run, images),
                     "1 task": partial(served.predict, images, ["t0"] * batch),
                     f"{count} tasks": partial(

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -92,7 +92,8 @@ def _once(variant: Variant, on_gpu: bool) -> tuple[float, float | None]:
         variant.run()
         seconds = time.perf_counter() - start
         return seconds, variant.device_seconds() if variant.device_seconds else None
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize()
     start = time.perf_counter()
     begin.record()

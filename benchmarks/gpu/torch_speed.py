@@ -117,7 +117,7 @@ def _from_numpy(
 @contextmanager
 def _float32_as(precision: str) -> Iterator[None]:
     """Allow TF32 in products and convolutions for ``tf32`` only."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for flag in flags:
         flag.allow_tf32 = precision == "tf32"
     try:

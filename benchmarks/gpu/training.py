@@ -60,7 +60,9 @@ def _gradient(
     made.zero_grad()
     with arithmetic:
         logits = made(images)
-    F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels).backward()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss: Any = F.cross_entropy(wide, labels)
+    loss.backward()
     found = [p.grad for _, p in sorted(made.trained().items()) if p.grad is not None]
     return torch.cat([grad.double().cpu().flatten() for grad in found])
 
@@ -138,7 +140,7 @@ def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], obje
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
+            loss: Any = F.cross_entropy(model(images), labels)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
