@@ -187,7 +187,7 @@ def _fatbins(library: bytes) -> Iterator[list[Entry]]:
     with kind, version, the sizes of header and code, and further on the capability.
     """
     magic, at = FATBIN.to_bytes(4, "little"), 0
-    while (at := library.find(magic, at)) >= 0:
+    while (at := library.find(magic, at, len(library) - 12)) >= 0:
         _, version, header, content = unpack_from("<IHHQ", library, at)
         start = at + header
         end = start + content
