@@ -69,14 +69,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
         scratch: Path = (options.scratch or Path(temporary)).resolve()
         scratch.mkdir(parents=True, exist_ok=True)
-        run_steps(chosen, out, scratch, options.dry, options.seconds)
+        exports = bool(options.scratch) or any(step.artefacts for step in chosen)
+        run_steps(chosen, out, scratch, options.dry, options.seconds, exports=exports)
     failed = write_table(out)
     print((out / "table.md").read_text("utf-8"))
     return 1 if failed else 0
 
 
-def run_steps(steps: Sequence[Step], out: Path, scratch: Path, dry: bool, seconds: float) -> None:
-    """Run steps one after the other, and print the rows of each; exports run beside the first.
+def run_steps(
+    steps: Sequence[Step],
+    out: Path,
+    scratch: Path,
+    dry: bool,
+    seconds: float,
+    *,
+    exports: bool,
+) -> None:
+    """Run steps one after the other, and print the rows of each.
 
     Args:
         steps: The steps.
@@ -84,6 +93,8 @@ def run_steps(steps: Sequence[Step], out: Path, scratch: Path, dry: bool, second
         scratch: Folder of checkpoints and artefacts.
         dry: Whether to run on the CPU with a tiny model.
         seconds: Time for all steps.
+        exports: Whether to export the artefacts beside the first steps. Those that no step waits
+            for are finished too.
     """
     _set_environment(scratch, dry)
     until = time.time() + seconds
@@ -91,9 +102,8 @@ def run_steps(steps: Sequence[Step], out: Path, scratch: Path, dry: bool, second
     def run_of(step: Step) -> Run:
         return Run(step.name, out, scratch, dry, min(time.time() + step.seconds, until))
 
-    exports, exporting = None, run_of(EXPORTS)
-    if any(step.artefacts for step in steps):
-        exports = start(EXPORTS, exporting)
+    exporting = run_of(EXPORTS)
+    exporter = start(EXPORTS, exporting) if exports else None
     for step in steps:
         run = run_of(step)
         if run.left < LEAST:
@@ -101,8 +111,8 @@ def run_steps(steps: Sequence[Step], out: Path, scratch: Path, dry: bool, second
         else:
             end(start(step, run), run)
         _print_rows(out, step)
-    if exports is not None:
-        end(exports, exporting, wait=False)
+    if exporter is not None:
+        end(exporter, exporting)
         _print_rows(out, EXPORTS)
 
 

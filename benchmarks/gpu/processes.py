@@ -47,17 +47,16 @@ def _perform(step: Step, run: Run) -> None:
     print(f"== {step.name}: {sum(os.times()[:4]):.1f} s of CPU time")
 
 
-def end(process: BaseProcess, run: Run, *, wait: bool = True) -> None:
+def end(process: BaseProcess, run: Run) -> None:
     """Wait for a step's process, and end it and all that it started when its time is over."""
     assert process.pid is not None
-    process.join(max(run.left, 0) if wait else 0)
+    process.join(max(run.left, 0))
     ended = process.exitcode
     process.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if ended is None:
-        why = "it was ended when its time was over" if wait else "it had not ended after all steps"
-        run.note(run.step, failed=why)
+        run.note(run.step, failed="it was ended when its time was over")
     elif ended:
         run.note(run.step, failed=f"its process ended with {ended}")

@@ -58,7 +58,7 @@ def test_a_step_that_fails_crashes_or_hangs_does_not_end_the_others(
         Step(name, 4 if name == "hangs" else 60, f"gpu_steps:{name}", artefacts=False)
         for name in names
     ]
-    run_steps(steps, tmp_path, tmp_path, dry=True, seconds=300)
+    run_steps(steps, tmp_path, tmp_path, dry=True, seconds=300, exports=False)
     rows = read_rows(tmp_path)
     found = {(row["step"], row["row"]): row for row in rows}
     assert found["raises", "raises"]["failed"] == "ValueError: no such tensor"
@@ -82,7 +82,7 @@ def test_a_step_for_which_no_time_is_left_is_recorded(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AOFT_CACHE_DIR", "HF_HUB_OFFLINE", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"):
             patch.setenv(name, os.environ.get(name, ""))
-        run_steps([step], tmp_path, tmp_path, dry=True, seconds=5)
+        run_steps([step], tmp_path, tmp_path, dry=True, seconds=5, exports=False)
     (row,) = read_rows(tmp_path)
     assert row["not_measured"] == "no time was left for this step"
     assert write_table(tmp_path) == 0
