@@ -17,6 +17,7 @@ from aoft_deploy.artefacts.spec import BuildOptions
 from aoft_deploy.artefacts.timing import inputs_for
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
+from aoft_deploy.texts import one_line
 from benchmarks.gpu.answers import open_fleet
 from benchmarks.gpu.artefacts import LARGE, PRECISIONS
 from benchmarks.gpu.models import CLASSES, large, pictures, task_files
@@ -83,7 +84,12 @@ def _opened(run: Run, path: Path, **options: str) -> Any:
     settings.log_severity_level = 4
     settings.enable_mem_pattern = "enable_cuda_graph" not in options
     chosen = ("CPUExecutionProvider", {}) if run.dry else ("CUDAExecutionProvider", options)
-    return onnxruntime.InferenceSession(path, settings, [chosen], enable_fallback=0)
+    try:
+        return onnxruntime.InferenceSession(path, settings, [chosen], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime raises its own classes, all Exception
+        if run.dry:
+            raise NotMeasured(f"a CPU does not run it ({one_line(error, 120)})") from error
+        raise
 
 
 def _tf32(path: Path) -> dict[str, str]:
