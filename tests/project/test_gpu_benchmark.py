@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ sys.path.append(str(ROOT))  # benchmarks is no installed package
 from benchmarks.gpu import pack
 from benchmarks.gpu.__main__ import main, run_steps
 from benchmarks.gpu.aims import aims
+from benchmarks.gpu.run import NotMeasured, Run
 from benchmarks.gpu.steps import STEPS, Step
 from benchmarks.gpu.table import write_table
 
@@ -86,6 +88,31 @@ def test_a_step_for_which_no_time_is_left_is_recorded(tmp_path: Path) -> None:
     (row,) = read_rows(tmp_path)
     assert row["not_measured"] == "no time was left for this step"
     assert write_table(tmp_path) == 0
+
+
+def test_steps_wait_for_artefacts_and_say_why_there_is_none(tmp_path: Path) -> None:
+    run = Run("parity", tmp_path, tmp_path, True, time.time() + 60)
+    Thread(target=lambda: run.publish("small fp32", {"path": tmp_path / "a.onnx"})).start()
+    assert run.artefact("small fp32") == tmp_path / "a.onnx"
+    run.publish("small fp8", {"reason": "--to onnx has no fp8"})
+    with pytest.raises(NotMeasured, match=r"small fp8 was not exported: --to onnx has no fp8$"):
+        run.artefact("small fp8")
+    late = Run("parity", tmp_path, tmp_path, True, time.time() + 4)
+    with pytest.raises(NotMeasured, match="small bf16 was not exported in time"):
+        late.artefact("small bf16")
+
+
+def test_steps_that_fork_have_not_started_cuda() -> None:
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]);"
+        "import torch, benchmarks.gpu.training, benchmarks.gpu.commands;"
+        "bad = lambda: os.waitpid(os.fork() or os._exit(torch._C._cuda_isInBadFork()), 0)[1];"
+        "before = bad(); torch.cuda.is_available(); print(before, bool(bad()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 True\n"  # the second shows that the check can fail
 
 
 def test_results_of_an_earlier_run_are_not_mixed_with_new_ones(
