@@ -85,11 +85,14 @@ def _opened(run: Run, path: Path, **options: str) -> Any:
     settings.enable_mem_pattern = "enable_cuda_graph" not in options
     chosen = ("CPUExecutionProvider", {}) if run.dry else ("CUDAExecutionProvider", options)
     try:
-        return onnxruntime.InferenceSession(path, settings, [chosen], enable_fallback=0)
+        session = onnxruntime.InferenceSession(path, settings, [chosen], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises its own classes, all Exception
         if run.dry:
             raise NotMeasured(f"a CPU does not run it ({one_line(error, 120)})") from error
         raise
+    if session.get_providers()[0] != chosen[0]:  # it falls back to the CPU by itself
+        raise RuntimeError(f"ONNX Runtime did not start {chosen[0]}: see log.txt")
+    return session
 
 
 def _tf32(path: Path) -> dict[str, str]:
