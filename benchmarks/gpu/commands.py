@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def as_a_user(run: Run) -> None:
     """aoft-predict, aoft-bench and aoft-serve with ``--device``, without PyTorch in the process."""
     model = run.artefact("small fp32")
-    images = sorted(pictures(run, small(run), 16).iterdir())[:8]
+    images = sorted(pictures(run, small(run)).iterdir())[:8]
     on_cpu = _predictions(run, model, images, "--device", "cpu")
     with run.row("aoft-predict"):
         found = _predictions(run, model, images, "--device", run.device)

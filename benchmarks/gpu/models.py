@@ -7,6 +7,7 @@ Importing this module registers the backbone of dry runs with timm, so that comm
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +185,13 @@ def task_files(run: Run, model: Model, count: int, method: str = METHOD) -> list
     return paths
 
 
-def pictures(run: Run, model: Model, count: int) -> Path:
-    """A folder of image files of the model's size."""
-    folder = run.scratch / f"pictures-{model.name}"
+def pictures(run: Run, model: Model, seed: int = 1) -> Path:
+    """A folder of 16 image files of the model's size; other seeds give other images."""
+    folder = run.scratch / f"pictures-{model.name}-{seed}"
     if not folder.exists():
-        draft = folder.with_suffix(".new")
+        draft = run.scratch / f"{folder.name}-{os.getpid()}"
         draft.mkdir()
-        for i, pixels in enumerate(model.pixels(count, seed=1)):
+        for i, pixels in enumerate(model.pixels(16, seed)):
             Image.fromarray(pixels).save(draft / f"{i:03}.png")
         draft.rename(folder)
     return folder
