@@ -33,6 +33,7 @@ __all__ = [
     "export_all",
     "train_on_digits",
     "training_words",
+    "verification",
 ]
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8")
@@ -109,20 +110,25 @@ def _export(run: Run, name: str) -> Exported:
 
 def _options(run: Run, model: Model, name: str, precision: str) -> dict[str, Any]:
     is_trained = name.startswith("digits")
-    images = digits(run) / "test" if is_trained else pictures(run, model, 16)
-    calibrated = precision in get_exporter("onnx").calibrated
-    verify = VerifyOptions(
-        images=[images] if precision != "fp32" else [],
-        calibrate=[digits(run) / "val" if is_trained else images] if calibrated else [],
-        min_agreement=0.0,  # it is a figure here, not a gate
-    )
+    images, others = pictures(run, model), pictures(run, model, seed=2)
+    if is_trained:
+        images, others = digits(run) / "test", digits(run) / "val"
     return {
         "output": run.scratch / f"{name.replace(' ', '-')}.onnx",
         "precision": precision,
         "backbone": model.source,
-        "verify": verify,
+        "verify": verification("onnx", precision, images, others),
         "build": BuildOptions(opset=20 if "opset20" in name else None),
     }
+
+
+def verification(to: str, precision: str, images: Path, others: Path) -> VerifyOptions:
+    """Images to verify with and others to calibrate with, where the exporter needs them."""
+    return VerifyOptions(
+        images=[images] if precision != "fp32" else [],
+        calibrate=[others] if precision in get_exporter(to).calibrated else [],
+        min_agreement=0.0,  # it is a figure here, not a gate
+    )
 
 
 def digits(run: Run) -> Path:

@@ -57,7 +57,7 @@ def test_a_step_that_fails_crashes_or_hangs_does_not_end_the_others(
     monkeypatch.setattr("benchmarks.gpu.__main__.LEAST", 1)
     names = ("raises", "lacks", "crashes", "hangs", "measures")
     steps = [
-        Step(name, 4 if name == "hangs" else 60, f"gpu_steps:{name}", artefacts=False)
+        Step(name, 1 if name == "hangs" else 60, f"gpu_steps:{name}", artefacts=False)
         for name in names
     ]
     run_steps(steps, tmp_path, tmp_path, dry=True, seconds=300, exports=False)
