@@ -37,7 +37,7 @@ STEPS = (
     Step("fleet speed", 60, "benchmarks.gpu.speed:fleets"),
     Step("onnxruntime", 90, "benchmarks.gpu.speed:onnxruntime_alone"),
     Step("training speed", 45, "benchmarks.gpu.training:speed", artefacts=False),
-    Step("compiled", 90, "benchmarks.gpu.torch_speed:compiled", artefacts=False),
+    Step("compiled", 120, "benchmarks.gpu.torch_speed:compiled", artefacts=False),
     Step("pytorch", 45, "benchmarks.gpu.torch_speed:eager", artefacts=False),
     Step("peft", 30, "benchmarks.gpu.torch_speed:peft_mixed", artefacts=False),
     Step("tensorrt", 60, "benchmarks.gpu.speed:tensorrt", artefacts=False),

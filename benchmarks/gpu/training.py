@@ -71,7 +71,7 @@ def same_bits(run: Run) -> None:
     """aoft-train on the device, twice, gives the same checkpoint and the same metrics."""
     outs = [run.scratch / f"run-{i}" for i in range(2)]
     for out in outs:
-        _train([*training_words(run, out), "--workers", "0"])
+        _train(training_words(run, out))
     first, second = (load_file(out / "model.ckpt") for out in outs)
     lines = [_metrics(out) for out in outs]
     equal = first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
