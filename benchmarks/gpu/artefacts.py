@@ -15,7 +15,6 @@ from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions
 from aoft_deploy.cli.train import main as train_main
 from aoft_deploy.data.synthetic import load_task
-from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.export.fleet import export_fleet
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
@@ -56,15 +55,12 @@ def export_all(run: Run) -> None:
         if run.has_artefact(name):
             continue
         start = time.time()
-        try:
-            exported = _export(run, name)
-        except (NotMeasured, MissingExtraError, SettingError) as reason:
-            run.publish(name, {"reason": one_line(reason, 300)})
-            run.note(name, not_measured=one_line(reason, 300))
-        except Exception as error:
-            run.publish(name, {"reason": one_line(error, 300)})
-            run.note(name, failed=f"{type(error).__name__}: {one_line(error, 400)}")
-        else:
+        with run.row(name):
+            try:
+                exported = _export(run, name)
+            except Exception as error:
+                run.publish(name, {"reason": one_line(error, 300)})
+                raise
             run.publish(name, {"path": exported.path})
             run.note(
                 name,

@@ -65,12 +65,20 @@ class Run:
         """Record why a row has no figures, so that the step goes on with the next one."""
         try:
             yield
-        except (NotMeasured, MissingExtraError, SettingError, ModuleNotFoundError) as reason:
-            self.note(name, not_measured=one_line(reason, 300))
         except Exception as error:
+            if self._lacks(error):
+                self.note(name, not_measured=one_line(error, 300))
+                return
             where = traceback.format_exc().strip().splitlines()[-7:-1]
-            reason_text = f"{type(error).__name__}: {one_line(error, 400)}"
-            self.note(name, failed=reason_text, where=[line.strip() for line in where])
+            reason = f"{type(error).__name__}: {one_line(error, 400)}"
+            self.note(name, failed=reason, where=[line.strip() for line in where])
+
+    def _lacks(self, error: Exception) -> bool:
+        """Whether the machine lacks something: a package or, in a dry run, a GPU's abilities."""
+        if isinstance(error, ModuleNotFoundError):
+            return not (error.name or "").startswith(("aoft_", "benchmarks"))
+        kinds = (NotMeasured, MissingExtraError, *([SettingError] if self.dry else []))
+        return isinstance(error, kinds)
 
     def publish(self, name: str, entry: dict[str, Any]) -> None:
         """Tell the other steps how the export of an artefact ended."""

@@ -15,6 +15,7 @@ from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact
 from aoft_deploy.artefacts.spec import BuildOptions
 from aoft_deploy.artefacts.timing import inputs_for
+from aoft_deploy.errors import SettingError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.texts import one_line
 from benchmarks.gpu.answers import open_fleet
@@ -167,15 +168,18 @@ def _built_here(run: Run, to: str, build: BuildOptions) -> None:
         with run.row(f"{to}, {precision}"):
             if run.left < 30:
                 raise NotMeasured("no time was left to build it")
-            exported = export_merged(
-                task_files(run, model, 1)[0],
-                run.scratch / f"large-{precision}{exporter.suffix}",
-                to=to,
-                precision=precision,
-                backbone=model.source,
-                verify=verification(to, precision, images, others),
-                build=build,
-            )
+            try:
+                exported = export_merged(
+                    task_files(run, model, 1)[0],
+                    run.scratch / f"large-{precision}{exporter.suffix}",
+                    to=to,
+                    precision=precision,
+                    backbone=model.source,
+                    verify=verification(to, precision, images, others),
+                    build=build,
+                )
+            except SettingError as reason:  # the library does not serve this GPU
+                raise NotMeasured(str(reason)) from reason
             engine = load_artefact(exported.path, _options(run))
             for batch in run.batches:
                 note_speeds(run, batch, {Subject(to, "merged", precision): _variant(engine, batch)})

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from checkout import ROOT
 
-from aoft_deploy.errors import OutputError, SettingError
+from aoft_deploy.errors import MissingExtraError, OutputError, SettingError
 
 sys.path.append(str(ROOT))  # benchmarks is no installed package
 
@@ -100,6 +100,28 @@ def test_steps_wait_for_artefacts_and_say_why_there_is_none(tmp_path: Path) -> N
     late = Run("parity", tmp_path, tmp_path, True, time.time() + 4)
     with pytest.raises(NotMeasured, match="small bf16 was not exported in time"):
         late.artefact("small bf16")
+
+
+@pytest.mark.parametrize(
+    ("error", "dry", "recorded"),
+    [
+        (NotMeasured("no fp8"), False, "not_measured"),
+        (MissingExtraError("peft", "peft"), False, "not_measured"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), False, "not_measured"),
+        (ModuleNotFoundError("", name="aoft_exporters.onnx"), False, "failed"),
+        (SettingError("the CPU would compute a layer"), True, "not_measured"),
+        (SettingError("the CPU would compute a layer"), False, "failed"),
+        (RuntimeError("CUDA error"), True, "failed"),
+    ],
+)
+def test_only_what_the_machine_lacks_is_not_measured(
+    error: Exception, dry: bool, recorded: str, tmp_path: Path
+) -> None:
+    with Run("parity", tmp_path, tmp_path, dry, 0.0).row("fp8"):
+        raise error
+    (row,) = read_rows(tmp_path)
+    assert {"not_measured", "failed"} & row.keys() == {recorded}
+    assert write_table(tmp_path) == (recorded == "failed")
 
 
 def test_steps_that_fork_have_not_started_cuda() -> None:
