@@ -12,6 +12,7 @@ points, the second the CUDA provider.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tarfile
@@ -25,7 +26,7 @@ from struct import unpack_from
 from typing import NamedTuple
 
 from aoft_deploy import __version__
-from aoft_deploy.errors import OutputError, SettingError
+from aoft_deploy.errors import AoftError, OutputError, SettingError
 
 __all__ = ["keep_capability", "main", "pack"]
 
@@ -63,8 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"packages that the machine lacks (default: {' '.join(PACKAGES)})",
     )
     given = options.parse_args(argv)
-    for path in pack(given.out, given.capability, given.python, given.packages):
-        print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+    try:
+        for path in pack(given.out, given.capability, given.python, given.packages):
+            print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+    except AoftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -164,8 +169,10 @@ def keep_capability(library: bytes, capability: str) -> bytearray:
         capability: Compute capability to keep, such as ``9.0``.
 
     Raises:
-        SettingError: No block has machine code for it.
+        SettingError: It is no number with a point, or no block has machine code for it.
     """
+    if not re.fullmatch(r"\d+\.\d", capability):
+        raise SettingError(f"Compute capability {capability!r}: give a number such as 9.0.")
     wanted, data = int(capability.replace(".", "")), bytearray(library)
     found = Counter[int]()
     for entries in _fatbins(library):

@@ -21,11 +21,11 @@ from benchmarks.gpu.steps import Step
 __all__ = ["end", "start"]
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "timm"])
 
 
 def start(step: Step, run: Run) -> BaseProcess:
     """Start the process of a step."""
+    _context.set_forkserver_preload(["torch", "timm"])
     process = _context.Process(target=_perform, args=(step, run))
     process.start()
     return process
