@@ -259,7 +259,7 @@ def test_a_capability_without_code_is_refused_with_those_that_have_some() -> Non
     library = fatbin((CUBIN, 75, b"code"), (CUBIN, 120, b"code"))
     with pytest.raises(SettingError, match=r"no code for 9\.0, but for 7\.5, 12\.0\.$"):
         pack.keep_capability(library, "9.0")
-    with pytest.raises(SettingError, match="'H100': give a number such as 9.0"):
+    with pytest.raises(SettingError, match="'H100': give a number such as"):
         pack.keep_capability(library, "H100")
 
 
