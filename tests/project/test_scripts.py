@@ -119,6 +119,14 @@ NOT_IN_TABLE = {
     "benchmarks/export/coverage_page.py": "a module of coverage.py",
     "benchmarks/export/families.py": "a module of coverage.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",
+    **{
+        f"benchmarks/gpu/{name}.py": "tests/project/test_gpu_benchmark.py"
+        for name in (
+            *("__init__", "__main__", "aims", "answers", "artefacts", "commands", "machine"),
+            *("models", "pack", "processes", "run", "speed", "steps", "table", "timing"),
+            *("torch_speed", "training"),
+        )
+    },
     "benchmarks/serving/peers.py": "tested below",
     "benchmarks/serving/peer_servers/bento.py": "tested below",
     "benchmarks/serving/peer_servers/lit.py": "tested below",
