@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.accelerator import Accelerator
+from devices import each_device
 from torch import Tensor, backends
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,13 +84,6 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
         yield
 
 
-def devices() -> Any:
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-    return pytest.mark.parametrize(
-        "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
-    )
-
-
 def learner(settings: TrainingSettings, device: str = "cpu") -> Learner:
     tuned = create_model(settings, CLASSES).to(device)
     accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
@@ -147,7 +141,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@devices()
+@each_device
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_a_step_does_not_wait_for_the_device(changes: dict[str, Any], device: str) -> None:
     settings = replace(SETTINGS, **changes)
@@ -158,7 +152,7 @@ def test_a_step_does_not_wait_for_the_device(changes: dict[str, Any], device: st
     assert loss > 0
 
 
-@devices()
+@each_device
 def test_an_evaluation_does_not_wait_for_the_device(device: str) -> None:
     ours = learner(SETTINGS, device)
     evaluate(ours, _Parts([1]))
