@@ -20,7 +20,7 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.texts import one_line
-from aoft_exporters.pytorch.engine import DTYPES, TorchEngine, torch_device
+from aoft_exporters.pytorch.engine import DTYPES, TorchEngine, dtype_of, torch_device
 from aoft_exporters.pytorch.package import Package, Target
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SETTINGS: Mapping[str, Any] = {"cpp.dynamic_threads": True}
 
 
 def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
-    """Compile a plain model. This takes about a minute.
+    """Compile a plain model, which takes about half a minute.
 
     Args:
         model: A merged model in evaluation mode; it is not changed.
@@ -109,6 +109,8 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
             "export for that device."
         )
     place = torch_device(EngineOptions(device=options.device or kind))
+    info = ArtefactInfo(package.info, str(path))
+    dtype = dtype_of(info)
     package.target.check(path, Target.here(place))
     from torch._inductor.package import load_package
 
@@ -119,8 +121,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
         raise ArtefactError(
             f"PyTorch cannot load {path} ({one_line(error, 160)}): export it again."
         ) from error
-    info = ArtefactInfo(package.info, str(path))
-    return TorchEngine(compiled, info.texts, options, place, DTYPES[info.precision], package.size)
+    return TorchEngine(compiled, info.texts, options, place, dtype, package.size)
 
 
 def device(path: Path) -> str:

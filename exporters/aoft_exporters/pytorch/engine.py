@@ -9,16 +9,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.inputs import check_batch
-from aoft_deploy.errors import SettingError
+from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.float32_products import float32_products
 from aoft_deploy.processors import limited
 
-__all__ = ["DTYPES", "Lanes", "TorchEngine", "torch_device"]
+__all__ = ["DTYPES", "Lanes", "TorchEngine", "dtype_of", "torch_device"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """PyTorch's type of weights and activations for each precision."""
+
+
+def dtype_of(info: ArtefactInfo) -> str:
+    """PyTorch's type for an artefact's precision.
+
+    Raises:
+        ArtefactError: The precision is not known.
+    """
+    if info.precision not in DTYPES:
+        raise ArtefactError(
+            f"{info.owner} is in the precision {info.precision!r}, but must be in one of "
+            f"{', '.join(DTYPES)}: upgrade aoft-deploy."
+        )
+    return DTYPES[info.precision]
 
 
 def torch_device(options: EngineOptions) -> Any:

@@ -124,7 +124,8 @@ class Package:
                 target = values.pop("target")
                 target = Target(**{**target, "processor": tuple(target["processor"])})
                 height, width = map(int, values.pop("size"))
-                package = cls(target=target, size=(height, width), **values)
+                info = dict(values.pop("info"))
+                package = cls(info, target, (height, width), **values)
                 digest = _digest(archive) if verified else package.sha256
         except (
             *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),

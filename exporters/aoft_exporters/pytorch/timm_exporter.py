@@ -16,7 +16,7 @@ from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.texts import one_line
-from aoft_exporters.pytorch.engine import DTYPES, TorchEngine, torch_device
+from aoft_exporters.pytorch.engine import DTYPES, TorchEngine, dtype_of, torch_device
 from aoft_exporters.pytorch.usage import load_model
 
 if TYPE_CHECKING:
@@ -71,12 +71,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     from aoft_deploy.tuning.backbones.identity import Backbone
 
     info = ArtefactInfo(_metadata(path), str(path))
-    device, dtype = torch_device(options), DTYPES.get(info.precision)
-    if dtype is None:
-        raise ArtefactError(
-            f"{path} is in the precision {info.precision!r}, but must be in one of "
-            f"{', '.join(DTYPES)}: upgrade aoft-deploy."
-        )
+    device, dtype = torch_device(options), dtype_of(info)
     try:
         backbone = Backbone.from_dict(info.backbone)
         if not timm.is_model(backbone.name.partition(".")[0]):
