@@ -98,6 +98,8 @@ class Exporter:
         fleet: Support for fleets; None if there is none.
         emulation: Precisions that are verified by emulation; None if there are none.
         device: The device that artefacts are built for; None means the CPU.
+        runs_on: Name of this machine's device that an artefact was compiled for; None means the CPU,
+            or ``device``.
         updates: Set if artefacts hold only the updates; None if they hold a complete model.
         next_step: Command or Python expression that uses an artefact, from its path and manifest;
             None means aoft-predict and aoft-serve.
@@ -119,6 +121,7 @@ class Exporter:
     fleet: FleetSupport | None = None
     emulation: Emulation | None = None
     device: DeviceSupport | None = None
+    runs_on: Callable[[Path], str] | None = None
     updates: UpdateSupport | None = None
     next_step: Callable[[Path, Mapping[str, Any]], str] | None = None
 
@@ -134,4 +137,6 @@ class Exporter:
         """This machine's device that can run an artefact in its precision, or None."""
         if self.emulates(precision):
             return None
-        return self.device.name(artefact) if self.device else "CPU"
+        if self.device is not None:
+            return self.device.name(artefact)
+        return "CPU" if self.runs_on is None else self.runs_on(artefact)

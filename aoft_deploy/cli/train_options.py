@@ -106,7 +106,10 @@ def _add_optimisation(p: argparse.ArgumentParser) -> None:
     ):
         metavar = "N" if kind is int or name == "warmup-epochs" else "X"
         add(f"--{name}", type=kind, metavar=metavar, help=_help(name, meaning, default))
-    meaning = "of the arithmetic; auto is bf16 where the hardware computes it fast, else fp32"
+    meaning = (
+        "of the arithmetic; auto is bf16 where the hardware computes it fast, else fp32; tf32 is "
+        "for NVIDIA GPUs"
+    )
     add("--precision", choices=PRECISIONS, help=_help("precision", meaning))
 
 

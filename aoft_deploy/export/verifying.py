@@ -14,6 +14,7 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.artefacts.verification import BATCH_SIZES, random_pixels
 from aoft_deploy.data.preprocessing import Preprocessing
+from aoft_deploy.float32_products import float32_products
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +92,7 @@ def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]
     """A model's logits for normalised inputs, (batch, classes)."""
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products():
         result: NDArray[np.float32] = model(torch.from_numpy(inputs)).numpy()
     return result
 

@@ -14,14 +14,16 @@ from torch.nn import functional as F
 
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import DivergedError
+from aoft_deploy.float32_products import float32_products
 from aoft_deploy.training.augmentation import DEPTH, MIX, generator, mix, reseed
 from aoft_deploy.training.batches import Loader, Part
 from aoft_deploy.training.model import only_depth_is_random
 from aoft_deploy.training.optimisation import make_optimiser, set_rate
+from aoft_deploy.training.precision import precision_on
 from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["Learner", "diverged", "fast_bf16", "normalised"]
+__all__ = ["Learner", "diverged", "normalised"]
 
 CHECK_EVERY = 20  # steps between checks of the gradient, each of which waits for the GPU
 
@@ -32,7 +34,7 @@ class Learner:
     Attributes:
         tuned: The model.
         optimiser: AdamW over its trained parameters.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``tf32`` or ``bf16``.
 
     Args:
         accelerator: Manages the devices and exchanges gradients between them.
@@ -40,6 +42,9 @@ class Learner:
         preprocessing: Gives the normalisation of pixels.
         settings: The hyper-parameters.
         steps: Optimiser steps of an epoch.
+
+    Raises:
+        SettingError: The device does not compute in the precision.
     """
 
     def __init__(
@@ -60,9 +65,7 @@ class Learner:
             torch.tensor(triple, dtype=dtype, device=self.device).view(3, 1, 1)
             for triple in (preprocessing.mean, preprocessing.std)
         )
-        self.precision = settings.precision
-        if settings.precision == "auto":
-            self.precision = "bf16" if fast_bf16(self.device) else "fp32"
+        self.precision = precision_on(self.device, settings.precision)
 
     def fit(
         self, loader: Loader, epoch: int, tick: Callable[[int, Callable[[], str]], object]
@@ -82,38 +85,43 @@ class Learner:
             DivergedError: The gradient is not finite.
         """
         only_depth_is_random(self.tuned)
-        sums = torch.zeros(3, device=self.device)
+        sums, count = torch.zeros(2, device=self.device), 0
         rate, parts = 0.0, self.settings.accumulate
 
         def loss() -> str:  # waits for the GPU
-            return f"loss {(sums[0] / sums[2]).item():.4f}"
+            return f"loss {sums[0].item() / count:.4f}"
 
         for i, (part, pixels, labels) in enumerate(loader.epoch(epoch)):
             is_last = (i + 1) % parts == 0
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 sums += self._backward(part, pixels, labels)
+            count += len(labels) if part.weight > 0 else 0
             if is_last:
                 rate = self._step(epoch, part.step)
                 tick(part.step, loss)
-        return rate, *self._means(sums)
+        return rate, *self._means(sums, count)
 
     def _backward(self, part: Part, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Add the gradients of a part; return its sums for ``_means``."""
+        """Add the gradients of a part; return its sums for ``_means``.
+
+        Nothing here waits for the GPU, which computes while the next part is loaded.
+        """
         place = part.epoch, part.step, part.number
         settings = self.settings
-        images, labels = self._prepared(pixels), labels.to(self.device)
+        images, labels = self._prepared(pixels), self._on_device(labels)
         rng = generator(settings.seed, MIX, *place)
         images, share = mix(images, settings.mixup, settings.cutmix, rng)
         reseed(settings.seed, DEPTH, *place)
-        logits = self._logits(self.model, images)
         losses = partial(
             F.cross_entropy, reduction="none", label_smoothing=settings.label_smoothing
         )
-        loss = share * losses(logits, labels)
-        if share < 1:
-            loss = loss + (1 - share) * losses(logits, labels.flip(0))
-        # Processes average their gradients, but the loss is a mean over the images of all.
-        (loss.sum() * part.weight * self.accelerator.num_processes).backward()
+        with float32_products(tf32=self.precision == "tf32"):
+            logits = self._logits(self.model, images)
+            loss = share * losses(logits, labels)
+            if share < 1:
+                loss = loss + (1 - share) * losses(logits, labels.flip(0))
+            # Processes average their gradients, but the loss is a mean over the images of all.
+            (loss.sum() * part.weight * self.accelerator.num_processes).backward()
         return _sums(loss.detach(), logits, labels) * (part.weight > 0)
 
     def _step(self, epoch: int, step: int) -> float:
@@ -144,22 +152,30 @@ class Learner:
             tick: Called after each part with the number of its images.
         """
         self.tuned.eval()
-        sums = torch.zeros(3, device=self.device)
+        sums, count = torch.zeros(2, device=self.device), 0
         for _, pixels, labels in loader.epoch(0):
-            labels = labels.to(self.device)
-            logits = self._logits(self.tuned, self._prepared(pixels))
+            labels = self._on_device(labels)
+            with float32_products(tf32=self.precision == "tf32"):
+                logits = self._logits(self.tuned, self._prepared(pixels))
             sums += _sums(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+            count += len(labels)
             tick(len(labels))
-        return self._means(sums)
+        return self._means(sums, count)
 
-    def _means(self, sums: Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy from the sums of all processes."""
-        loss, right, count = self.accelerator.reduce(sums, "sum").tolist()
-        return loss / count, right / count
+    def _means(self, sums: Tensor, count: int) -> tuple[float, float]:
+        """Mean loss and accuracy, from the sums and the numbers of images of all processes."""
+        total = torch.tensor([count], device=self.device)
+        (loss, right), (images,) = (
+            self.accelerator.reduce(each, "sum").tolist() for each in (sums, total)
+        )
+        return loss / images, right / images
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        """Copy a batch to the device; from page-locked memory, without waiting for it."""
+        return batch.to(self.device, non_blocking=True)
 
     def _prepared(self, pixels: Tensor) -> Tensor:
-        on_device = pixels.to(self.device, non_blocking=True)
-        return normalised(on_device, self.pixel_mean, self.pixel_std)
+        return normalised(self._on_device(pixels), self.pixel_mean, self.pixel_std)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -168,20 +184,8 @@ class Learner:
 
 
 def _sums(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of correct answers, number of answers: shape (3,)."""
-    right = (logits.argmax(-1) == labels).sum()
-    return torch.stack([losses.sum(), right, losses.new_tensor(len(labels))])
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in older torch
-        found = get_capabilities()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    return False
+    """Sum of losses and number of correct answers: shape (2,)."""
+    return torch.stack([losses.sum(), (logits.argmax(-1) == labels).sum()])
 
 
 def diverged(epoch: int, settings: TrainingSettings) -> DivergedError:

@@ -96,7 +96,12 @@ class TrainingLoop:
         with self.reporter.counting("read training images", len(self.fitted)) as tick:
             augment, seed = settings.augment, settings.seed
             pixels = PixelBatches(self.fitted, self.preprocessing, augment, seed, tick)
-        return Loader(pixels, plan, workers=self.workers, pin=self.learner.device.type == "cuda")
+        return self._loader(pixels, plan)
+
+    def _loader(self, batches: PixelBatches, plan: Callable[[int], Iterator[Part]]) -> Loader:
+        """Loader into the memory from which the device copies without waiting."""
+        pin = self.learner.device.type == "cuda"
+        return Loader(batches, plan, workers=self.workers, pin=pin)
 
     @cached_property
     def val_loader(self) -> Loader:
@@ -114,7 +119,7 @@ class TrainingLoop:
 
         with self.reporter.counting(f"read {name} images", len(images)) as tick:
             pixels = PixelBatches(images, self.preprocessing, tick=tick)
-        return Loader(pixels, plan, workers=self.workers)
+        return self._loader(pixels, plan)
 
     def _evaluate(self, name: str, loader: Loader) -> tuple[float, float]:
         """Mean loss and accuracy; the progress is that of this process."""

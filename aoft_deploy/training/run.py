@@ -26,6 +26,7 @@ from aoft_deploy.training.image_check import find_unreadable, leave_out
 from aoft_deploy.training.loop import TrainingLoop
 from aoft_deploy.training.model import create_model, model_preprocessing
 from aoft_deploy.training.overview import overview
+from aoft_deploy.training.precision import precision_on
 from aoft_deploy.training.reporting import Reporter
 from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import RunOptions, TrainingSettings
@@ -108,6 +109,7 @@ def train(
     with preserved_randomness(accelerator.device), deterministic(accelerator.device), _memory():
         tuned = create_model(settings, len(splits.classes))
         model_preprocessing(tuned, settings)  # refuses wrong settings before images are read
+        precision_on(accelerator.device, settings.precision)
         if state.lines or checked:
             left_out = folder.left_out()
         else:

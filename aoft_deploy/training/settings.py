@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 AUGMENTATIONS = ("none", "flip", "affine", "window", "crop", "rand")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 TRAIN_ON = ("train", "train+val")
 
 LEARNING_RATES = {
@@ -77,7 +77,8 @@ class TrainingSettings:
         cutmix: Alpha of CutMix; 0 for none. With both, each batch uses one of them at random.
         label_smoothing: Fraction of the target that is spread over all classes.
         drop_path: Rate of stochastic depth at the last block; it grows linearly from the first.
-        precision: ``fp32``, ``bf16`` for autocast, or ``auto`` for bf16 if the hardware has it.
+        precision: ``fp32``; ``tf32`` for products in TF32 on an NVIDIA GPU; ``bf16`` for autocast;
+            ``auto`` for bf16 if the hardware has it, else fp32.
         train_on: ``train`` chooses the epoch on the validation images; ``train+val`` trains on
             both and keeps the last epoch.
         seed: Seed of all random numbers.

@@ -18,7 +18,7 @@ from aoft_deploy.cli.train import main
 from aoft_deploy.cli.train_options import given_settings, parser
 from aoft_deploy.data.folder import write_folder
 from aoft_deploy.data.synthetic import load_task, task_names
-from aoft_deploy.training.learner import fast_bf16
+from aoft_deploy.training.precision import fast_bf16
 from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import TrainingSettings
 from aoft_deploy.tuning.backbones.bundled import WEIGHTS

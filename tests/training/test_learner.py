@@ -3,7 +3,8 @@ import torch
 from PIL import Image
 
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.training.learner import fast_bf16, normalised
+from aoft_deploy.training.learner import normalised
+from aoft_deploy.training.precision import fast_bf16
 
 
 def test_normalised_pixels_equal_preprocessing_bit_for_bit() -> None:

@@ -37,7 +37,7 @@ from aoft_deploy.tuning.methods import get_method, method_names
             {"augment": "blur"},
             "`augment` is 'blur', but must be one of none, flip, affine, window, crop, rand",
         ),
-        ({"precision": "fp16"}, "`precision` is 'fp16', but must be one of auto, fp32, bf16"),
+        ({"precision": "fp16"}, "`precision` is 'fp16', but must be one of auto, fp32, tf32, bf16"),
         ({"train_on": "test"}, "`train_on` is 'test', but must be one of train, train"),
     ],
 )

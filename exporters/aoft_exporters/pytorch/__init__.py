@@ -1,1 +1,1 @@
-"""Export weights for PyTorch: merged timm models and PEFT adapters."""
+"""Export for PyTorch: merged timm models, compiled packages and PEFT adapters."""

@@ -21,7 +21,7 @@ from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import OutputError, SettingError
 from aoft_deploy.files import folder_digest
 from aoft_deploy.texts import decoded
-from aoft_exporters.pytorch.engine import TorchEngine
+from aoft_exporters.pytorch.engine import TorchEngine, torch_device
 from aoft_exporters.pytorch.usage import load_adapter
 
 if TYPE_CHECKING:
@@ -131,11 +131,13 @@ def _merged(path: Path, weights: Path | None, options: EngineOptions) -> TorchEn
     from aoft_deploy.checkpoints.opening import open_checkpoint
     from aoft_deploy.tuning.merging import merge
 
+    device = torch_device(options)
     tuned, task = open_checkpoint(path, BackboneSource(weights=weights))
     info = ArtefactInfo.of_model(
         task.classes, task.preprocessing, tuned.method, tuned.settings, task.backbone.to_dict()
     )
-    return TorchEngine(merge(tuned, in_place=True), info.texts, options)
+    model = merge(tuned, in_place=True).to(device).eval()
+    return TorchEngine(model, info.texts, options, device)
 
 
 def describe(path: Path) -> dict[str, Any]:

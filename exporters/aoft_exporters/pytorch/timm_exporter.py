@@ -1,6 +1,7 @@
 """Export a merged state dict to safetensors, for ``timm.create_model(checkpoint_path=…)``.
 
-It loads strictly into timm's unmodified architecture, without this project.
+It loads strictly into timm's unmodified architecture, without this project. Below fp32, weights
+and activations are in the precision, except for what PyTorch itself computes in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.texts import one_line
-from aoft_exporters.pytorch.engine import TorchEngine
+from aoft_exporters.pytorch.engine import DTYPES, TorchEngine, dtype_of, torch_device
 from aoft_exporters.pytorch.usage import load_model
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ __all__ = ["EXPORTER", "describe", "export", "load"]
 
 
 def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
-    """Write a plain model's state dict.
+    """Write a plain model's state dict, in the type of the precision.
 
     Raises:
         SettingError: ``uint8`` is set, or the model has prompts, which timm's architecture cannot
             hold.
         OutputError: The file cannot be written.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -44,7 +46,11 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
             "Prompts are tokens of the graph, which timm's architecture cannot hold: export to "
             "onnx with `to`."
         )
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    dtype = getattr(torch, DTYPES[spec.precision])
+    tensors = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     try:
         save_file(tensors, path, metadata=dict(spec.metadata))
     except SafetensorError as error:
@@ -59,11 +65,13 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
         SettingError: The device does not exist.
     """
     import timm
+    import torch
 
     from aoft_deploy.tuning.backbones.backbone import unknown_backbone
     from aoft_deploy.tuning.backbones.identity import Backbone
 
     info = ArtefactInfo(_metadata(path), str(path))
+    device, dtype = torch_device(options), dtype_of(info)
     try:
         backbone = Backbone.from_dict(info.backbone)
         if not timm.is_model(backbone.name.partition(".")[0]):
@@ -78,7 +86,8 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     except Exception as error:  # timm raises various exceptions on a tampered file
         reason = one_line(error).rstrip(".")
         raise ArtefactError(f"{path} is no state dict of the timm exporter ({reason}).") from error
-    return TorchEngine(model, info.texts, options)
+    model = model.to(device, getattr(torch, dtype)).eval()
+    return TorchEngine(model, info.texts, options, device, dtype)
 
 
 def describe(path: Path) -> dict[str, Any] | None:
@@ -112,7 +121,7 @@ def _metadata(path: Path) -> dict[str, str]:
 EXPORTER = Exporter(
     name="timm",
     suffix=".safetensors",
-    precisions=("fp32",),
+    precisions=tuple(DTYPES),
     engines=("torch",),
     tolerance=5e-5,
     export=export,

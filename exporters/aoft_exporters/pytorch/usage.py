@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aoft_exporters.pytorch.engine import DTYPES
+
 __all__ = ["load_adapter", "load_model"]
 
 
 def load_model(path: Path, manifest: Mapping[str, Any]) -> str:
     """Expression that creates timm's model with the weights of a file."""
-    return _registered(manifest) + _create(manifest, checkpoint_path=str(path))
+    model = _registered(manifest) + _create(manifest, checkpoint_path=str(path))
+    precision = manifest["precision"]
+    return model if precision == "fp32" else f"{model}.to(torch.{DTYPES[precision]})"
 
 
 def load_adapter(path: Path, manifest: Mapping[str, Any]) -> str:

@@ -217,3 +217,48 @@ def test_the_bundled_backbone_is_known_in_a_process_that_only_predicts(
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "10\n"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_below_fp32_weights_and_arithmetic_are_in_the_precision(
+    precision: str,
+    dtype: torch.dtype,
+    checkpoint: Path,
+    backbone_weights: Path,
+    backbone_name: str,
+    backbone_args: dict[str, Any],
+    photos: list[Path],
+    make_tuned: Callable[..., TunedModel],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "half.safetensors"
+    options: list[Any] = ["--merge", checkpoint, "--backbone-weights", backbone_weights]
+    options += ["--to", "timm", "--precision", precision, "-o", path]
+    options += ["--images", *photos, "--min-agreement", "0"]
+    assert main([str(option) for option in options]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f"checkpoint_path='{path}').to(torch.{str(dtype).partition('.')[2]})")
+    merged = merge(make_tuned("rlrr")).state_dict()
+    stored = load_file(path)
+    assert all(torch.equal(stored[name], tensor.to(dtype)) for name, tensor in merged.items())
+    model = timm.create_model(
+        backbone_name, num_classes=5, checkpoint_path=str(path), **backbone_args
+    )
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.to(dtype).eval()(x.to(dtype)).float()
+    assert torch.equal(torch.from_numpy(exporter.load(path).run(x.numpy())), expected)
+    manifest = json.loads(path.with_name("half.safetensors.json").read_text("utf-8"))
+    assert manifest["precision"] == precision
+    assert manifest["verification"]["arithmetic"] == f"{precision} by torch on CPU"
+
+
+def test_a_precision_of_a_later_version_is_refused(artefact: Path, tmp_path: Path) -> None:
+    path = tampered(artefact, tmp_path / "a.safetensors", precision="fp4")
+    with pytest.raises(
+        ArtefactError, match="is in the precision 'fp4', but must be in one of fp32"
+    ):
+        exporter.load(path)
