@@ -23,9 +23,10 @@ from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.texts import one_line
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.emulation import emulated
+from aoft_exporters.graph.low_precision import OPSETS
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
-from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet
+from aoft_exporters.onnx.engine import GPU_ONLY, OnnxEngine, OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.int8 import quantised
 from aoft_exporters.openvino import engine as openvino_engine
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
+__all__ = ["EMULATION", "EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Largest size of the weights in one ONNX file, in bytes; a protobuf message holds 2 GiB."""
@@ -59,16 +60,18 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
 
 def _opset(spec: ExportSpec) -> int:
-    """The requested opset; by default the first with an operator Attention, or 20 in fp16.
+    """The requested opset; by default the first with an operator Attention.
 
     Raises:
-        SettingError: fp16 is requested in another opset than 20.
+        SettingError: The precision needs a later opset.
     """
-    if spec.precision != "fp16":
-        return spec.build.opset or ATTENTION_OPSET
-    if spec.build.opset not in (None, OPSET):
-        raise SettingError(f"fp16 is written in opset {OPSET}: leave `opset` out.")
-    return OPSET
+    opset = spec.build.opset or ATTENTION_OPSET
+    if opset < OPSETS.get(spec.precision, OPSET):
+        raise SettingError(
+            f"{spec.precision} of onnx needs opset {ATTENTION_OPSET}, not {opset}: leave `opset` "
+            "out."
+        )
+    return opset
 
 
 def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
@@ -127,7 +130,7 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
 def _least_bytes(model: nn.Module, precision: str) -> int:
     """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
     full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return int(full) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
+    return int(full) // {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4}[precision]
 
 
 def _stored_bytes(proto: Any) -> int:
@@ -160,7 +163,7 @@ def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
 
 
 def emulation(path: Path) -> OnnxEngine:
-    """An engine that emulates a low-precision file: float32 with every result rounded."""
+    """An engine that emulates a low-precision file in float32; see ``emulated``."""
     import onnx
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -219,10 +222,13 @@ def _value(value: Any) -> str:
     return f"{value.name} {TensorProto.DataType.Name(kind.elem_type).lower()} [{shape}]"
 
 
+EMULATION = Emulation(("tf32", "bf16", "fp16"), emulation, GPU_ONLY)
+"""ONNX Runtime's CPU provider computes tf32 and fp16 graphs in float32, without rounding."""
+
 EXPORTER = Exporter(
     name="onnx",
     suffix=".onnx",
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "tf32", "bf16", "fp16", "int8"),
     engines=("onnxruntime", "openvino"),
     tolerance=5e-5,
     export=export,
@@ -231,6 +237,5 @@ EXPORTER = Exporter(
     platform="onnxruntime_onnx",
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
-    # ONNX Runtime's CPU provider computes fp16 graphs in float32, without rounding.
-    emulation=Emulation(("fp16",), emulation),
+    emulation=Emulation(("tf32", "bf16", "fp16"), emulation, gpu_only=GPU_ONLY),
 )

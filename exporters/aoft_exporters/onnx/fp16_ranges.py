@@ -39,8 +39,11 @@ def in_range(
         tables: The fleet's tables; None for a single model.
 
     Returns:
-        The converted graph, and its products that stay in float32; see ``left_in_float``.
+        The converted graph, and its products that stay in float32; see ``left_in_float``. In
+        ``tf32``, the graph itself, which stays in float32, and no products.
     """
+    if spec.precision == "tf32":
+        return proto, []
     low = typed(proto, spec.precision)
     if spec.precision == "fp16" and spec.judged is not None:
         measured = magnitudes(low, lambda: _feeds(spec, tables))
