@@ -64,7 +64,9 @@ def _steps(node: Any, kind: int | None, constants: dict[str, Any]) -> Iterator[A
     kind = TensorProto.FLOAT if kind is None else kind
     softmax = given.get(SOFTMAX, kind)
     prefix = step_prefix(node)
-    factor = _constant(f"sqrt_{given['scale']!r}.{kind}", math.sqrt(given["scale"]), kind, constants)
+    factor = _constant(
+        f"sqrt_{given['scale']!r}.{kind}", math.sqrt(given["scale"]), kind, constants
+    )
 
     def step(kind: str, name: str, *inputs: str, **attributes: Any) -> Any:
         return helper.make_node(kind, inputs, [name], name, **attributes)
