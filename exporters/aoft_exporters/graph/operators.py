@@ -40,9 +40,9 @@ NORMS = frozenset(
 
 NO_FLOATS = frozenset(
     "And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or "
-    "Shape Size Xor".split()
+    "QuantizeLinear Shape Size Xor".split()
 )
-"""Operators with integer or boolean results."""
+"""Operators with integer, boolean or quantised results."""
 
 
 def low_kinds() -> tuple[int, int]:

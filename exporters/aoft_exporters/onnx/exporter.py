@@ -62,10 +62,13 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 def _opset(spec: ExportSpec) -> int:
     """The requested opset; by default the first with an operator Attention.
 
+    The default of fp8 is lower: TensorRT, which computes in FP8, refuses an Attention with
+    ``softmax_precision``.
+
     Raises:
         SettingError: The precision needs a later opset.
     """
-    opset = spec.build.opset or ATTENTION_OPSET
+    opset = spec.build.opset or (OPSET if spec.precision == "fp8" else ATTENTION_OPSET)
     if opset < OPSETS.get(spec.precision, OPSET):
         raise SettingError(
             f"{spec.precision} of onnx needs opset {ATTENTION_OPSET}, not {opset}: leave `opset` "
@@ -130,7 +133,7 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
 def _least_bytes(model: nn.Module, precision: str) -> int:
     """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
     full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return int(full) // {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4}[precision]
+    return int(full) // {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "fp8": 4, "int8": 4}[precision]
 
 
 def _stored_bytes(proto: Any) -> int:
@@ -222,20 +225,21 @@ def _value(value: Any) -> str:
     return f"{value.name} {TensorProto.DataType.Name(kind.elem_type).lower()} [{shape}]"
 
 
-EMULATION = Emulation(("tf32", "bf16", "fp16"), emulation, GPU_ONLY)
-"""ONNX Runtime's CPU provider computes tf32 and fp16 graphs in float32, without rounding."""
+EMULATION = Emulation(("tf32", "bf16", "fp16", "fp8"), emulation, GPU_ONLY)
+"""ONNX Runtime's CPU provider computes tf32, fp16 and fp8 graphs with less rounding than a GPU."""
 
 EXPORTER = Exporter(
     name="onnx",
     suffix=".onnx",
-    precisions=("fp32", "tf32", "bf16", "fp16", "int8"),
+    precisions=("fp32", "tf32", "bf16", "fp16", "fp8", "int8"),
     engines=("onnxruntime", "openvino"),
     tolerance=5e-5,
     export=export,
     load=load,
     describe=describe,
     platform="onnxruntime_onnx",
+    calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
-    emulation=Emulation(("tf32", "bf16", "fp16"), emulation, gpu_only=GPU_ONLY),
+    emulation=EMULATION,
 )
