@@ -155,7 +155,7 @@ def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
     if size <= SINGLE_FILE_LIMIT:
         return
     content = "Backbone and tasks" if fleet else "The weights"
-    lower = "" if precision == "int8" else "choose a lower `precision`, or "
+    lower = "" if precision in ("fp8", "int8") else "choose a lower `precision`, or "
     remedy = f"{lower}export to openvino or timm with `to`"
     if fleet:
         remedy = "export fewer tasks and add the others to the running fleet"

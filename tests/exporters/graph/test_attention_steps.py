@@ -18,14 +18,14 @@ LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": Tensor
 
 def attention(kind: int, axes: int, mask: bool, softmax: int | None, scale: float = 0.25) -> Any:
     """A graph of one Attention in a type, with inputs and output in float32."""
-    shape = ["batch", 5, 32] if axes == 3 else ["batch", 2, 5, 16]
+    shape: list[Any] = ["batch", 5, 32] if axes == 3 else ["batch", 2, 5, 16]
     heads = {"q_num_heads": 2, "kv_num_heads": 2} if axes == 3 else {}
     precision = {} if softmax is None else {"softmax_precision": softmax}
     names = ["q", "k", "v", "m"] if mask else ["q", "k", "v"]
-    shapes = {name: [1, 2, 5, 5] if name == "m" else shape for name in names}
+    shapes: dict[str, list[Any]] = {name: [1, 2, 5, 5] if name == "m" else shape for name in names}
     nodes = [helper.make_node("Cast", [n], [f"{n}.low"], to=kind) for n in names]
     low = [f"{name}.low" for name in names]
-    options = {**heads, **precision, "scale": scale}
+    options: dict[str, Any] = {**heads, **precision, "scale": scale}
     nodes += [
         helper.make_node("Attention", low, ["y.low"], name="one", **options),
         helper.make_node("Cast", ["y.low"], ["y"], to=TensorProto.FLOAT),

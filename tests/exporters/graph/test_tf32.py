@@ -120,7 +120,8 @@ def rounded_products(module: nn.Module, x: torch.Tensor, opset: int) -> torch.Te
         patch.setattr(functional, "linear", lambda x, w, b=None: linear(low(x), low(w), b))
         patch.setattr(functional, "scaled_dot_product_attention", attention)
         patch.setattr(nn.Conv2d, "_conv_forward", lambda s, x, w, b: conv(s, low(x), low(w), b))
-        return module.double()(x.double())
+        logits: torch.Tensor = module.double()(x.double())
+    return logits
 
 
 @pytest.mark.parametrize("opset", [20, 23])

@@ -30,8 +30,8 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.low_precision import typed
 from aoft_exporters.onnx import exporter
-from aoft_exporters.onnx.fp16_ranges import in_range, magnitudes
 from aoft_exporters.onnx.fp8 import LARGEST_FP8, in_fp8, linear_layers, scale
+from aoft_exporters.onnx.fp16_ranges import in_range, magnitudes
 
 FC1 = "blocks.0.mlp.fc1.weight"
 PREPROCESSING = Preprocessing(
@@ -90,7 +90,7 @@ def low_spec(pixels: NDArray[np.uint8], least: float = 0.0) -> Any:
 def fp8(values: NDArray[Any], scales: NDArray[Any] | float) -> NDArray[np.float64]:
     """Values after a round trip through FP8 with these scales."""
     quotient = np.clip(np.asarray(values, np.float32) / np.float32(scales), -448, 448)
-    rounded = quotient.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    rounded: NDArray[np.float64] = quotient.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
     return rounded * np.asarray(scales, np.float64)
 
 
@@ -103,7 +103,8 @@ def test_the_graph_rounds_factors_to_fp8_as_ml_dtypes_does() -> None:
     assert left == []
     stored = {t.name: numpy_helper.to_array(t) for t in low.graph.initializer}
     x = (pixels[:, 0, 0, :, None, None] / np.float32(255)).astype(np.float32)
-    expected = exact = x[:, :, 0, 0].astype(np.float16)
+    expected: NDArray[Any] = x[:, :, 0, 0].astype(np.float16)
+    exact: NDArray[Any] = expected
     for name, weight in (("w0", w0), ("w1", w1)):
         weight = weight.astype(np.float16).astype(np.float32)
         scales = stored[f"{name}_scale"]
@@ -216,7 +217,12 @@ def test_fp8_is_exported_verified_and_named(
 ) -> None:
     task, output = tmp_path / "task.ckpt", tmp_path / ("a.onnx" if to == "onnx" else "a")
     task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
-    options = ["--fleet" if fleet else "--merge", task, "--backbone-weights", backbone_weights]
+    options: list[Any] = [
+        "--fleet" if fleet else "--merge",
+        task,
+        "--backbone-weights",
+        backbone_weights,
+    ]
     options += ["--precision", "fp8", "--images", photos[0].parent, "--calibrate", training_images]
     options += ["--to", to, "-o", output, "--min-agreement", 0.7]
     assert main([str(option) for option in options]) == 0
