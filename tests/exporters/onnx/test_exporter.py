@@ -289,7 +289,7 @@ def test_the_size_limit_counts_the_stored_bytes_of_the_precision_exactly(
 ) -> None:
     size = SPEC.input.height
     images = Calibration(random_pixels(2, size)) if precision == "fp8" else None
-    spec = replace(SPEC, precision=precision, calibration=images)
+    spec = replace(SPEC, precision=precision, calibration=images, metadata={})
     exporter.export(merged, tmp_path / "a.onnx", spec)
     tensors = [numpy_helper.to_array(t) for t in onnx.load(tmp_path / "a.onnx").graph.initializer]
     size = sum(tensor.nbytes for tensor in tensors)
