@@ -21,8 +21,9 @@ from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import ArtefactError, MissingExtraError, SettingError, optional_imports
 from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, folded_logits
+from aoft_exporters.onnx.precisions import check_device
 
-__all__ = ["GPU_ONLY", "OnnxEngine", "OnnxFleet", "library", "session"]
+__all__ = ["OnnxEngine", "OnnxFleet", "library", "session"]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -30,9 +31,6 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 """ONNX Runtime's execution provider for each kind of device."""
-
-GPU_ONLY = ("bf16",)
-"""Precisions for which ONNX Runtime has no operators on a CPU."""
 
 
 def library() -> Any:
@@ -117,19 +115,6 @@ def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, str]]]:
     return [*chosen, (PROVIDERS["cpu"], {})]
 
 
-def _check_device(info: Mapping[str, str], device: str, path: Path) -> None:
-    """Refuse a precision that ONNX Runtime does not compute on the device.
-
-    Raises:
-        SettingError: The artefact is in a precision for GPUs, and the device is the CPU.
-    """
-    if device == "cpu" and info.get("precision") in GPU_ONLY:
-        raise SettingError(
-            f"{path} is in {info['precision']}, which ONNX Runtime computes on a GPU only: choose "
-            '`device="cuda"`, or export in fp32 or int8 for a CPU.'
-        )
-
-
 class OnnxEngine:
     """An ONNX file in an ONNX Runtime session.
 
@@ -150,7 +135,7 @@ class OnnxEngine:
 
     def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
         self.info: Mapping[str, str] = checked_metadata(path)
-        _check_device(self.info, device, path)
+        check_device(self.info, device, path)
         self._session = session(path, threads, device, path)
         self._run_options = self._new_run_options()
         self.device = device if device == "cpu" or ":" in device else f"{device}:0"
@@ -241,7 +226,7 @@ class OnnxFleet:
             kind = stored[name].data_type
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         device = options.device or "cpu"
-        _check_device(self.info, device, path)
+        check_device(self.info, device, path)
         self._session = session(proto.SerializeToString(), options.threads, device, path)
 
     def run(

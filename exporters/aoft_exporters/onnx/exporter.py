@@ -26,9 +26,10 @@ from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.low_precision import OPSETS
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
-from aoft_exporters.onnx.engine import GPU_ONLY, OnnxEngine, OnnxFleet
+from aoft_exporters.onnx.engine import OnnxEngine, OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.int8 import quantised
+from aoft_exporters.onnx.precisions import GPU_ONLY
 from aoft_exporters.openvino import engine as openvino_engine
 
 if TYPE_CHECKING:
