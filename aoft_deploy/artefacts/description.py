@@ -168,7 +168,7 @@ class ArtefactInfo:
 
     @property
     def left_in_float(self) -> tuple[str, ...]:
-        """Names of the matrix products that stay in float32 in a low-precision artefact."""
+        """Names of the matrix products that stay in a higher precision than the artefact's."""
         return tuple(json.loads(self.texts.get("left_in_float", "[]")))
 
     @property

@@ -34,15 +34,17 @@ class FleetSupport:
 
 @dataclass(frozen=True)
 class Emulation:
-    """Emulation of precisions that no CPU runtime supports.
+    """Emulation of precisions in which no CPU runtime computes.
 
     Attributes:
         precisions: Names of the emulated precisions.
-        load: Loads an artefact so that the result of every operation is rounded to its precision.
+        load: Loads an artefact so that every value is rounded as in its precision.
+        gpu_only: Those precisions whose artefacts no runtime loads on a CPU.
     """
 
     precisions: tuple[str, ...]
     load: Callable[[Path], Engine]
+    gpu_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

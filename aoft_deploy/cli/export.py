@@ -36,7 +36,8 @@ def export(options: argparse.Namespace) -> None:
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     _print_report(exported.report)
     if exported.left_in_float:
-        print(f"left in float32: {', '.join(exported.left_in_float)}")
+        higher = "fp16 or float32" if options.precision == "fp8" else "float32"
+        print(f"left in {higher}: {', '.join(exported.left_in_float)}")
     if exported.device is None:
         print(_not_on_device(exported, options))
     print(f"manifest: {exported.manifest}")

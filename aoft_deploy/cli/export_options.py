@@ -92,7 +92,7 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
         metavar="NAME",
-        help="fp32 (default); int8, fp16 or bf16 if the exporter supports it",
+        help="fp32 (default); tf32, fp16, bf16, fp8 or int8 if the exporter supports it",
     )
     group.add_argument(
         "--images",
@@ -116,7 +116,8 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="for int8 of openvino: 16 or more other images, or folders of them, for calibration",
+        help="for fp8, and int8 of openvino: 16 or more other images, or folders of them, for "
+        "calibration",
     )
 
 

@@ -151,7 +151,7 @@ class _Fleet:
         self.support.export(self.model, draft, spec, self.tables)
 
     def open(self, draft: Path) -> Engine:
-        return open_draft(self.exporter, draft)
+        return open_draft(self.exporter, draft, self.info.precision)
 
     def verify(
         self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar

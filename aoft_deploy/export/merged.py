@@ -129,7 +129,7 @@ class _Merged:
     def open(self, draft: Path) -> Engine:
         if self.exporter.updates is not None:
             return self.exporter.updates.load(draft, self.backbone.weights)
-        return open_draft(self.exporter, draft)
+        return open_draft(self.exporter, draft, self.precision)
 
     def verify(
         self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar

@@ -185,7 +185,7 @@ def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: 
 
 
 def _calibration_entries(request: Request, left_in_float: Sequence[str]) -> dict[str, Any]:
-    """Manifest entries for the calibration, and for products that stay in float32."""
+    """Manifest entries for the calibration, and for products that stay in a higher precision."""
     names = list(left_in_float)
     if request.calibration:
         return {"calibration": {"images": len(request.calibration), "left_in_float": names}}

@@ -43,7 +43,8 @@ class Exported:
         device: Name of the device that verified the artefact; None if this machine cannot run it in
             its precision, so that its graph or an emulation was verified instead.
         arithmetic: Description of the precision, runtime and device of the verification.
-        left_in_float: Names of the products that stay in float32 for accuracy.
+        left_in_float: Names of the products that stay in a higher precision for accuracy: in
+            float32, or for fp8 in fp16.
     """
 
     path: Path

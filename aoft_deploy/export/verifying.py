@@ -45,8 +45,10 @@ def verification_pixels(
     return np.concatenate(parts)
 
 
-def open_draft(exporter: Exporter, draft: Path) -> Engine:
-    """Load the artefact, or its intermediate graph if this machine lacks its device."""
+def open_draft(exporter: Exporter, draft: Path, precision: str) -> Engine:
+    """Load the artefact, or what stands for it if this machine lacks its device."""
+    if exporter.emulation is not None and precision in exporter.emulation.gpu_only:
+        return exporter.emulation.load(draft)
     if exporter.device is None:
         return exporter.load(draft, EngineOptions())
     if exporter.device.name(draft):
@@ -65,9 +67,10 @@ def runs_to_judge(
     pixels: NDArray[np.uint8],
 ) -> Iterable[tuple[Engine, NDArray[np.uint8]]]:
     """Engines to verify, each with its images. The report of the last one is kept."""
-    if exporter.emulation is not None and exporter.emulates(precision):
+    emulation = exporter.emulation
+    if emulation is not None and precision in set(emulation.precisions) - set(emulation.gpu_only):
         yield engine, pixels[: max(BATCH_SIZES)]  # the file itself must load and run
-        engine = exporter.emulation.load(draft)
+        engine = emulation.load(draft)
     yield engine, pixels
 
 
@@ -78,7 +81,8 @@ def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
         return f"{precision} by {exporter.engines[0]} on {device}"
     if precision == "fp32":
         return "fp32 by onnxruntime on CPU"
-    return f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+    rounded = "every factor of a product" if precision == "tf32" else "every result"
+    return f"{precision} emulated in float32, {rounded} rounded, by onnxruntime on CPU"
 
 
 def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]:

@@ -11,15 +11,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto
 
 from aoft_deploy.artefacts.verification import Bar, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.cli.export import main
+from aoft_deploy.cli.inspect import main as inspect_main
+from aoft_deploy.cli.predict import main as predict_main
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
-from aoft_deploy.errors import ImageError, VerificationError
+from aoft_deploy.errors import ImageError, SettingError, VerificationError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.fleet.fleet import Fleet
@@ -65,11 +68,11 @@ def test_int8_has_integer_weights_and_a_float_classifier(
     assert manifest["verification"]["max_abs"] > 0
     graph = onnx.load(output).graph
     types = {i.name: i.data_type for i in graph.initializer}
-    integers = [n for n, kind in types.items() if kind == onnx.TensorProto.INT8]
+    integers = [n for n, kind in types.items() if kind == TensorProto.INT8]
     assert any("attn.qkv.weight" in n for n in integers)
     assert any("mlp.fc2.weight" in n for n in integers)
     assert not any("head" in n for n in integers)
-    assert types["head.weight"] == onnx.TensorProto.FLOAT
+    assert types["head.weight"] == TensorProto.FLOAT
     assert exporter.load(output).info["precision"] == "int8"
 
 
@@ -111,9 +114,9 @@ def test_an_int8_fleet_gives_each_task_the_answers_of_its_own_model(
     images = ["--images", *photos, "--precision", "int8", "-o", output]
     assert main([str(o) for o in [*options, 0.5, *images]]) == 0
     types = {i.name: i.data_type for i in onnx.load(output).graph.initializer}
-    integers = [n for n, kind in types.items() if kind == onnx.TensorProto.INT8]
+    integers = [n for n, kind in types.items() if kind == TensorProto.INT8]
     assert any("attn.qkv.weight" in n for n in integers)
-    assert types["bank"] == types["heads"] == onnx.TensorProto.FLOAT
+    assert types["bank"] == types["heads"] == TensorProto.FLOAT
     fleet = Fleet(output, threads=1)
     fleet.add(tasks[2])
     x = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
@@ -181,30 +184,96 @@ def test_int8_below_the_minimum_agreement_is_refused(
     assert main([*map(str, options), "--min-agreement", str(share / 100 - 1e-3)]) == 0
 
 
-@pytest.mark.parametrize("fleet", [False, True])
-def test_fp16_has_half_precision_weights_and_float_inputs_norms_and_classifier(
+WEIGHTS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "tf32": TensorProto.FLOAT}
+ROUNDED = {"fp16": "every result", "bf16": "every result", "tf32": "every factor of a product"}
+
+
+@pytest.mark.parametrize(("to", "fleet"), [("onnx", False), ("onnx", True), ("triton", False)])
+@pytest.mark.parametrize("precision", WEIGHTS)
+def test_a_low_precision_is_that_of_products_and_named_in_artefact_and_manifest(
+    precision: str,
     fleet: bool,
+    to: str,
     make_checkpoint: Callable[..., Path],
     backbone_weights: Path,
     photos: list[Path],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    task, output = tmp_path / "task.ckpt", tmp_path / "half.onnx"
+    task, output = tmp_path / "task.ckpt", tmp_path / ("low.onnx" if to == "onnx" else "low")
     task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
     options = ["--fleet" if fleet else "--merge", task, "--backbone-weights", backbone_weights]
-    options += ["--precision", "fp16", "--images", photos[0].parent, "-o", output]
+    options += ["--precision", precision, "--images", photos[0].parent, "--to", to, "-o", output]
     assert main([str(option) for option in options]) == 0
-    proto = onnx.load(output)
+    printed = capsys.readouterr().out
+    assert f"NOT VERIFIED ON DEVICE: no runtime on the CPU computes in {precision}" in printed
+    proto = onnx.load(output if to == "onnx" else output / "1" / "model.onnx")
     types = {i.name: i.data_type for i in proto.graph.initializer}
-    assert types["blocks.0.mlp.fc1.weight"] == onnx.TensorProto.FLOAT16
-    assert types["head.weight" if not fleet else "bank"] == onnx.TensorProto.FLOAT
-    assert types["blocks.0.norm1.weight"] == onnx.TensorProto.FLOAT
+    assert types["blocks.0.mlp.fc1.weight"] == WEIGHTS[precision]
+    assert types["head.weight" if not fleet else "bank"] == TensorProto.FLOAT
+    assert types["blocks.0.norm1.weight"] == TensorProto.FLOAT
     values = [*proto.graph.input, *proto.graph.output]
     kinds = {v.name: v.type.tensor_type.elem_type for v in values}
-    assert kinds["pixel_values"] == kinds["logits"] == onnx.TensorProto.FLOAT
-    manifest = json.loads(output.with_name("half.onnx.json").read_text("utf-8"))
-    assert 0 < manifest["verification"]["max_abs"] < 0.05
+    assert kinds["pixel_values"] == kinds["logits"] == TensorProto.FLOAT
+    one_operator = to == "onnx" or precision == "bf16"
+    assert proto.opset_import[0].version == (23 if one_operator else 20)
+    assert ("Attention" in {node.op_type for node in proto.graph.node}) is one_operator
+    manifest = json.loads(output.with_name(f"{output.name}.json").read_text("utf-8"))
+    assert manifest["precision"] == precision
+    assert 1e-5 < manifest["verification"]["max_abs"] < 0.05
     assert manifest["verification"]["agreement"] >= 0.99
+    assert manifest["verification"]["verified_on_device"] is False
+    assert manifest["verification"]["arithmetic"] == (
+        f"{precision} emulated in float32, {ROUNDED[precision]} rounded, by onnxruntime on CPU"
+    )
+    assert inspect_main([str(output)]) == 0
+    assert re.search(rf"^precision +{precision}$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_cpu_computes_fp16_and_tf32_artefacts_in_float32(
+    precision: str,
+    checkpoint: Path,
+    backbone_weights: Path,
+    photos: list[Path],
+    make_tuned: Callable[..., TunedModel],
+    tmp_path: Path,
+) -> None:
+    exported = export_merged(
+        checkpoint,
+        tmp_path / "a.onnx",
+        precision=precision,
+        backbone=BackboneSource(weights=backbone_weights),
+        verify=VerifyOptions(images=photos),
+    )
+    x = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    with torch.inference_mode():
+        exact = make_tuned("rlrr")(torch.from_numpy(x)).numpy()
+    found = exporter.load(exported.path).run(x)
+    allowed = {"tf32": 5e-5, "fp16": 5e-3}[precision]
+    np.testing.assert_allclose(found, exact, atol=allowed * np.abs(exact).max(), rtol=0)
+
+
+def test_a_bf16_artefact_is_refused_on_a_cpu_with_the_next_step(
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    photos: list[Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    task, paths = tmp_path / "task.ckpt", [tmp_path / "merged.onnx", tmp_path / "fleet.onnx"]
+    task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
+    for source, path in zip(("--merge", "--fleet"), paths, strict=True):
+        options = [source, task, "--backbone-weights", backbone_weights, "-o", path]
+        options += ["--precision", "bf16", "--images", photos[0].parent]
+        assert main([str(option) for option in options]) == 0
+    line = refused(predict_main, paths[0], photos[0])
+    assert line == (
+        f"{paths[0]} is in bf16, which ONNX Runtime computes on a GPU only: choose --device cuda, "
+        "or export in fp32 or int8 for a CPU."
+    )
+    with pytest.raises(SettingError, match="is in bf16, which ONNX Runtime computes on a GPU only"):
+        Fleet(paths[1])
 
 
 def test_an_unsupported_opset_is_refused(
@@ -215,10 +284,9 @@ def test_an_unsupported_opset_is_refused(
     tmp_path: Path,
 ) -> None:
     options = ["--merge", checkpoint, "--backbone-weights", backbone_weights, "--images", photos[0]]
-    options += ["--precision", "fp16", "-o", tmp_path / "a.onnx"]
-    assert "fp16 is written in opset 20: leave --opset out" in refused(
-        main, *options, "--opset", 23
-    )
+    options += ["-o", tmp_path / "a.onnx", "--precision"]
+    line = refused(main, *options, "bf16", "--opset", 20)
+    assert "bf16 of onnx needs opset 23, not 20: leave --opset out" in line
     line = refused(main, "--merge", checkpoint, "--opset", 17, "-o", tmp_path / "a.onnx")
     assert "opset 17 is not supported by onnx; supported: 23, 20" in line
     line = refused(main, "--merge", checkpoint, "--to", "timm", "--opset", 20)

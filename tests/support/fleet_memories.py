@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory
 from aoft_deploy.fleet.fleet import Fleet
-from aoft_exporters.onnx.engine import library
 from aoft_exporters.onnx.fleet import DeviceMemory
+from aoft_exporters.onnx.sessions import library
 
 __all__ = ["MEMORIES", "OpenFleet", "on_gpu", "table_rows"]
 

@@ -1,19 +1,21 @@
-"""Emulate a low-precision graph in float32 by rounding every result."""
+"""Emulate a low-precision graph in float32: every result is rounded, in TF32 every factor."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from aoft_exporters.graph.attention_steps import spelled_out
 from aoft_exporters.graph.operators import (
     MOVES,
     PRODUCTS,
     cast_node,
     classifier_nodes,
     depending_nodes,
-    low_kinds,
     rank,
     result_kind,
+    stored_kinds,
 )
+from aoft_exporters.graph.tf32 import with_tf32_products
 
 __all__ = ["emulated", "left_in_float", "low_results"]
 
@@ -22,28 +24,32 @@ def emulated(proto: Any, *, rounded: bool = True) -> Any:
     """A float32 graph that computes the results of a low-precision graph.
 
     It serves runtimes that have no kernels in low precision or do not round between operators. Sums
-    within a product are in float32, as on GPUs. Weights remain stored in low precision.
+    within a product are in float32, as on GPUs. Attention is computed in the steps of its
+    definition. Weights remain stored in low precision.
 
     Args:
-        proto: A graph of ``typed``; it is not changed.
+        proto: A graph of ``typed``, or a float32 graph whose metadata have the precision ``tf32``;
+            it is not changed.
         rounded: Round every result to its precision. Without rounding, results beyond the range
             keep their magnitude.
 
     Returns:
-        A new ONNX model with the same inputs, outputs, initialisers and metadata.
+        A new ONNX model with the same inputs, outputs, initialisers and metadata, but for the
+        precision, which is ``fp32``.
     """
     import onnx
 
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
+    result = spelled_out(proto)
+    for entry in result.metadata_props:
+        if entry.key == "precision":
+            precision, entry.value = entry.value, "fp32"
+            if precision == "tf32":
+                return with_tf32_products(result)
     float32 = onnx.TensorProto.FLOAT
-    nodes, kinds = list[Any](), dict[str, int]()
-    for tensor in result.graph.initializer:
-        if tensor.data_type in low_kinds():
-            kinds[tensor.name] = tensor.data_type
-            nodes.append(cast_node(tensor.name, f"{tensor.name}.stored", float32))
+    kinds = stored_kinds(result)
     stored = {name: f"{name}.stored" for name in kinds}
-    for node in proto.graph.node:
+    nodes = [cast_node(name, result_name, float32) for name, result_name in stored.items()]
+    for node in list(result.graph.node):
         kind = result_kind(node, kinds)
         step = onnx.NodeProto()
         step.CopyFrom(node)
@@ -69,11 +75,11 @@ def low_results(proto: Any) -> dict[str, str]:
     """Computed tensors in low precision.
 
     Returns:
-        Their names, each with the tensor's name in the float32 graph before ``typed``.
+        Their names, each with the tensor's name in the float32 graph before ``typed``. Tensors
+        between the steps of an attention have the names that ``spelled_out`` gives them.
     """
-    kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in low_kinds()}
-    results = {}
-    for node in proto.graph.node:
+    kinds, results = stored_kinds(proto), {}
+    for node in spelled_out(proto).graph.node:
         kind = result_kind(node, kinds)
         if kind is not None:
             kinds.update(dict.fromkeys(node.output, kind))
@@ -93,7 +99,9 @@ def left_in_float(proto: Any) -> list[str]:
     images = depending_nodes(graph.node, [v.name for v in graph.input if rank(v) == 4])
     classifier = classifier_nodes(graph)
     return [
-        next((name for name in node.input if name in weights), node.name)
+        node.name
+        if node.op_type == "Attention"
+        else next((name for name in node.input if name in weights), node.name)
         for i, node in enumerate(graph.node)
         if node.op_type in PRODUCTS
         and i in images

@@ -1,10 +1,11 @@
 """Convert an ONNX graph to fp16 or bf16.
 
-Matrix products, the elementwise operators between them and their weights are in low precision.
-Inputs, logits, LayerNorm, softmax, reductions, the sums of the residual stream, the classifier and
-all that does not depend on the images, such as the task parameters of a fleet, stay in float32. An
-operator also stays in float32 if fp16 cannot hold one of its constants, or if its inputs or results
-come near the end of fp16's range (65504) on real images: see ``onnx.fp16_ranges``.
+Matrix products, attention, the elementwise operators between them and their weights are in low
+precision. Inputs, logits, LayerNorm, softmax, also within attention, reductions, the sums of the
+residual stream, the classifier and all that does not depend on the images, such as the task
+parameters of a fleet, stay in float32. An operator also stays in float32 if fp16 cannot hold one of
+its constants, or if its inputs or results come near the end of fp16's range (65504) on real images:
+see ``onnx.fp16_ranges``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_exporters.graph.attention_steps import step_prefix
 from aoft_exporters.graph.operators import (
     ELEMENTWISE,
     MOVES,
@@ -32,9 +34,10 @@ __all__ = ["LARGEST_FP16", "PRECISIONS", "typed"]
 PRECISIONS = ("fp16", "bf16")
 
 OPSETS = {"fp16": 20, "bf16": 22}
-"""First opset in which all PRODUCTS, MOVES and ELEMENTWISE operators accept the precision.
+"""First opset in which all PRODUCTS, MOVES and ELEMENTWISE operators accept the precision, if the
+graph has no Attention.
 
-Their semantics do not change between opsets 20 and 22."""
+Their semantics do not change between opsets 20 and 23."""
 
 LARGEST_FP16 = 65504
 
@@ -49,7 +52,7 @@ def typed(proto: Any, precision: str, beyond: Collection[str] = ()) -> Any:
         proto: An ONNX model in float32; it is not changed.
         precision: ``fp16`` or ``bf16``.
         beyond: Tensors beyond the precision's range. Operators that compute or use them stay in
-            float32.
+            float32. Tensors between the steps of an attention are named as by ``spelled_out``.
 
     Returns:
         A new ONNX model with the same inputs, outputs and metadata. Weights keep their names.
@@ -134,6 +137,10 @@ class _Typing:
             return False
         if not self.beyond.isdisjoint((*node.input, *node.output)):
             return False
+        if node.op_type == "Attention" and any(
+            name.startswith(step_prefix(node)) for name in self.beyond
+        ):
+            return False
         constants = [name for name in inputs if name in self.weights]
         if not all(self._fits(name) for name in constants):
             return False
@@ -196,6 +203,11 @@ class _Typing:
                     nodes.append(cast_node(name, result, kind))
                     names[name, step.low] = result
                 node.input[i] = names[name, step.low]
+            if node.op_type == "Attention" and step.low:
+                softmax = self.onnx.helper.make_attribute(
+                    "softmax_precision", self.onnx.TensorProto.FLOAT
+                )
+                node.attribute.append(softmax)
             nodes.append(node)
         return nodes
 

@@ -17,10 +17,11 @@ __all__ = [
     "low_kinds",
     "rank",
     "result_kind",
+    "stored_kinds",
 ]
 
-PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
-"""Matrix products and convolutions, computed in low precision."""
+PRODUCTS = frozenset("Attention Conv ConvTranspose Gemm MatMul".split())
+"""Matrix products, attention and convolutions, computed in low precision."""
 
 MOVES = frozenset(
     "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape "
@@ -39,9 +40,9 @@ NORMS = frozenset(
 
 NO_FLOATS = frozenset(
     "And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or "
-    "Shape Size Xor".split()
+    "QuantizeLinear Shape Size Xor".split()
 )
-"""Operators with integer or boolean results."""
+"""Operators with integer, boolean or quantised results."""
 
 
 def low_kinds() -> tuple[int, int]:
@@ -49,6 +50,11 @@ def low_kinds() -> tuple[int, int]:
     import onnx
 
     return onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+
+
+def stored_kinds(proto: Any) -> dict[str, int]:
+    """Types of the initialisers in low precision, by name."""
+    return {t.name: t.data_type for t in proto.graph.initializer if t.data_type in low_kinds()}
 
 
 def result_kind(node: Any, kinds: Mapping[str, int]) -> int | None:

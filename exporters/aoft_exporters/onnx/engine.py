@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_exporters.graph.fleet_tables import fleet_logits
 from aoft_exporters.onnx.inputs import OnnxInputs
+from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.sessions import library, session
 
 __all__ = ["OnnxEngine"]
@@ -29,6 +30,7 @@ class OnnxEngine:
 
     Raises:
         ArtefactError: The file is missing, refers to other files, or cannot be read.
+        SettingError: ONNX Runtime computes the file's precision on a GPU only.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -36,6 +38,7 @@ class OnnxEngine:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.info: Mapping[str, str] = checked_metadata(path)
+        check_device(self.info, "cpu", path)
         self._session = session(path, threads, "cpu", path)
         self._run_options = library().RunOptions()
         self._inputs = OnnxInputs.of(self._session, self.info, path)

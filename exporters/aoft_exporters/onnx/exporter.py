@@ -23,6 +23,7 @@ from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.texts import one_line
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.emulation import emulated
+from aoft_exporters.graph.low_precision import OPSETS
 from aoft_exporters.graph.models import fleet_graph, plain_graph
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.engine import OnnxEngine
@@ -30,6 +31,7 @@ from aoft_exporters.onnx.fleet import OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.gpu_engine import OnnxGpuEngine
 from aoft_exporters.onnx.int8 import quantised
+from aoft_exporters.onnx.precisions import GPU_ONLY
 from aoft_exporters.openvino import engine as openvino_engine
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
+__all__ = ["EMULATION", "EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Largest size of the weights in one ONNX file, in bytes; a protobuf message holds 2 GiB."""
@@ -61,16 +63,21 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
 
 
 def _opset(spec: ExportSpec) -> int:
-    """The requested opset; by default the first with an operator Attention, or 20 in fp16.
+    """The requested opset; by default the first with an operator Attention.
+
+    The default of fp8 is lower: TensorRT, which computes in FP8, refuses an Attention with
+    ``softmax_precision``.
 
     Raises:
-        SettingError: fp16 is requested in another opset than 20.
+        SettingError: The precision needs a later opset.
     """
-    if spec.precision != "fp16":
-        return spec.build.opset or ATTENTION_OPSET
-    if spec.build.opset not in (None, OPSET):
-        raise SettingError(f"fp16 is written in opset {OPSET}: leave `opset` out.")
-    return OPSET
+    opset = spec.build.opset or (OPSET if spec.precision == "fp8" else ATTENTION_OPSET)
+    if opset < OPSETS.get(spec.precision, OPSET):
+        raise SettingError(
+            f"{spec.precision} of onnx needs opset {ATTENTION_OPSET}, not {opset}: leave `opset` "
+            "out."
+        )
+    return opset
 
 
 def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetTables) -> None:
@@ -129,7 +136,7 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
 def _least_bytes(model: nn.Module, precision: str) -> int:
     """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
     full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return int(full) // {"fp32": 1, "fp16": 2, "int8": 4}[precision]
+    return int(full) // {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "fp8": 4, "int8": 4}[precision]
 
 
 def _stored_bytes(proto: Any) -> int:
@@ -151,7 +158,7 @@ def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
     if size <= SINGLE_FILE_LIMIT:
         return
     content = "Backbone and tasks" if fleet else "The weights"
-    lower = "" if precision == "int8" else "choose a lower `precision`, or "
+    lower = "" if precision in ("fp8", "int8") else "choose a lower `precision`, or "
     remedy = f"{lower}export to openvino or timm with `to`"
     if fleet:
         remedy = "export fewer tasks and add the others to the running fleet"
@@ -162,7 +169,7 @@ def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
 
 
 def emulation(path: Path) -> OnnxEngine:
-    """An engine that emulates a low-precision file: float32 with every result rounded."""
+    """An engine that emulates a low-precision file in float32; see ``emulated``."""
     import onnx
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -223,18 +230,21 @@ def _value(value: Any) -> str:
     return f"{value.name} {TensorProto.DataType.Name(kind.elem_type).lower()} [{shape}]"
 
 
+EMULATION = Emulation(("tf32", "bf16", "fp16", "fp8"), emulation, GPU_ONLY)
+"""ONNX Runtime's CPU provider computes tf32, fp16 and fp8 graphs with less rounding than a GPU."""
+
 EXPORTER = Exporter(
     name="onnx",
     suffix=".onnx",
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "tf32", "bf16", "fp16", "fp8", "int8"),
     engines=("onnxruntime", "openvino"),
     tolerance=5e-5,
     export=export,
     load=load,
     describe=describe,
     platform="onnxruntime_onnx",
+    calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
-    # ONNX Runtime's CPU provider computes fp16 graphs in float32, without rounding.
-    emulation=Emulation(("fp16",), emulation),
+    emulation=EMULATION,
 )

@@ -25,6 +25,7 @@ from aoft_deploy.texts import one_line
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.gpu_memory import free_memory
+from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.recording import RECORDING
 from aoft_exporters.onnx.sessions import device_index, library, session
 
@@ -140,7 +141,8 @@ class OnnxFleet:
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet, or refers to other files.
-        SettingError: The device does not exist or does not start.
+        SettingError: The device does not exist, does not start, or does not compute the file's
+            precision.
         MissingExtraError: ONNX Runtime, or the one for GPUs, is not installed.
     """
 
@@ -164,6 +166,7 @@ class OnnxFleet:
             kind = stored[name].data_type
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         self._device = options.device or "cpu"
+        check_device(self.info, self._device, path)
         tf32 = self.info.get("precision") == "tf32"
         self._session = session(
             proto.SerializeToString(), options.threads, self._device, path, tf32=tf32

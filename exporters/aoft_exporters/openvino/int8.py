@@ -21,7 +21,7 @@ from aoft_deploy.artefacts.verification import Bar, Comparison
 from aoft_deploy.classes import Classes
 from aoft_deploy.errors import optional_imports
 
-__all__ = ["quantised", "require"]
+__all__ = ["agreement", "quantised", "require"]
 
 RANKED = 8
 """Number of images on which the quantisation error of each product is measured."""
@@ -97,7 +97,7 @@ def _restored_until(
     if not min_agreement:
         return int8_graph, []
     expected = _logits(graph, samples)
-    if _agreement(_logits(int8_graph, samples), expected, classes) >= min_agreement:
+    if agreement(_logits(int8_graph, samples), expected, classes) >= min_agreement:
         return int8_graph, []
     subset = samples[:: max(1, len(samples) // RANKED)][:RANKED]
     exact = expected[:: max(1, len(samples) // RANKED)][:RANKED]
@@ -109,7 +109,7 @@ def _restored_until(
     count = 1
     while count < 2 * len(ranked):
         result = _restored(int8_graph, ranked[:count])
-        if _agreement(_logits(result, samples), expected, classes) >= min_agreement:
+        if agreement(_logits(result, samples), expected, classes) >= min_agreement:
             return result, sorted(ranked[:count])
         count *= 2
     return int8_graph, []
@@ -153,9 +153,16 @@ def _logits(graph: Any, samples: list[Any]) -> NDArray[np.float32]:
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
-def _agreement(
+def agreement(
     logits: NDArray[np.float32], expected: NDArray[np.float32], classes: Sequence[Classes]
 ) -> float:
+    """The agreement of logits with the expected ones, (images, classes); see ``Comparison``.
+
+    Args:
+        logits: Logits of an artefact.
+        expected: Logits of its model.
+        classes: The classes of the tasks; images have these tasks in turn.
+    """
     comparison = Comparison(float(np.abs(expected).max()), Bar(float("inf")))
     for index, row in enumerate(logits):
         own = classes[index % len(classes)]

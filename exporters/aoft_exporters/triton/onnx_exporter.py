@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetTables
-from aoft_deploy.artefacts.exporter import Emulation, FleetSupport
+from aoft_deploy.artefacts.exporter import FleetSupport
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
@@ -79,8 +79,12 @@ def emulation(path: Path) -> Engine:
 
 
 def _with_old_opset(spec: ExportSpec) -> ExportSpec:
-    """The spec with opset 20 as the default, which older Triton servers support too."""
-    return replace(spec, build=replace(spec.build, opset=spec.build.opset or OPSET))
+    """The spec with opset 20, which older Triton servers support too, as the default.
+
+    The default of bf16, which opset 20 lacks, is that of the ONNX exporter.
+    """
+    opset = spec.build.opset or (None if spec.precision == "bf16" else OPSET)
+    return replace(spec, build=replace(spec.build, opset=opset))
 
 
 def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
@@ -110,6 +114,6 @@ EXPORTER = replace(
     opsets=(OPSET, ATTENTION_OPSET),
     ranged=True,
     fleet=FleetSupport(("mixed",), export_fleet),
-    emulation=Emulation(("fp16",), emulation),
+    emulation=replace(onnx_exporter.EMULATION, load=emulation),
     next_step=serve_command,
 )

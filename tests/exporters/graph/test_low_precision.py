@@ -22,6 +22,9 @@ from torch import nn
 
 from aoft_deploy.cli.export import main
 from aoft_deploy.errors import SettingError, UnknownNameError
+from aoft_deploy.tuning.merging import merge
+from aoft_deploy.tuning.tuned_model import TunedModel
+from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.emulation import emulated, left_in_float, low_results
 from aoft_exporters.graph.low_precision import OPSETS, PRECISIONS, typed
 from aoft_exporters.graph.models import plain_graph
@@ -91,7 +94,8 @@ def product(left: list[float], weight: list[list[float]]) -> tuple[Any, NDArray[
 def test_every_operator_accepts_the_precision_in_its_opset(precision: str) -> None:
     kind = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[precision]
     for name in PRODUCTS | ELEMENTWISE | MOVES:
-        schema = onnx.defs.get_schema(name, OPSETS[precision])
+        opset = ATTENTION_OPSET if name == "Attention" else OPSETS[precision]
+        schema = onnx.defs.get_schema(name, opset)
         assert any(kind in t.allowed_type_strs for t in schema.type_constraints), name
 
 
@@ -205,7 +209,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @functools.cache
-def architecture_and_graph(architecture: str) -> tuple[nn.Module, Any]:
+def architecture_and_graph(architecture: str, opset: int) -> tuple[nn.Module, Any]:
     """A model with random weights, and its graph in float32."""
     name, arguments = ARCHITECTURES[architecture]
     model = timm.create_model(name, num_classes=5, **arguments).eval()
@@ -214,17 +218,26 @@ def architecture_and_graph(architecture: str) -> tuple[nn.Module, Any]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {})
-    return model, plain_graph(model, spec)
+    return model, plain_graph(model, spec, opset=opset)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "opset"),
+    [
+        *((each, 20) for each in ARCHITECTURES),
+        ("siglip", ATTENTION_OPSET),
+        ("beit", ATTENTION_OPSET),
+    ],
+)
 def test_other_architectures_agree_with_pytorch_in_the_precision(
-    architecture: str, precision: str
+    architecture: str, opset: int, precision: str
 ) -> None:
-    model, graph = copy.deepcopy(architecture_and_graph(architecture))
+    model, graph = copy.deepcopy(architecture_and_graph(architecture, opset))
     low = typed(graph, precision)
     onnx.checker.check_model(low, full_check=True)
+    attentions = [node for node in low.graph.node if node.op_type == "Attention"]
+    assert bool(attentions) is (opset == ATTENTION_OPSET)
     x = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
     found = run(emulated(low), pixel_values=x)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -252,8 +265,35 @@ def test_other_architectures_agree_with_pytorch_in_the_precision(
     assert left_in_float(low) == []
 
 
-def test_the_fp16_graph_agrees_with_onnxs_numpy_evaluator(graph: Any) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention_is_in_the_precision_and_its_softmax_in_float32(precision: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=2).eval()
+    spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {})
+    low = typed(plain_graph(model, spec, opset=ATTENTION_OPSET), precision)
+    inferred = onnx.shape_inference.infer_shapes(low, strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    assert low.opset_import[0].version == ATTENTION_OPSET
+    attentions = [node for node in low.graph.node if node.op_type == "Attention"]
+    norms = [node for node in low.graph.node if node.op_type == "LayerNormalization"]
+    assert (len(attentions), len(norms)) == (2, 5)
+    for node in attentions:
+        names = [*node.input, *node.output]
+        assert {types[name] for name in names} == {KINDS[precision]}
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        assert given["softmax_precision"] == TensorProto.FLOAT
+    assert {types[node.output[0]] for node in norms} == {TensorProto.FLOAT}
+    inner = {"attention_0/scores", "attention_0/shares", "attention_1/q_scaled"}
+    assert inner <= set(low_results(low))
+
+
+@pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
+def test_the_fp16_graph_agrees_with_onnxs_numpy_evaluator(
+    opset: int, graph: Any, make_tuned: Callable[..., TunedModel]
+) -> None:
     x = images(3)
+    if opset == ATTENTION_OPSET:
+        spec = export_spec(16, False, (0.5,) * 3, (0.5,) * 3, {})
+        graph = plain_graph(merge(make_tuned("rlrr")), spec, opset=opset)
     low = typed(graph, "fp16")
     evaluator: Any = ReferenceEvaluator(low)
     (evaluated,) = evaluator.run(None, {"pixel_values": x})

@@ -20,6 +20,8 @@ from specs import export_spec, with_build
 from torch import nn
 
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.artefacts.spec import Calibration
+from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.errors import ArtefactError, AttachError, OutputError
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.identity import identify
@@ -267,7 +269,10 @@ def test_pixels_are_refused_by_a_padded_patch_embedding(tmp_path: Path) -> None:
         exporter.export(Padded(), tmp_path / "a.onnx", export_spec(32, True, MEAN, STD, {}))
 
 
-@pytest.mark.parametrize(("precision", "size"), [("fp32", "16"), ("fp16", "8"), ("int8", "4")])
+@pytest.mark.parametrize(
+    ("precision", "size"),
+    [("fp32", "16"), ("tf32", "16"), ("fp16", "8"), ("bf16", "8"), ("fp8", "4"), ("int8", "4")],
+)
 def test_models_too_large_for_one_file_are_refused_before_tracing(
     precision: str, size: str, tmp_path: Path
 ) -> None:
@@ -281,7 +286,9 @@ def test_models_too_large_for_one_file_are_refused_before_tracing(
 def test_the_size_limit_counts_the_stored_bytes_of_the_precision_exactly(
     precision: str, merged: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = replace(SPEC, precision=precision)
+    size = SPEC.input.height
+    images = Calibration(random_pixels(2, size)) if precision == "fp8" else None
+    spec = replace(SPEC, precision=precision, calibration=images, metadata={})
     exporter.export(merged, tmp_path / "a.onnx", spec)
     tensors = [numpy_helper.to_array(t) for t in onnx.load(tmp_path / "a.onnx").graph.initializer]
     size = sum(tensor.nbytes for tensor in tensors)
@@ -289,7 +296,7 @@ def test_the_size_limit_counts_the_stored_bytes_of_the_precision_exactly(
     exporter.export(merged, tmp_path / "b.onnx", spec)
     assert size < (tmp_path / "b.onnx").stat().st_size < 4 * size
     monkeypatch.setattr(exporter, "SINGLE_FILE_LIMIT", size - 1)
-    lower = "" if precision == "int8" else "choose a lower `precision`, or "
+    lower = "" if precision in ("fp8", "int8") else "choose a lower `precision`, or "
     sentence = (
         f"GiB in {precision}, but one ONNX file holds 2 GiB: {lower}export to openvino or timm"
     )

@@ -357,6 +357,46 @@ def test_inputs_beyond_the_range_keep_the_first_product_in_float32() -> None:
     np.testing.assert_allclose(reference(proto, pixel_values=x), 1, rtol=2e-3)
 
 
+@pytest.mark.parametrize("size", [50, 300])
+def test_an_attention_whose_scores_overflow_stays_in_float32(size: float) -> None:
+    """q, k and v are far within the range; the scores are 3 · size²."""
+    x = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 1, 3])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 1, 3])
+    proto = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("MatMul", ["pixel_values", "w"], ["q"]),
+                helper.make_node("Attention", ["q"] * 3, ["a"], name="attention_0", scale=1.0),
+                helper.make_node("MatMul", ["a", "v"], ["b"]),
+                helper.make_node("MatMul", ["b", "head"], ["logits"]),
+            ],
+            "g",
+            [x],
+            [logits],
+            [
+                numpy_helper.from_array(values.astype(np.float32), name)
+                for name, values in (("w", size * np.eye(3)), ("v", np.eye(3)), ("head", np.eye(3)))
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=11,
+    )
+    judged = np.full((2, 1, 3, 3), 255, np.uint8)
+    low, left = in_range(
+        proto, export_spec((1, 3), False, (0,) * 3, (1,) * 3, {}, "fp16", judged=judged)
+    )
+    assert left == (["attention_0"] if size == 300 else [])
+    inferred = onnx.shape_inference.infer_shapes(low, strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    assert types["a"] == (TensorProto.FLOAT if size == 300 else TensorProto.FLOAT16)
+    assert types["q"] == types["b"] == TensorProto.FLOAT16
+    feed = np.ones((2, 3, 1, 3), np.float32)
+    np.testing.assert_allclose(reference(low, pixel_values=feed), size, rtol=2e-3)
+    assert np.isfinite(reference(emulated(low), pixel_values=feed)).all()
+    everything = emulated(typed(proto, "fp16"))
+    assert np.isfinite(reference(everything, pixel_values=feed)).all() == (size < 300)
+
+
 def test_weights_that_are_subnormal_in_fp16_stay_in_float32() -> None:
     x = np.ones((1, 3, 1, 4), np.float32)
     generator = np.random.default_rng(0)
