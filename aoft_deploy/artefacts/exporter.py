@@ -100,8 +100,8 @@ class Exporter:
         fleet: Support for fleets; None if there is none.
         emulation: Precisions that are verified by emulation; None if there are none.
         device: The device that artefacts are built for; None means the CPU.
-        runs_on: Name of this machine's device that an artefact was compiled for; None means the CPU,
-            or ``device``.
+        runs_on: Name of this machine's device that an artefact was compiled for; None means the
+            CPU, or ``device``.
         updates: Set if artefacts hold only the updates; None if they hold a complete model.
         next_step: Command or Python expression that uses an artefact, from its path and manifest;
             None means aoft-predict and aoft-serve.

@@ -198,7 +198,7 @@ def test_python_code_runs_that_reads_files(
         run_code(path, f"127.0.0.1:{server.port}")
 
 
-class ForkingShell(transcripts.Shell):  # type: ignore[misc]
+class ForkingShell(transcripts.Shell):  # type: ignore[misc,name-defined]
     """Runs this package's commands in forked processes, and pipelines in bash."""
 
     def execute(self, command: str) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.artefacts.table_memory import HostMemory
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
@@ -39,7 +40,7 @@ def test_writing_changes_the_bytes_of_its_place_only() -> None:
     assert memory.size == 10_000 * (1 + SPARE)
     expected = memory._memory.numpy().copy()
     for _ in range(200):
-        kind = rng.choice([np.float32, np.int64])
+        kind: type = (np.float32, np.int64)[rng.integers(2)]
         values = rng.integers(0, 255, rng.integers(0, 300)).astype(kind)
         offset = int(rng.integers(0, memory.size - values.nbytes))
         memory.write(offset, values)
@@ -103,7 +104,7 @@ def test_a_device_answers_as_the_host_and_as_the_file_itself(
     names = ["abc"[i] for i in task]
     fleets = [on_device(path)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnnxFleet, "reserve", lambda _, size: onnx_fleet.HostMemory(size))
+        patch.setattr(OnnxFleet, "reserve", lambda _, size: HostMemory(size))
         fleets.append(Fleet(path, threads=1))
     found, host = (np.stack([a.logits for a in fleet.predict(x, names)]) for fleet in fleets)
     np.testing.assert_array_equal(found, host)
