@@ -48,8 +48,9 @@ def _switches() -> tuple[Any, ...]:
     """Matrix products and convolutions on a GPU, then on a CPU."""
     from torch import backends
 
-    gpu: tuple[Any, ...] = (backends.cuda.matmul, backends.cudnn.conv)
-    return *gpu, backends.mkldnn.matmul, backends.mkldnn.conv
+    gpu: Any = backends.cudnn  # its type does not know its switches
+    cpu: Any = backends.mkldnn
+    return backends.cuda.matmul, gpu.conv, cpu.matmul, cpu.conv
 
 
 def _write(precisions: Sequence[str]) -> None:

@@ -43,8 +43,8 @@ COPIES = {Tensor.cpu, Tensor.new_tensor, Tensor.numpy, torch.as_tensor, torch.te
 """Functions that copy from or to the host, and wait for the copy."""
 
 
-class _NoReads(TorchDispatchMode):
-    def __torch_dispatch__(  # type: ignore[override]
+class _NoReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
@@ -80,7 +80,7 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("error")
         else:
             stack.enter_context(_NoCopies())
-            stack.enter_context(_NoReads())
+            stack.enter_context(_NoReads())  # type: ignore[no-untyped-call]
         yield
 
 
@@ -170,11 +170,12 @@ def test_products_of_a_run_are_in_tf32_only_if_it_says_so(precision: str, expect
     seen = []
 
     def look(*_: object) -> None:
-        gpu: tuple[Any, ...] = (backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
-        seen.append([switch.fp32_precision for switch in gpu])
+        cudnn: Any = backends.cudnn
+        seen.append([switch.fp32_precision for switch in (backends.cuda.matmul, cudnn.conv)])
 
     ours.model.register_forward_hook(look)
-    ours.tuned.trained()["head.head.weight"].register_hook(look)
+    weight: Any = ours.tuned.trained()["head.head.weight"]
+    weight.register_hook(look)
     fit(ours, _Parts([1]))
     evaluate(ours, _Parts([1]))
     assert seen == [[expected, expected]] * 3

@@ -37,7 +37,8 @@ def gradients(tuned: TunedModel, device: str, dtype: torch.dtype, bf16: bool) ->
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             logits = tuned(images().to(device, dtype))
         wide = torch.promote_types(logits.dtype, torch.float32)
-        F.cross_entropy(logits.to(wide), labels).backward()
+        loss: Any = F.cross_entropy(logits.to(wide), labels)
+        loss.backward()
     found = {n: p.grad for n, p in tuned.trained().items()}
     return {n: grad.double().cpu() for n, grad in found.items() if grad is not None}
 

@@ -112,7 +112,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     info = ArtefactInfo(package.info, str(path))
     dtype = dtype_of(info)
     package.target.check(path, Target.here(place))
-    from torch._inductor.package import load_package
+    from torch._inductor.package.package import load_package
 
     index = -1 if place.index is None else place.index
     try:
