@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import stand_in_gpu
-import tritonclient.http
 from stub_drivers import UUIDS, build_drivers
 
 from aoft_deploy.artefacts.engine import EngineOptions
@@ -31,6 +31,7 @@ from aoft_deploy.serving.repository import opened_artefact
 from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.telemetry import gpus
 
+triton: Any = importlib.import_module("tritonclient.http")  # has no type annotations
 IMAGES = np.random.default_rng(8).normal(size=(3, 3, 16, 16)).astype(np.float32)
 TOKEN = "a token of more than sixteen bytes"
 DEVICES = ["cuda:0", "cuda:1"]
@@ -152,14 +153,14 @@ def test_all_replicas_answer_like_the_cpu(
 
 
 def test_clients_of_triton_see_the_devices(served: Any, expected: dict[str, Any]) -> None:
-    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{served.port}") as client:
+    with triton.InferenceServerClient(f"127.0.0.1:{served.port}") as client:
         for name in ("task", "pets"):
             groups = client.get_model_config(name)["instance_group"]
             assert groups == [
                 {"name": device, "kind": "KIND_GPU", "count": LANES, "gpus": [i]}
                 for i, device in enumerate(DEVICES)
             ]
-            tensor = tritonclient.http.InferInput("pixel_values", IMAGES.shape, "FP32")
+            tensor = triton.InferInput("pixel_values", IMAGES.shape, "FP32")
             tensor.set_data_from_numpy(IMAGES)
             assert (
                 np.abs(client.infer(name, [tensor]).as_numpy("logits") - expected[name]).max()
