@@ -32,7 +32,6 @@ from aoft_deploy.serving.settings import Settings
 from aoft_deploy.serving.telemetry import gpus
 
 triton: Any = importlib.import_module("tritonclient.http")  # has no type annotations
-
 IMAGES = np.random.default_rng(8).normal(size=(3, 3, 16, 16)).astype(np.float32)
 TOKEN = "a token of more than sixteen bytes"
 DEVICES = ["cuda:0", "cuda:1"]

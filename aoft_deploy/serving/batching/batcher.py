@@ -28,6 +28,9 @@ __all__ = ["Batcher"]
 class Batcher:
     """Answers requests in batches. All methods are called in one event loop.
 
+    Attributes:
+        hung: Number of batches that exceeded their time and have not returned since.
+
     Args:
         replicas: The engines. Each gets as many workers as it has lanes.
         max_rows: Maximum number of samples in a batch; a single larger request runs alone.
@@ -52,7 +55,7 @@ class Batcher:
         self._workers = [Worker(replica) for replica in lanes]
         self._max_rows, self._engine_seconds, self._observe = max_rows, engine_seconds, observe
         self._collector: Collector[Job] = Collector(max_rows, max_wait, capacity)
-        self._closing = False
+        self._closing, self.hung = False, 0
         self._deadlines = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
         self._batch_seconds = 0.0  # of the last batch
@@ -69,14 +72,9 @@ class Batcher:
         return len(self._workers)
 
     @property
-    def hung(self) -> int:
-        """Number of batches that exceeded their time and have not returned since."""
-        return sum(worker.hung for worker in self._workers)
-
-    @property
     def stuck(self) -> bool:
         """Whether every worker hangs, so that no request can be answered."""
-        return all(worker.hung for worker in self._workers)
+        return self.hung == len(self._workers)
 
     async def answer(self, images: NDArray[Any], task: str, seconds: float) -> Answer:
         """Classify a request's images.
@@ -167,7 +165,7 @@ class Batcher:
 
     def _time_out(self, worker: Worker) -> None:
         """Mark a worker as hung, and fail its requests; the queue too if every worker hangs."""
-        worker.hung = True
+        worker.hung, self.hung = True, self.hung + 1
         for job in worker.batch:
             self._fail(job, Refusal(504, "The model did not answer in time."))
         if self.stuck:
@@ -198,11 +196,13 @@ class Batcher:
         rows = worker.rows
         if self._observe is not None:
             self._observe(rows, seconds)
+        self.hung -= worker.hung
         worker.batch, worker.hung = [], False
         self._batch_seconds = seconds
         others = [w.rows for w in self._workers if w is not worker and not w.hung]
         self._collector.engine_free(rows, self._loop.time(), others)
-        self._stop_if_hung(worker.replica)
+        if self.hung:
+            self._stop_if_hung(worker.replica)
         self._send_next()
 
     def _end_idle(self) -> None:
