@@ -41,7 +41,7 @@ def test_writing_changes_the_bytes_of_its_place_only() -> None:
     expected = memory._memory.numpy().copy()
     for _ in range(200):
         kind: type = (np.float32, np.int64)[rng.integers(2)]
-        values = rng.integers(0, 255, rng.integers(0, 300)).astype(kind)
+        values: NDArray[Any] = rng.integers(0, 255, rng.integers(0, 300)).astype(kind)
         offset = int(rng.integers(0, memory.size - values.nbytes))
         memory.write(offset, values)
         expected[offset : offset + values.nbytes] = values.view(np.uint8)
