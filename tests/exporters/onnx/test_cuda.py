@@ -182,6 +182,23 @@ def test_operators_without_a_kernel_for_gpus_are_named(
     assert "operators on the CPU: DynamicQuantizeLinear (4), MatMulInteger (4). Choose" in sentence
 
 
+def test_all_precisions_and_fleets_are_computed_by_the_gpu(
+    cuda: CudaOnHost, merged: nn.Module, fleet_artefact: Path, tmp_path: Path
+) -> None:
+    paths, spec = [fleet_artefact], export_spec(16, True, (0.5,) * 3, (0.5,) * 3, {})
+    for precision in exporter.EXPORTER.precisions:
+        if precision not in ("int8", *exporter.EXPORTER.calibrated):
+            paths.append(tmp_path / f"{precision}.onnx")
+            exporter.export(merged, paths[-1], replace(spec, precision=precision))
+    code = """
+import json
+for path in sys.argv[1:]:
+    print(json.loads(opened(path).info["placement"])["CPUExecutionProvider"])
+"""
+    on_cpu = output(cuda.run(OPEN + code, *paths)).splitlines()
+    assert on_cpu == ["{'Concat': 1}"] * len(paths)
+
+
 def test_sizes_that_do_not_fit_into_memory_are_left_out(cuda: CudaOnHost, tmp_path: Path) -> None:
     """The graph takes 192 KiB an image, of 6 MiB: batches of 16 fit, and larger ones do not."""
     arrays = {"times": np.array([1, 64, 1, 1]), "head": np.ones((192, 5), np.float32)}
