@@ -120,7 +120,10 @@ def _write(
     check_refit(spec)
     path.mkdir()
     graph_file = path / INTERMEDIATE
-    write_graph(graph_file, replace(spec, precision="fp32", build=replace(spec.build, opset=20)))
+    metadata = {**spec.metadata, "precision": "fp32"}
+    build_options = replace(spec.build, opset=20)
+    plain = replace(spec, metadata=metadata, precision="fp32", build=build_options)
+    write_graph(graph_file, plain)
     graph, low = onnx.load(graph_file), spec.precision != "fp32"
     _cast_pixels_first(graph.graph)
     sample = Sample.of(graph, spec)
