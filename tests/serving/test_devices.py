@@ -329,3 +329,22 @@ def test_a_part_of_a_gpu_is_found_by_its_own_uuid() -> None:
     text = [line for lines in gpus.gpu_lines([found]) for line in lines]
     names = {line.partition("{")[0] for line in text if "{" in line}
     assert names == {"nv_gpu_memory_total_bytes", "nv_gpu_memory_used_bytes", "aoft_gpu_info"}
+
+
+@pytest.mark.parametrize(
+    ("device", "lanes"), [(None, 1), ("cpu", 1), ("mps", 1), ("cuda", 2), ("cuda:1", 2)]
+)
+def test_only_gpus_of_nvidia_have_several_lanes_by_default(
+    device: str | None, lanes: int, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def load(path: Path, options: EngineOptions) -> Any:
+        given.append(options)
+        return Failing(load_artefact(path), "cpu")
+
+    monkeypatch.setattr(opened_artefact, "load_artefact", load)
+    settings = Settings(device=() if device is None else (device,), threads=1)
+    opened = opened_artefact.open_artefact("task", artefact, settings)
+    assert given == [EngineOptions(None, 1, device, lanes)]
+    assert opened.batcher.workers == lanes and opened.devices == {"cpu": lanes}

@@ -155,7 +155,8 @@ def _options(path: Path, settings: Settings) -> list[EngineOptions]:
 
 
 def _is_gpu(device: str | None, built_for_gpu: bool) -> bool:
-    return built_for_gpu if device is None else device != "cpu"
+    """Whether a device, or None for the engine's choice, is an NVIDIA GPU."""
+    return built_for_gpu if device is None else device_name(device).startswith("cuda:")
 
 
 def _open_fleet(path: Path, settings: Settings, options: Sequence[EngineOptions]) -> FleetReplicas:
