@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.graph.low_precision import typed
 from aoft_exporters.onnx import exporter as onnx_exporter
 from aoft_exporters.tensorrt import exporter
-from aoft_exporters.tensorrt.library import library
+from aoft_exporters.tensorrt.library import Library, library
 from aoft_exporters.tensorrt.metadata import METADATA, Metadata
-from aoft_exporters.tensorrt.refit import mark, named_weights, structure
+from aoft_exporters.tensorrt.refit import mark, named_weights, refitted, structure
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = export_spec(16, False, HALF, HALF, {}, opset=20)
@@ -94,6 +95,44 @@ def test_without_a_gpu_refitting_is_refused(
     with pytest.raises(SettingError, match="leave `refit` and `refittable` out"):
         exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", spec)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failing", ["set_named_weights", "refit", "set_flag", "serialize"])
+def test_a_step_of_refitting_that_tensorrt_refuses_is_an_error(failing: str) -> None:
+    class Refitter:
+        def __init__(self, engine: Any, log: Any) -> None:
+            pass
+
+        def get_all_weights(self) -> list[str]:
+            return ["a"]
+
+        def get_missing_weights(self) -> list[str]:
+            return []
+
+        def set_named_weights(self, name: str, weights: Any) -> bool:
+            return failing != "set_named_weights"
+
+        def refit_cuda_engine(self) -> bool:
+            return failing != "refit"
+
+    options = SimpleNamespace(set_flag=lambda flag: failing != "set_flag")
+    engine = SimpleNamespace(
+        create_serialization_config=lambda: options,
+        serialize_with_config=lambda options: None if failing == "serialize" else b"plan",
+    )
+    real = library("tensorrt-rtx")
+    module = SimpleNamespace(
+        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+        Refitter=Refitter,
+        Weights=lambda kind, address, size: None,
+        SerializationFlag=SimpleNamespace(INCLUDE_REFIT=0),
+        float32=0,
+        float16=1,
+        bfloat16=2,
+    )
+    weights = {"a": onnx.numpy_helper.from_array(np.zeros(3, np.float32), "a")}
+    with pytest.raises(OutputError, match="TensorRT cannot refit the engine"):
+        refitted(b"plan", Library(module, "tensorrt", "1", real.log), weights)
 
 
 class TestOnDevice:
