@@ -7,6 +7,7 @@ that is added is copied to its own place, beside the tasks that requests use mea
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
+from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
 from aoft_deploy.errors import ArtefactError, SettingError
@@ -25,8 +27,8 @@ from aoft_deploy.texts import one_line
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.gpu_memory import free_memory
+from aoft_exporters.onnx.placement import placement_of
 from aoft_exporters.onnx.precisions import check_device
-from aoft_exporters.onnx.recording import RECORDING
 from aoft_exporters.onnx.sessions import device_index, library, session
 
 __all__ = ["DeviceMemory", "OnnxFleet"]
@@ -132,7 +134,7 @@ class OnnxFleet:
     Many threads may call ``run`` at once; a GPU computes one batch for each lane at a time.
 
     Attributes:
-        info: Metadata of the file.
+        info: Metadata of the file; on a GPU also its ``placement``, as for ``OnnxGpuEngine``.
         tables: Tables of the tasks that the file holds.
 
     Args:
@@ -171,6 +173,8 @@ class OnnxFleet:
         self._session = session(
             proto.SerializeToString(), options.threads, self._device, path, tf32=tf32
         )
+        if self._device != "cpu":
+            self.info = {**self.info, "placement": json.dumps(placement_of(self._session))}
         self._lanes = threading.BoundedSemaphore(options.lanes)
 
     def capacity(self) -> int:

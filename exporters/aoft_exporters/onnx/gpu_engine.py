@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.buckets import bucket_sizes
 from aoft_deploy.artefacts.engine import EngineOptions
-from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
+from aoft_deploy.artefacts.gpu_recording import GPU_SETUP, RECORDING
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import AoftError
 from aoft_exporters.graph.fleet_tables import fleet_logits
 from aoft_exporters.onnx.gpu_lane import GpuLane, LaneThread
 from aoft_exporters.onnx.inputs import OnnxInputs
 from aoft_exporters.onnx.placement import placement_of
-from aoft_exporters.onnx.recording import RECORDING
 from aoft_exporters.onnx.sessions import device_index, reason, refusal, session
 
 __all__ = ["LARGEST_BUCKET", "OnnxGpuEngine"]

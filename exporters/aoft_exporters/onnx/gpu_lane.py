@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.buckets import bucket_of
+from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_exporters.onnx.inputs import OnnxInputs
-from aoft_exporters.onnx.recording import RECORDING
 from aoft_exporters.onnx.sessions import device_index, library
 
 __all__ = ["GpuLane", "LaneThread"]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.errors import (
     AoftError,
     ArtefactError,
@@ -27,7 +28,6 @@ from aoft_exporters.onnx.placement import (
     check_placement,
     placement_of,
 )
-from aoft_exporters.onnx.recording import RECORDING
 
 __all__ = ["device_index", "library", "reason", "refusal", "session"]
 

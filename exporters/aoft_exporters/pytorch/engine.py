@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.float32_products import float32_products
@@ -143,10 +144,11 @@ class Lanes:
         """Compute a batch in the next free stream, from host memory to host memory."""
         stream = self._idle.get()
         try:
-            with self._torch.cuda.stream(stream):
-                inputs = batch.pin_memory().to(self._device, non_blocking=True)
-                results = self._compute(inputs).to("cpu", non_blocking=True)  # page-locked too
-            stream.synchronize()
+            with RECORDING.apart():
+                with self._torch.cuda.stream(stream):
+                    inputs = batch.pin_memory().to(self._device, non_blocking=True)
+                    results = self._compute(inputs).to("cpu", non_blocking=True)  # page-locked too
+                stream.synchronize()
         finally:
             self._idle.put(stream)
         answers: NDArray[Any] = results.numpy()

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
+from aoft_deploy.artefacts.gpu_recording import GPU_SETUP
 from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_exporters.tensorrt.library import Target, find_gpu

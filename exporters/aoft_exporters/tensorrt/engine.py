@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.buckets import bucket_sizes
-from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
+from aoft_deploy.artefacts.gpu_recording import GPU_SETUP
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.texts import one_line

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from aoft_deploy.artefacts.gpu_setup import GPU_SETUP
+from aoft_deploy.artefacts.gpu_recording import GPU_SETUP
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_exporters.tensorrt import library as libraries

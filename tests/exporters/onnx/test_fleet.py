@@ -20,8 +20,8 @@ from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_exporters.onnx import fleet as onnx_fleet
-from aoft_exporters.onnx.engine import library, session
 from aoft_exporters.onnx.fleet import SPARE, DeviceMemory, OnnxFleet
+from aoft_exporters.onnx.sessions import library, session
 
 
 @pytest.fixture

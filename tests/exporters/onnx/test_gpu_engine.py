@@ -18,13 +18,13 @@ import pytest
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.gpu_recording import Recording
 from aoft_deploy.errors import AoftError, ArtefactError, MissingExtraError, SettingError
 from aoft_exporters.onnx import cuda_libraries, exporter, sessions
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.gpu_engine import LARGEST_BUCKET, OnnxGpuEngine
 from aoft_exporters.onnx.gpu_lane import GpuLane, _padded
 from aoft_exporters.onnx.placement import check_placement, placement_of
-from aoft_exporters.onnx.recording import Recording
 
 ON_CPU = EngineOptions(threads=1, device="cpu")
 

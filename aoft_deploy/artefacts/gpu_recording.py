@@ -1,7 +1,9 @@
-"""Keep the recording of a CUDA graph apart from other work of ONNX Runtime on GPUs.
+"""Keep the recording of a CUDA graph apart from the process's other work on GPUs.
 
-ONNX Runtime records in CUDA's global mode: while one thread records, an allocation or a copy of any
-other thread of the process fails, and makes the recording fail.
+While a stream is recorded, other threads may replay graphs and copy between buffers that exist. They
+may not synchronise the device. ONNX Runtime records in CUDA's global mode, in which an allocation
+or a copy of any other thread fails too, and makes the recording fail. PyTorch records one graph at
+a time in a process.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RECORDING", "Recording"]
+__all__ = ["GPU_SETUP", "RECORDING", "Recording"]
+
+GPU_SETUP = threading.RLock()
+"""Held by an engine while it allocates, warms up and records, which it does when it loads."""
 
 
 class Recording:
@@ -55,4 +60,4 @@ class Recording:
 
 
 RECORDING = Recording()
-"""The lock of this process."""
+"""Held alone while ONNX Runtime records, and together by all that allocates or copies meanwhile."""
