@@ -1,9 +1,9 @@
 """Keep the recording of a CUDA graph apart from the process's other work on GPUs.
 
-While a stream is recorded, other threads may replay graphs and copy between buffers that exist. They
-may not synchronise the device. ONNX Runtime records in CUDA's global mode, in which an allocation
-or a copy of any other thread fails too, and makes the recording fail. PyTorch records one graph at
-a time in a process.
+While a stream is recorded, other threads may replay graphs and copy between buffers that exist.
+They may not synchronise the device. ONNX Runtime records in CUDA's global mode, in which an
+allocation or a copy of any other thread fails too, and makes the recording fail. PyTorch records
+one graph at a time in a process.
 """
 
 from __future__ import annotations

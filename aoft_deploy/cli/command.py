@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aoft_deploy.artefacts.engine import EngineOptions
 
 __all__ = [
+    "DEVICE",
     "DEVICES",
     "ENGINES",
     "Parser",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 ENGINES = "onnxruntime, openvino, tensorrt or torch"
+DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
 DEVICES = "cpu, cuda, mps or xpu; cuda:1 is the second GPU"
 """Values of ``--engine`` and ``--device``, for help texts."""
 
@@ -171,7 +173,7 @@ def positive(text: str) -> int:
 
 def device(text: str) -> str:
     """Parse the name of a device: a ``type=`` for options."""
-    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", text):
+    if not DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no device: choose {DEVICES}")
     return text
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from aoft_deploy.cli.command import Parser, run
+from aoft_deploy.cli.command import DEVICE, Parser, run
 from aoft_deploy.serving.settings import PARSERS, Settings, read_toml
 
-__all__ = ["main"]
+__all__ = ["main", "one_by_one", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
             options.add_argument(flag, action="store_true", default=None, help=help)
         else:
             shown = "" if entry.default in (None, ()) else f" (default {entry.default})"
-            several: dict[str, Any] = {"nargs": "+"} if "tuple" in str(entry.type) else {}
+            several: dict[str, Any] = {"action": "append"} if "tuple" in str(entry.type) else {}
             options.add_argument(flag, type=PARSERS[str(entry.type)], help=help + shown, **several)
     return options
 
@@ -56,9 +57,24 @@ def serve(options: argparse.Namespace) -> None:
     server.serve(settings, [artefact_name(path) for path in paths])
 
 
+def one_by_one(words: Sequence[str]) -> list[str]:
+    """The arguments with ``--device`` before each device, so that artefacts may follow devices."""
+    found, after, missing = list[str](), False, False
+    for word in words:
+        if word == "--device":
+            after = missing = True
+        elif after and (missing or DEVICE.fullmatch(word)):
+            found += ["--device", word]
+            missing = False
+        else:
+            found.append(word)
+            after = False
+    return [*found, "--device"] if missing else found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see ``aoft-serve --help``."""
-    return run(parser(), serve, argv)
+    return run(parser(), serve, one_by_one(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ class Settings:
     device: tuple[str, ...] = field(
         default=(),
         metadata=_about(
-            "devices, written after the artefacts: cpu, cuda, cuda:1 …; each gets a replica of all "
-            "models; default: the engine's choice"
+            "one device or several: cpu, cuda, cuda:1 …; each gets a replica of all models; "
+            "default: the engine's choice"
         ),
     )
     lanes: int | None = field(
@@ -157,10 +157,7 @@ class Settings:
             raise SettingError(f"`http` is {self.http!r}: use h11 or httptools.")
         for device in self.device:
             if not (isinstance(device, str) and re.fullmatch(r"[a-z]+(:\d+)?", device)):
-                raise SettingError(
-                    f"`device` has {device!r}: use cpu, cuda, cuda:1 …, and write artefacts before "
-                    "the devices."
-                )
+                raise SettingError(f"`device` has {device!r}: use cpu, cuda, cuda:1 …")
         names = [device_name(device) for device in self.device]
         for name in names:
             if names.count(name) > 1:

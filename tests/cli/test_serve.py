@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aoft_deploy.cli.serve import main, parser
+from aoft_deploy.cli.serve import main, one_by_one, parser
 
 
 def failed(*arguments: object) -> str:
@@ -113,13 +113,20 @@ def test_a_fleet_runs_on_the_device_or_not_at_all(fleet_artefact: Path) -> None:
     assert "onnxruntime-gpu is not installed" in failed(fleet_artefact, "--device", "cuda")
 
 
-def test_several_devices_are_given_after_the_artefacts(artefact: Path) -> None:
-    options = parser().parse_args(["a.onnx", "--device", "cuda:0", "cuda:1", "--lanes", "3"])
-    assert (options.artefacts, options.device, options.lanes) == (
-        ["a.onnx"],
-        ["cuda:0", "cuda:1"],
-        3,
-    )
-    line = failed("--device", "cpu", artefact)
-    assert "use cpu, cuda, cuda:1 …, and write artefacts before the devices" in line
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a.onnx b.onnx --device cuda:0 cuda:1 --lanes 3",
+        "--device cuda:0 cuda:1 a.onnx b.onnx --lanes 3",
+        "a.onnx --device cuda:0 --lanes 3 --device cuda:1 b.onnx",
+    ],
+)
+def test_artefacts_are_given_before_or_after_devices(words: str) -> None:
+    options = parser().parse_intermixed_args(one_by_one(words.split()))
+    assert options.artefacts == ["a.onnx", "b.onnx"]
+    assert (options.device, options.lanes) == (["cuda:0", "cuda:1"], 3)
+
+
+def test_devices_that_are_none_or_repeated_are_refused(artefact: Path) -> None:
+    assert "--device has 'b.onnx': use cpu, cuda" in failed("--device", "b.onnx", artefact)
     assert "--device has cuda:0 twice" in failed(artefact, "--device", "cuda", "cuda:0")
