@@ -18,17 +18,23 @@ __all__ = ["build"]
 
 
 def build(
-    graph: bytes, target: Target, batches: tuple[int, int, int], refittable: Collection[str] = ()
+    graph: bytes,
+    target: Target,
+    batches: tuple[int, int, int],
+    refittable: Collection[str] = (),
+    *,
+    tf32: bool = False,
 ) -> bytes:
     """Build a plan for a range of batch sizes.
 
-    The graph's types set the precision. Float32 is computed in float32, never in TF32.
+    The graph's types set the precision.
 
     Args:
         graph: An ONNX model whose inputs have a dynamic first axis.
         target: The library to build with and the GPU to build for.
         batches: Smallest, usual and largest batch; TensorRT tunes for the usual one.
         refittable: Names of weights that can be replaced later; any needs the GPU while building.
+        tf32: Whether products of float32 may be computed in TF32.
 
     Raises:
         OutputError: TensorRT cannot read the graph or build the engine.
@@ -42,7 +48,7 @@ def build(
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise OutputError(f"TensorRT cannot read the graph ({' '.join(reasons)[:200]}).")
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)

@@ -132,7 +132,7 @@ def _write(
         graph, float_products = in_range(graph, spec, tables)
         texts = {"left_in_float": json.dumps(float_products)} if float_products else {}
         spec = replace(spec, metadata={**spec.metadata, **texts})
-        onnx.helper.set_model_props(graph, dict(spec.metadata))
+        onnx.helper.set_model_props(graph, {**spec.metadata, "precision": spec.precision})
         onnx.save(emulated(graph), graph_file)
     answers = sample.answers(OnnxEngine(graph_file)) if low else exact
     sample = sample.answered(answers, exact, TOLERANCE)
@@ -141,7 +141,8 @@ def _write(
     plan = refitted_plan(spec, target, weights, fixed, sample)
     origin = "built" if plan is None else "refitted"
     if plan is None:
-        plan = build(graph.SerializeToString(), target, spec.build.batch_range, list(weights))
+        serialised, tf32 = graph.SerializeToString(), spec.precision == "tf32"
+        plan = build(serialised, target, spec.build.batch_range, list(weights), tf32=tf32)
     (path / MARKER).write_bytes(plan)
     Metadata.of(plan, target, spec, sample, fixed, origin).write(path / METADATA)
 
@@ -250,7 +251,7 @@ EXPORTER = Exporter(
     name="tensorrt",
     suffix=".tensorrt",
     marker=MARKER,
-    precisions=("fp32", "fp16", "bf16"),
+    precisions=("fp32", "tf32", "fp16", "bf16"),
     engines=("tensorrt",),
     tolerance=TOLERANCE,
     export=export,

@@ -138,8 +138,8 @@ def refitted_plan(
 ) -> bytes | None:
     """The plan of ``BuildOptions.refit`` with new weights; None if a new one must be built.
 
-    A new one is needed if the old one differs in graph, batch range, library, version or GPU,
-    cannot be refitted, or does not reproduce the sample's logits.
+    A new one is needed if the old one differs in graph, precision, batch range, library, version or
+    GPU, cannot be refitted, or does not reproduce the sample's logits.
 
     Raises:
         ArtefactError: The folder to refit is damaged or changed.
@@ -150,12 +150,14 @@ def refitted_plan(
     plan = check_files(spec.build.refit, old, (MARKER, METADATA))
     expected = (
         fixed,
+        spec.precision,
         spec.build.batch_range,
         target.library.name,
         target.library.version,
         target.capability,
     )
-    if expected != (old.structure, old.batches, old.library, old.version, old.capability):
+    built = (old.structure, old.info["precision"], old.batches)
+    if expected != (*built, old.library, old.version, old.capability):
         return None
     from aoft_exporters.tensorrt.engine import TensorrtEngine
 

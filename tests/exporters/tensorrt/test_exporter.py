@@ -175,7 +175,8 @@ def test_without_a_gpu_verification_emulates_the_precision(
 ) -> None:
     other_options = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
     assert main([*options, *texts(*other_options), "--min-agreement", "0.8"]) == 0
-    emulation = f"{precision} emulated in float32, every result rounded, by onnxruntime on CPU"
+    rounded = "every factor of a product" if precision == "tf32" else "every result"
+    emulation = f"{precision} emulated in float32, {rounded} rounded, by onnxruntime on CPU"
     arithmetic = "fp32 by onnxruntime on CPU" if precision == "fp32" else emulation
     manifest = json.loads((tmp_path / "task.json").read_text("utf-8"))
     assert manifest["verification"]["arithmetic"] == arithmetic
@@ -370,7 +371,7 @@ def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
         line = refused(main, *options, *output, "--batches", *batches)
         assert "must be the smallest, usual and largest batch" in line
     line = refused(main, *options, *output, "--precision", "int8", "--images", *photos)
-    assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32." in line
+    assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32, tf32." in line
     onnx_options = [*merge_only[:-1], "onnx", "-o", tmp_path / "a.onnx"]
     assert "onnx takes batches of any size" in refused(main, *onnx_options, "--batches", 1, 2, 3)
     assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
@@ -393,6 +394,48 @@ def test_a_difference_above_the_tolerance_leaves_no_file(
     monkeypatch.setattr("aoft_deploy.export.merged.get_exporter", lambda name: strict)
     assert main([*options, "-o", str(tmp_path / "a")]) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_only_tf32_lets_tensorrt_compute_float32_in_tf32(
+    precision: str,
+    make_tuned: Callable[..., TunedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trt, flags = libraries.target(CAPABILITY).library.module, list[bool]()
+
+    class Builder:
+        def __init__(self, log: Any) -> None:
+            self._builder = real(log)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._builder, name)
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            flags.append(config.get_flag(trt.BuilderFlag.TF32))
+            return self._builder.build_serialized_network(network, config)
+
+    real = trt.Builder
+    monkeypatch.setattr(trt, "Builder", Builder)
+    spec = export_spec(16, False, MEAN, STD, {}, precision, compute_capability=CAPABILITY)
+    exporter.export(merge(make_tuned("rlrr")), tmp_path / "a", spec)
+    assert flags == [precision == "tf32"]
+
+
+def test_the_sample_of_a_tf32_engine_has_the_rounding_of_tf32(
+    make_tuned: Callable[..., TunedModel], tmp_path: Path
+) -> None:
+    samples = {}
+    for precision in ("fp32", "tf32"):
+        path = tmp_path / precision
+        spec = export_spec(16, False, MEAN, STD, {}, precision, compute_capability=CAPABILITY)
+        exporter.export(merge(make_tuned("rlrr")), path, spec)
+        samples[precision] = Metadata.read(path / METADATA).sample
+    logits = [np.array(sample.logits) for sample in samples.values()]
+    rounding = np.abs(logits[0] - logits[1]).max()
+    assert 1e-6 < rounding < 1e-2 * np.abs(logits[0]).max()
+    assert samples["tf32"].allowed == pytest.approx(samples["fp32"].allowed + 4 * rounding)
 
 
 def test_a_graph_that_tensorrt_cannot_read_is_refused(tmp_path: Path) -> None:

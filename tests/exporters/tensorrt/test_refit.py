@@ -49,7 +49,7 @@ def names(make_tuned: Callable[..., TunedModel]) -> set[str]:
 def test_every_weight_can_be_marked_by_its_timm_name(
     precision: str, graphs: list[Any], names: set[str]
 ) -> None:
-    graph = graphs[0] if precision == "fp32" else typed(graphs[0], precision)
+    graph = graphs[0] if precision in ("fp32", "tf32") else typed(graphs[0], precision)
     chosen = library()
     trt = chosen.module
     builder = trt.Builder(chosen.log)
