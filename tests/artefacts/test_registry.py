@@ -36,7 +36,7 @@ def test_a_close_name_is_suggested() -> None:
 
 @pytest.mark.parametrize("name", ["", "ONNX", "onnx "])
 def test_a_name_that_no_exporter_has_is_refused(name: str) -> None:
-    with pytest.raises(UnknownNameError, match="Known: onnx, openvino, peft, tensorrt, timm"):
+    with pytest.raises(UnknownNameError, match="Known: aoti, onnx, openvino, peft, tensorrt, timm"):
         get_exporter(name)
 
 

@@ -85,6 +85,7 @@ def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
 
 
 TOLERANCES = {
+    "aoti": 5e-5,
     "onnx": 5e-5,
     "openvino": 5e-5,
     "peft": 1e-5,

@@ -20,6 +20,7 @@ EXPORTERS = (
     "onnx.exporter",
     "openvino.exporter",
     "openvino.int8",
+    "pytorch.aoti_exporter",
     "pytorch.peft_exporter",
     "pytorch.timm_exporter",
 )

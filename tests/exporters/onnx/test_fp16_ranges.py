@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,8 +155,10 @@ def test_products_that_overflow_stay_in_float32_and_command_and_manifest_name_th
     assert (found.argmax(1) == exact.argmax(1)).all()
 
 
-@pytest.mark.parametrize("to", ["onnx", "triton", "tensorrt"])
-@pytest.mark.parametrize("fleet", [False, True])
+@pytest.mark.parametrize(
+    ("to", "fleet"),
+    [*itertools.product(["onnx", "triton", "tensorrt"], [False, True]), ("timm", False)],
+)
 def test_a_graph_that_overflows_is_refused_by_every_exporter_and_leaves_no_file(
     to: str,
     fleet: bool,
@@ -165,15 +168,17 @@ def test_a_graph_that_overflows_is_refused_by_every_exporter_and_leaves_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {n for n in exporter_names() if "fp16" in get_exporter(n).precisions} == {
+        "aoti",
         "onnx",
         "tensorrt",
+        "timm",
         "triton",
         "triton-tensorrt",
     }
     checkpoint, weights, _ = massive("refused")
     for module in ("onnx", "tensorrt"):
         monkeypatch.setattr(f"aoft_exporters.{module}.exporter.in_range", nothing_left_in_float)
-    output = tmp_path / ("a.onnx" if to == "onnx" else "a")
+    output = tmp_path / ("a" + get_exporter(to).suffix)
     told: dict[str, Any] = {
         "to": to,
         "backbone": BackboneSource(weights=weights),
