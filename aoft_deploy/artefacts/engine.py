@@ -51,7 +51,7 @@ def check_lanes(options: EngineOptions, device: str) -> None:
     Raises:
         SettingError: It does not.
     """
-    if options.lanes != 1 and device.partition(":")[0] not in ("cuda", "tensorrt"):
+    if options.lanes != 1 and device.partition(":")[0] != "cuda":
         raise SettingError(
             f"`lanes` is {options.lanes}, but {device} computes one batch at a time: leave it out, "
             "or choose an NVIDIA GPU."

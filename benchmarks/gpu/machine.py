@@ -30,6 +30,7 @@ def describe(run: Run) -> None:
     run.note(
         "machine",
         device=name,
+        dry=run.dry,
         capability=None if run.dry else ".".join(map(str, torch.cuda.get_device_capability(0))),
         driver=None if run.dry else _driver(),
         cuda=torch.version.cuda,

@@ -15,10 +15,8 @@ import argparse
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import tomllib
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,31 +83,31 @@ def pack(out: Path, capability: str, python: str, packages: Sequence[str]) -> It
     Raises:
         OutputError: An archive is too large.
         SettingError: The CUDA provider has no code for the capability.
-        subprocess.CalledProcessError: pip cannot download a package.
+        subprocess.CalledProcessError: pip cannot install a package.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        site = Path(folder, "site")
-        for wheel in _wheels(Path(folder, "wheels"), python, [ONNXRUNTIME, *packages]):
-            zipfile.ZipFile(wheel).extractall(site)
+        site = Path(folder)
+        _install(site, python, [ONNXRUNTIME, *packages])
         for name in DROPPED:
             (site / name).unlink()
         provider = site / PROVIDER
         cut = keep_capability(provider.read_bytes(), capability)
         provider.unlink()
         _write_entry_points(site)
-        yield _archive(out / "packages.tar.xz", [(path, site) for path in sorted(site.iterdir())])
+        names = sorted(path.name for path in site.iterdir())
+        yield _archive(out / "packages.tar.xz", site, names)
         provider.write_bytes(cut)
-        yield _archive(out / "cuda-provider.tar.xz", [(provider, site)])
+        yield _archive(out / "cuda-provider.tar.xz", site, [PROVIDER])
 
 
-def _wheels(folder: Path, python: str, names: Sequence[str]) -> list[Path]:
-    """Download wheels for Linux on x86-64."""
+def _install(site: Path, python: str, names: Sequence[str]) -> None:
+    """Install packages for Linux on x86-64 into a folder."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 17, 12, 5)]
-    words = ["--only-binary=:all:", "--no-deps", "--python-version", python, "--dest", str(folder)]
+    words = ["--only-binary=:all:", "--no-deps", "--no-compile", "--python-version", python]
     words += [word for platform in platforms for word in ("--platform", platform)]
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *words, *names], check=True)
-    return sorted(folder.glob("*.whl"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site)]
+    subprocess.run([*command, *words, *names], check=True)
 
 
 def _write_entry_points(site: Path) -> None:
@@ -128,15 +126,13 @@ def _lines(entries: dict[str, str]) -> list[str]:
     return [f"{name} = {value}" for name, value in entries.items()]
 
 
-def _archive(path: Path, members: Sequence[tuple[Path, Path]]) -> Path:
-    """Write files, by their paths within a folder, as one compressed archive.
+def _archive(path: Path, folder: Path, names: Sequence[str]) -> Path:
+    """Write files of a folder as one compressed archive.
 
     Raises:
         OutputError: It is larger than ``LIMIT``.
     """
-    with tarfile.open(path, "w:xz") as archive:
-        for member, folder in members:
-            archive.add(member, member.relative_to(folder))
+    subprocess.run(["tar", "-cJf", path, "-C", folder, *names], check=True)
     size = path.stat().st_size
     if size > LIMIT:
         raise OutputError(f"{path} has {size:,} bytes, but at most {LIMIT:,} are allowed.")

@@ -37,13 +37,19 @@ def _page(rows: Sequence[Row]) -> Iterator[str]:
     yield f"# {machine.get('device', 'Unknown device')}"
     yield ""
     yield f"Driver {machine.get('driver')}, CUDA {machine.get('cuda')}, {versions}."
+    is_dry = machine.get("dry", False)
+    if is_dry:
+        yield from ("", "A dry run with a tiny model: its speeds mean nothing.")
     yield from _table(
         "Checks",
         ("step", "check", "result", "error", "allowed", "notes"),
         [_check(row) for row in rows if "passed" in row],
     )
     found = [
-        (aim.text, "not measured" if aim.found is None else f"{aim.found:,.4g}", aim.verdict)
+        (
+            *(aim.text, "not measured" if aim.found is None else f"{aim.found:,.4g}"),
+            "" if is_dry else aim.verdict,
+        )
         for aim in aims(rows)
     ]
     yield from _table("Aims", ("aim on an H100", "found", "reached"), found)
