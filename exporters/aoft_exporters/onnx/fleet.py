@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
-from aoft_deploy.errors import ArtefactError, SettingError
-from aoft_deploy.texts import one_line
+from aoft_deploy.errors import AoftError, ArtefactError, SettingError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.gpu_memory import free_memory
 from aoft_exporters.onnx.placement import placement_of
 from aoft_exporters.onnx.precisions import check_device
-from aoft_exporters.onnx.sessions import device_index, library, session
+from aoft_exporters.onnx.sessions import device_index, library, reason, session
 
 __all__ = ["DeviceMemory", "OnnxFleet"]
 
@@ -56,6 +55,10 @@ class Place:
     def of(cls, device: str) -> Place:
         """The memory of a device such as ``cuda:1``."""
         return cls("cpu" if device == "cpu" else "cuda", device_index(device))
+
+    def using(self) -> AbstractContextManager[None]:
+        """Context manager: use the memory while no CUDA graph is recorded."""
+        return nullcontext() if self.kind == "cpu" else RECORDING.apart()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +98,14 @@ class DeviceMemory:
         self.size = size + int(SPARE * size)
         self._place = Place.of(device)
         kind, index = self._place.kind, self._place.index
+        make = library().OrtValue.ortvalue_from_shape_and_type
         try:
-            with RECORDING.apart():
-                self._memory = library().OrtValue.ortvalue_from_shape_and_type(
-                    [self.size], np.uint8, kind, index
-                )
+            with self._place.using():
+                self._memory = make([self.size], np.uint8, kind, index)
         except Exception as error:  # ONNX Runtime raises its own classes, all Exception
             raise SettingError(
-                f"{device} has no room for {self.size} bytes of tasks ({one_line(error, 160)}): "
-                "give a smaller `budget`."
+                f"{device} has no room for {self.size} bytes of tasks ({reason(error)}): give a "
+                "smaller `budget`."
             ) from error
         self._copy = session(_copying(), 1, device, Path("copy.onnx"))
 
@@ -118,10 +120,10 @@ class DeviceMemory:
         if not content.size:
             return
         place = self.table(offset, content.shape, content.dtype)
-        binding = self._copy.io_binding()
-        binding.bind_cpu_input("values", content)
-        binding.bind_output("place", *_location(place))
-        with RECORDING.apart():
+        with self._place.using():
+            binding = self._copy.io_binding()
+            binding.bind_cpu_input("values", content)
+            binding.bind_output("place", *_location(place))
             self._copy.run_with_iobinding(binding)  # ends when the device has copied them
 
     def release(self, start: int, end: int) -> None:
@@ -169,20 +171,20 @@ class OnnxFleet:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         self._device = options.device or "cpu"
         check_device(self.info, self._device, path)
-        tf32 = self.info.get("precision") == "tf32"
-        self._session = session(
-            proto.SerializeToString(), options.threads, self._device, path, tf32=tf32
-        )
-        if self._device != "cpu":
+        model, tf32 = proto.SerializeToString(), self.info.get("precision") == "tf32"
+        self._session = session(model, options.threads, self._device, path, tf32=tf32)
+        self._path, self._place = path, Place.of(self._device)
+        lanes = threading.BoundedSemaphore(options.lanes)
+        on_cpu = self._place.kind == "cpu"
+        if not on_cpu:
             self.info = {**self.info, "placement": json.dumps(placement_of(self._session))}
-        self._lanes = threading.BoundedSemaphore(options.lanes)
+        self._lane: AbstractContextManager[Any] = nullcontext() if on_cpu else lanes
 
     def capacity(self) -> int:
         """The machine's memory, or the budget that takes ``SHARE`` of the GPU's free memory."""
-        place = Place.of(self._device)
-        if place.kind == "cpu":
+        if self._place.kind == "cpu":
             return physical_memory()
-        return int(SHARE * free_memory(place.index) / (1 + SPARE))
+        return int(SHARE * free_memory(self._place.index) / (1 + SPARE))
 
     def reserve(self, size: int) -> TableMemory:
         """Memory for tables of ``size`` bytes, of this process or of the GPU.
@@ -190,16 +192,8 @@ class OnnxFleet:
         Raises:
             SettingError: The system or the GPU has less.
         """
-        return HostMemory(size) if self._device == "cpu" else DeviceMemory(size, self._device)
-
-    @contextmanager
-    def _lane(self) -> Iterator[None]:
-        """Context manager: a lane of the GPU while no other engine is recorded; none on a CPU."""
-        if self._device == "cpu":
-            yield
-            return
-        with self._lanes, RECORDING.apart():
-            yield
+        on_cpu = self._place.kind == "cpu"
+        return HostMemory(size) if on_cpu else DeviceMemory(size, self._device)
 
     def run(
         self,
@@ -207,22 +201,34 @@ class OnnxFleet:
         task: NDArray[np.int64],
         tables: FleetTables,
     ) -> NDArray[np.float32]:
-        """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``."""
+        """Logits, (batch, columns), −inf beyond each task's own classes; see ``FleetEngine``.
+
+        Raises:
+            AoftError: The device failed.
+        """
 
         def run(images: NDArray[Any], task: NDArray[np.int64]) -> NDArray[np.float32]:
-            feed = {"pixel_values": images, "task": task, **tables.by_name()}
-            with self._lane():
-                binding = self._session.io_binding()
-                for name, value in feed.items():
-                    if isinstance(value, DeviceTable):
-                        binding.bind_input(name, *_location(value))
-                    else:
-                        binding.bind_cpu_input(name, np.ascontiguousarray(value))
-                binding.bind_output("logits", "cpu")
-                self._session.run_with_iobinding(binding)
-                return np.asarray(binding.copy_outputs_to_cpu()[0], np.float32)
+            return self._run({"pixel_values": images, "task": task, **tables.by_name()})
 
-        return fleet_logits(run, images, np.asarray(task, np.int64), self.info)
+        try:
+            return fleet_logits(run, images, np.asarray(task, np.int64), self.info)
+        except Exception as error:  # ONNX Runtime raises its own classes, all Exception
+            raise AoftError(
+                f"{self._path} could not be computed on {self._device} ({reason(error)})."
+            ) from error
+
+    def _run(self, feed: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Logits of a batch, whose tables stay where they are."""
+        with self._lane, self._place.using():
+            binding = self._session.io_binding()
+            for name, value in feed.items():
+                if isinstance(value, DeviceTable):
+                    binding.bind_input(name, *_location(value))
+                else:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            binding.bind_output("logits", "cpu")
+            self._session.run_with_iobinding(binding)
+            return np.asarray(binding.copy_outputs_to_cpu()[0], np.float32)
 
 
 def _location(table: DeviceTable) -> tuple[Any, ...]:

@@ -234,7 +234,13 @@ print(events())
 def test_the_commands_say_where_nodes_are_computed(
     cuda: CudaOnHost, artefact: Path, photos: list[Path]
 ) -> None:
-    code = "import sys; from aoft_deploy.cli.{} import main; sys.exit(main(sys.argv[1:]))"
+    code = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else found(name, *more)
+from aoft_deploy.cli.{} import main
+sys.exit(main(sys.argv[1:]))
+"""  # PyTorch cannot be imported with the CUDA libraries of this test
     ended = cuda.run(code.format("bench"), artefact, "--device", "cuda", "--rounds", "1")
     line = ended.stdout.splitlines()[0]
     assert ended.returncode == 0, ended.stderr
@@ -268,3 +274,34 @@ def test_a_gpu_gives_the_answers_of_the_cpu_in_all_lanes(artefact: Path) -> None
     with ThreadPoolExecutor(16) as pool:
         for batch, logits in zip(batches, pool.map(bound.run, batches), strict=True):
             np.testing.assert_allclose(logits, plain.run(batch), atol=5e-5, rtol=0)
+
+
+def test_a_fleet_writes_tasks_into_the_gpus_memory_and_computes_there(
+    cuda: CudaOnHost, fleet_artefact: Path, fleet_tasks: dict[str, Path]
+) -> None:
+    code = """
+import json
+import numpy as np
+sys.path.append(sys.argv.pop())
+from fleet_memories import table_rows
+from aoft_deploy.fleet.fleet import Fleet
+from aoft_deploy.fleet.task import read_task
+
+fleet = Fleet(sys.argv[1], device="cuda", budget=100_000)
+tables = fleet._tables
+for path in sys.argv[2:] * 5:
+    fleet.add(path, "task", replace=True)
+    task = read_task(Path(path), fleet.kind)
+    with fleet._tasks.holding(["task"]) as held:
+        slot, first, count = held["task"].slot, int(tables.first[held["task"].slot]), len(task.head)
+    np.testing.assert_array_equal(table_rows(tables.bank, slot), task.row[None])
+    np.testing.assert_array_equal(table_rows(tables.heads, first, count), task.head)
+    assert table_rows(tables.arrays["first"], slot) == [first]
+    assert table_rows(tables.arrays["count"], slot) == [count]
+answers = fleet.predict(np.zeros((3, 3, 16, 16), np.float32), ["task", "pets", "birds"])
+print([answer.logits.shape for answer in answers], tables._memory._memory.device_name())
+print(set(json.loads(fleet._engine.info["placement"])["CPUExecutionProvider"]))
+"""
+    support = Path(__file__).parents[2] / "support"
+    ended = cuda.run(OPEN + code, fleet_artefact, *fleet_tasks.values(), support)
+    assert output(ended) == "[(5,), (5,), (5,)] cuda\n{'Concat'}\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.artefacts.table_memory import HostMemory
 from aoft_deploy.cli.export import main as export_main
 from aoft_deploy.errors import MissingExtraError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_exporters.onnx import fleet as onnx_fleet
-from aoft_exporters.onnx.fleet import SPARE, DeviceMemory, OnnxFleet
+from aoft_exporters.onnx.fleet import SPARE, DeviceMemory, OnnxFleet, Place
 from aoft_exporters.onnx.sessions import library, session
 
 
@@ -40,8 +42,8 @@ def test_writing_changes_the_bytes_of_its_place_only() -> None:
     assert memory.size == 10_000 * (1 + SPARE)
     expected = memory._memory.numpy().copy()
     for _ in range(200):
-        kind: type = (np.float32, np.int64)[rng.integers(2)]
-        values: NDArray[Any] = rng.integers(0, 255, rng.integers(0, 300)).astype(kind)
+        kind = (np.float32, np.int64)[rng.integers(2)]
+        values = rng.integers(0, 255, rng.integers(0, 300)).astype(kind)
         offset = int(rng.integers(0, memory.size - values.nbytes))
         memory.write(offset, values)
         expected[offset : offset + values.nbytes] = values.view(np.uint8)
@@ -131,7 +133,7 @@ def test_without_a_budget_a_fleet_takes_half_of_the_gpus_free_memory(
     engine = OnnxFleet(fleet_artefact, EngineOptions(threads=1))
     monkeypatch.setattr(onnx_fleet, "free_memory", free_memory)
     for device, index in (("cuda", 0), ("cuda:3", 3)):
-        engine._device = device
+        engine._place = Place.of(device)
         assert engine.capacity() == 1_000_000 and asked.pop() == index
     assert DeviceMemory(1_000_000, "cpu").size == 1_500_000
 
@@ -155,7 +157,10 @@ def test_a_gpu_computes_one_batch_for_each_lane_at_a_time(
         """A session that notes how many of its runs overlap; the first two wait for each other."""
 
         def __init__(self, opened: Any) -> None:
-            self.opened, self.io_binding, self.runs = opened, opened.io_binding, 0
+            self.opened, self.runs = opened, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.opened, name)
 
         def run_with_iobinding(self, binding: Any) -> None:
             nonlocal running, most
@@ -168,7 +173,7 @@ def test_a_gpu_computes_one_batch_for_each_lane_at_a_time(
             with lock:
                 running -= 1
 
-    def opened(model: bytes, threads: int, device: str, path: Path) -> Counting:
+    def opened(model: bytes, threads: int, device: str, path: Path, *, tf32: bool) -> Counting:
         assert device == "cuda:1"
         return Counting(on_cpu(model, threads, path=path))
 
@@ -182,3 +187,46 @@ def test_a_gpu_computes_one_batch_for_each_lane_at_a_time(
     for logits in found:
         np.testing.assert_allclose(logits.result(), expected, atol=1e-5, rtol=0)
     assert most == 2
+
+
+def test_a_gpus_memory_is_used_while_no_graph_is_recorded(
+    fleet_artefact: Path,
+    fleet_tasks: dict[str, Path],
+    on_device: Callable[..., Fleet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for place, users in ((Place("cuda", 1), 1), (Place("cpu", 0), 0)):
+        with place.using():
+            assert RECORDING._others == users
+    assert RECORDING._others == 0
+
+    ort, using, used = library(), [False], list[str]()
+
+    @contextmanager
+    def noted(_: Place) -> Iterator[None]:
+        assert not using[0]  # the lock is not reentrant
+        using[0] = True
+        yield
+        using[0] = False
+
+    def checked(name: str, work: Callable[..., Any], inside: bool) -> Callable[..., Any]:
+        def check(*arguments: Any, **named: Any) -> Any:
+            assert using[0] is inside
+            used.append(name)
+            return work(*arguments, **named)
+
+        return check
+
+    monkeypatch.setattr(Place, "using", noted)
+    monkeypatch.setattr(onnx_fleet, "session", checked("open", session, False))  # takes it itself
+    make = checked("allocate", ort.OrtValue.ortvalue_from_shape_and_type, True)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", staticmethod(make))
+    for name in ("bind_cpu_input", "bind_input"):
+        monkeypatch.setattr(ort.IOBinding, name, checked(name, getattr(ort.IOBinding, name), True))
+    run = checked("run", ort.InferenceSession.run_with_iobinding, True)
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", run)
+    fleet = on_device(fleet_artefact)
+    fleet.add(fleet_tasks["zürich"])
+    fleet.predict(images(1), ["zürich"])
+    assert set(used) == {"open", "allocate", "bind_cpu_input", "bind_input", "run"}
+    assert used.count("run") == 3 * 4 + 1 and not using[0]
