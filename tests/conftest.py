@@ -137,6 +137,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def training_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sixteen image files, other ones than ``photos``."""
+    folder = tmp_path_factory.mktemp("training")
+    for i in range(16):
+        random_picture(30 + i, 40 - i, seed=100 + i).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_picture() -> Callable[..., Image.Image]:
     return random_picture
 

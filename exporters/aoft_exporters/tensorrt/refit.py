@@ -115,11 +115,16 @@ def check_refit(spec: ExportSpec) -> None:
     """Check that an engine can be refitted, or built with refittable weights.
 
     Raises:
-        SettingError: This machine has no GPU.
+        SettingError: The precision is fp8, or this machine has no GPU.
         ArtefactError: The folder to refit holds no plan.
     """
     if not spec.build.refit and not spec.build.refittable:
         return
+    if spec.precision == "fp8":
+        raise SettingError(
+            "The scales of fp8 are learned anew for each task, so an engine in it cannot be "
+            "refitted: leave `refit` and `refittable` out."
+        )
     if libraries.find_gpu() is None:
         raise SettingError(
             "TensorRT needs a GPU to build and refit engines with refittable weights, and this "

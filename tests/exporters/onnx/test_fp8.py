@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from pictures import random_picture
 from specs import export_spec
 
 from aoft_deploy.classes import Classes
@@ -37,14 +36,6 @@ FC1 = "blocks.0.mlp.fc1.weight"
 PREPROCESSING = Preprocessing(
     16, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
-
-
-@pytest.fixture(scope="module")
-def training_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
-    for i in range(16):
-        random_picture(30 + i, 40 - i, seed=100 + i).save(folder / f"{i}.png")
-    return folder
 
 
 def run(proto: Any, **feed: NDArray[Any]) -> NDArray[np.float32]:

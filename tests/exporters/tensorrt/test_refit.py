@@ -27,6 +27,7 @@ from aoft_exporters.tensorrt.refit import mark, named_weights, refitted, structu
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = export_spec(16, False, HALF, HALF, {}, opset=20)
+REFITTED = [p for p in exporter.EXPORTER.precisions if p not in exporter.EXPORTER.calibrated]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def names(make_tuned: Callable[..., TunedModel]) -> set[str]:
     return set(merge(make_tuned("rlrr")).state_dict())
 
 
-@pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
+@pytest.mark.parametrize("precision", REFITTED)
 def test_every_weight_can_be_marked_by_its_timm_name(
     precision: str, graphs: list[Any], names: set[str]
 ) -> None:
@@ -140,7 +141,7 @@ class TestOnDevice:
 
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("precision", exporter.EXPORTER.precisions)
+    @pytest.mark.parametrize("precision", REFITTED)
     def test_a_refitted_engine_gives_the_new_tasks_logits(
         self, precision: str, make_tuned: Callable[..., TunedModel], tmp_path: Path
     ) -> None:
