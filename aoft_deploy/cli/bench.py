@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoft_deploy.cli.bench_report import (
+    figures,
     is_gpu,
     print_placements,
     print_shares,
     print_timings,
-    trusted,
 )
 from aoft_deploy.cli.command import (
     DEVICES,
@@ -104,8 +104,6 @@ def bench(options: argparse.Namespace) -> None:
     Raises:
         AoftError: A result cannot be written, or an artefact could not be timed.
     """
-    from aoft_deploy.artefacts.gpu_peaks import gpu_name
-    from aoft_deploy.artefacts.machine import machine
     from aoft_deploy.drawing import check_matplotlib
     from aoft_deploy.files import check_new, write_json
     from aoft_deploy.processors import processors
@@ -131,13 +129,7 @@ def bench(options: argparse.Namespace) -> None:
     peaks = {device: _peaks(device, threads) for device in _devices(timings)}
     print_shares(timings, peaks)
     if options.json:
-        gpus = {device: gpu_name(device) for device in peaks if is_gpu(device) and peaks[device]}
-        result = {
-            "machine": {**machine(threads), "gpus": gpus},
-            "gemm_peaks": {device: found for device, found in peaks.items() if found},
-            "rows": [timing.to_dict(trusted(timing, timings, peaks)) for timing in timings],
-        }
-        write_json(options.json, result)
+        write_json(options.json, figures(timings, peaks, threads))
     if options.plot:
         from aoft_deploy.artefacts.throughput_plot import draw_throughput
 

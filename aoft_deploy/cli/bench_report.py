@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.timing import Subject, Timing
 
-__all__ = ["is_gpu", "print_placements", "print_shares", "print_timings", "trusted"]
+__all__ = ["figures", "is_gpu", "print_placements", "print_shares", "print_timings"]
 
 Peaks = Mapping[str, Mapping[str, float]]
 """Operations per second, by device and precision."""
@@ -57,7 +57,7 @@ def print_timings(timings: Sequence[Timing], batch: int) -> None:
         )
 
 
-def trusted(timing: Timing, timings: Sequence[Timing], peaks: Peaks) -> dict[str, float]:
+def _trusted(timing: Timing, timings: Sequence[Timing], peaks: Peaks) -> dict[str, float]:
     """The peaks of a timing's device that none of its engines exceeds."""
     from aoft_deploy.artefacts.timing import trusted_peaks
 
@@ -108,3 +108,22 @@ def _print_shares(device: str, timings: Sequence[Timing], measured: Mapping[str,
         share, subject = timing.share(peaks), timing.subject
         if share is not None:
             print(f"{timing.batch:5}  {subject.name}  {share:.0%} of {subject.precision}")
+
+
+def figures(timings: Sequence[Timing], peaks: Peaks, threads: int) -> dict[str, Any]:
+    """What ``--json`` writes: the machine, its peaks and all timings.
+
+    Args:
+        timings: The timings.
+        peaks: The measured peaks.
+        threads: Largest number of CPU threads of an engine.
+    """
+    from aoft_deploy.artefacts.gpu_peaks import gpu_name
+    from aoft_deploy.artefacts.machine import machine
+
+    gpus = {device: gpu_name(device) for device in peaks if is_gpu(device) and peaks[device]}
+    return {
+        "machine": {**machine(threads), "gpus": gpus},
+        "gemm_peaks": {device: found for device, found in peaks.items() if found},
+        "rows": [timing.to_dict(_trusted(timing, timings, peaks)) for timing in timings],
+    }

@@ -391,7 +391,7 @@ def test_an_unknown_backbone_suggests_close_names(checkpoint: Path, refused: Ref
 
 def test_an_unknown_exporter_suggests_close_names(checkpoint: Path, refused: Refused) -> None:
     line = refused(main, "--merge", checkpoint, "--to", "onx")
-    assert line.startswith("Unknown exporter 'onx'. Did you mean onnx? Known: onnx, ")
+    assert line.startswith("Unknown exporter 'onx'. Did you mean onnx? Known: aoti, onnx, ")
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def run_python(
 
 def _main(arguments: Sequence[str], cwd: str, env: Mapping[str, str], outputs: list[Path]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     for number, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

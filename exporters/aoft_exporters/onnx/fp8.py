@@ -191,10 +191,11 @@ def scale(largest: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def _fp8(values: NDArray[Any]) -> NDArray[Any]:
-    import ml_dtypes
+    import onnx
 
     clipped = np.clip(values, -LARGEST_FP8, LARGEST_FP8)
-    return np.asarray(clipped, np.float32).astype(ml_dtypes.float8_e4m3fn)
+    fp8 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
+    return np.asarray(clipped, np.float32).astype(fp8)
 
 
 def _rounding(value: str, weight: str, results: Sequence[str]) -> list[Any]:
