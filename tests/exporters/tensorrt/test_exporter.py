@@ -392,7 +392,7 @@ def test_invalid_options_are_refused_in_one_line_and_leave_no_file(
         line = refused(main, *options, *output, "--batches", *batches)
         assert "must be the smallest, usual and largest batch" in line
     line = refused(main, *options, *output, "--precision", "int8", "--images", *photos)
-    assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32, tf32." in line
+    assert "Unknown precision of tensorrt 'int8'. Known: bf16, fp16, fp32, fp8, tf32." in line
     onnx_options = [*merge_only[:-1], "onnx", "-o", tmp_path / "a.onnx"]
     assert "onnx takes batches of any size" in refused(main, *onnx_options, "--batches", 1, 2, 3)
     assert "builds for no GPU" in refused(main, *onnx_options, "--compute-capability", "8.9")
