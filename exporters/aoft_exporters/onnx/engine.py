@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
-from aoft_exporters.graph.fleet_tables import fleet_logits
-from aoft_exporters.onnx.inputs import OnnxInputs
+from aoft_exporters.onnx.inputs import OnnxFile, OnnxInputs
 from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.sessions import library, session
 
 __all__ = ["OnnxEngine"]
 
 
-class OnnxEngine:
+class OnnxEngine(OnnxFile):
     """An ONNX file in an ONNX Runtime session on the CPU.
 
     Attributes:
@@ -42,25 +41,6 @@ class OnnxEngine:
         self._session = session(path, threads, "cpu", path)
         self._run_options = library().RunOptions()
         self._inputs = OnnxInputs.of(self._session, self.info, path)
-
-    @property
-    def takes_pixels(self) -> bool:
-        """Whether the input is uint8 [batch, H, W, 3]."""
-        return self._inputs.dtype is np.uint8
-
-    @property
-    def takes_tasks(self) -> bool:
-        """Whether the file is a fleet, which needs a task for each image."""
-        return self._inputs.tasks is not None
-
-    def run(
-        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of a batch in the file's input form; see ``Engine``."""
-        self._inputs.check(images, task)
-        if task is not None:
-            return fleet_logits(self._run, images, task, self.info)
-        return self._run(images)
 
     def _run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None

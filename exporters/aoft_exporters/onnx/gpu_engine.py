@@ -19,9 +19,8 @@ from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.gpu_recording import GPU_SETUP, RECORDING
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import AoftError
-from aoft_exporters.graph.fleet_tables import fleet_logits
 from aoft_exporters.onnx.gpu_lane import GpuLane, LaneThread
-from aoft_exporters.onnx.inputs import OnnxInputs
+from aoft_exporters.onnx.inputs import OnnxFile, OnnxInputs
 from aoft_exporters.onnx.placement import placement_of
 from aoft_exporters.onnx.sessions import device_index, reason, refusal, session
 
@@ -33,7 +32,7 @@ LARGEST_BUCKET = 64
 _MEMORY_IS_FULL = re.compile("Failed to allocate memory|out of memory", re.IGNORECASE)
 
 
-class OnnxGpuEngine:
+class OnnxGpuEngine(OnnxFile):
     """An ONNX file on a GPU: buffers on the device, and a recorded run for each bucket.
 
     When it is loaded, each lane records batches of 1, 2, 4 … up to ``LARGEST_BUCKET`` images, or
@@ -72,29 +71,6 @@ class OnnxGpuEngine:
         self._inputs, placement = opened
         self.info: Mapping[str, str] = {**info, "placement": json.dumps(placement)}
         self._path, self.device = path, f"cuda:{device_index(device)}"
-
-    @property
-    def takes_pixels(self) -> bool:
-        """Whether the input is uint8 [batch, H, W, 3]."""
-        return bool(self._inputs.dtype is np.uint8)
-
-    @property
-    def takes_tasks(self) -> bool:
-        """Whether the file is a fleet, which needs a task for each image."""
-        return self._inputs.tasks is not None
-
-    def run(
-        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of a batch in the file's input form; see ``Engine``.
-
-        Raises:
-            AoftError: The GPU failed.
-        """
-        self._inputs.check(images, task)
-        if task is not None:
-            return fleet_logits(self._run, images, task, self.info)
-        return self._run(images)
 
     def _run(
         self, images: NDArray[Any], task: NDArray[np.int64] | None = None

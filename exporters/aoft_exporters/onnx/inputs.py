@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import ArtefactError
+from aoft_exporters.graph.fleet_tables import fleet_logits
 
-__all__ = ["OnnxInputs"]
+__all__ = ["OnnxFile", "OnnxInputs"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,46 @@ class OnnxInputs:
     def check(self, images: NDArray[Any], task: NDArray[np.int64] | None) -> None:
         """Check that the file takes a batch; see ``check_batch``."""
         check_batch(images, task, takes=(self.dtype, self.shape), tasks=self.tasks)
+
+
+class OnnxFile:
+    """An open ONNX file, on a CPU or a GPU.
+
+    Attributes:
+        info: Metadata of the file.
+    """
+
+    info: Mapping[str, str]
+    _inputs: OnnxInputs
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the input is uint8 [batch, H, W, 3]."""
+        return bool(self._inputs.dtype is np.uint8)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether the file is a fleet, which needs a task for each image."""
+        return self._inputs.tasks is not None
+
+    def run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a batch in the file's input form; see ``Engine``.
+
+        Raises:
+            AoftError: The GPU failed.
+        """
+        self._inputs.check(images, task)
+        if task is not None:
+            return fleet_logits(self._run, images, task, self.info)
+        return self._run(images)
+
+    def _run(
+        self, images: NDArray[Any], task: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a checked batch, of a folded fleet for one task at a time."""
+        raise NotImplementedError
 
 
 def _task_count(info: Mapping[str, str], path: Path) -> int:
