@@ -179,6 +179,14 @@ class ArtefactInfo:
             raise self._damaged("placement")
         return value
 
+    @property
+    def nodes_on_cpu(self) -> list[dict[str, str]]:
+        """Name and operator of each node that an engine on a GPU leaves to the CPU."""
+        value = self._json("nodes_on_cpu") if "nodes_on_cpu" in self.texts else []
+        if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+            raise self._damaged("nodes_on_cpu")
+        return value
+
     def entries(self) -> dict[str, Any]:
         """All entries, decoded if they are JSON."""
         return {key: decoded(text) for key, text in self.texts.items()}

@@ -100,6 +100,9 @@ class Exporter:
         fleet: Support for fleets; None if there is none.
         emulation: Precisions that are verified by emulation; None if there are none.
         device: The device that artefacts are built for; None means the CPU.
+        gpu: Finds a GPU of this machine that can run artefacts which also run on the CPU, and
+            returns its name, or None. Artefacts are verified on it too. None if there is no choice
+            of devices.
         runs_on: Name of this machine's device that an artefact was compiled for; None means the
             CPU, or ``device``.
         updates: Set if artefacts hold only the updates; None if they hold a complete model.
@@ -123,6 +126,7 @@ class Exporter:
     fleet: FleetSupport | None = None
     emulation: Emulation | None = None
     device: DeviceSupport | None = None
+    gpu: Callable[[], str | None] | None = None
     runs_on: Callable[[Path], str] | None = None
     updates: UpdateSupport | None = None
     next_step: Callable[[Path, Mapping[str, Any]], str] | None = None

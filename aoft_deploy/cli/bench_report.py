@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aoft_deploy.cli.placements import placement_entry, placement_text
+
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.timing import Subject, Timing
 
@@ -21,17 +23,8 @@ def is_gpu(device: str) -> bool:
 
 def print_placements(subjects: Sequence[Subject]) -> None:
     """Print how many nodes of each artefact on a GPU are computed where, if its engine tells."""
-    from aoft_deploy.artefacts.description import ArtefactInfo
-
-    for subject in subjects:
-        placement = ArtefactInfo(subject.engine.info, subject.name).placement
-        if placement and is_gpu(subject.engine.device):
-            parts = [
-                f"{sum(operators.values())} nodes on {provider}"
-                + (f" ({', '.join(operators)})" if provider.startswith("CPU") else "")
-                for provider, operators in placement.items()
-            ]
-            print(f"{subject.name} on {subject.engine.device}: {', '.join(parts)}", flush=True)
+    for entry in filter(None, map(placement_entry, subjects)):
+        print(f"{entry['name']} on {entry['device']}: {placement_text(entry['nodes'])}", flush=True)
 
 
 def print_timings(timings: Sequence[Timing], batch: int) -> None:
@@ -111,7 +104,7 @@ def _print_shares(device: str, timings: Sequence[Timing], measured: Mapping[str,
 
 
 def figures(timings: Sequence[Timing], peaks: Peaks, threads: int) -> dict[str, Any]:
-    """What ``--json`` writes: the machine, its peaks and all timings.
+    """What ``--json`` writes: the machine, its peaks, placements on GPUs, and all timings.
 
     Args:
         timings: The timings.
@@ -121,9 +114,11 @@ def figures(timings: Sequence[Timing], peaks: Peaks, threads: int) -> dict[str, 
     from aoft_deploy.artefacts.gpu_peaks import gpu_name
     from aoft_deploy.artefacts.machine import machine
 
+    subjects = dict.fromkeys(timing.subject for timing in timings)
     gpus = {device: gpu_name(device) for device in peaks if is_gpu(device) and peaks[device]}
     return {
         "machine": {**machine(threads), "gpus": gpus},
         "gemm_peaks": {device: found for device, found in peaks.items() if found},
+        "placements": [*filter(None, map(placement_entry, subjects))],
         "rows": [timing.to_dict(_trusted(timing, timings, peaks)) for timing in timings],
     }

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.cli.command import run, with_options
 from aoft_deploy.cli.export_options import check_usage, parser
+from aoft_deploy.cli.placements import placement_text
 
 if TYPE_CHECKING:
     from aoft_deploy.artefacts.spec import BuildOptions
     from aoft_deploy.artefacts.verification import Report
+    from aoft_deploy.export.gpu_verification import GpuVerification
     from aoft_deploy.export.publishing import Exported
     from aoft_deploy.export.race import Candidate
 
@@ -35,6 +37,8 @@ def export(options: argparse.Namespace) -> None:
     _note_skipped([*options.images, *options.calibrate])
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     _print_report(exported.report)
+    if exported.gpu is not None and exported.gpu.device is not None:
+        print(_on_gpu(exported.gpu))
     if exported.left_in_float:
         higher = "fp16 or float32" if options.precision == "fp8" else "float32"
         print(f"left in {higher}: {', '.join(exported.left_in_float)}")
@@ -62,6 +66,17 @@ def _print_report(report: Report) -> None:
         needed = images_needed(report.min_agreement)
         claim += f"; {needed} images that all agree would show {report.min_agreement:.1%}"
     print(claim)
+
+
+def _on_gpu(gpu: GpuVerification) -> str:
+    """The line for a GPU beside the CPU."""
+    if gpu.report is None:
+        return f"not verified on {gpu.device}: {gpu.reason}"
+    report = gpu.report
+    return (
+        f"verified on {gpu.device}: max |Δlogit| {report.max_abs:.1e}, agreement "
+        f"{_at_least(report.agreement)}, {placement_text(gpu.placement)}"
+    )
 
 
 def _at_least(share: float) -> str:

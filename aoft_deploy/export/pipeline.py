@@ -26,6 +26,7 @@ from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
+from aoft_deploy.export.gpu_verification import verify_on_gpu
 from aoft_deploy.export.options import VerifyOptions, bar_for, check_build
 from aoft_deploy.export.output_paths import check_output
 from aoft_deploy.export.publishing import Exported, provenance, publish, versions
@@ -152,6 +153,10 @@ def export_verified(
         arithmetic = arithmetic_of(exporter, draft, precision)
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
             report = subject.verify(run_engine, images, spec, request.bar)
+        gpu = verify_on_gpu(
+            exporter, draft, lambda opened: subject.verify(opened, pixels, spec, request.bar)
+        )
+        device = exporter.device_name(draft, precision) or (gpu.verified_on if gpu else None)
         manifest = {
             **provenance(draft, exporter.name, request.command),
             **subject.manifest(spec),
@@ -160,15 +165,16 @@ def export_verified(
                 **report.to_dict(),
                 "real_images": len(request.pictures),
                 "arithmetic": arithmetic,
-                **on_device(exporter, draft, precision),
+                **on_device(exporter, precision, device),
+                **({"gpu": gpu.to_dict()} if gpu else {}),
             },
             "versions": versions(),
         }
         size = artefact_size(draft)
         request.check_output()  # something may have appeared there in the meantime
         publish(draft, output, manifest)
-    device = exporter.device_name(output, precision)
-    return Exported(output, manifest_path(output), report, size, device, arithmetic, left_in_float)
+    manifest_file = manifest_path(output)
+    return Exported(output, manifest_file, report, size, device, arithmetic, left_in_float, gpu)
 
 
 def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: bool) -> ExportSpec:

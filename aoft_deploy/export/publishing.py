@@ -21,13 +21,14 @@ from aoft_deploy.artefacts.manifest import (
 )
 from aoft_deploy.artefacts.verification import Report
 from aoft_deploy.errors import OutputError
+from aoft_deploy.export.gpu_verification import GpuVerification
 from aoft_deploy.files import json_text, settle
 
 __all__ = ["Exported", "provenance", "publish", "versions"]
 
 PACKAGES = tuple(
-    "aoft-deploy torch timm onnx onnxscript onnxruntime openvino nncf tensorrt tensorrt-rtx "
-    "numpy".split()
+    "aoft-deploy torch timm onnx onnxscript onnxruntime onnxruntime-gpu openvino nncf tensorrt "
+    "tensorrt-rtx numpy".split()
 )
 
 
@@ -45,6 +46,8 @@ class Exported:
         arithmetic: Description of the precision, runtime and device of the verification.
         left_in_float: Names of the products that stay in a higher precision for accuracy: in
             float32, or for fp8 in fp16.
+        gpu: What a GPU of this machine verified; None if artefacts of the exporter run on one kind
+            of device only.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Exported:
     device: str | None = "CPU"
     arithmetic: str = ""
     left_in_float: tuple[str, ...] = ()
+    gpu: GpuVerification | None = None
 
 
 def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:

@@ -85,11 +85,17 @@ def arithmetic_of(exporter: Exporter, draft: Path, precision: str) -> str:
     return f"{precision} emulated in float32, {rounded} rounded, by onnxruntime on CPU"
 
 
-def on_device(exporter: Exporter, draft: Path, precision: str) -> dict[str, Any]:
-    """Manifest entry for the device; empty if every machine has it."""
+def on_device(exporter: Exporter, precision: str, device: str | None) -> dict[str, Any]:
+    """Manifest entry for the device; empty if every machine has it.
+
+    Args:
+        exporter: The exporter.
+        precision: Precision of the artefact.
+        device: Name of the device that ran the artefact in its precision; None without one.
+    """
     if exporter.device is None and not exporter.emulates(precision):
         return {}
-    return {"verified_on_device": exporter.device_name(draft, precision) or False}
+    return {"verified_on_device": device or False}
 
 
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,11 +1,15 @@
-/* A CUDA driver for a machine without a GPU: it has two devices and knows their free memory. */
+/* A CUDA driver for a machine without a GPU: it has two devices and knows their names and free memory. */
 
 #include <stddef.h>
+#include <stdio.h>
 
 static int retained, current = -1;
 
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGet(int *device, int index) { return *device = index, index < 2 ? 0 : 101; }
+int cuDeviceGetName(char *name, int size, int device) {
+  return snprintf(name, size, "GPU %d of the host", device), 0;
+}
 int cuDevicePrimaryCtxRetain(void **context, int device) {
   retained++;
   return *context = (void *)(size_t)(device + 1), 0;

@@ -32,6 +32,7 @@ from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.gpu_engine import OnnxGpuEngine
 from aoft_exporters.onnx.int8 import quantised
 from aoft_exporters.onnx.precisions import GPU_ONLY
+from aoft_exporters.onnx.sessions import usable_gpu
 from aoft_exporters.openvino import engine as openvino_engine
 
 if TYPE_CHECKING:
@@ -247,4 +248,5 @@ EXPORTER = Exporter(
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
     emulation=EMULATION,
+    gpu=usable_gpu,
 )

@@ -7,7 +7,6 @@ that is added is copied to its own place, beside the tasks that requests use mea
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +24,8 @@ from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical
 from aoft_deploy.errors import AoftError, ArtefactError, SettingError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.graph.tracing import OPSET
-from aoft_exporters.onnx.gpu_memory import free_memory
-from aoft_exporters.onnx.placement import placement_of
+from aoft_exporters.onnx.cuda_driver import free_memory
+from aoft_exporters.onnx.placement import placement_texts
 from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.sessions import device_index, library, reason, session
 
@@ -136,7 +135,7 @@ class OnnxFleet:
     Many threads may call ``run`` at once; a GPU computes one batch for each lane at a time.
 
     Attributes:
-        info: Metadata of the file; on a GPU also its ``placement``, as for ``OnnxGpuEngine``.
+        info: Metadata of the file; on a GPU also its placement, as for ``OnnxGpuEngine``.
         tables: Tables of the tasks that the file holds.
 
     Args:
@@ -177,7 +176,7 @@ class OnnxFleet:
         lanes = threading.BoundedSemaphore(options.lanes)
         on_cpu = self._place.kind == "cpu"
         if not on_cpu:
-            self.info = {**self.info, "placement": json.dumps(placement_of(self._session))}
+            self.info = {**self.info, **placement_texts(self._session)}
         self._lane: AbstractContextManager[Any] = nullcontext() if on_cpu else lanes
 
     def capacity(self) -> int:

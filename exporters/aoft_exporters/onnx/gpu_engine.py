@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import weakref
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.errors import AoftError
 from aoft_exporters.onnx.gpu_lane import GpuLane, LaneThread
 from aoft_exporters.onnx.inputs import OnnxFile, OnnxInputs
-from aoft_exporters.onnx.placement import placement_of
+from aoft_exporters.onnx.placement import placement_texts
 from aoft_exporters.onnx.sessions import device_index, reason, refusal, session
 
 __all__ = ["LARGEST_BUCKET", "OnnxGpuEngine"]
@@ -40,8 +39,7 @@ class OnnxGpuEngine(OnnxFile):
     is computed in parts. So no request waits for a first run of its size, and memory does not grow.
 
     Attributes:
-        info: Metadata of the file, and its ``placement``: JSON of the number of nodes by execution
-            provider and operator.
+        info: Metadata of the file, and where its nodes are computed; see ``placement_texts``.
         device: ``cuda:0`` …
 
     Args:
@@ -67,9 +65,9 @@ class OnnxGpuEngine(OnnxFile):
             lanes.append(LaneThread(make))
             self._free.put(lanes[-1])
         self._largest = min(lane.call(lambda lane: lane.sizes[-1]) for lane in lanes)
-        opened = lanes[0].call(lambda lane: (lane.inputs, placement_of(lane.session)))
+        opened = lanes[0].call(lambda lane: (lane.inputs, placement_texts(lane.session)))
         self._inputs, placement = opened
-        self.info: Mapping[str, str] = {**info, "placement": json.dumps(placement)}
+        self.info: Mapping[str, str] = {**info, **placement}
         self._path, self.device = path, f"cuda:{device_index(device)}"
 
     def _run(

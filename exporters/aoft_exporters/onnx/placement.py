@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import Any
 
 from aoft_deploy.errors import SettingError
 
-__all__ = ["CPU_PROVIDER", "RECORD_PLACEMENT", "check_placement", "placement_of"]
+__all__ = [
+    "CPU_PROVIDER",
+    "RECORD_PLACEMENT",
+    "check_placement",
+    "placement_of",
+    "placement_texts",
+]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
@@ -33,9 +40,28 @@ def placement_of(session: Any) -> dict[str, dict[str, int]]:
     """
     counts: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        operators = (f"{node.domain}.{node.op_type}".lstrip(".") for node in part.get_nodes())
-        counts.setdefault(part.ep_name, Counter()).update(operators)
+        counts.setdefault(part.ep_name, Counter()).update(map(_operator, part.get_nodes()))
     return {provider: dict(found.most_common()) for provider, found in counts.items()}
+
+
+def placement_texts(session: Any) -> dict[str, str]:
+    """Metadata of an engine on a GPU, as JSON; ``ArtefactInfo`` parses them.
+
+    Args:
+        session: As for ``placement_of``.
+
+    Returns:
+        ``placement``, and ``nodes_on_cpu``: name and operator of each node that the CPU computes.
+    """
+    parts = session.get_provider_graph_assignment_info()
+    on_cpu = [node for part in parts if part.ep_name == CPU_PROVIDER for node in part.get_nodes()]
+    named = [{"name": str(node.name), "operator": _operator(node)} for node in on_cpu]
+    return {"placement": json.dumps(placement_of(session)), "nodes_on_cpu": json.dumps(named)}
+
+
+def _operator(node: Any) -> str:
+    """Domain, unless it is ONNX's own, and type of a node."""
+    return f"{node.domain}.{node.op_type}".lstrip(".")
 
 
 def check_placement(

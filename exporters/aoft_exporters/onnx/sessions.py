@@ -17,6 +17,7 @@ from aoft_deploy.errors import (
     optional_imports,
 )
 from aoft_deploy.processors import limited
+from aoft_exporters.onnx.cuda_driver import gpu_name
 from aoft_exporters.onnx.cuda_libraries import (
     driver_failure,
     load_cuda_libraries,
@@ -29,7 +30,7 @@ from aoft_exporters.onnx.placement import (
     placement_of,
 )
 
-__all__ = ["device_index", "library", "reason", "refusal", "session"]
+__all__ = ["device_index", "library", "reason", "refusal", "session", "usable_gpu"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 LEAST_CUDA_VERSION = (1, 25)
@@ -53,6 +54,18 @@ def library() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with optional_imports():
         return importlib.import_module("onnxruntime")
+
+
+def usable_gpu() -> str | None:
+    """Name of the first GPU if this ONNX Runtime is the one for GPUs; None if there is no GPU.
+
+    No CUDA library but the driver is loaded, and the driver only by the ONNX Runtime for GPUs.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    is_for_gpus = CUDA_PROVIDER in library().get_available_providers()
+    return gpu_name(0) if is_for_gpus else None
 
 
 def session(

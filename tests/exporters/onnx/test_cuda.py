@@ -27,6 +27,7 @@ from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_exporters.onnx import exporter
 
 BUCKETS = 7  # 1, 2, 4 … 64
+HOST_DRIVER = Path(__file__).parents[2] / "support" / "driver_on_host.c"
 
 OPEN = """
 import sys
@@ -101,6 +102,19 @@ def test_a_missing_driver_library_or_device_is_one_sentence(
     assert "could not start on cuda (libcublasLt.so.13: cannot open shared" in sentence
     sentence = output(cuda.run(REFUSED, artefact, "cuda:1"))
     assert "could not start on cuda:1 (Invalid device ID: 1, must be between 0" in sentence
+
+
+def test_a_gpu_is_found_by_the_driver_alone(cuda: CudaOnHost, tmp_path: Path) -> None:
+    code = """
+from pathlib import Path
+from aoft_exporters.onnx.sessions import usable_gpu
+print(usable_gpu(), "cudart" in Path("/proc/self/maps").read_text())
+"""
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", HOST_DRIVER, "-o", driver], check=True)
+    with_device = replace(cuda, driver=tmp_path)
+    assert output(with_device.run(code)) == "GPU 0 of the host False\n"
+    assert output(cuda.run(code)) == output(cuda.run(code, driver=False)) == "None False\n"
 
 
 def test_each_lane_records_all_sizes_and_replays_them_in_its_thread(
@@ -232,7 +246,7 @@ print(events())
 
 
 def test_the_commands_say_where_nodes_are_computed(
-    cuda: CudaOnHost, artefact: Path, photos: list[Path]
+    cuda: CudaOnHost, artefact: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     code = """
 import importlib.util, sys
@@ -241,13 +255,20 @@ importlib.util.find_spec = lambda name, *more: None if name == "torch" else foun
 from aoft_deploy.cli.{} import main
 sys.exit(main(sys.argv[1:]))
 """  # PyTorch cannot be imported with the CUDA libraries of this test
-    ended = cuda.run(code.format("bench"), artefact, "--device", "cuda", "--rounds", "1")
+    figures = tmp_path / "figures.json"
+    options = ["--device", "cuda", "--rounds", "1", "--json", figures]
+    ended = cuda.run(code.format("bench"), artefact, *options)
     line = ended.stdout.splitlines()[0]
     assert ended.returncode == 0, ended.stderr
     assert line.startswith(f"{artefact.name} on cuda:0: ")
     assert line.endswith(
         " nodes on CUDAExecutionProvider, 1 nodes on CPUExecutionProvider (Concat)"
     )
+    (placed,) = json.loads(figures.read_text("utf-8"))["placements"]
+    assert (placed["name"], placed["device"]) == (artefact.name, "cuda:0")
+    assert placed["nodes"]["CUDAExecutionProvider"]["MatMul"] == 4
+    (node,) = placed["nodes_on_cpu"]
+    assert node["operator"] == "Concat" and node["name"]
     ended = cuda.run(code.format("predict"), artefact, photos[0], "--device", "cuda")
     assert (ended.returncode, ended.stderr) == (0, "") and photos[0].name in ended.stdout
 
