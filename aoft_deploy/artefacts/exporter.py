@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine, FleetTables
+from aoft_deploy.artefacts.gpu_peaks import gpu_name
 from aoft_deploy.artefacts.spec import ExportSpec
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Exporter:
         gpu: Finds a GPU of this machine that can run artefacts which also run on the CPU, and
             returns its name, or None. Artefacts are verified on it too. None if there is no choice
             of devices.
-        runs_on: Name of this machine's device that an artefact was compiled for; None means the
-            CPU, or ``device``.
+        compiled_for: Kind of device that an artefact was compiled for, ``cpu`` or ``cuda``. Raises
+            ``ArtefactError`` if it is missing or damaged. None means the CPU, or ``device``.
         updates: Set if artefacts hold only the updates; None if they hold a complete model.
         next_step: Command or Python expression that uses an artefact, from its path and manifest;
             None means aoft-predict and aoft-serve.
@@ -127,7 +128,7 @@ class Exporter:
     emulation: Emulation | None = None
     device: DeviceSupport | None = None
     gpu: Callable[[], str | None] | None = None
-    runs_on: Callable[[Path], str] | None = None
+    compiled_for: Callable[[Path], str] | None = None
     updates: UpdateSupport | None = None
     next_step: Callable[[Path, Mapping[str, Any]], str] | None = None
 
@@ -139,10 +140,20 @@ class Exporter:
         """Whether artefacts of a precision are verified by emulation."""
         return self.emulation is not None and precision in self.emulation.precisions
 
+    def usual_device(self, artefact: Path) -> str:
+        """Kind of device that runs an artefact if none is chosen: ``cpu`` or ``cuda``.
+
+        Raises:
+            ArtefactError: The artefact tells it, and is missing or damaged.
+        """
+        if self.device is not None:
+            return "cuda"
+        return "cpu" if self.compiled_for is None else self.compiled_for(artefact)
+
     def device_name(self, artefact: Path, precision: str) -> str | None:
         """This machine's device that can run an artefact in its precision, or None."""
         if self.emulates(precision):
             return None
         if self.device is not None:
             return self.device.name(artefact)
-        return "CPU" if self.runs_on is None else self.runs_on(artefact)
+        return "CPU" if self.usual_device(artefact) == "cpu" else gpu_name("cuda")

@@ -81,7 +81,7 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
         raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):
         check_unchanged(path)
-        check_lanes(options, options.device or ("cuda" if exporter.device else "cpu"))
+        check_lanes(options, options.device or exporter.usual_device(path))
         return exporter.load(path, options)
 
 

@@ -186,12 +186,16 @@ def _engines(
 
 
 def _on_gpu(path: Path, device: str | None) -> bool:
-    """Whether an artefact will run on a GPU."""
+    """Whether an artefact will run on a GPU; False for a damaged one, which loading refuses."""
     from aoft_deploy.artefacts.registry import exporters_of
+    from aoft_deploy.errors import ArtefactError
 
     if device is not None:
         return device != "cpu"
-    return any(exporter.device is not None for exporter in exporters_of(path))
+    try:
+        return any(each.usual_device(path) == "cuda" for each in exporters_of(path)[:1])
+    except ArtefactError:
+        return False
 
 
 def _devices(timings: Sequence[Timing]) -> list[str]:

@@ -141,7 +141,7 @@ def open_artefact(
 
 def _options(path: Path, settings: Settings) -> list[EngineOptions]:
     """The options of the engine on each device."""
-    built_for_gpu = any(exporter.device is not None for exporter in exporters_of(path)[:1])
+    built_for_gpu = any(each.usual_device(path) == "cuda" for each in exporters_of(path)[:1])
     devices: Sequence[str | None] = settings.device or [None]
     return [
         EngineOptions(

@@ -26,7 +26,7 @@ from aoft_exporters.pytorch.package import Package, Target
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["EXPORTER", "describe", "device", "export", "load"]
+__all__ = ["EXPORTER", "compiled_for", "describe", "export", "load"]
 
 SETTINGS: Mapping[str, Any] = {"cpp.dynamic_threads": True}
 """Settings of Inductor: the number of threads is chosen when the package runs."""
@@ -124,12 +124,13 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> TorchEngine:
     return TorchEngine(compiled, info.texts, options, place, dtype, package.size)
 
 
-def device(path: Path) -> str:
-    """Name of this machine's device that a package was compiled for."""
-    import torch
+def compiled_for(path: Path) -> str:
+    """Kind of device that a package was compiled for, ``cpu`` or ``cuda``.
 
-    is_gpu = Package.read(path, verified=False).target.device == "cuda"
-    return torch.cuda.get_device_name() if is_gpu else "CPU"
+    Raises:
+        ArtefactError: The file is missing or damaged, or was not written by the exporter.
+    """
+    return Package.read(path, verified=False).target.device
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -159,5 +160,5 @@ EXPORTER = Exporter(
     load=load,
     describe=describe,
     platform="pytorch",
-    runs_on=device,
+    compiled_for=compiled_for,
 )

@@ -21,9 +21,12 @@ from specs import export_spec
 
 from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
+from aoft_deploy.cli import bench
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.inspect import describe
 from aoft_deploy.errors import ArtefactError, SettingError
+from aoft_deploy.serving.repository import opened_artefact
+from aoft_deploy.serving.settings import Settings
 from aoft_deploy.tuning.merging import merge
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.pytorch import aoti_exporter as exporter
@@ -167,7 +170,30 @@ def package(path: Path, target: Target = HERE) -> Path:
 def test_metadata_return_as_they_were_written(tmp_path: Path) -> None:
     found = Package.read(package(tmp_path / "a.pt2"), verified=True)
     assert (found.info, found.target, found.size) == (INFO, HERE, (16, 16))
-    assert exporter.device(tmp_path / "a.pt2") == "CPU"
+    assert exporter.EXPORTER.device_name(tmp_path / "a.pt2", "fp32") == "CPU"
+
+
+def test_a_package_for_a_gpu_gets_lanes_and_no_threads(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = package(tmp_path / "a.pt2", replace(HERE, device="cuda", capability="1.0"))
+    with pytest.raises((SettingError, ArtefactError), match=r"the device 'cuda'|compute cap"):
+        load_artefact(path, EngineOptions(lanes=2))
+    line = refused(bench.main, path, "--threads", 2)
+    assert line == "--threads is for artefacts on the CPU, but all run on a GPU."
+    (served,) = opened_artefact._options(path, Settings())
+    assert served.lanes == opened_artefact.GPU_LANES
+    on_cpu = package(tmp_path / "b.pt2")
+    with pytest.raises(SettingError, match="`lanes` is 2, but cpu computes one batch at a time"):
+        load_artefact(on_cpu, EngineOptions(lanes=2))
+
+
+def test_a_damaged_package_does_not_keep_others_from_being_timed(tmp_path: Path) -> None:
+    files = [tmp_path / "damaged.pt2", package(tmp_path / "b.pt2")]
+    files[0].write_bytes(b"no archive")
+    given = bench.parser().parse_args([*map(str, files), "--threads", "3"])
+    wanted = bench._wanted(given)
+    assert [(path, options.threads) for _, path, options in wanted] == [(f, 3) for f in files]
 
 
 def changed(path: Path, name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
