@@ -71,7 +71,8 @@ class Fleet:
         budget: Bytes of memory that the parameters of tasks may take. On a CPU, they are taken when
             tasks are added and returned when they are removed; None allows the machine's memory. On
             a GPU, they are taken at once, and half as many for gaps between classifiers; None takes
-            half of its free memory.
+            a third of the memory that nothing but fleets of this process uses, and at most half of
+            what is free.
         threads: Threads within an operator; None lets the runtime choose.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
         lanes: Batches that a GPU computes at once.

@@ -114,6 +114,7 @@ int cudaHostAlloc(void **memory, size_t size, unsigned flags) {
 }
 static int release(void *memory, const char *name) {
   int failure = memory ? forbidden(name) : 0;
+  if (memory) note("%s\n", name);
   free(memory);
   return failure;
 }

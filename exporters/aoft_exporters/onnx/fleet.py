@@ -25,6 +25,7 @@ from aoft_deploy.errors import AoftError, ArtefactError, SettingError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.cuda_driver import free_memory
+from aoft_exporters.onnx.gpu_block import GpuBlock, taken
 from aoft_exporters.onnx.placement import placement_texts
 from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.sessions import device_index, library, reason, session
@@ -34,8 +35,12 @@ __all__ = ["DeviceMemory", "OnnxFleet"]
 SPARE = 0.5
 """Memory of a device beyond the size, as a fraction of it, for gaps between classifiers."""
 
-SHARE = 0.5
-"""Fraction of a GPU's free memory that a fleet takes if no budget is given."""
+SHARE = 1 / 3
+"""Fraction of a GPU's memory that a fleet takes if no budget is given.
+
+The memory is what is free or held by fleets of this process. While a server replaces a fleet by its
+next version, both are held, so the next version gets as much as this one.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,16 @@ class Place:
     def of(cls, device: str) -> Place:
         """The memory of a device such as ``cuda:1``."""
         return cls("cpu" if device == "cpu" else "cuda", device_index(device))
+
+    def block(self, size: int) -> Any:
+        """Memory of ``size`` bytes, whose address ``data_ptr`` gives; it is freed when dropped.
+
+        Raises:
+            Exception: There is less.
+        """
+        if self.kind == "cuda":
+            return GpuBlock(size, self.index)
+        return library().OrtValue.ortvalue_from_shape_and_type([size], np.uint8, self.kind)
 
     def using(self) -> AbstractContextManager[None]:
         """Context manager: use the memory while no CUDA graph is recorded."""
@@ -96,17 +111,15 @@ class DeviceMemory:
     def __init__(self, size: int, device: str) -> None:
         self.size = size + int(SPARE * size)
         self._place = Place.of(device)
-        kind, index = self._place.kind, self._place.index
-        make = library().OrtValue.ortvalue_from_shape_and_type
+        self._copy = session(_copying(), 1, device, Path("copy.onnx"))
         try:
             with self._place.using():
-                self._memory = make([self.size], np.uint8, kind, index)
+                self._memory = self._place.block(self.size)
         except Exception as error:  # ONNX Runtime raises its own classes, all Exception
             raise SettingError(
                 f"{device} has no room for {self.size} bytes of tasks ({reason(error)}): give a "
                 "smaller `budget`."
             ) from error
-        self._copy = session(_copying(), 1, device, Path("copy.onnx"))
 
     def table(self, offset: int, shape: Sequence[int], dtype: DTypeLike) -> DeviceTable:
         """A table in this memory; see ``TableMemory``."""
@@ -180,10 +193,14 @@ class OnnxFleet:
         self._lane: AbstractContextManager[Any] = nullcontext() if on_cpu else lanes
 
     def capacity(self) -> int:
-        """The machine's memory, or the budget that takes ``SHARE`` of the GPU's free memory."""
+        """The machine's memory, or a budget with which the fleet takes ``SHARE`` of the GPU's.
+
+        The fleet takes at most half of what is free, so that several fleets have room.
+        """
         if self._place.kind == "cpu":
             return physical_memory()
-        return int(SHARE * free_memory(self._place.index) / (1 + SPARE))
+        free, held = free_memory(self._place.index), taken(self._place.index)
+        return int(min(SHARE * (free + held), free / 2) / (1 + SPARE))
 
     def reserve(self, size: int) -> TableMemory:
         """Memory for tables of ``size`` bytes, of this process or of the GPU.

@@ -320,9 +320,45 @@ for path in sys.argv[2:] * 5:
     assert table_rows(tables.arrays["first"], slot) == [first]
     assert table_rows(tables.arrays["count"], slot) == [count]
 answers = fleet.predict(np.zeros((3, 3, 16, 16), np.float32), ["task", "pets", "birds"])
-print([answer.logits.shape for answer in answers], tables._memory._memory.device_name())
+print([answer.logits.shape for answer in answers], type(tables._memory._memory).__name__)
 print(set(json.loads(fleet._engine.info["placement"])["CPUExecutionProvider"]))
 """
     support = Path(__file__).parents[2] / "support"
     ended = cuda.run(OPEN + code, fleet_artefact, *fleet_tasks.values(), support)
-    assert output(ended) == "[(5,), (5,), (5,)] cuda\n{'Concat'}\n"
+    assert output(ended) == "[(5,), (5,), (5,)] GpuBlock\n{'Concat'}\n"
+
+
+def test_a_fleet_takes_as_many_bytes_as_it_says_and_returns_them(cuda: CudaOnHost) -> None:
+    """ONNX Runtime's allocator would take 32 MiB, and keep them. No recording is disturbed."""
+    code = """
+import gc, time
+from aoft_deploy.artefacts.gpu_recording import RECORDING
+from aoft_exporters.onnx.fleet import DeviceMemory
+from aoft_exporters.onnx.gpu_block import taken
+memory = DeviceMemory(20_000_000, "cuda")
+print(memory.size, taken(0), taken(1), f"cudaMalloc {memory.size}\\n" in events())
+try:
+    DeviceMemory(20_000_001, "cuda")
+except AoftError as error:
+    print(error)
+before = events().count("cudaFree\\n")
+with RECORDING.alone():
+    del memory
+    gc.collect()
+    time.sleep(0.2)
+    print(taken(0), events().count("cudaFree\\n") - before)
+with RECORDING.alone():
+    pass
+for _ in range(500):
+    if freed := events().count("cudaFree\\n") - before:
+        break
+    time.sleep(0.01)
+print(freed)
+"""
+    printed = output(cuda.run(OPEN + EVENTS + code, CUDA_ON_HOST_BYTES="50000000"))
+    assert printed.splitlines() == [
+        "30000000 30000000 0 True",
+        "cuda has no room for 30000001 bytes of tasks (out of memory): give a smaller `budget`.",
+        "0 0",
+        "1",
+    ]

@@ -121,20 +121,25 @@ def test_a_budget_beyond_the_devices_memory_is_refused(
         on_device(fleet_artefact, budget=2**58)
 
 
-def test_without_a_budget_a_fleet_takes_half_of_the_gpus_free_memory(
+def test_without_a_budget_a_fleet_and_its_next_version_take_a_third_of_the_gpu(
     fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = list[int]()
+    asked, held = list[int](), 0
 
     def free_memory(index: int) -> int:
         asked.append(index)
-        return 3_000_000
+        return 4_500_000 - held
 
     engine = OnnxFleet(fleet_artefact, EngineOptions(threads=1))
     monkeypatch.setattr(onnx_fleet, "free_memory", free_memory)
+    monkeypatch.setattr(onnx_fleet, "taken", lambda index: held)
     for device, index in (("cuda", 0), ("cuda:3", 3)):
         engine._place = Place.of(device)
         assert engine.capacity() == 1_000_000 and asked.pop() == index
+    held = 1_500_000
+    assert engine.capacity() == 1_000_000
+    held = 3_000_000
+    assert engine.capacity() == 500_000
     assert DeviceMemory(1_000_000, "cpu").size == 1_500_000
 
 
