@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.artefacts.manifest import manifest_path
 from benchmarks.gpu.answers import ALLOWED
+from benchmarks.gpu.artefacts import checkpoint
 from benchmarks.gpu.models import pictures, small
 from benchmarks.gpu.run import NotMeasured, Run
 
@@ -38,6 +40,8 @@ def as_a_user(run: Run) -> None:
         _note_difference(run, "aoft-predict, a fleet", of_task, on_cpu)
     with run.row("aoft-bench"):
         _bench(run, model)
+    with run.row("aoft-export"):
+        _export(run)
     with run.row("aoft-serve"):
         _serve(run, [f"one={model}"], ["one"], images, on_cpu)
     with run.row("aoft-serve, a fleet"):
@@ -88,6 +92,18 @@ def _bench(run: Run, model: Path) -> None:
     text = _output(run, "bench", model, "--device", run.device, *words)
     rows = json.loads(times.read_text())["rows"]
     run.note("aoft-bench", passed=len(rows) == 2, text=text.splitlines())
+
+
+def _export(run: Run) -> None:
+    """Export the small model, which is verified on the GPU too, and note its manifest's entry."""
+    path, model = checkpoint(run, "small fp32")
+    output = run.scratch / "verified.onnx"
+    words = ["--merge", path, "-o", output, "--overwrite"]
+    words += ["--backbone-weights", model.weights] if model.weights else []
+    text = _output(run, "export", *words)
+    found = json.loads(manifest_path(output).read_text("utf-8"))["verification"]["gpu"]
+    passed = found["verified"] or run.dry
+    run.note("aoft-export", passed=passed, gpu=found, text=text.splitlines())
 
 
 def _serve(
