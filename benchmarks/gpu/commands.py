@@ -98,7 +98,7 @@ def _export(run: Run) -> None:
     """Export the small model, which is verified on the GPU too, and note its manifest's entry."""
     path, model = checkpoint(run, "small fp32")
     output = run.scratch / "verified.onnx"
-    words = ["--merge", path, "-o", output, "--overwrite"]
+    words = ["--merge", path, "-o", output, "--overwrite", "--import", "benchmarks.gpu.models"]
     words += ["--backbone-weights", model.weights] if model.weights else []
     text = _output(run, "export", *words)
     found = json.loads(manifest_path(output).read_text("utf-8"))["verification"]["gpu"]
