@@ -72,9 +72,9 @@ class Fleet:
             tasks are added and returned when they are removed; None allows the machine's memory. On
             a GPU, they are taken at once, and half as many for gaps between classifiers; None takes
             half of its free memory.
-        threads: Threads within an operator; None lets the runtime choose.
+        threads: As for ``EngineOptions``.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
-        lanes: Batches that a GPU computes at once.
+        lanes: Batches that the device computes at once.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet.
