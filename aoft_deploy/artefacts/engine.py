@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from aoft_deploy.errors import SettingError
+from aoft_deploy.processors import limited, processors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,6 @@ __all__ = [
     "EngineOptions",
     "FleetEngine",
     "FleetTables",
-    "check_lanes",
 ]
 
 
@@ -30,9 +30,14 @@ class EngineOptions:
 
     Attributes:
         engine: Name of the runtime; None means the one that verified the artefact.
-        threads: CPU threads for one batch; None lets the runtime choose.
+        threads: CPU threads for one batch; None lets the runtime choose, or shares the processors
+            among several lanes.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
-        lanes: Batches that a GPU computes at once, each with its own buffers and stream.
+        lanes: Batches that the device computes at once. On a GPU, each lane has its own buffers and
+            stream; on a CPU, its own threads, as far as the runtime keeps them apart.
+
+    Raises:
+        SettingError: There is not one lane or more.
     """
 
     engine: str | None = None
@@ -40,24 +45,15 @@ class EngineOptions:
     device: str | None = None
     lanes: int = 1
 
+    def __post_init__(self) -> None:
+        if self.lanes < 1:
+            raise SettingError(f"`lanes` is {self.lanes}, but must be a whole number from 1.")
 
-def check_lanes(options: EngineOptions, device: str) -> None:
-    """Check that a device computes as many batches at once; only NVIDIA GPUs compute several.
-
-    Args:
-        options: The options that an engine is loaded with.
-        device: The engine's device: ``cpu``, ``cuda:0`` …
-
-    Raises:
-        SettingError: It does not.
-    """
-    if options.lanes != 1 and device.partition(":")[0] != "cuda":
-        raise SettingError(
-            f"`lanes` is {options.lanes}, but {device} computes one batch at a time: leave it out, "
-            "or choose an NVIDIA GPU."
-        )
-    if options.lanes < 1:
-        raise SettingError(f"`lanes` is {options.lanes}, but must be a whole number from 1.")
+    def cpu_threads(self) -> int | None:
+        """CPU threads for one batch; None lets the runtime choose, as it may use every core."""
+        if self.threads is not None or self.lanes == 1:
+            return self.threads or limited()
+        return max(1, processors() // self.lanes)
 
 
 class Engine(Protocol):

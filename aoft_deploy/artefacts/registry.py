@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine, check_lanes
+from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetEngine
 from aoft_deploy.artefacts.manifest import check_unchanged, unchanged
 from aoft_deploy.errors import ArtefactError, UnknownNameError
 from aoft_deploy.path_kinds import GIVE, described, missing
@@ -69,8 +69,7 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
         ArtefactError: The path is not an artefact, or it is damaged, was changed after its manifest
             was written, or changes while it is loaded.
         UnknownNameError: The runtime in ``options`` cannot run this kind of artefact.
-        SettingError: The engine cannot run this artefact, not on this device, or not in as many
-            lanes.
+        SettingError: The engine cannot run this artefact, or not on this device.
         MissingExtraError: The runtime is not installed.
     """
     found = exporters_of(path)
@@ -81,7 +80,6 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
         raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):
         check_unchanged(path)
-        check_lanes(options, options.device or exporter.usual_device(path))
         return exporter.load(path, options)
 
 
@@ -101,14 +99,13 @@ def load_fleet(path: Path, options: EngineOptions = EngineOptions()) -> FleetEng
 
     Raises:
         ArtefactError: The artefact is not a fleet, or its tasks cannot change.
-        SettingError: The engine cannot run it on this device, or not in as many lanes.
+        SettingError: The engine cannot run it on this device.
         MissingExtraError: The runtime is not installed.
     """
     for exporter in exporters_of(path):
         if exporter.fleet is not None and exporter.fleet.load is not None:
             with unchanged(path):
                 check_unchanged(path)
-                check_lanes(options, options.device or "cpu")
                 return exporter.fleet.load(path, options)
     able = sorted(e.name for e in exporters() if e.fleet is not None and e.fleet.load is not None)
     raise ArtefactError(

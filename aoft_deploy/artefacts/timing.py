@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ def interleaved(
     rounds: int,
     progress: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
+    drop: Callable[[Sequence[Timing]], Collection[int]] = lambda timings: (),
 ) -> list[Timing]:
     """Time all subjects in turn, so that other load on the machine affects all of them equally.
 
@@ -150,6 +151,8 @@ def interleaved(
         rounds: Number of timed runs of each subject at each batch size.
         progress: Called with the number of finished rounds.
         clock: Returns the time in seconds. Engines in a subprocess use their own clock.
+        drop: Called after each round with the timings so far, in the order of the result. The
+            subjects whose numbers it returns are not timed any more; the first one always is.
 
     Returns:
         The timings, ordered by batch size, then by subject.
@@ -161,23 +164,35 @@ def interleaved(
     found: dict[tuple[int, int], list[Duration]] = {key: [] for key in work}
     for key in work:
         _duration(subjects[key[1]], inputs[key], clock)
+    dropped = set[int]()
     for turn in range(rounds):
         for key in work if turn % 2 == 0 else reversed(work):
-            _duration(subjects[key[1]], inputs[key], clock)
-            found[key].append(_duration(subjects[key[1]], inputs[key], clock))
+            if key[1] not in dropped:
+                _duration(subjects[key[1]], inputs[key], clock)
+                found[key].append(_duration(subjects[key[1]], inputs[key], clock))
         progress(turn + 1)
+        dropped |= {*drop(_timings(subjects, found))} - {0}
+        if len(dropped) == len(subjects) - 1 > 0:
+            break
+    return _timings(subjects, found)
+
+
+def _timings(
+    subjects: Sequence[Subject], found: Mapping[tuple[int, int], Sequence[Duration]]
+) -> list[Timing]:
+    """The timings by batch size and number of the subject; all began in the first round."""
     return [
         Timing(
             subjects[index],
             batch,
-            tuple(own.wall for own in found[batch, index]),
+            tuple(own.wall for own in durations),
             tuple(
                 first.wall / own.wall
-                for first, own in zip(found[batch, 0], found[batch, index], strict=True)
+                for first, own in zip(found[batch, 0], durations, strict=False)
             ),
-            tuple(own.device for own in found[batch, index] if own.device is not None),
+            tuple(own.device for own in durations if own.device is not None),
         )
-        for batch, index in work
+        for (batch, index), durations in found.items()
     ]
 
 

@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="N",
-        help="run each artefact on a GPU with each of these numbers of batches at once, from as "
-        "many threads (default: 1)",
+        help="run each artefact with each of these numbers of batches at once; on the CPU, several "
+        "lanes share the cores (default: 1)",
     )
     engine.add_argument(
         "--device", type=device, metavar="NAME", help=f"{DEVICES} (default: the engine's choice)"
@@ -142,20 +142,16 @@ def bench(options: argparse.Namespace) -> None:
 def _wanted(options: argparse.Namespace) -> list[tuple[str, Path, EngineOptions]]:
     """Every artefact in every engine, with the shortest names that are unique.
 
-    Those on the CPU are run with each number of threads, those on a GPU with each number of lanes.
+    All are run with each number of lanes, those on the CPU also with each number of threads.
 
     Raises:
-        SettingError: Threads or lanes are given, but no artefact runs on the CPU or a GPU.
+        SettingError: Threads are given, but no artefact runs on the CPU.
     """
     from aoft_deploy.errors import SettingError
 
     on_gpu = [_on_gpu(path, options.device) for path in options.artefacts]
     if options.threads and all(on_gpu):
         raise SettingError("`threads` is for artefacts on the CPU, but all run on a GPU.")
-    if options.lanes and not any(on_gpu):
-        raise SettingError(
-            "`lanes` is for artefacts on a GPU, but all run on the CPU: choose `device=cuda`."
-        )
     short = len({path.name for path in options.artefacts}) == len(options.artefacts)
     return [
         (" ".join([path.name if short else str(path), *words]), path, chosen)
@@ -173,16 +169,13 @@ def _engines(
 
     for engine in options.engines or [None]:
         words = [engine] if engine else []
-        if on_gpu:
-            counts = options.lanes or [1]
-            for lanes in counts:
-                several = [f"{lanes} lanes"] if len(counts) > 1 else []
-                yield words + several, EngineOptions(engine, None, options.device, lanes)
-        else:
-            counts = options.threads or [processors()]
-            for threads in counts:
-                several = [f"×{threads}"] if len(counts) > 1 else []
-                yield words + several, EngineOptions(engine, threads, options.device)
+        several = [len(given or []) > 1 for given in (options.threads, options.lanes)]
+        for lanes in options.lanes or [1]:
+            usual = processors() if lanes == 1 and not on_gpu else None
+            for threads in [None] if on_gpu else options.threads or [usual]:
+                numbers = [f"×{threads}"] * (several[0] and not on_gpu)
+                numbers += [f"{lanes} lane{'s' * (lanes > 1)}"] * several[1]
+                yield words + numbers, EngineOptions(engine, threads, options.device, lanes)
 
 
 def _on_gpu(path: Path, device: str | None) -> bool:

@@ -28,10 +28,10 @@ __all__ = ["main", "next_step"]
 def export(options: argparse.Namespace) -> None:
     """Run the export, and print the verification results."""
     check_usage(options)
-    if options.fleet:
-        exported = _fleet(options)
-    elif options.to == "auto":
+    if options.to == "auto":
         exported = _fastest(options)
+    elif options.fleet:
+        exported = _fleet(options)
     else:
         exported = _merged(options)
     _note_skipped([*options.images, *options.calibrate])
@@ -109,7 +109,9 @@ def next_step(artefact: Path) -> str:
     path = shlex.quote(str(artefact))
     tasks = manifest.get("tasks")
     task = f" --task {shlex.quote(tasks[0]['name'])}" if tasks else ""
-    return f"aoft-predict {path}{task} IMAGE …, or aoft-serve {path}"
+    lanes = manifest.get("chosen", {}).get("lanes", 1)
+    several = f" --lanes {lanes}" if lanes > 1 else ""
+    return f"aoft-predict {path}{task} IMAGE …, or aoft-serve {path}{several}"
 
 
 def _note_skipped(sources: Sequence[Path]) -> None:
@@ -176,7 +178,12 @@ def _build(options: argparse.Namespace) -> BuildOptions:
 
 def _fastest(options: argparse.Namespace) -> Exported:
     """Export every candidate, and print the result of each."""
-    from aoft_deploy.export.fastest import BATCHES, CANDIDATES, export_fastest
+    from aoft_deploy.export.fastest import (
+        BATCHES,
+        CANDIDATES,
+        export_fastest,
+        export_fastest_fleet,
+    )
     from aoft_deploy.export.race import criterion
 
     def show(candidate: Candidate) -> None:
@@ -186,21 +193,20 @@ def _fastest(options: argparse.Namespace) -> Exported:
             print("timing the verified artefacts in turn", flush=True)
 
     batches = sorted({*(options.batches or BATCHES)})
-    print(f"criterion: {criterion(batches)}", flush=True)
-    exported, race = export_fastest(
-        options.merge,
-        options.output,
-        uint8=options.uint8,
-        batches=batches,
-        progress=show,
-        **_common(options),
+    print(f"criterion: {criterion(batches, options.goal)}", flush=True)
+    how = {"batches": batches, "goal": options.goal, "progress": show, **_common(options)}
+    exported, race = (
+        export_fastest_fleet(options.fleet, options.output, form=options.form, **how)
+        if options.fleet
+        else export_fastest(options.merge, options.output, uint8=options.uint8, **how)
     )
     for candidate in race.candidates:
         if candidate.ratios:
             ratios = ", ".join(f"{r:.2f}× at batch {b}" for b, r in candidate.ratios.items())
             slower_at = " and ".join(map(str, candidate.slower_at))
             suffix = f"; slower than fp32 at batch {slower_at}" if slower_at else ""
-            print(f"{candidate.name}: {ratios}{suffix}")
+            lanes = f" in {candidate.lanes} lanes" if candidate.lanes > 1 else ""
+            print(f"{candidate.name}: {ratios}{lanes}{suffix}")
     print(f"chosen: {race.chosen.name}")
     for batch in race.batches:
         best = race.fastest(batch)
@@ -220,7 +226,8 @@ def _command_for(candidate: Candidate, options: argparse.Namespace) -> str:
 
     exporter = get_exporter(candidate.to)
     changed = argparse.Namespace(**vars(options))
-    changed.to, changed.batches, changed.overwrite = candidate.to, None, False
+    changed.to, changed.batches, changed.goal = candidate.to, None, "latency"
+    changed.overwrite = False
     changed.precision = None if candidate.precision == "fp32" else candidate.precision
     if candidate.precision not in exporter.calibrated:
         changed.calibrate = []

@@ -10,6 +10,9 @@ from aoft_deploy.cli.command import Parser, add_import_option
 
 __all__ = ["check_usage", "parser"]
 
+FLEET_REFUSES = ("uint8", "backbone", "refittable", "refit")
+"""Options of merged models only."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
@@ -131,6 +134,12 @@ def _add_build(group: argparse._ArgumentGroup) -> None:
         "smallest, usual and largest batch (default: 1 8 32)",
     )
     group.add_argument(
+        "--goal",
+        choices=("latency", "throughput"),
+        default="latency",
+        help="with --to auto: be fast at one batch at a time (default), or at several at once",
+    )
+    group.add_argument(
         "--opset",
         type=int,
         metavar="N",
@@ -159,14 +168,15 @@ def check_usage(options: argparse.Namespace) -> None:
     """Exit with 2 if options cannot be combined."""
     refused: tuple[str, ...] = ()
     if options.fleet:
-        refused += ("uint8", "backbone", "refittable", "refit")
-        if options.to == "auto":
-            parser().error("--to auto goes with --merge: choose an exporter for --fleet")
-    elif options.to == "auto":
+        refused += FLEET_REFUSES
+    if options.to == "auto":
         refused += ("precision", "opset", "compute_capability", "refittable", "refit")
     for name in refused:
         if getattr(options, name):
-            beside = "--fleet" if options.fleet else "--to auto"
+            auto = options.to == "auto" and name not in FLEET_REFUSES
+            beside = "--to auto" if auto or not options.fleet else "--fleet"
             parser().error(f"--{name.replace('_', '-')} does not go with {beside}")
+    if options.goal != "latency" and options.to != "auto":
+        parser().error("--goal goes with --to auto")
     if options.form != "auto" and not options.fleet:
         parser().error("--form goes with --fleet")

@@ -10,7 +10,23 @@ from typing import Any
 from aoft_deploy.artefacts.machine import machine
 from aoft_deploy.processors import processors
 
-__all__ = ["Candidate", "Race", "criterion"]
+__all__ = ["GOALS", "Candidate", "Race", "Timed", "criterion"]
+
+GOALS = ("latency", "throughput")
+"""What to be fast at: one batch at a time, or several batches at once."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How fast an artefact is.
+
+    Attributes:
+        ratios: Throughput at each batch size relative to the first candidate in one lane.
+        lanes: Number of batches computed at once.
+    """
+
+    ratios: Mapping[int, float]
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -20,11 +36,12 @@ class Candidate:
     Attributes:
         to: Name of the exporter.
         precision: Precision of the artefact.
-        ratios: Throughput at each batch size relative to the first candidate; empty if the
-            candidate was not exported.
+        ratios: Throughput at each batch size relative to the first candidate in one lane; empty if
+            the candidate was not exported.
         reason: Why the candidate was not exported; empty if it was.
         slower_at: Batch sizes at which it is slower than the fp32 candidate that it is compared
             with. If there is one, the candidate is not chosen.
+        lanes: Number of batches that were computed at once.
     """
 
     to: str
@@ -32,6 +49,7 @@ class Candidate:
     ratios: Mapping[int, float] = field(default_factory=dict)
     reason: str = ""
     slower_at: tuple[int, ...] = ()
+    lanes: int = 1
 
     @property
     def name(self) -> str:
@@ -46,6 +64,7 @@ class Candidate:
             "ratios": dict(self.ratios),
             "left_out": self.reason,
             "slower_than_fp32_at": list(self.slower_at),
+            "lanes": self.lanes if self.lanes > 1 else None,
         }
         return {name: value for name, value in entries.items() if value}
 
@@ -58,14 +77,16 @@ class Race:
         batches: Batch sizes.
         candidates: All candidates, timed or left out.
         chosen: The candidate that ``criterion`` decides for.
+        goal: One of ``GOALS``.
     """
 
     batches: Sequence[int]
     candidates: Sequence[Candidate]
     chosen: Candidate
+    goal: str = GOALS[0]
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate]) -> Race:
+    def of(cls, candidates: Sequence[Candidate], goal: str = GOALS[0]) -> Race:
         """Choose the fastest candidate that is not slower than fp32 at any batch size.
 
         First, choose the fastest fp32 candidate that is not slower than the first candidate at any
@@ -75,6 +96,7 @@ class Race:
 
         Args:
             candidates: All candidates. One or more have ratios, fp32 before others.
+            goal: One of ``GOALS``.
         """
         timed = [each for each in candidates if each.ratios]
         first = timed[0]
@@ -84,7 +106,7 @@ class Race:
             replace(each, slower_at=_slower_at(each, first if each.precision == "fp32" else fp32))
             for each in candidates
         ]
-        return cls(tuple(first.ratios), judged, chosen)
+        return cls(tuple(first.ratios), judged, chosen, goal)
 
     def fastest(self, batch: int) -> Candidate:
         """The fastest candidate at a batch size, whether chosen or not."""
@@ -94,22 +116,25 @@ class Race:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "criterion": criterion(self.batches),
+            "goal": self.goal,
+            "criterion": criterion(self.batches, self.goal),
             "batches": list(self.batches),
+            "lanes": self.chosen.lanes,
             "fastest": {batch: self.fastest(batch).name for batch in self.batches},
             "machine": machine(processors()),
             "among": [candidate.to_dict() for candidate in self.candidates],
         }
 
 
-def criterion(batches: Sequence[int]) -> str:
+def criterion(batches: Sequence[int], goal: str = GOALS[0]) -> str:
     """Describe how a race is decided, as a phrase."""
     sizes = " and ".join(map(str, batches))
+    how = "" if goal == "latency" else ", with as many batches at once as suit it"
     if len(batches) == 1:
-        return f"the verified artefact that is fastest at batch {sizes}"
+        return f"the verified artefact that is fastest at batch {sizes}{how}"
     return (
-        f"the verified artefact that is fastest on average at batch {sizes}, and slower than fp32 "
-        "at none of them"
+        f"the verified artefact that is fastest on average at batch {sizes}{how}, and slower than "
+        "fp32 at none of them"
     )
 
 

@@ -73,9 +73,9 @@ class Fleet:
             a GPU, they are taken at once, and half as many for gaps between classifiers; None takes
             a third of the memory that nothing but fleets of this process uses, and at most half of
             what is free.
-        threads: Threads within an operator; None lets the runtime choose.
+        threads: As for ``EngineOptions``.
         device: ``cpu``, ``cuda``, ``cuda:1`` …; None lets the engine choose.
-        lanes: Batches that a GPU computes at once.
+        lanes: Batches that the device computes at once.
 
     Raises:
         ArtefactError: The file is missing, damaged or no fleet.

@@ -86,7 +86,12 @@ class Settings:
             "batches that each device computes at once; default: 2 on a GPU, 1 on the CPU", 1, 64
         ),
     )
-    threads: int | None = field(default=None, metadata=_about("threads of an engine", 1, 1024))
+    threads: int | None = field(
+        default=None,
+        metadata=_about(
+            "CPU threads for one batch; default: the cores, shared by the lanes", 1, 1024
+        ),
+    )
     max_batch: int = field(default=16, metadata=_about("maximum samples in a batch", 1, 4096))
     max_wait: float = field(
         default=0.002, metadata=_about("maximum seconds that a batch waits for more", 0, 10)

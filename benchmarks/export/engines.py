@@ -38,6 +38,7 @@ from aoft_deploy.artefacts.timing import Subject, interleaved, trusted_peaks
 from aoft_deploy.artefacts.verification import random_pixels
 from aoft_deploy.export.flops import flops_per_image
 from aoft_deploy.processors import processors
+from aoft_deploy.tuning.multitask import MixedModel
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.exporter import EXPORTER as ONNX
 from aoft_exporters.openvino.exporter import EXPORTER as OPENVINO
@@ -108,6 +109,23 @@ class Variants:
             load_artefact, self.folder / name, EngineOptions(threads=self.options.threads)
         )
 
+    def fleet(self, exporter: Exporter, precision: str) -> Load:
+        """A fleet of random tasks, whose images take turns."""
+        tuned = torch_engines.tuned_model(self.options.model, self.options.method)
+        tables, model = torch_engines.random_tasks(tuned), MixedModel(tuned)
+        calibrated = precision in exporter.calibrated
+        pixels = random_pixels(self.options.calibration, self.size, seed=1) if calibrated else None
+        spec = ExportSpec(
+            InputSpec(self.size, self.size, False, HALF, HALF),
+            {"tasks": torch_engines.task_list(), "precision": precision},
+            precision,
+            calibration=None if pixels is None else Calibration(pixels),
+        )
+        assert exporter.fleet is not None
+        path = self.folder / f"{len(list(self.folder.iterdir()))}{exporter.suffix}"
+        exporter.fleet.export(model, path, spec, tables)
+        return partial(load_artefact, path, EngineOptions(threads=self.options.threads))
+
     def nodes(self) -> dict[str, int]:
         """Number of nodes of each ONNX file."""
         return {
@@ -129,6 +147,11 @@ VARIANTS: dict[str, tuple[str, Callable[[Variants], Load]]] = {
     "openvino fp32": ("fp32", lambda v: v.ours(OPENVINO, "fp32")),
     "openvino bf16": ("bf16", lambda v: v.ours(OPENVINO, "bf16")),
     "openvino int8": ("int8", lambda v: v.ours(OPENVINO, "int8")),
+    "PEFT, 16 tasks mixed": ("fp32", lambda v: v.torch(torch_engines.peft_mixed)),
+    "onnxruntime fp32, 16 tasks mixed": ("fp32", lambda v: v.fleet(ONNX, "fp32")),
+    "onnxruntime int8, 16 tasks mixed": ("int8", lambda v: v.fleet(ONNX, "int8")),
+    "openvino fp32, 16 tasks mixed": ("fp32", lambda v: v.fleet(OPENVINO, "fp32")),
+    "openvino int8, 16 tasks mixed": ("int8", lambda v: v.fleet(OPENVINO, "int8")),
 }
 FIRST = next(iter(VARIANTS))
 OPTIONAL = ("torch.compile", "openvino bf16")

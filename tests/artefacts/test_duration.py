@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.duration import RUNS, Duration, duration
+from aoft_deploy.artefacts.duration import ENOUGH, RUNS, duration
 
 
 class Meeting:
@@ -37,15 +37,29 @@ class Timed(Meeting):
         return 0.25
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5])
+class Clock:
+    """Gives each thread its own times: 100, 100 + step, 100 + 2 step …"""
+
+    def __init__(self, step: float) -> None:
+        self._step, self._own = step, threading.local()
+
+    def __call__(self) -> float:
+        now: float = getattr(self._own, "now", 100.0)
+        self._own.now = now + self._step
+        return now
+
+
+@pytest.mark.parametrize(
+    ("lanes", "step", "runs"),
+    [(1, 3, 1), (2, ENOUGH / 20, RUNS), (5, ENOUGH / 20, RUNS), (2, 3, 2), (3, ENOUGH / 2.5, 3)],
+)
 def test_as_many_threads_as_lanes_run_at_once_and_the_time_is_that_of_one_batch(
-    lanes: int,
+    lanes: int, step: float, runs: int
 ) -> None:
-    engine, times = Meeting(lanes), iter([100.0, 180.0])
-    found = duration(engine, (np.zeros(1),), lanes, clock=lambda: next(times))
-    runs = 1 if lanes == 1 else RUNS * lanes
-    assert engine.runs == runs
-    assert found == Duration(80.0 / runs, None)
+    engine = Meeting(lanes)
+    found = duration(engine, (np.zeros(1),), lanes, clock=Clock(step))
+    assert engine.runs == lanes * runs
+    assert found.wall == pytest.approx(step / lanes) and found.device is None
 
 
 def test_an_engine_that_measures_its_gpu_is_asked() -> None:

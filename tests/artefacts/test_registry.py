@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from aoft_deploy.artefacts.engine import EngineOptions, check_lanes
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact, load_fleet
 from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError
 
@@ -78,33 +81,44 @@ def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
         load(artefact)
 
 
-@pytest.mark.parametrize("engine", [None, "onnxruntime", "openvino"])
-@pytest.mark.parametrize("device", [None, "cpu"])
-@pytest.mark.parametrize("lanes", [0, 2])
-def test_a_cpu_computes_one_batch_at_a_time(
-    engine: str | None, device: str | None, lanes: int, artefact: Path, fleet_artefact: Path
+@pytest.mark.parametrize("lanes", [0, -1])
+def test_there_is_one_lane_or_more(lanes: int) -> None:
+    with pytest.raises(SettingError, match=f"`lanes` is {lanes}, but must be a whole number from"):
+        EngineOptions(lanes=lanes)
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        (EngineOptions(), None),
+        (EngineOptions(lanes=2), 3),
+        (EngineOptions(lanes=4), 1),
+        (EngineOptions(lanes=9), 1),
+        (EngineOptions(threads=2, lanes=4), 2),
+    ],
+)
+def test_lanes_share_the_processors(
+    options: EngineOptions, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = f"`lanes` is {lanes}, but cpu computes one batch at a time: leave it out, or choose"
-    options = EngineOptions(engine, None, device, lanes)
-    with pytest.raises(SettingError, match=message):
-        load_artefact(artefact, options)
-    with pytest.raises(SettingError, match=message):
-        load_fleet(fleet_artefact, EngineOptions(device=device, lanes=lanes))
+    monkeypatch.setattr("aoft_deploy.artefacts.engine.processors", lambda: 6)
+    monkeypatch.setattr("aoft_deploy.artefacts.engine.limited", lambda: None)
+    assert options.cpu_threads() == threads
+    monkeypatch.setattr("aoft_deploy.artefacts.engine.limited", lambda: 6)
+    assert options.cpu_threads() == (threads or 6)
 
 
-@pytest.mark.parametrize("name", exporter_names())
-def test_every_exporters_engines_refuse_lanes_on_a_cpu(name: str, tmp_path: Path) -> None:
-    exporter = get_exporter(name)
-    path = tmp_path / f"a{exporter.suffix}"
-    path.touch()
-    with pytest.raises(SettingError, match="`lanes` is 2, but cpu computes one batch at a time"):
-        load_artefact(path, EngineOptions(device="cpu", lanes=2))
-
-
-def test_a_gpu_computes_several_batches_at_once() -> None:
-    for device in ("cuda", "cuda:1", "cuda:0"):
-        check_lanes(EngineOptions(lanes=4), device)
-        with pytest.raises(SettingError, match="`lanes` is 0, but must be a whole number from 1"):
-            check_lanes(EngineOptions(lanes=0), device)
-    for device in ("cpu", "mps", "xpu:0"):
-        check_lanes(EngineOptions(), device)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_several_lanes_of_a_cpu_have_their_own_threads_and_the_same_answers(
+    engine: str, artefact: Path
+) -> None:
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), np.float32)
+    alone = load_artefact(artefact, EngineOptions(engine, threads=1)).run(images)
+    several: Any = load_artefact(artefact, EngineOptions(engine, threads=1, lanes=2))
+    with ThreadPoolExecutor(4) as pool:
+        for answer in pool.map(lambda _: several.run(images), range(8)):
+            assert np.array_equal(answer, alone)
+    if engine == "openvino":
+        assert int(several._compiled.property("NUM_STREAMS")) == 2
+        assert several.threads == 2
+    else:
+        assert several._session.get_session_options().intra_op_num_threads == 1

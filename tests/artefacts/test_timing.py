@@ -87,6 +87,24 @@ def test_medians_ratios_and_shares_follow_from_the_rounds() -> None:
     assert entry["images_per_second"] == 2 / 1.5 and entry["seconds"] == 1.5
 
 
+def test_dropped_subjects_are_not_timed_any_more_and_keep_their_ratios() -> None:
+    order: list[str] = []
+    clock = Clock()
+    subjects = [Subject.of(n, Worker(clock, [1.0], order, name=n)) for n in "abc"]
+    seen: list[list[int]] = []
+
+    def drop(timings: Sequence[Timing]) -> set[int]:
+        seen.append([len(each.ratios) for each in timings])
+        return {0, 1} if len(seen) == 1 else set()
+
+    timings = interleaved(subjects, [1], (4, 4), 3, clock=clock, drop=drop)
+    assert [len(each.seconds) for each in timings] == [3, 1, 3]  # the first one is never dropped
+    assert seen == [[1, 1, 1], [2, 1, 2], [3, 1, 3]]
+    assert order.count("b1") == 1 + 2
+    timings = interleaved(subjects, [1], (4, 4), 9, clock=clock, drop=lambda timings: {1, 2})
+    assert [len(each.seconds) for each in timings] == [1, 1, 1]  # only the first one is left
+
+
 def timing(precision: str, rate: float) -> Timing:
     """The timing of an artefact that computes at a rate in operations per second."""
     subject = Subject(precision, idle(), 1000, precision)

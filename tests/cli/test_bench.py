@@ -100,7 +100,7 @@ def test_an_artefact_on_a_gpu_gets_no_threads_and_its_gpus_own_time_is_shown(
     ]
 
 
-def test_lanes_apply_to_artefacts_on_a_gpu(
+def test_each_artefact_is_timed_with_each_number_of_lanes(
     plan: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "figures.json"
@@ -108,9 +108,10 @@ def test_lanes_apply_to_artefacts_on_a_gpu(
     assert without_torch(plan, artefact, *options) == 0
     rows = json.loads(figures.read_text("utf-8"))["rows"]
     assert [(row["name"], row["lanes"]) for row in rows] == [
-        (f"{plan.name} 1 lanes", 1),
+        (f"{plan.name} 1 lane", 1),
         (f"{plan.name} 3 lanes", 3),
-        (artefact.name, 1),
+        (f"{artefact.name} 1 lane", 1),
+        (f"{artefact.name} 3 lanes", 3),
     ]
 
 
@@ -153,15 +154,11 @@ def test_a_plan_without_its_gpu_is_refused_for_the_gpu_and_not_for_threads(
     assert "needs an NVIDIA GPU of compute capability 8.9, and this machine has none" in line
 
 
-def test_threads_without_a_cpu_and_lanes_without_a_gpu_are_refused(
-    plan: Path, artefact: Path, refused: Callable[..., str]
+def test_threads_without_an_artefact_on_the_cpu_are_refused(
+    plan: Path, refused: Callable[..., str]
 ) -> None:
     line = refused(main, plan, "--threads", 2)
     assert line == "--threads is for artefacts on the CPU, but all run on a GPU."
-    line = refused(main, artefact, "--lanes", 2)
-    assert (
-        line == "--lanes is for artefacts on a GPU, but all run on the CPU: choose --device cuda."
-    )
 
 
 def test_a_fleet_is_timed_with_its_tasks_in_turn(

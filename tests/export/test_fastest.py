@@ -14,9 +14,10 @@ from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.cli.export import main
 from aoft_deploy.cli.predict import main as predict
-from aoft_deploy.errors import OutputError
+from aoft_deploy.errors import OutputError, UnknownNameError
 from aoft_deploy.export.fastest import CANDIDATES, export_fastest
-from aoft_deploy.export.race import Candidate
+from aoft_deploy.export.race import Candidate, Timed
+from aoft_deploy.fleet.fleet import Fleet
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +74,13 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, float]]:
     """Ratios that replace the measured ones, by candidate; other candidates get 1."""
     ratios: dict[str, dict[int, float]] = {}
 
-    def fixed(artefacts: dict[str, Path], batches: Sequence[int]) -> dict[str, dict[int, float]]:
+    def fixed(artefacts: dict[str, Path], batches: Sequence[int], goal: str) -> dict[str, Timed]:
         return {
-            name: {batch: ratios.get(name, {}).get(batch, 1.0) for batch in batches}
+            name: Timed({batch: ratios.get(name, {}).get(batch, 1.0) for batch in batches})
             for name in artefacts
         }
 
-    monkeypatch.setattr("aoft_deploy.export.fastest._ratios", fixed)
+    monkeypatch.setattr("aoft_deploy.export.fastest.timed", fixed)
     return ratios
 
 
@@ -239,11 +240,52 @@ def test_options_that_auto_chooses_are_refused(
     assert f"{option[0]} does not go with --to auto" in capsys.readouterr().err
 
 
-def test_auto_takes_one_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--merge", "a.ckpt", "--goal", "throughput"], "--goal goes with --to auto"),
+        (["--fleet", "a.ckpt", "--to", "auto", "--uint8"], "--uint8 does not go with --fleet"),
+        (["--fleet", "a.ckpt", "--to", "auto", "--opset", "20"], "--opset does not go with --to a"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--fleet", "a.ckpt", "b.ckpt", "--to", "auto"])
+        main(options)
     assert ended.value.code == 2
-    assert "--to auto goes with --merge" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_goal_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnknownNameError, match=r"Unknown goal 'energy'\. Known: latency, throughput"
+    ):
+        export_fastest(checkpoint, tmp_path / "task", goal="energy")
+
+
+def test_the_fastest_fleet_is_chosen_for_several_batches_at_once(
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "out").mkdir()
+    tasks = [tmp_path / f"t{number}.ckpt" for number in (1, 2)]
+    for task in tasks:
+        task.write_bytes(make_checkpoint("aoft-lora-star").read_bytes())
+    words = ["--fleet", *tasks, "--backbone-weights", backbone_weights, "--to", "auto"]
+    words += ["--goal", "throughput", "--batches", "2", "-o", tmp_path / "out" / "many"]
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    artefact, manifest = sorted((tmp_path / "out").iterdir())
+    chosen = json.loads(manifest.read_text("utf-8"))["chosen"]
+    assert chosen["goal"] == "throughput" and chosen["lanes"] >= 1
+    timed = [(each["exporter"], each["precision"]) for each in chosen["among"] if "ratios" in each]
+    assert timed == [("onnx", "fp32"), ("openvino", "fp32")]
+    lanes = f" --lanes {chosen['lanes']}" if chosen["lanes"] > 1 else ""
+    assert out.endswith(f"aoft-serve {artefact}{lanes}\n")
+    assert {*Fleet(artefact).tasks} == {"t1", "t2"}
 
 
 def test_a_batch_size_below_1_is_refused(

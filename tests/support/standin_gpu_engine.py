@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.engine import Engine, EngineOptions, check_lanes
+from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.registry import load_artefact
 from aoft_deploy.errors import SettingError
 
@@ -52,5 +52,4 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
         return load_artefact(path, options)
     if options.threads is not None:
         raise SettingError(f"{path} runs on a GPU, which has no threads to choose.")
-    check_lanes(options, GpuEngine.device)
     return GpuEngine(json.loads((path / "model.plan").read_text()))

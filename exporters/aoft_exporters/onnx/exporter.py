@@ -193,7 +193,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
     if options.engine == "openvino":
         return openvino_engine.load(path, options)
     if options.device in (None, "cpu"):
-        return OnnxEngine(path, options.threads)
+        return OnnxEngine(path, options.cpu_threads())
     return OnnxGpuEngine(path, options)
 
 

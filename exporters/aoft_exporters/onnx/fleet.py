@@ -184,7 +184,7 @@ class OnnxFleet:
         self._device = options.device or "cpu"
         check_device(self.info, self._device, path)
         model, tf32 = proto.SerializeToString(), self.info.get("precision") == "tf32"
-        self._session = session(model, options.threads, self._device, path, tf32=tf32)
+        self._session = session(model, options.cpu_threads(), self._device, path, tf32=tf32)
         self._path, self._place = path, Place.of(self._device)
         lanes = threading.BoundedSemaphore(options.lanes)
         on_cpu = self._place.kind == "cpu"

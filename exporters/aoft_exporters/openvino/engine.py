@@ -16,7 +16,6 @@ from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
 from aoft_deploy.errors import ArtefactError, SettingError
-from aoft_deploy.processors import limited
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.openvino.digest import check_digest
 from aoft_exporters.openvino.files import MARKER, SECTION, TASKS
@@ -31,7 +30,7 @@ ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 class OpenvinoEngine:
     """A folder, or a float32 ONNX file, compiled for the CPU in the artefact's precision.
 
-    Many threads may call ``run`` at once; OpenVINO computes one batch at a time.
+    Many threads may call ``run`` at once; OpenVINO computes one batch at a time in each lane.
 
     Attributes:
         info: Metadata stored in the graph.
@@ -41,7 +40,7 @@ class OpenvinoEngine:
 
     Args:
         path: The folder or file.
-        threads: Threads within a batch; None lets OpenVINO choose.
+        options: Threads and lanes.
 
     Raises:
         ArtefactError: The artefact is missing or damaged, or was not written by ``export``.
@@ -51,13 +50,13 @@ class OpenvinoEngine:
 
     device = "cpu"
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, options: EngineOptions = EngineOptions()) -> None:
         file = path if path.suffix == ".onnx" else path / MARKER
         if not file.is_file():
             if file == path:
                 raise ArtefactError(f"There is no file {path}.")
             raise ArtefactError(f"There is no folder {path} with an {MARKER}.")
-        self._compiled = _Compiled(path, file, threads)
+        self._compiled = _Compiled(path, file, options)
         self.info: Mapping[str, str] = self._compiled.info
         self.takes_tasks = "task" in self._compiled.inputs
         self.takes_pixels = "image" in self._compiled.inputs
@@ -76,7 +75,7 @@ class OpenvinoEngine:
 
     @property
     def threads(self) -> int:
-        """Threads within a batch."""
+        """Threads of all lanes."""
         return int(self._compiled.property("INFERENCE_NUM_THREADS"))
 
     def run(
@@ -98,7 +97,7 @@ class OpenvinoFleet:
 
     Args:
         path: A folder of ``export_fleet``.
-        options: Threads.
+        options: Threads and lanes.
 
     Raises:
         ArtefactError: The folder is missing, damaged, or no fleet.
@@ -112,7 +111,7 @@ class OpenvinoFleet:
             raise ArtefactError(f"There is no folder {path} with an {MARKER}.")
         if not (path / TASKS).is_file():
             raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
-        self._compiled = _Compiled(path, path / MARKER, options.threads)
+        self._compiled = _Compiled(path, path / MARKER, options)
         self.info: Mapping[str, str] = self._compiled.info
         self.tables: FleetTables | None = _tables(path)
         check_digest(path)
@@ -138,7 +137,7 @@ class OpenvinoFleet:
 class _Compiled:
     """A graph compiled for the CPU, with a pool of inference requests."""
 
-    def __init__(self, path: Path, file: Path, threads: int | None) -> None:
+    def __init__(self, path: Path, file: Path, options: EngineOptions) -> None:
         core = openvino_library().Core()
         # a model in use must not change when its file is rewritten
         core.set_property({"ENABLE_MMAP": False})
@@ -148,15 +147,15 @@ class _Compiled:
         self.info: Mapping[str, str] = onnx_metadata or _metadata(graph, path)
         precision = self.info["precision"]
         check_arithmetic(core, precision)
-        options: dict[str, Any] = {
+        properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": options.lanes,
         }
-        threads = threads or limited()
+        threads = options.cpu_threads()
         if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
+            properties["INFERENCE_NUM_THREADS"] = threads * options.lanes
         try:
-            self._model = core.compile_model(graph, "CPU", options)
+            self._model = core.compile_model(graph, "CPU", properties)
         except RuntimeError as error:
             raise ArtefactError(f"{path} cannot be compiled ({_reason(error)}).") from error
         self.inputs: dict[str, tuple[int | None, ...]] = {
@@ -286,7 +285,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> OpenvinoEngine
         SettingError: The device is not the CPU.
     """
     _check_device(options)
-    return OpenvinoEngine(path, options.threads)
+    return OpenvinoEngine(path, options)
 
 
 def _check_device(options: EngineOptions) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +13,22 @@ from aoft_deploy.errors import SettingError, optional_imports
 
 __all__ = ["check_arithmetic", "openvino_library", "without_telemetry"]
 
+_FIRST_USE = threading.Lock()
+
 
 def openvino_library() -> Any:
-    """Import OpenVINO with telemetry disabled.
+    """Import OpenVINO with telemetry disabled, ready for several threads.
+
+    OpenVINO 2026.4 fills its table of NumPy types at the first use, and two threads that do so at
+    once block each other for ever. So this function fills it, in one thread.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
     with optional_imports(), without_telemetry():
-        import openvino
+        openvino: Any = importlib.import_module("openvino")
+    with _FIRST_USE:
+        openvino.Type.f32.to_dtype()
     return openvino
 
 

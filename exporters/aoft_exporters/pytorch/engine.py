@@ -15,7 +15,6 @@ from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.inputs import check_batch
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.float32_products import float32_products
-from aoft_deploy.processors import limited
 
 __all__ = ["DTYPES", "Lanes", "TorchEngine", "dtype_of", "torch_device"]
 
@@ -71,8 +70,7 @@ class TorchEngine:
     Args:
         model: Computes logits from images on the device, both float; many threads may call it.
         info: Metadata of the artefact.
-        options: ``threads`` applies to the whole process; None keeps the current number. ``lanes``
-            is used on a GPU.
+        options: Threads and lanes. The number of threads applies to the whole process.
         device: The model's device.
         dtype: Type of the model's input, such as ``float32``.
         size: Height and width of an image; None is any.
@@ -94,7 +92,7 @@ class TorchEngine:
 
         self.info = info
         self.device = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
-        threads = options.threads or limited()
+        threads = options.cpu_threads()
         if threads is not None:
             torch.set_num_threads(threads)
         self._torch, self._model = torch, model
