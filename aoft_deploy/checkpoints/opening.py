@@ -87,7 +87,9 @@ def _open_published(
     """A published RLRR file, which contains neither class names nor preprocessing."""
     tensors = read_published(path)
     count = tensors["head.head.bias"].numel()
-    model, identity = create_backbone(backbone, num_classes=count, weights=weights)
+    model, identity = create_backbone(
+        backbone, num_classes=count, weights=weights, classifier_follows=True
+    )
     size = image_size(model)
     if size is None:
         raise CheckpointError(f"{path} needs a plain Vision Transformer, not {backbone}.")

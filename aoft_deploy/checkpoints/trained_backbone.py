@@ -22,7 +22,7 @@ __all__ = ["peft_backbone", "trained_backbone"]
 def trained_backbone(
     path: Path, checkpoint: Checkpoint, source: BackboneSource
 ) -> tuple[nn.Module, Backbone]:
-    """The backbone of a checkpoint that identifies it, with one output per class.
+    """The backbone of a checkpoint that identifies it, with an empty classifier for its classes.
 
     Args:
         path: Where the checkpoint was read, for messages.
@@ -45,6 +45,7 @@ def trained_backbone(
         source.name or trained_on.name,
         num_classes=len(checkpoint.classes),
         weights=source.weights,
+        classifier_follows=True,
         **trained_on.args,
     )
     size, prepared = image_size(model), checkpoint.preprocessing.size
