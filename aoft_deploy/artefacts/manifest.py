@@ -14,6 +14,7 @@ from aoft_deploy.files import file_digest, folder_digest
 from aoft_deploy.texts import one_line
 
 __all__ = [
+    "SEAL",
     "artefact_digest",
     "artefact_files",
     "artefact_size",
@@ -23,6 +24,9 @@ __all__ = [
     "signature",
     "unchanged",
 ]
+
+SEAL = "seal"
+"""Manifest entry for the digest that an artefact states of its own content."""
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -68,10 +72,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_unchanged(artefact: Path) -> None:
+def check_unchanged(artefact: Path, seal: str | None = None) -> None:
     """Compare an artefact with the digest in its manifest. An artefact without one passes.
 
     For a symbolic link, the manifest beside the target comes before the one beside the link.
+
+    Args:
+        artefact: The file or folder.
+        seal: A digest of its content that the artefact itself states, see ``Exporter.seal``. If the
+            manifest has it too, both are compared, and the file is not read: the caller must
+            compare the content with its seal. None reads and hashes all of the artefact.
 
     Raises:
         ArtefactError: The artefact was changed, or a file cannot be read.
@@ -81,12 +91,15 @@ def check_unchanged(artefact: Path) -> None:
     manifest = next((path for path in candidates if _exists(path)), None)
     if manifest is None or not _exists(target):
         return
-    recorded = read_manifest(manifest).get("sha256")
-    try:
-        digest = artefact_digest(target)
-    except OSError as error:
-        raise _unreadable(artefact, error) from error
-    if recorded != digest:
+    entries = read_manifest(manifest)
+    if seal is not None and SEAL in entries:
+        same = entries[SEAL] == seal
+    else:
+        try:
+            same = entries.get("sha256") == artefact_digest(target)
+        except OSError as error:
+            raise _unreadable(artefact, error) from error
+    if not same:
         raise ArtefactError(
             f"{artefact} was changed after its manifest {manifest.name} was written, so it is not "
             "run: export it again."

@@ -153,7 +153,7 @@ def export_verified(
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
             report = subject.verify(run_engine, images, spec, request.bar)
         manifest = {
-            **provenance(draft, exporter.name, request.command),
+            **provenance(draft, exporter, request.command),
             **subject.manifest(spec),
             **_calibration_entries(request, left_in_float),
             "verification": {

@@ -40,7 +40,16 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EMULATION", "EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
+__all__ = [
+    "EMULATION",
+    "EXPORTER",
+    "describe",
+    "emulation",
+    "export",
+    "export_fleet",
+    "load",
+    "seal",
+]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Largest size of the weights in one ONNX file, in bytes; a protobuf message holds 2 GiB."""
@@ -184,6 +193,15 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
     return OnnxGpuEngine(path, options)
 
 
+def seal(path: Path) -> str | None:
+    """The digest that a file states of its own content; None for a file of an older version.
+
+    Raises:
+        ArtefactError: The file is missing or damaged.
+    """
+    return read_metadata(path).get(DIGEST)
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Operators, inputs, outputs and metadata of a file.
 
@@ -231,6 +249,7 @@ EXPORTER = Exporter(
     load=load,
     describe=describe,
     platform="onnxruntime_onnx",
+    seal=seal,
     calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),
