@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,10 @@ __all__ = ["peft_backbone", "trained_backbone"]
 
 
 def trained_backbone(
-    path: Path, checkpoint: Checkpoint, source: BackboneSource
+    path: Path,
+    checkpoint: Checkpoint,
+    source: BackboneSource,
+    create: Callable[..., tuple[nn.Module, Backbone]] = create_backbone,
 ) -> tuple[nn.Module, Backbone]:
     """The backbone of a checkpoint that identifies it, with an empty classifier for its classes.
 
@@ -28,6 +32,8 @@ def trained_backbone(
         path: Where the checkpoint was read, for messages.
         checkpoint: The checkpoint.
         source: Where the backbone comes from.
+        create: Creates it: ``create_backbone``, or a ``SharedBackbone`` if none of the
+            checkpoint's parameters is one of the backbone's.
 
     Raises:
         CheckpointError: The backbone differs from the one trained on, or takes images of another
@@ -41,7 +47,7 @@ def trained_backbone(
             f"{path} was trained on {trained_on.name} with weights that timm cannot load by name "
             f"({origin}): give them with `weights`."
         )
-    model, found = create_backbone(
+    model, found = create(
         source.name or trained_on.name,
         num_classes=len(checkpoint.classes),
         weights=source.weights,
