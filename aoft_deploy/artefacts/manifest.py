@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ __all__ = [
     "signature",
     "unchanged",
 ]
+
+Seal = Callable[[Path], str | None]
 
 SEAL = "seal"
 """Manifest entry for the digest that an artefact states of its own content."""
@@ -72,16 +74,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_unchanged(artefact: Path, seal: str | None = None) -> None:
+def check_unchanged(artefact: Path, seal: Seal | None = None) -> None:
     """Compare an artefact with the digest in its manifest. An artefact without one passes.
 
     For a symbolic link, the manifest beside the target comes before the one beside the link.
 
     Args:
         artefact: The file or folder.
-        seal: A digest of its content that the artefact itself states, see ``Exporter.seal``. If the
-            manifest has it too, both are compared, and the file is not read: the caller must
-            compare the content with its seal. None reads and hashes all of the artefact.
+        seal: Reads the digest that the artefact states of its content; see ``Exporter.seal``. If
+            the manifest has one, both are compared, and the content is not read: the caller must
+            compare it with its seal. Otherwise, all of the artefact is hashed.
 
     Raises:
         ArtefactError: The artefact was changed, or a file cannot be read.
@@ -93,7 +95,7 @@ def check_unchanged(artefact: Path, seal: str | None = None) -> None:
         return
     entries = read_manifest(manifest)
     if seal is not None and SEAL in entries:
-        same = entries[SEAL] == seal
+        same = entries[SEAL] == seal(target)
     else:
         try:
             same = entries.get("sha256") == artefact_digest(target)

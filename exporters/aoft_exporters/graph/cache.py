@@ -214,7 +214,7 @@ def _forms(weights: Mapping[str, NDArray[Any]], names: Set[str]) -> Iterator[For
 
 
 def _digest(values: bytes | NDArray[Any]) -> bytes:
-    content = values if isinstance(values, bytes) else np.ascontiguousarray(values)
+    content = values if isinstance(values, bytes) else values.tobytes()
     return hashlib.sha256(content).digest()
 
 

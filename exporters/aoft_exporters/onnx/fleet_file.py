@@ -44,9 +44,11 @@ def read_fleet_file(path: Path) -> FleetFile:
         (graph, end), tables = _only(graphs), dict[str, bytes]()
         kept, start = list[memoryview](), 0
         for number, value, stop in fields(graph):
-            name = _name(value) if number == INITIALIZER and _is_bytes(value) else ""
-            if name in FLEET_TABLES:
-                tables[name] = bytes(value)  # type: ignore[arg-type]
+            assert not isinstance(value, Part)
+            tensor = value if number == INITIALIZER and isinstance(value, memoryview) else None
+            name = "" if tensor is None else _name(tensor)
+            if tensor is not None and name in FLEET_TABLES:
+                tables[name] = bytes(tensor)
             else:
                 kept.append(graph[start:stop])
             start = stop
@@ -60,24 +62,23 @@ def read_fleet_file(path: Path) -> FleetFile:
         raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
     before = content[: end - len(graph) - len(header(GRAPH, len(graph)))]
     length = sum(map(len, kept)) + sum(map(len, inputs))
-    pieces = [before, header(GRAPH, length), *kept, *inputs, content[end:]]
-    return FleetFile(b"".join(pieces), parsed)
+    pieces: list[bytes | memoryview] = [before, header(GRAPH, length), *kept, *inputs]
+    return FleetFile(b"".join([*pieces, content[end:]]), parsed)
 
 
 def _only(graphs: list[tuple[Any, int]]) -> tuple[memoryview, int]:
-    if len(graphs) != 1 or not _is_bytes(graphs[0][0]):
+    """The graph of a model and its end."""
+    if len(graphs) != 1 or not isinstance(graphs[0][0], memoryview):
         raise ValueError(f"it has {len(graphs)} graphs")
     return graphs[0]
 
 
-def _is_bytes(value: int | Part | memoryview) -> bool:
-    return isinstance(value, memoryview)
-
-
-def _name(tensor: Any) -> str:
+def _name(tensor: memoryview) -> str:
     """Name of a serialised tensor."""
-    names = (bytes(value) for number, value, _ in fields(tensor) if number == NAME)
-    return next(names, b"").decode()
+    for number, value, _ in fields(tensor):
+        if number == NAME and isinstance(value, memoryview):
+            return str(value, "utf-8")
+    return ""
 
 
 def _tensor(content: bytes) -> Any:
@@ -91,5 +92,6 @@ def _input(name: str, tensor: Any) -> bytes:
     import onnx
 
     shape = [FLEET_TABLES[name], *tensor.dims[1:]]
-    value = onnx.helper.make_tensor_value_info(name, tensor.data_type, shape).SerializeToString()
-    return header(INPUT, len(value)) + value
+    value = onnx.helper.make_tensor_value_info(name, tensor.data_type, shape)
+    content = bytes(value.SerializeToString())
+    return header(INPUT, len(content)) + content

@@ -58,7 +58,7 @@ def _size(tensor: Any) -> int:
     import onnx
 
     kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return math.prod(tensor.dims) * kind.itemsize
+    return int(math.prod(tensor.dims) * kind.itemsize)
 
 
 def _check(proto: Any) -> None:
