@@ -47,6 +47,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("--variants", "PyTorch", "PEFT, unmerged", "onnxruntime int8", "openvino fp32"),
     ),
     "benchmarks/export/exporting.py": (*MODEL, *ONCE, "--out", "{out}"),
+    "benchmarks/export/starting.py": (
+        *(*MODEL, "--small", "test_vit", *ONCE, "--tasks", "3", "--out", "{out}"),
+    ),
     "benchmarks/fleet/fleet.py": (
         *(*MODEL, *ONCE, "--batches", "2", "--tasks", "1", "3", "--threads", "1"),
         *("--out", "{out}", "--variants", "merged", "fleet", "merged int8", "fleet int8"),
@@ -118,6 +121,7 @@ STRESS = ("stress", "soak")
 NOT_IN_TABLE = {
     "benchmarks/export/coverage_page.py": "a module of coverage.py",
     "benchmarks/export/families.py": "a module of coverage.py",
+    "benchmarks/export/measured.py": "a module of exporting.py and starting.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",
     **{
         f"benchmarks/gpu/{name}.py": "tests/project/test_gpu_benchmark.py"
