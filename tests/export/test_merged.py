@@ -23,8 +23,9 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.attaching import attach
-from aoft_deploy.tuning.backbones import backbone
+from aoft_deploy.tuning.backbones import weights_file
 from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.backbones.state_dict import read_state_dict
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
@@ -159,10 +160,12 @@ def test_several_checkpoints_share_their_backbone_and_give_the_same_artefacts(
         for path in paths
     ]
     read = list[Path]()
-    file_weights = backbone.file_weights
-    monkeypatch.setattr(
-        backbone, "file_weights", lambda *given: read.append(given[2]) or file_weights(*given)
-    )
+
+    def reading(path: Path) -> Any:
+        read.append(path)
+        return read_state_dict(path)
+
+    monkeypatch.setattr(weights_file, "read_state_dict", reading)
     options = ["--merge", *paths, "--backbone-weights", backbone_weights]
     assert main(list(map(str, options))) == 0
     assert read == [backbone_weights]

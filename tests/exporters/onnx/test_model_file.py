@@ -26,7 +26,10 @@ def model(rows: int) -> Any:
     values = np.random.default_rng(rows).normal(size=(rows, 3)).astype(np.float32)
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")]
     nodes += [helper.make_node("Add", ["y", "one"], ["z"]), helper.make_node("Shape", ["k"], ["s"])]
-    tensors = [numpy_helper.from_array(values, "w"), numpy_helper.from_array(np.float32(1), "one")]
+    tensors = [
+        numpy_helper.from_array(values, "w"),
+        numpy_helper.from_array(np.array(1, np.float32), "one"),
+    ]
     tensors.append(numpy_helper.from_array(np.arange(3), "k"))
     graph = helper.make_graph(
         nodes,
