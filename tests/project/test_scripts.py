@@ -113,7 +113,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
-    *("engines", "exporting", "fleet", "forms", "serving"),
+    *("engines", "exporting", "fleet", "forms", "serving", "starting"),
     *("training_step", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
@@ -150,7 +150,7 @@ NOT_IN_TABLE = {
 
 def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a subprocess."""
-    spawns_others = Path(script).stem in ("engines", "exporting")
+    spawns_others = Path(script).stem in ("engines", "exporting", "starting")
     before = ("-c", ONE_BLOCK) if MODEL[1] in arguments and not spawns_others else ()
     return run_python(*before, ROOT / script, *arguments, cwd=ROOT, env={**os.environ, **more})
 
