@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ class Measured(NamedTuple):
     Attributes:
         seconds: From its start to its end, or to the line that was waited for.
         cpu: User and system time of all its threads, in seconds.
-        peak: Largest resident memory in MB.
+        peak: Largest resident memory in MB; 0 if it is below that of the process that started it,
+            which Linux counts too.
     """
 
     seconds: float
@@ -76,8 +78,10 @@ def run(words: Iterable[object], given: Mapping[str, str], until: str = "") -> M
     if (process.returncode and not seen) or (until and not seen):
         raise RuntimeError("".join(lines[-20:]))
     ended = time.perf_counter() - start
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = usage.ru_maxrss if usage.ru_maxrss > own else 0
     cpu = usage.ru_utime + usage.ru_stime
-    return Measured(seconds or ended, cpu, usage.ru_maxrss / 1024)
+    return Measured(seconds or ended, cpu, peak / 1024)
 
 
 def medians(runs: Iterable[Measured]) -> dict[str, float]:
