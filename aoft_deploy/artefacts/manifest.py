@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from aoft_deploy.files import file_digest, folder_digest
 from aoft_deploy.texts import one_line
 
 __all__ = [
+    "SEAL",
     "artefact_digest",
     "artefact_files",
     "artefact_size",
@@ -23,6 +24,11 @@ __all__ = [
     "signature",
     "unchanged",
 ]
+
+Seal = Callable[[Path], str | None]
+
+SEAL = "seal"
+"""Manifest entry for the digest that an artefact states of its own content."""
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -68,10 +74,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_unchanged(artefact: Path) -> None:
+def check_unchanged(artefact: Path, seal: Seal | None = None) -> None:
     """Compare an artefact with the digest in its manifest. An artefact without one passes.
 
     For a symbolic link, the manifest beside the target comes before the one beside the link.
+
+    Args:
+        artefact: The file or folder.
+        seal: Reads the digest that the artefact states of its content; see ``Exporter.seal``. If
+            the manifest has one, both are compared, and the content is not read: the caller must
+            compare it with its seal. Otherwise, all of the artefact is hashed.
 
     Raises:
         ArtefactError: The artefact was changed, or a file cannot be read.
@@ -81,12 +93,15 @@ def check_unchanged(artefact: Path) -> None:
     manifest = next((path for path in candidates if _exists(path)), None)
     if manifest is None or not _exists(target):
         return
-    recorded = read_manifest(manifest).get("sha256")
-    try:
-        digest = artefact_digest(target)
-    except OSError as error:
-        raise _unreadable(artefact, error) from error
-    if recorded != digest:
+    entries = read_manifest(manifest)
+    if seal is not None and SEAL in entries:
+        same = entries[SEAL] == seal(target)
+    else:
+        try:
+            same = entries.get("sha256") == artefact_digest(target)
+        except OSError as error:
+            raise _unreadable(artefact, error) from error
+    if not same:
         raise ArtefactError(
             f"{artefact} was changed after its manifest {manifest.name} was written, so it is not "
             "run: export it again."

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from aoft_deploy.artefacts.protobuf import Part, fields, header
 from aoft_deploy.errors import ArtefactError
 from aoft_deploy.file_signatures import foreign
 from aoft_deploy.path_kinds import missing
 from aoft_deploy.processors import processors
 
-__all__ = ["DIGEST", "checked_metadata", "digest_entry", "read_metadata"]
+__all__ = ["DIGEST", "checked_metadata", "digest_entry", "read_metadata", "seal"]
 
 DIGEST = "sha256-4MiB"
 """Key of the last metadata entry: the SHA-256 of the SHA-256 digests of all 4 MiB chunks before it.
@@ -49,8 +49,6 @@ _INNER = {
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _METADATA = 14
 _DEPTH = 32
-_SMALL = 65536
-"""Messages up to this size in bytes are read at once; larger ones in pieces of this size."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -71,11 +69,22 @@ def checked_metadata(path: Path) -> dict[str, str]:
     return _read(path, check_digest=True)
 
 
-def digest_entry(content: bytes) -> bytes:
-    """The serialised metadata entry with the digest, to be appended to a serialised model."""
-    key, value = DIGEST.encode(), _digest(lambda n, at: content[at : at + n], len(content)).encode()
-    entry = b"".join([b"\x0a", bytes([len(key)]), key, b"\x12", bytes([len(value)]), value])
-    return bytes([_METADATA << 3 | 2, len(entry)]) + entry
+def seal(path: Path) -> None:
+    """Append the metadata entry with the digest to a model's file, which must not have one yet.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    with path.open("r+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.write(digest_entry(_file_digest(file.fileno(), length)))
+
+
+def digest_entry(digest: str) -> bytes:
+    """The serialised metadata entry of a digest in hexadecimal."""
+    texts = DIGEST.encode(), digest.encode()
+    entry = b"".join(header(i, len(text)) + text for i, text in enumerate(texts, start=1))
+    return header(_METADATA, len(entry)) + entry
 
 
 def _read(path: Path, *, check_digest: bool) -> dict[str, str]:
@@ -118,9 +127,9 @@ def _walk_file(file: int, metadata: dict[str, str]) -> tuple[bool, int | None]:
     size = os.fstat(file).st_size
     if not size:
         raise ValueError("empty")
-    message = _Part(file, 0, size)
+    message = Part(file, 0, size)
     self_contained, end, start = True, None, 0
-    for number, value, stop in _fields(message):
+    for number, value, stop in fields(message):
         if number in _INNER["model"] and not isinstance(value, int):
             known = DIGEST in metadata
             inside = _walk(value, _INNER["model"][number], metadata, 1)
@@ -128,21 +137,13 @@ def _walk_file(file: int, metadata: dict[str, str]) -> tuple[bool, int | None]:
             if DIGEST in metadata and not known:
                 end = start
         start = stop
-    if end is not None and end + len(digest_entry(b"")) != size:
+    if end is not None and end + len(digest_entry(64 * "0")) != size:
         end = size  # data follows the entry, so the comparison must fail
     return self_contained, end
 
 
 def _file_digest(file: int, length: int) -> str:
-    return _digest(lambda n, at: os.pread(file, n, at), length)
-
-
-def _digest(read: Callable[[int, int], bytes], length: int) -> str:
-    """Digest of the first ``length`` bytes, in hexadecimal.
-
-    Args:
-        read: Reads bytes, given their number and their offset.
-        length: Number of bytes.
+    """Digest of the first ``length`` bytes of a file, in hexadecimal.
 
     Raises:
         ValueError: There are fewer bytes.
@@ -150,7 +151,7 @@ def _digest(read: Callable[[int, int], bytes], length: int) -> str:
 
     def chunk_digest(start: int) -> bytes:
         size = min(CHUNK, length - start)
-        chunk = read(size, start)
+        chunk = os.pread(file, size, start)
         if len(chunk) != size:
             raise ValueError("truncated")
         return hashlib.sha256(chunk).digest()
@@ -160,49 +161,13 @@ def _digest(read: Callable[[int, int], bytes], length: int) -> str:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-class _Part:
-    """A range of bytes of a file, with the interface of a memoryview, read on access."""
-
-    def __init__(self, file: int, start: int, stop: int) -> None:
-        self._file, self._start, self._stop = file, start, stop
-        self._buffer, self._buffer_start = b"", 0
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __getitem__(self, index: int) -> int:
-        if index >= len(self):
-            raise IndexError(index)
-        if not self._buffer_start <= index < self._buffer_start + len(self._buffer):
-            self._buffer = os.pread(self._file, _SMALL, self._start + index)
-            self._buffer_start = index
-        return self._buffer[index - self._buffer_start]
-
-    def read(self) -> bytes:
-        """All bytes of the range."""
-        content = os.pread(self._file, len(self), self._start)
-        if len(content) != len(self):
-            raise ValueError("truncated")
-        return content
-
-    def part(self, start: int, stop: int) -> _Part | memoryview:
-        """The bytes from ``start`` to ``stop``. Small ranges are read at once."""
-        start, stop = self._start + start, min(self._start + stop, self._stop)
-        if stop - start > _SMALL:
-            return _Part(self._file, start, stop)
-        content = os.pread(self._file, max(stop - start, 0), start)
-        if len(content) != max(stop - start, 0):
-            raise ValueError("truncated")
-        return memoryview(content)
-
-
-def _walk(message: _Part | memoryview, kind: str, metadata: dict[str, str], depth: int) -> bool:
+def _walk(message: Part | memoryview, kind: str, metadata: dict[str, str], depth: int) -> bool:
     """Collect the metadata of a message, and return whether all its tensors are in the file."""
     if depth > _DEPTH:
         raise ValueError("nested too deeply")
     inner = _INNER[kind]
     pair: dict[int, str] = {}
-    for number, value, _ in _fields(message):
+    for number, value, _ in fields(message):
         if kind == "tensor":
             if number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0):
                 return False
@@ -216,41 +181,5 @@ def _walk(message: _Part | memoryview, kind: str, metadata: dict[str, str], dept
     return True
 
 
-def _text(value: _Part | memoryview) -> str:
+def _text(value: Part | memoryview) -> str:
     return str(value if isinstance(value, memoryview) else value.read(), "utf-8")
-
-
-def _fields(message: _Part | memoryview) -> Iterator[tuple[int, int | _Part | memoryview, int]]:
-    """Number, value and end of each field of a message, without fields of fixed width."""
-    offset = 0
-    while offset < len(message):
-        key, offset = _varint(message, offset)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, offset = _varint(message, offset)
-            yield number, value, offset
-        elif wire in (1, 5):
-            offset += 8 if wire == 1 else 4
-        elif wire == 2:
-            length, start = _varint(message, offset)
-            offset = start + length
-            if isinstance(message, _Part):
-                yield number, message.part(start, offset), offset
-            else:
-                yield number, message[start:offset], offset
-        else:
-            raise ValueError(f"wire type {wire}")
-    if offset != len(message):
-        raise ValueError("truncated")
-
-
-def _varint(message: _Part | memoryview, offset: int) -> tuple[int, int]:
-    """Value of a variable-length integer, and the offset after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[offset]
-        offset += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, offset
-    raise ValueError("an integer of more than ten bytes")

@@ -13,6 +13,7 @@ from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.checkpoints.lora_factors import bypassed_layers
 from aoft_deploy.checkpoints.peft_adapter import read_peft_folder
 from aoft_deploy.checkpoints.rlrr import is_torch_file, published_preprocessing, read_published
+from aoft_deploy.checkpoints.shared_backbone import SharedBackbone
 from aoft_deploy.checkpoints.trained_backbone import peft_backbone, trained_backbone
 from aoft_deploy.checkpoints.transformers_config import outputs
 from aoft_deploy.classes import Classes
@@ -21,6 +22,7 @@ from aoft_deploy.errors import CheckpointError
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 from aoft_deploy.tuning.backbones.identity import image_size
+from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.sites.classifier import classifier_names
 from aoft_deploy.tuning.tuned_model import TunedModel
 
@@ -58,12 +60,15 @@ def load(
 def open_checkpoint(
     path: Path | str,
     source: BackboneSource = BackboneSource(),
+    shared: SharedBackbone | None = None,
 ) -> tuple[TunedModel, Checkpoint]:
     """The tuned model of a checkpoint, and the checkpoint itself.
 
     Args:
         path: The checkpoint or its run's folder, a published RLRR .pth, or a PEFT LoRA folder.
         source: Where the backbone comes from.
+        shared: Creates the backbone of a ``model.ckpt``, unless all its weights were trained. The
+            models of several checkpoints then share the frozen weights.
 
     Raises:
         CheckpointError: The file cannot be used, or was trained on another backbone.
@@ -75,7 +80,10 @@ def open_checkpoint(
     if source.name is not None and is_torch_file(path):
         return _open_published(path, source.name, source.weights)
     checkpoint = read_checkpoint(path)
-    model, identity = trained_backbone(path, checkpoint, source)
+    create = create_backbone
+    if shared is not None and not get_method(checkpoint.method).everything:
+        create = shared
+    model, identity = trained_backbone(path, checkpoint, source, create)
     tuned = attach(model, checkpoint.method, backbone=identity, **checkpoint.settings)
     tuned.load_trained(checkpoint.tensors)
     return tuned.eval(), checkpoint
@@ -87,7 +95,9 @@ def _open_published(
     """A published RLRR file, which contains neither class names nor preprocessing."""
     tensors = read_published(path)
     count = tensors["head.head.bias"].numel()
-    model, identity = create_backbone(backbone, num_classes=count, weights=weights)
+    model, identity = create_backbone(
+        backbone, num_classes=count, weights=weights, classifier_follows=True
+    )
     size = image_size(model)
     if size is None:
         raise CheckpointError(f"{path} needs a plain Vision Transformer, not {backbone}.")

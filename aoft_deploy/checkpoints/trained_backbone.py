@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,19 @@ __all__ = ["peft_backbone", "trained_backbone"]
 
 
 def trained_backbone(
-    path: Path, checkpoint: Checkpoint, source: BackboneSource
+    path: Path,
+    checkpoint: Checkpoint,
+    source: BackboneSource,
+    create: Callable[..., tuple[nn.Module, Backbone]] = create_backbone,
 ) -> tuple[nn.Module, Backbone]:
-    """The backbone of a checkpoint that identifies it, with one output per class.
+    """The backbone of a checkpoint that identifies it, with an empty classifier for its classes.
 
     Args:
         path: Where the checkpoint was read, for messages.
         checkpoint: The checkpoint.
         source: Where the backbone comes from.
+        create: Creates it: ``create_backbone``, or a ``SharedBackbone`` if none of the
+            checkpoint's parameters is one of the backbone's.
 
     Raises:
         CheckpointError: The backbone differs from the one trained on, or takes images of another
@@ -41,10 +47,11 @@ def trained_backbone(
             f"{path} was trained on {trained_on.name} with weights that timm cannot load by name "
             f"({origin}): give them with `weights`."
         )
-    model, found = create_backbone(
+    model, found = create(
         source.name or trained_on.name,
         num_classes=len(checkpoint.classes),
         weights=source.weights,
+        classifier_follows=True,
         **trained_on.args,
     )
     size, prepared = image_size(model), checkpoint.preprocessing.size

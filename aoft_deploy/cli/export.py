@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,16 @@ def export(options: argparse.Namespace) -> None:
     """Run the export, and print the verification results."""
     check_usage(options)
     if options.to == "auto":
-        exported = _fastest(options)
+        _print_exported(_fastest(options), options)
     elif options.fleet:
-        exported = _fleet(options)
+        _print_exported(_fleet(options), options)
     else:
-        exported = _merged(options)
+        for exported in _merged(options):
+            _print_exported(exported, options)
     _note_skipped([*options.images, *options.calibrate])
+
+
+def _print_exported(exported: Exported, options: argparse.Namespace) -> None:
     print(f"{exported.path}  {exported.size / 2**20:.1f} MiB")
     _print_report(exported.report)
     if exported.gpu is not None and exported.gpu.device is not None:
@@ -45,7 +49,7 @@ def export(options: argparse.Namespace) -> None:
     if exported.device is None:
         print(_not_on_device(exported, options))
     print(f"manifest: {exported.manifest}")
-    print(f"next: {next_step(exported.path)}")
+    print(f"next: {next_step(exported.path)}", flush=True)
 
 
 def _print_report(report: Report) -> None:
@@ -124,18 +128,19 @@ def _note_skipped(sources: Sequence[Path]) -> None:
         print(f"note: {describe_skipped(skipped)}.", file=sys.stderr)
 
 
-def _merged(options: argparse.Namespace) -> Exported:
-    from aoft_deploy.export.merged import export_merged
+def _merged(options: argparse.Namespace) -> Iterator[Exported]:
+    from aoft_deploy.export.merged import export_each, export_merged
 
-    return export_merged(
-        options.merge,
-        options.output,
-        to=options.to,
-        precision=options.precision or "fp32",
-        uint8=options.uint8,
-        build=_build(options),
+    common = {
+        "to": options.to,
+        "precision": options.precision or "fp32",
+        "uint8": options.uint8,
+        "build": _build(options),
         **_common(options),
-    )
+    }
+    if len(options.merge) > 1:
+        return export_each(options.merge, **common)
+    return iter([export_merged(options.merge[0], options.output, **common)])
 
 
 def _fleet(options: argparse.Namespace) -> Exported:
@@ -198,7 +203,7 @@ def _fastest(options: argparse.Namespace) -> Exported:
     exported, race = (
         export_fastest_fleet(options.fleet, options.output, form=options.form, **how)
         if options.fleet
-        else export_fastest(options.merge, options.output, uint8=options.uint8, **how)
+        else export_fastest(options.merge[0], options.output, uint8=options.uint8, **how)
     )
     for candidate in race.candidates:
         if candidate.ratios:

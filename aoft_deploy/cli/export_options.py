@@ -34,8 +34,10 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     source.add_argument(
         "--merge",
         type=Path,
+        nargs="+",
         metavar="CKPT",
-        help="run folder or its model.ckpt, published RLRR .pth, or PEFT LoRA folder",
+        help="run folder or its model.ckpt, published RLRR .pth, or PEFT LoRA folder; several "
+        "become an artefact each, and share the work on their backbone",
     )
     source.add_argument(
         "--fleet",
@@ -171,6 +173,11 @@ def check_usage(options: argparse.Namespace) -> None:
         refused += FLEET_REFUSES
     if options.to == "auto":
         refused += ("precision", "opset", "compute_capability", "refittable", "refit")
+    if options.merge and len(options.merge) > 1:
+        if options.to == "auto":
+            parser().error("--to auto goes with one checkpoint: choose an exporter for several")
+        if options.output:
+            parser().error("--output goes with one checkpoint: leave it out")
     for name in refused:
         if getattr(options, name):
             auto = options.to == "auto" and name not in FLEET_REFUSES

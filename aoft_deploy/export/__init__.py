@@ -9,13 +9,14 @@ from aoft_deploy._lazy import lazy_names
 if TYPE_CHECKING:
     from aoft_deploy.export.fastest import export_fastest
     from aoft_deploy.export.fleet import export_fleet
-    from aoft_deploy.export.merged import export_merged
+    from aoft_deploy.export.merged import export_each, export_merged
     from aoft_deploy.export.options import VerifyOptions
     from aoft_deploy.export.publishing import Exported
 
 __all__ = [
     "Exported",
     "VerifyOptions",
+    "export_each",
     "export_fastest",
     "export_fleet",
     "export_merged",
@@ -24,6 +25,7 @@ __all__ = [
 _HOMES = {
     "Exported": "publishing",
     "VerifyOptions": "options",
+    "export_each": "merged",
     "export_fastest": "fastest",
     "export_fleet": "fleet",
     "export_merged": "merged",

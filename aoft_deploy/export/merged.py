@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
 from aoft_deploy.artefacts.verification import Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.classes import check_classes
 from aoft_deploy.data.normalisation import normalised
 from aoft_deploy.errors import SettingError, optional_imports
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from aoft_deploy.checkpoints.checkpoint import Checkpoint
+    from aoft_deploy.checkpoints.shared_backbone import SharedBackbone
     from aoft_deploy.tuning.tuned_model import TunedModel
 
-__all__ = ["describe_model", "export_merged"]
+__all__ = ["describe_model", "export_each", "export_merged"]
 
 
 @optional_imports()
@@ -86,11 +88,84 @@ def export_merged(
             overwrite=overwrite,
             command=command,
         )
-        tuned, task = source.open(backbone)
-        check_classes(task.classes, str(source.path))
-        pixels = request.pixels(task.preprocessing)
-        subject = _Merged(exporter, source.path, backbone, tuned, task, precision)
-        return export_verified(request, subject, pixels, uint8)
+        return _export(source, request, uint8)
+
+
+@optional_imports()
+def export_each(
+    checkpoints: Sequence[str | Path],
+    *,
+    to: str = "onnx",
+    precision: str = "fp32",
+    uint8: bool = False,
+    backbone: BackboneSource = BackboneSource(),
+    verify: VerifyOptions = VerifyOptions(),
+    build: BuildOptions = BuildOptions(),
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+) -> Iterator[Exported]:
+    """Export several checkpoints, each by itself as ``export_merged`` does.
+
+    All options and paths are checked before the first export. Tasks of one backbone share its
+    weights, which are read, checked and hashed once.
+
+    Args:
+        checkpoints: Checkpoints as for ``export_merged``. Each artefact gets its default path,
+            beside its checkpoint.
+        to: As for ``export_merged``, as are the others.
+        precision: One of the exporter's precisions.
+        uint8: Whether the artefacts take uint8 pixels.
+        backbone: The backbone's name and weights, if they are not the checkpoints' and timm's.
+        verify: Images for verification and calibration.
+        build: Options of ONNX graphs and TensorRT engines.
+        overwrite: Replace existing artefacts.
+        command: The command line, for the manifests.
+
+    Yields:
+        Each finished export.
+
+    Raises:
+        AoftError: An input is invalid, two artefacts would have the same path, or the answers of
+            one differ. The artefacts before it stay.
+    """
+    from aoft_deploy.checkpoints.shared_backbone import SharedBackbone  # imports torch
+
+    exporter = get_exporter(to)
+    sources = [Source(checkpoint_file(path)) for path in checkpoints]
+    outputs = [_default_output(source, exporter, precision) for source in sources]
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise SettingError(f"{output} would be written twice: give each checkpoint once.")
+    requests = [
+        Request(
+            exporter,
+            output,
+            [each.path for each in sources],
+            backbone,
+            precision=precision,
+            verify=verify,
+            build=build,
+            overwrite=overwrite,
+            command=command,
+        )
+        for output in outputs
+    ]
+    shared = SharedBackbone()
+    for source, request in zip(sources, requests, strict=True):
+        yield _export(source, request, uint8, shared)
+
+
+def _export(
+    source: Source, request: Request, uint8: bool, shared: SharedBackbone | None = None
+) -> Exported:
+    """Export a source as its request says."""
+    tuned, task = source.open(request.backbone, shared)
+    check_classes(task.classes, str(source.path))
+    pixels = request.pixels(task.preprocessing)
+    subject = _Merged(
+        request.exporter, source.path, request.backbone, tuned, task, request.precision
+    )
+    return export_verified(request, subject, pixels, uint8)
 
 
 def _default_output(source: Source, exporter: Exporter, precision: str) -> Path:

@@ -158,7 +158,7 @@ def export_verified(
         )
         device = exporter.device_name(draft, precision) or (gpu.verified_on if gpu else None)
         manifest = {
-            **provenance(draft, exporter.name, request.command),
+            **provenance(draft, exporter, request.command),
             **subject.manifest(spec),
             **_calibration_entries(request, left_in_float),
             "verification": {

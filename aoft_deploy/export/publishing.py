@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import (
+    SEAL,
     artefact_digest,
     artefact_files,
     artefact_size,
@@ -60,13 +62,15 @@ class Exported:
     gpu: GpuVerification | None = None
 
 
-def provenance(draft: Path, to: str, command: Sequence[str]) -> dict[str, Any]:
+def provenance(draft: Path, exporter: Exporter, command: Sequence[str]) -> dict[str, Any]:
     """Manifest entries for the artefact's content, and for the export that made it."""
+    seal = exporter.seal(draft) if exporter.seal else None
     return {
         "artefact": draft.name,
         "sha256": artefact_digest(draft),
+        **({} if seal is None else {SEAL: seal}),
         "bytes": artefact_size(draft),
-        "exporter": to,
+        "exporter": exporter.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
     }

@@ -16,6 +16,7 @@ from aoft_deploy.errors import SettingError
 
 if TYPE_CHECKING:
     from aoft_deploy.checkpoints.checkpoint import Checkpoint
+    from aoft_deploy.checkpoints.shared_backbone import SharedBackbone
     from aoft_deploy.tuning.tuned_model import TunedModel
 
 __all__ = ["Source", "named_tasks", "source_of"]
@@ -32,8 +33,14 @@ class Source(NamedTuple):
     path: Path
     model: TunedModel | None = None
 
-    def open(self, backbone: BackboneSource) -> tuple[TunedModel, Checkpoint]:
+    def open(
+        self, backbone: BackboneSource, shared: SharedBackbone | None = None
+    ) -> tuple[TunedModel, Checkpoint]:
         """The tuned model in evaluation mode on the CPU, and its checkpoint.
+
+        Args:
+            backbone: Where the backbone of a checkpoint comes from.
+            shared: As for ``open_checkpoint``.
 
         Raises:
             AoftError: The checkpoint cannot be used.
@@ -42,7 +49,7 @@ class Source(NamedTuple):
         from aoft_deploy.checkpoints.opening import open_checkpoint
 
         if self.model is None:
-            return open_checkpoint(self.path, backbone)
+            return open_checkpoint(self.path, backbone, shared)
         return copy.deepcopy(self.model).cpu().eval(), read_checkpoint(self.path)
 
 

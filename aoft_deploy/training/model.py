@@ -48,8 +48,8 @@ def create_model(settings: TrainingSettings, num_classes: int) -> TunedModel:
             f"{method.name} has no updates, so `lr` has no effect: set the classifier's with "
             "`head_lr`."
         )
-    args = {} if settings.img_size is None else {"img_size": settings.img_size}
-    depth = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+    args: dict[str, Any] = {} if settings.img_size is None else {"img_size": settings.img_size}
+    depth: dict[str, Any] = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
     model, identity = create_backbone(
         settings.backbone,
         num_classes=num_classes,

@@ -1,8 +1,10 @@
 """Time the first export of a backbone and the export of further tasks.
 
 Each round starts with an empty graph cache and exports tasks of one ViT with random weights.
-``command`` runs ``aoft-export`` for each of two tasks. ``within`` exports three tasks in one
-process, without the time to start Python and import torch, timm and onnx. Figures are medians.
+``command`` runs ``aoft-export`` for each of two tasks. ``together`` runs it once for three tasks.
+``within`` exports three tasks in one process, one after the other, without the time to start Python
+and import torch, timm and onnx. ``--before`` names an earlier checkout, which takes turns with this
+one. Figures are medians.
 
     python benchmarks/export/exporting.py --out benchmarks/results/exporting.json
 """
@@ -11,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from measured import Measured, environment, medians, run
 from safetensors.torch import save_file
 
 from aoft_deploy.artefacts.machine import machine
@@ -32,18 +30,19 @@ from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.backbone import create_backbone
 
 WITHIN = """
-import json, sys, time
+import json, resource, sys, time
 from pathlib import Path
 import onnxruntime, torch, timm, onnx
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.export.merged import export_merged
 backbone = BackboneSource(weights=Path(sys.argv[1]))
-seconds = []
-for task in sys.argv[2:]:
-    start = time.perf_counter()
+measured = []
+for task in sys.argv[3:]:
+    start, cpu = time.perf_counter(), time.process_time()
     export_merged(Path(task), backbone=backbone, overwrite=True)
-    seconds.append(time.perf_counter() - start)
-print(json.dumps(seconds))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    measured.append([time.perf_counter() - start, time.process_time() - cpu, peak])
+Path(sys.argv[2]).write_text(json.dumps(measured))
 """
 
 
@@ -67,47 +66,60 @@ def tasks(model: str, folder: Path) -> tuple[Path, list[Path]]:
     return weights, paths
 
 
+def empty(folder: Path) -> None:
+    """Delete the files of a folder."""
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def exports(
+    weights: Path, paths: list[Path], given: dict[str, str], together: bool
+) -> dict[str, list[Measured]]:
+    """Export the tasks in each way, the first time with an empty graph cache."""
+    command = ["-m", "aoft_deploy.cli.export", "--overwrite", "--backbone-weights", weights]
+    found = dict[str, list[Measured]]()
+    graphs = Path(given["AOFT_CACHE_DIR"])
+    empty(graphs)
+    for path, kind in zip(paths[:2], ("first", "further"), strict=True):
+        found[f"command {kind}"] = [run([*command, "--merge", path], given)]
+    if together:
+        found["together three"] = [run([*command, "--merge", *paths], given)]
+    empty(graphs)
+    output = paths[0].parent / "seconds.json"
+    run(["-c", WITHIN, weights, output, *paths], given)
+    first, *further = (Measured(*each) for each in json.loads(output.read_text()))
+    return {**found, "within first": [first], "within further": further}
+
+
 def main() -> None:
     """Time the exports, print the figures and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--before", type=Path, help="an earlier checkout to compare with")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    seconds: dict[str, list[float]] = {"command first": [], "command further": []}
-    seconds |= {"within first": [], "within further": []}
+    runs = dict[str, list[Measured]]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights, paths = tasks(options.model, folder)
-        for turn in range(options.rounds):
-            environment = {**os.environ, "AOFT_CACHE_DIR": str(folder / f"command{turn}")}
-            for path, kind in zip(paths[:2], ("first", "further"), strict=True):
-                command = [sys.executable, "-m", "aoft_deploy.cli.export", "--merge", str(path)]
-                start = time.perf_counter()
-                subprocess.run(
-                    [*command, "--backbone-weights", str(weights), "--overwrite"],
-                    env=environment,
-                    check=True,
-                    capture_output=True,
-                )
-                seconds[f"command {kind}"].append(time.perf_counter() - start)
-            environment["AOFT_CACHE_DIR"] = str(folder / f"within{turn}")
-            done = subprocess.run(
-                [sys.executable, "-c", WITHIN, str(weights), *map(str, paths)],
-                env=environment,
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            first, *further = json.loads(done.stdout.splitlines()[-1])
-            seconds["within first"].append(first)
-            seconds["within further"] += further
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        sides = {"now": None, **({"before": options.before} if options.before else {})}
+        for _ in range(options.rounds):
+            for side, checkout in sides.items():
+                given = environment(folder / side, checkout)
+                for name, found in exports(weights, paths, given, side == "now").items():
+                    runs.setdefault(f"{name}, {side}", []).extend(found)
     result: dict[str, Any] = {"machine": machine(processors()), "model": options.model}
-    result |= {"medians": medians, "seconds": seconds}
-    for kind in ("command", "within"):
-        first, further = medians[f"{kind} first"], medians[f"{kind} further"]
-        print(f"{kind}: first {first:.1f} s, further {further:.1f} s, {further / first:.0%}")
+    result |= {"medians": {name: medians(found) for name, found in runs.items()}, "runs": runs}
+    print(result["machine"])
+    for name, found in result["medians"].items():
+        cpu = found["cpu"]
+        print(f"{name}: {found['seconds']:.1f} s, {cpu:.1f} s of CPU, {found['peak']:.0f} MB")
+    for side in sides:
+        for kind in ("command", "within"):
+            pair = (result["medians"][f"{kind} {each}, {side}"] for each in ("further", "first"))
+            further, first = (each["cpu"] for each in pair)
+            print(f"{kind}, {side}: further {further / first:.0%} of the first's CPU time")
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 from aoft_deploy.artefacts.engine import EngineOptions
+from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
+from aoft_deploy.artefacts.onnx_metadata import digest_entry, seal
 from aoft_deploy.artefacts.registry import exporter_names, get_exporter, load_artefact, load_fleet
 from aoft_deploy.errors import ArtefactError, SettingError, UnknownNameError
 
@@ -74,11 +78,42 @@ def test_an_artefact_that_was_changed_after_its_manifest_is_refused(
     content = bytearray(artefact.read_bytes())
     content[len(content) // 2] ^= 1
     artefact.write_bytes(content)
+    with pytest.raises(
+        ArtefactError, match=r"f\.onnx is half overwritten, .* or was changed since"
+    ):
+        load(artefact)
+    artefact.write_bytes(content[: -len(digest_entry(64 * "0"))])
+    seal(artefact)  # consistent in itself, but not what the manifest describes
     with pytest.raises(ArtefactError, match=r"f\.onnx was changed after its manifest f\.onnx"):
         load(artefact)
     manifest.write_text("[]", "utf-8")
     with pytest.raises(ArtefactError, match=r"f\.onnx\.json is no manifest of aoft-export"):
         load(artefact)
+
+
+def test_an_artefact_with_a_seal_is_hashed_once_to_be_loaded(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = tmp_path / "a.onnx", tmp_path / "a.onnx.json"
+    path.write_bytes(artefact.read_bytes())
+    entries = read_manifest(manifest_path(artefact))
+    manifest.write_text(json.dumps(entries), "utf-8")
+    hashed = list[int]()
+    sha256 = hashlib.sha256
+
+    def counting(content: bytes = b"", **options: bool) -> Any:
+        hashed.append(len(content))
+        return sha256(content, **options)
+
+    monkeypatch.setattr(hashlib, "sha256", counting)
+    monkeypatch.setattr("aoft_deploy.artefacts.manifest.file_digest", None)  # reads all of a file
+    load_artefact(path)
+    size = path.stat().st_size
+    assert size - 200 < sum(n for n in hashed if n > 64) < size
+    del entries["seal"]  # as of an older version: the manifest's SHA-256 is compared
+    manifest.write_text(json.dumps(entries), "utf-8")
+    with pytest.raises(TypeError, match="NoneType"):
+        load_artefact(path)
 
 
 @pytest.mark.parametrize("lanes", [0, -1])

@@ -147,7 +147,7 @@ def test_the_help_lists_every_exporter(capsys: pytest.CaptureFixture[str]) -> No
         ["--merge"],
         ["--merge", "model.ckpt", "--images"],
         ["--merge", "model.ckpt", "--min-agreement", "most"],
-        ["--merge", "model.ckpt", "another.ckpt"],
+        ["--merge", "model.ckpt", "another.ckpt", "--output", "a.onnx"],
     ],
     ids=" ".join,
 )

@@ -23,7 +23,9 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError, SettingError, UnknownNameError
 from aoft_deploy.export.merged import export_merged
 from aoft_deploy.tuning.attaching import attach
+from aoft_deploy.tuning.backbones import weights_file
 from aoft_deploy.tuning.backbones.backbone import create_backbone
+from aoft_deploy.tuning.backbones.state_dict import read_state_dict
 from aoft_deploy.tuning.methods import get_method
 from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_exporters.onnx import exporter as onnx_exporter
@@ -137,6 +139,59 @@ def test_a_second_export_gives_the_same_artefact_and_needs_overwrite(
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert first.report == second.report
     assert len(list(output.parent.iterdir())) == 2
+
+
+def test_several_checkpoints_share_their_backbone_and_give_the_same_artefacts(
+    make_checkpoint: Callable[..., Path],
+    backbone_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for path, method in zip(paths, ("rlrr", "aoft-lora-star", "rlrr"), strict=True):
+        path.write_bytes(make_checkpoint(method).read_bytes())
+    alone = [
+        export_merged(
+            path,
+            tmp_path / f"alone-{path.stem}.onnx",
+            backbone=BackboneSource(weights=backbone_weights),
+        ).path.read_bytes()
+        for path in paths
+    ]
+    read = list[Path]()
+
+    def reading(path: Path) -> Any:
+        read.append(path)
+        return read_state_dict(path)
+
+    monkeypatch.setattr(weights_file, "read_state_dict", reading)
+    options = ["--merge", *paths, "--backbone-weights", backbone_weights]
+    assert main(list(map(str, options))) == 0
+    assert read == [backbone_weights]
+    assert [path.with_suffix(".onnx").read_bytes() for path in paths] == alone
+    assert capsys.readouterr().out.count("verified on 7 images") == 3
+
+
+def test_several_checkpoints_are_checked_before_the_first_is_exported(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, other = tmp_path / "one.ckpt", tmp_path / "other.ckpt"
+    for path in (one, other):
+        path.write_bytes(make_checkpoint("rlrr").read_bytes())
+    line = refused(main, "--merge", one, other, one)
+    assert line == f"{one.with_suffix('.onnx')} would be written twice: give each checkpoint once."
+    other.with_suffix(".onnx").touch()
+    assert "other.onnx exists" in refused(main, "--merge", one, other)
+    assert "There is no file" in refused(main, "--merge", one, tmp_path / "none.ckpt")
+    assert not one.with_suffix(".onnx").exists()
+    for option, message in (("--output", "--output goes with"), ("--to", "--to auto goes with")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--merge", str(one), str(other), option, "auto"])
+        assert f"error: {message} one checkpoint" in capsys.readouterr().err
 
 
 def test_a_file_that_appears_during_the_export_is_not_replaced(

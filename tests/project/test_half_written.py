@@ -24,8 +24,8 @@ from aoft_deploy.artefacts.onnx_metadata import (
     CHUNK,
     DIGEST,
     checked_metadata,
-    digest_entry,
     read_metadata,
+    seal,
 )
 from aoft_deploy.artefacts.registry import load_artefact, load_fleet
 from aoft_deploy.cli.bench import main as bench
@@ -188,14 +188,21 @@ def test_the_digest_covers_all_bytes_before_it(artefact: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
-def test_a_change_of_any_chunk_changes_the_digest(size: int) -> None:
+def test_a_change_of_any_chunk_changes_the_digest(size: int, tmp_path: Path) -> None:
+    def sealed(content: bytes) -> bytes:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(content)
+        seal(path)
+        assert path.read_bytes().startswith(content)
+        return path.read_bytes()[len(content) :]
+
     content = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
     chunks = [hashlib.sha256(content[i : i + CHUNK]).digest() for i in range(0, size, CHUNK)]
-    entry = digest_entry(content)
+    entry = sealed(content)
     assert entry.endswith(hashlib.sha256(b"".join(chunks)).hexdigest().encode())
     for place in {0, size // 2, size - 1} if size else ():
         other = content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :]
-        assert digest_entry(other) != entry
+        assert sealed(other) != entry
 
 
 def test_a_file_without_a_digest_is_opened(artefact: Path, tmp_path: Path) -> None:
@@ -220,9 +227,11 @@ def test_bytes_outside_of_the_digest_are_refused(
     changed = {
         "before": extra + content,
         "behind": content + extra,
-        "twice": content + digest_entry(content),
+        "twice": content,
     }
     path.write_bytes(changed[added])
+    if added == "twice":
+        seal(path)
     assert read_metadata(path)["classes"]
     with pytest.raises(ArtefactError, match=REFUSED):
         load_artefact(path)

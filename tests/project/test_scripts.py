@@ -47,6 +47,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("--variants", "PyTorch", "PEFT, unmerged", "onnxruntime int8", "openvino fp32"),
     ),
     "benchmarks/export/exporting.py": (*MODEL, *ONCE, "--out", "{out}"),
+    "benchmarks/export/starting.py": (
+        *(*MODEL, "--small", "test_vit", *ONCE, "--tasks", "3", "--out", "{out}"),
+    ),
     "benchmarks/fleet/fleet.py": (
         *(*MODEL, *ONCE, "--batches", "2", "--tasks", "1", "3", "--threads", "1"),
         *("--out", "{out}", "--variants", "merged", "fleet", "merged int8", "fleet int8"),
@@ -110,7 +113,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
-    *("engines", "exporting", "fleet", "forms", "serving"),
+    *("engines", "exporting", "fleet", "forms", "serving", "starting"),
     *("training_step", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
@@ -118,6 +121,7 @@ STRESS = ("stress", "soak")
 NOT_IN_TABLE = {
     "benchmarks/export/coverage_page.py": "a module of coverage.py",
     "benchmarks/export/families.py": "a module of coverage.py",
+    "benchmarks/export/measured.py": "a module of exporting.py and starting.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",
     **{
         f"benchmarks/gpu/{name}.py": "tests/project/test_gpu_benchmark.py"
@@ -146,7 +150,7 @@ NOT_IN_TABLE = {
 
 def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a subprocess."""
-    spawns_others = Path(script).stem in ("engines", "exporting")
+    spawns_others = Path(script).stem in ("engines", "exporting", "starting")
     before = ("-c", ONE_BLOCK) if MODEL[1] in arguments and not spawns_others else ()
     return run_python(*before, ROOT / script, *arguments, cwd=ROOT, env={**os.environ, **more})
 

@@ -17,8 +17,11 @@ import pytest
 
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.serving.repository.opened_artefact import open_artefact
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
+from aoft_exporters.onnx.engine import OnnxEngine
+from aoft_exporters.onnx.fleet import OnnxFleet
 
 
 class Watched:
@@ -64,6 +67,24 @@ READY = ("READY", "")
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "repository").mkdir()
     return tmp_path / "repository"
+
+
+@pytest.mark.parametrize("most", [1, 16])
+def test_a_cpu_is_ready_after_one_batch_of_two(
+    most: int, artefact: Path, fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of the maximum size would take seconds, and its first run as long as its second."""
+    sizes = list[int]()
+    for engine in (OnnxEngine, OnnxFleet):
+
+        def recording(self: Any, images: Any, *given: Any, run: Any = engine.run) -> Any:
+            sizes.append(len(images))
+            return run(self, images, *given)
+
+        monkeypatch.setattr(engine, "run", recording)
+    for path in (artefact, fleet_artefact):
+        open_artefact("a", path, Settings(threads=1, max_batch=most)).batcher.close()
+    assert sizes == 2 * [min(2, most)]
 
 
 def test_a_checkpoint_that_arrives_before_its_fleet_is_served_later(

@@ -39,6 +39,10 @@ GPU_LANES = 2
 """Batches that a GPU computes at once by default: one is copied while the other is computed."""
 
 
+ON_CPU = 2
+"""Size of the batch that a CPU runs before the server is ready."""
+
+
 @dataclass(frozen=True, eq=False)
 class Artefact:
     """One open artefact.
@@ -76,7 +80,10 @@ def open_artefact(
 ) -> Artefact:
     """Open an artefact on each device, run all its lanes, and check the answers.
 
-    Each lane runs batches of 1 and of the maximum size.
+    Each lane of a GPU runs batches of 1 and of the maximum size, for which it takes memory and may
+    choose or record kernels. A CPU does neither for a size: its first batch of 16 takes no longer
+    than the next. So there the server is ready after one batch of 2, which shows that the engine
+    computes and that its batch size is free.
 
     Args:
         name: As the attribute.
@@ -123,7 +130,8 @@ def open_artefact(
     tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
     for device, replica in zip(names, replicas, strict=True):
         where = f"{path} on {device}" if len(names) > 1 else str(path)
-        _warm_up(where, replica, tensor, tasks, width, settings.max_batch)
+        sizes = {min(ON_CPU, settings.max_batch)} if device == "cpu" else {1, settings.max_batch}
+        _warm_up(where, replica, tensor, tasks, width, sorted(sizes))
     batcher = Batcher(
         replicas,
         max_rows=settings.max_batch,
@@ -190,10 +198,15 @@ def _run_merged(
 
 
 def _warm_up(
-    path: str, replica: Replica, tensor: Tensor, tasks: list[str], width: int, max_rows: int
+    path: str,
+    replica: Replica,
+    tensor: Tensor,
+    tasks: list[str],
+    width: int,
+    sizes: Sequence[int],
 ) -> None:
-    """Run every lane of a replica with batches of 1 and of the maximum size."""
-    for rows in sorted({1, max_rows}):
+    """Run every lane of a replica with a batch of each size."""
+    for rows in sizes:
         batch = np.zeros((rows, *tensor.shape), DTYPES[tensor.datatype])
         run = partial(_check_answers, path, replica.run, batch, tasks * rows, width)
         _run_at_once(run, replica.lanes)

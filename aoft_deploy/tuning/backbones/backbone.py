@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from aoft_deploy.path_kinds import described, missing
 from aoft_deploy.texts import one_line
 from aoft_deploy.tuning.backbones.identity import Backbone, identify
 from aoft_deploy.tuning.backbones.jax_weights import load_npz
-from aoft_deploy.tuning.backbones.timm_loading import Loader, TimmLoading, create_with_loader
+from aoft_deploy.tuning.backbones.timm_loading import (
+    Loader,
+    TimmLoading,
+    create_filled,
+    create_with_loader,
+)
 from aoft_deploy.tuning.backbones.weights_file import check_fit, file_weights
 from aoft_deploy.tuning.sites.classifier import classifier_names
 
@@ -24,7 +30,12 @@ __all__ = ["create_backbone", "file_classifier", "unknown_backbone"]
 
 
 def create_backbone(
-    name: str, *, num_classes: int, weights: Path | None = None, **args: Any
+    name: str,
+    *,
+    num_classes: int,
+    weights: Path | None = None,
+    classifier_follows: bool = False,
+    **args: Any,
 ) -> tuple[nn.Module, Backbone]:
     """A pre-trained timm model and its identity.
 
@@ -33,6 +44,8 @@ def create_backbone(
         num_classes: Width of the new classifier.
         weights: File with the weights (.safetensors, .pth, .bin, or .npz in the JAX layout). None
             uses timm's own: from the hub, or bundled.
+        classifier_follows: Whether the caller fills the new classifier. It gets no initial values
+            then, and the model is created in less time.
         args: Further arguments of ``timm.create_model``, such as ``img_size``.
 
     Raises:
@@ -41,7 +54,10 @@ def create_backbone(
     """
     name = get_deprecated_models().get(name) or name
     loader = _timm_loader(name) if weights is None else _file_loader(name, weights, args)
-    model = _create(name, weights, loader, num_classes=num_classes, **args)
+    create = create_with_loader
+    if classifier_follows:
+        create = partial(create_filled, leave_out=classifier_names)
+    model = _create(name, weights, create, loader, num_classes=num_classes, **args)
     origin = "timm" if weights is None else f"file:{Path(weights).name}"
     return model.eval(), identify(model, name=name, origin=origin, args=args)
 
@@ -60,15 +76,21 @@ def file_classifier(name: str, weights: Path) -> dict[str, Tensor]:
             state = file_weights(model, timm_loading, weights, _resizes(name, {}))
             found.update({n: state[n] for n in classifier_names(model) if n in state})
 
-    _create(name, weights, load, num_classes=1)
+    _create(name, weights, create_with_loader, load, num_classes=1)
     return found
 
 
-def _create(name: str, weights: Path | None, loader: Loader, **args: Any) -> nn.Module:
+def _create(
+    name: str,
+    weights: Path | None,
+    create: Callable[..., nn.Module],
+    loader: Loader,
+    **args: Any,
+) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
         raise unknown_backbone(name)
     try:
-        return create_with_loader(name, loader, **args)
+        return create(name, loader, **args)
     except BackboneError:
         raise
     except Exception as error:  # timm, the hub and the network raise many types

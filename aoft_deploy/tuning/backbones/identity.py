@@ -44,7 +44,10 @@ rounded differently on another machine, so the hash of such a model leaves them 
 KEYS = ("name", "digest", "origin", "args")
 """Fields of a ``Backbone`` that are written to files."""
 
-RESERVED = {"name", "num_classes", "weights", "args", *signature(timm.create_model).parameters}
+RESERVED = {
+    *("name", "num_classes", "weights", "classifier_follows", "args"),
+    *signature(timm.create_model).parameters,
+}
 """Parameters of ``create_backbone`` and ``timm.create_model`` that do not shape a model."""
 
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,29 @@ from aoft_exporters.graph.tracing import OPSET, plain_name, trace
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["graph_of"]
+__all__ = ["Unfilled", "graph_of", "unfilled_graph"]
 
 PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnx-ir")
+
+
+class Unfilled(NamedTuple):
+    """A graph beside its weights.
+
+    Attributes:
+        proto: An ONNX protobuf. The initialisers of the weights have a type and a shape.
+        weights: Their values by name, most of them views of the model's own parameters. Weights
+            that are not here are in ``proto``.
+    """
+
+    proto: Any
+    weights: Mapping[str, NDArray[Any]]
+
+    def filled(self) -> Any:
+        """The protobuf with all its weights."""
+        for tensor in self.proto.graph.initializer:
+            if tensor.name in self.weights:
+                tensor.raw_data = self.weights[tensor.name].tobytes()
+        return self.proto
 
 
 def graph_of(
@@ -51,13 +71,42 @@ def graph_of(
     """The model as an ONNX protobuf, from the cache if its graph is there.
 
     Args:
+        model: As for ``unfilled_graph``.
+        examples: As for ``unfilled_graph``.
+        kind: As for ``unfilled_graph``.
+        opset: As for ``attention_lowering.lower``.
+        separate: As for ``attention_lowering.lower``.
+    """
+    graph = _graph(model, examples, kind).filled()
+    lower(graph, opset, separate=separate)
+    return graph
+
+
+def unfilled_graph(
+    model: nn.Module,
+    examples: Mapping[str, tuple[Any, str]],
+    kind: Mapping[str, Any] | None,
+    *,
+    opset: int = OPSET,
+) -> Unfilled:
+    """The model as an ONNX protobuf beside its weights, from the cache if its graph is there.
+
+    Args:
         model: A model in evaluation mode; it is not changed.
         examples: An example of each input, and the name of its first axis, which is dynamic.
         kind: JSON values that the graph depends on besides the model's modules and shapes; None
             bypasses the cache.
         opset: As for ``attention_lowering.lower``.
-        separate: As for ``attention_lowering.lower``.
     """
+    graph = _graph(model, examples, kind)
+    lower(graph.proto, opset)
+    return graph
+
+
+def _graph(
+    model: nn.Module, examples: Mapping[str, tuple[Any, str]], kind: Mapping[str, Any] | None
+) -> Unfilled:
+    """The graph before attention is lowered."""
     import onnx
 
     path = None if kind is None else _cache_path(model, examples, kind)
@@ -68,15 +117,17 @@ def graph_of(
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
                 draft.write_bytes(cached.SerializeToString())
+    weights: dict[str, NDArray[Any]] = {}
     if cached is None or not cached.graph.node:  # no cache, or a graph that cannot be cached
-        graph = trace(model, examples).proto
+        cached = trace(model, examples).proto
     else:
-        graph = cached
-        _fill(graph, model)
-    for tensor in graph.graph.initializer:
+        own = _weights(model)
+        for tensor in cached.graph.initializer:
+            if tensor.doc_string:
+                weights[tensor.name] = _stored(own, json.loads(tensor.doc_string))
+    for tensor in cached.graph.initializer:
         tensor.ClearField("doc_string")
-    lower(graph, opset, separate=separate)
-    return graph
+    return Unfilled(cached, weights)
 
 
 def _cache_path(
@@ -162,15 +213,16 @@ def _forms(weights: Mapping[str, NDArray[Any]], names: Set[str]) -> Iterator[For
                 yield from ((name, block, count, transposed) for transposed in (True, False))
 
 
-def _digest(values: Any) -> bytes:
-    return hashlib.sha256(values).digest()
+def _digest(values: bytes | NDArray[Any]) -> bytes:
+    content = values if isinstance(values, bytes) else values.tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def _stored(weights: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
-    """A weight in one of its forms."""
+    """A weight in one of its forms, as a view."""
     name, block, count, transposed = form
     weight = np.split(weights[name], count)[block] if count > 1 else weights[name]
-    return np.ascontiguousarray(weight.T if transposed else weight)
+    return weight.T if transposed else weight
 
 
 def _make_distinct(model: nn.Module) -> None:
@@ -192,11 +244,3 @@ def _weights(model: nn.Module) -> dict[str, NDArray[Any]]:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }
-
-
-def _fill(graph: Any, model: nn.Module) -> None:
-    """Store the model's weights in the graph's initialisers."""
-    weights = _weights(model)
-    for tensor in graph.graph.initializer:
-        if tensor.doc_string:
-            tensor.raw_data = _stored(weights, json.loads(tensor.doc_string)).tobytes()

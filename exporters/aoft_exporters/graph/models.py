@@ -10,7 +10,7 @@ import numpy as np
 from aoft_deploy.artefacts.engine import FleetTables
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import SettingError
-from aoft_exporters.graph.cache import graph_of
+from aoft_exporters.graph.cache import Unfilled, graph_of, unfilled_graph
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES
 from aoft_exporters.graph.pixels import pixel_model
 from aoft_exporters.graph.tracing import OPSET
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["fleet_graph", "plain_graph"]
+__all__ = ["fleet_graph", "plain_graph", "unfilled_fleet_graph", "unfilled_plain_graph"]
 
 
 def plain_graph(
@@ -29,27 +29,52 @@ def plain_graph(
     """A plain model as an ONNX protobuf in float32.
 
     Args:
+        model: As for ``unfilled_plain_graph``.
+        spec: As for ``unfilled_plain_graph``.
+        opset: As for ``unfilled_plain_graph``.
+        separate: Compute q, k and v by three linear maps.
+
+    Raises:
+        AttachError: As ``unfilled_plain_graph``.
+    """
+    return graph_of(*_plain(model, spec), opset=opset, separate=separate)
+
+
+def unfilled_plain_graph(model: nn.Module, spec: ExportSpec, *, opset: int = OPSET) -> Unfilled:
+    """A plain model as an ONNX protobuf in float32 beside its weights.
+
+    Args:
         model: A merged model in evaluation mode; it is not changed.
         spec: Input form, normalisation and metadata.
         opset: ONNX opset. From 23 on, attention is one operator.
-        separate: Compute q, k and v by three linear maps.
 
     Raises:
         AttachError: ``uint8`` is set, but the model has no plain patch embedding.
     """
-    import torch
-
-    if spec.input.uint8:
-        model = pixel_model(model, spec.input)
-    example = torch.from_numpy(spec.input.zeros(2))
-    examples = {spec.input.name: (example, "batch")}
-    return graph_of(model, examples, _kind(spec, model), opset=opset, separate=separate)
+    return unfilled_graph(*_plain(model, spec), opset=opset)
 
 
 def fleet_graph(
     model: FleetModel, spec: ExportSpec, tables: FleetTables, *, opset: int = OPSET
 ) -> Any:
     """A fleet's model as an ONNX protobuf in float32, with the tasks' tables as inputs.
+
+    Args:
+        model: As for ``unfilled_fleet_graph``.
+        spec: As for ``unfilled_fleet_graph``.
+        tables: As for ``unfilled_fleet_graph``.
+        opset: As for ``unfilled_fleet_graph``.
+
+    Raises:
+        SettingError: As ``unfilled_fleet_graph``.
+    """
+    return graph_of(*_fleet(model, spec, tables), opset=opset)
+
+
+def unfilled_fleet_graph(
+    model: FleetModel, spec: ExportSpec, tables: FleetTables, *, opset: int = OPSET
+) -> Unfilled:
+    """A fleet's model in float32 beside its weights, with the tasks' tables as inputs.
 
     Args:
         model: The model that all tasks share; it is not changed.
@@ -60,6 +85,23 @@ def fleet_graph(
     Raises:
         SettingError: ``uint8`` is set.
     """
+    return unfilled_graph(*_fleet(model, spec, tables), opset=opset)
+
+
+Source = tuple["nn.Module", dict[str, tuple[Any, str]], "dict[str, Any] | None"]
+"""What a graph is traced from: the first arguments of ``unfilled_graph``."""
+
+
+def _plain(model: nn.Module, spec: ExportSpec) -> Source:
+    import torch
+
+    if spec.input.uint8:
+        model = pixel_model(model, spec.input)
+    example = torch.from_numpy(spec.input.zeros(2))
+    return model, {spec.input.name: (example, "batch")}, _kind(spec, model)
+
+
+def _fleet(model: FleetModel, spec: ExportSpec, tables: FleetTables) -> Source:
     if spec.input.uint8:
         raise SettingError("A fleet takes normalised pixel_values: leave `uint8` out.")
     import torch
@@ -73,7 +115,7 @@ def fleet_graph(
         # torch fixes a dynamic axis whose example has length 1
         example = np.zeros((len(examples) + 1, *table.shape[1:]), table.dtype)
         examples[name] = torch.from_numpy(example), axis
-    return graph_of(model, examples, _kind(spec, model), opset=opset)
+    return model, examples, _kind(spec, model)
 
 
 def _kind(spec: ExportSpec, model: nn.Module) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ Weights of linear layers that run as MatMul are stored transposed, (in, out).
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -17,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions, FleetTables
 from aoft_deploy.artefacts.exporter import Emulation, Exporter, FleetSupport
-from aoft_deploy.artefacts.onnx_metadata import DIGEST, digest_entry, read_metadata
+from aoft_deploy.artefacts.onnx_metadata import DIGEST, read_metadata
 from aoft_deploy.artefacts.spec import ExportSpec
 from aoft_deploy.errors import ArtefactError, OutputError, SettingError
 from aoft_deploy.texts import one_line
 from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
+from aoft_exporters.graph.cache import Unfilled
 from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.low_precision import OPSETS
-from aoft_exporters.graph.models import fleet_graph, plain_graph
+from aoft_exporters.graph.models import unfilled_fleet_graph, unfilled_plain_graph
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.fleet import OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.gpu_engine import OnnxGpuEngine
 from aoft_exporters.onnx.int8 import quantised
+from aoft_exporters.onnx.model_file import stored_bytes, write_model
 from aoft_exporters.onnx.precisions import GPU_ONLY
 from aoft_exporters.onnx.sessions import usable_gpu
 from aoft_exporters.openvino import engine as openvino_engine
@@ -40,7 +41,16 @@ if TYPE_CHECKING:
 
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["EMULATION", "EXPORTER", "describe", "emulation", "export", "export_fleet", "load"]
+__all__ = [
+    "EMULATION",
+    "EXPORTER",
+    "describe",
+    "emulation",
+    "export",
+    "export_fleet",
+    "load",
+    "seal",
+]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
 """Largest size of the weights in one ONNX file, in bytes; a protobuf message holds 2 GiB."""
@@ -60,7 +70,7 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
         SettingError: The opset is not available in this precision.
     """
     _check_size(_least_bytes(model, spec.precision), spec.precision)
-    _save(plain_graph(model, spec, opset=_opset(spec)), path, spec)
+    _save(unfilled_plain_graph(model, spec, opset=_opset(spec)), path, spec)
 
 
 def _opset(spec: ExportSpec) -> int:
@@ -103,15 +113,15 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
         table.nbytes for table in tables.by_name().values()
     )
     _check_size(least, spec.precision, fleet=True)
-    proto = fleet_graph(model, spec, tables, opset=_opset(spec))
-    inputs = {value.name: value for value in proto.graph.input}
+    graph = unfilled_fleet_graph(model, spec, tables, opset=_opset(spec))
+    inputs = {value.name: value for value in graph.proto.graph.input}
     for name, table in tables.by_name().items():
-        proto.graph.input.remove(inputs[name])
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(table, name))
-    _save(proto, path, spec, tables)
+        graph.proto.graph.input.remove(inputs[name])
+        graph.proto.graph.initializer.append(onnx.numpy_helper.from_array(table, name))
+    _save(graph, path, spec, tables)
 
 
-def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None = None) -> None:
+def _save(graph: Unfilled, path: Path, spec: ExportSpec, tables: FleetTables | None = None) -> None:
     """Convert the graph to the spec's precision and write it with its metadata and digest.
 
     Raises:
@@ -121,33 +131,20 @@ def _save(proto: Any, path: Path, spec: ExportSpec, tables: FleetTables | None =
 
     metadata = dict(spec.metadata)
     if spec.precision == "int8":
-        proto = quantised(proto)
+        graph = Unfilled(quantised(graph.filled()), {})
     elif spec.precision != "fp32":
-        proto, float_products = in_range(proto, spec, tables)
+        proto, float_products = in_range(graph.filled(), spec, tables)
         metadata |= {"left_in_float": json.dumps(float_products)} if float_products else {}
-    onnx.helper.set_model_props(proto, metadata)
-    _check_size(_stored_bytes(proto), spec.precision, fleet=tables is not None)
-    content = proto.SerializeToString()  # serialise once: large weights take a second
-    onnx.checker.check_model(content)
-    with path.open("wb") as file:
-        file.write(content)
-        file.write(digest_entry(content))
+        graph = Unfilled(proto, {})
+    onnx.helper.set_model_props(graph.proto, metadata)
+    _check_size(stored_bytes(graph.proto), spec.precision, fleet=tables is not None)
+    write_model(*graph, path)
 
 
 def _least_bytes(model: nn.Module, precision: str) -> int:
     """Lower bound of a model's size in a precision, in bytes, computed without a graph."""
     full = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return int(full) // {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "fp8": 4, "int8": 4}[precision]
-
-
-def _stored_bytes(proto: Any) -> int:
-    """Total size of an ONNX model's initialisers, in bytes."""
-    import onnx
-
-    return sum(
-        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in proto.graph.initializer
-    )
 
 
 def _check_size(size: int, precision: str, *, fleet: bool = False) -> None:
@@ -197,6 +194,15 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
     return OnnxGpuEngine(path, options)
 
 
+def seal(path: Path) -> str | None:
+    """The digest that a file states of its own content; None for a file of an older version.
+
+    Raises:
+        ArtefactError: The file is missing or damaged.
+    """
+    return read_metadata(path).get(DIGEST)
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Operators, inputs, outputs and metadata of a file.
 
@@ -244,6 +250,7 @@ EXPORTER = Exporter(
     load=load,
     describe=describe,
     platform="onnxruntime_onnx",
+    seal=seal,
     calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),

@@ -21,10 +21,11 @@ from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.gpu_recording import RECORDING
 from aoft_deploy.artefacts.onnx_metadata import checked_metadata
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
-from aoft_deploy.errors import AoftError, ArtefactError, SettingError
-from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
+from aoft_deploy.errors import AoftError, SettingError
+from aoft_exporters.graph.fleet_tables import fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.cuda_driver import free_memory
+from aoft_exporters.onnx.fleet_file import read_fleet_file
 from aoft_exporters.onnx.gpu_block import GpuBlock, taken
 from aoft_exporters.onnx.placement import placement_texts
 from aoft_exporters.onnx.precisions import check_device
@@ -166,24 +167,13 @@ class OnnxFleet:
         import onnx
 
         self.info: Mapping[str, str] = checked_metadata(path)
-        try:
-            proto = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf raises its own classes
-            raise ArtefactError(f"{path} is no ONNX model ({error}).") from error
-        stored = {i.name: i for i in proto.graph.initializer if i.name in FLEET_TABLES}
-        if set(stored) != set(FLEET_TABLES):
-            raise ArtefactError(f"{path} is no fleet: export the checkpoints as a fleet first.")
+        model, stored = read_fleet_file(path)
         self.tables: FleetTables | None = FleetTables(
             **{name: onnx.numpy_helper.to_array(tensor) for name, tensor in stored.items()}
         )
-        for name, axis in FLEET_TABLES.items():
-            proto.graph.initializer.remove(stored[name])
-            shape = [axis, *stored[name].dims[1:]]
-            kind = stored[name].data_type
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         self._device = options.device or "cpu"
         check_device(self.info, self._device, path)
-        model, tf32 = proto.SerializeToString(), self.info.get("precision") == "tf32"
+        tf32 = self.info.get("precision") == "tf32"
         self._session = session(model, options.cpu_threads(), self._device, path, tf32=tf32)
         self._path, self._place = path, Place.of(self._device)
         lanes = threading.BoundedSemaphore(options.lanes)

@@ -109,6 +109,7 @@ def session(
         with RECORDING.apart():
             opened = ort.InferenceSession(model, options, providers, enable_fallback=0)
         opened.get_inputs()[0]
+        opened._model_bytes = None  # it would keep the content that it was opened from
     except Exception as error:  # ONNX Runtime raises its own classes, all Exception
         if recorded and "graph capture" in str(error):  # the CPU would compute layers: name them
             session(model, threads, device, path, tf32=tf32)

@@ -107,6 +107,7 @@ EXPORTER = replace(
     onnx_exporter.EXPORTER,
     name="triton",
     suffix=".triton",
+    seal=None,
     marker=MARKER,
     export=export,
     load=load,
