@@ -35,17 +35,17 @@ def scenes(page: DemoPage) -> Iterator[int]:
     for name in ("colour-*", "digits-*", "shape-*"):
         page.classify(sorted(pictures.glob(f"{name}.png"))[-1])
         yield 1800
-    page.tab("Swap")
+    page.tab("Skills")
     page.see("#resident tbody tr")
     page.choose("#verify-name", "digits")
     page.click("#verify")
     page.shows("#verdict", "gives the same answers")
     yield 2400
-    page.tab("Inside")
+    page.tab("How it works")
     page.click("#look")
     page.see("#inside .chart")
     yield 2400
-    page.tab("Export")
+    page.tab("Take home")
     page.click("#export")
     page.shows("#exported", "verified")
     yield 2800

@@ -19,7 +19,7 @@ from running_demo import Answer, Demo, DemoClient, uploaded_file
 
 from aoft_demo.server import MAX_UPLOAD
 from aoft_demo.tasks.shared_fleet import BUNDLED
-from aoft_demo.views.train_tab import SYNTHETIC, UPLOADED
+from aoft_demo.views.teach.view import SYNTHETIC, UPLOADED
 
 pytestmark = pytest.mark.slow
 

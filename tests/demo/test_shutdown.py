@@ -19,7 +19,7 @@ import pytest
 from running_demo import Demo, DemoClient
 
 from aoft_demo.tasks.shared_fleet import BUNDLED
-from aoft_demo.views.train_tab import SYNTHETIC
+from aoft_demo.views.teach.view import SYNTHETIC
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 

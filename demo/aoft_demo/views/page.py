@@ -1,24 +1,23 @@
-"""The page: its tabs, and the updates after a session's tasks have changed."""
+"""The page: its views, and the updates after a session's tasks have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import gradio as gr
 
-from aoft_demo.actions.evidence import accuracies, speeds
 from aoft_demo.actions.residents import residents
-from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.views import cards
-from aoft_demo.views.classify_tab import FIRST, classify_tab
-from aoft_demo.views.export_tab import export_tab
+from aoft_demo.views.ask import cards
+from aoft_demo.views.ask.view import ask_view
+from aoft_demo.views.explain.view import explain_view
 from aoft_demo.views.failures import failure_message
-from aoft_demo.views.inside_tab import inside_tab
-from aoft_demo.views.swap_tab import swap_tab
-from aoft_demo.views.task_lists import refreshed_dropdown
-from aoft_demo.views.train_tab import train_tab
+from aoft_demo.views.race.view import race_view
+from aoft_demo.views.skills.view import skills_view
+from aoft_demo.views.take_home.view import take_home_view
+from aoft_demo.views.teach.view import teach_view
+from aoft_demo.views.view import View
 
 __all__ = ["Page", "build"]
 
@@ -49,52 +48,46 @@ def build(sessions: SessionRegistry) -> gr.Blocks:
     with page:
         header = gr.HTML(cards.header(sessions.shared, []), elem_id="head")
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Classify", id="classify"):
-                classify = classify_tab(sessions)
-            with gr.Tab("Swap", id="swap"):
-                swap = swap_tab(sessions)
-            with gr.Tab("Inside", id="inside"):
-                inside = inside_tab(sessions, classify.picture)
-            with gr.Tab("Train", id="train"):
-                train = train_tab(sessions)
-            with gr.Tab("Export", id="export"):
-                export = export_tab(sessions)
-            with gr.Tab("Evidence", id="evidence"):
-                gr.HTML(cards.evidence_cards(accuracies(), speeds()), elem_id="measured")
-
-        def refresh(
-            request: gr.Request, chosen: Sequence[str], *dropdowns: str | None
-        ) -> list[Any]:
-            session = sessions.get(request.session_hash)
-            tasks = residents(session)
-            chosen = _chosen(session, chosen)
-            names = list(session.tasks)
-            return [
-                cards.header(sessions.shared, tasks),
-                cards.resident_card(sessions.shared, tasks),
-                gr.CheckboxGroup(names, value=chosen),
-                *(refreshed_dropdown(value, names) for value in dropdowns),
-            ]
-
-        def end_session(request: gr.Request) -> None:
-            sessions.end(request.session_hash)
-
-        inputs = [classify.tasks, swap.remove, swap.verify, inside.task, export.task]
-        outputs = [header, swap.resident, *inputs]
-        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        page.load(refresh, inputs, outputs, **hidden)
-        for event in (*swap.changes, *train.changes):
-            event.success(refresh, inputs, outputs, **hidden)
-        page.unload(end_session)
+            with gr.Tab("Ask", id="ask"):
+                ask = ask_view(sessions)
+            with gr.Tab("Skills", id="skills"):
+                skills = skills_view(sessions)
+            with gr.Tab("Race", id="race"):
+                race = race_view(sessions, ask.picture)
+            with gr.Tab("Teach", id="teach"):
+                teach = teach_view(sessions)
+            with gr.Tab("Take home", id="take-home"):
+                take_home = take_home_view(sessions)
+            with gr.Tab("How it works", id="how"):
+                explain = explain_view(sessions, ask.picture)
+        _connect(page, sessions, header, [ask.view, skills, race, teach, take_home, explain])
     return page
 
 
-def _chosen(session: Session, chosen: Sequence[str]) -> list[str]:
-    """Tasks to choose after a change: those chosen before, and new ones; at first the first few."""
-    names = list(session.tasks)
-    if session.displayed is None:
-        also = set(names[:FIRST])
-    else:
-        also = set(names) - session.displayed
-    session.displayed = set(names)
-    return [name for name in names if name in also.union(chosen)]
+def _connect(
+    page: gr.Blocks, sessions: SessionRegistry, header: gr.HTML, views: list[View]
+) -> None:
+    """Refresh all views when the page is loaded, and after a view has changed the tasks."""
+
+    def refresh(request: gr.Request, *values: Any) -> list[Any]:
+        session = sessions.get(request.session_hash)
+        given = iter(values)
+        return [
+            cards.header(sessions.shared, residents(session)),
+            *(
+                value
+                for view in views
+                for value in view.refresh(session, *islice(given, len(view.inputs)))
+            ),
+        ]
+
+    def end_session(request: gr.Request) -> None:
+        sessions.end(request.session_hash)
+
+    inputs = [component for view in views for component in view.inputs]
+    outputs = [header, *(component for view in views for component in view.outputs)]
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    page.load(refresh, inputs, outputs, **hidden)
+    for event in (event for view in views for event in view.changes):
+        event.success(refresh, inputs, outputs, **hidden)
+    page.unload(end_session)

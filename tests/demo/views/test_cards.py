@@ -5,8 +5,11 @@ from __future__ import annotations
 from aoft_demo.actions.analysis import TaskAnalysis
 from aoft_demo.actions.classify import Answers
 from aoft_demo.actions.verification import Agreement
-from aoft_demo.views import cards, notices, units
+from aoft_demo.views import notices, units
+from aoft_demo.views.ask.cards import answer_cards, for_picture
 from aoft_demo.views.charts import Bar, Line, bars, lines
+from aoft_demo.views.explain.cards import analysis_cards
+from aoft_demo.views.skills.cards import agreement_card
 from aoft_deploy.classes import Answer, Prediction, Value
 
 
@@ -14,12 +17,12 @@ def test_texts_of_users_are_escaped() -> None:
     bad = "<script>alert(1)</script>"
     answers = Answers({bad: [Prediction(bad, 1.0)]}, 0.01, 1e-5, 3, 4)
     for html in (
-        cards.answer_cards(answers),
+        answer_cards(answers),
         notices.failure(bad, bad),
         notices.success(bad, bad),
-        cards.for_picture("", bad),
-        cards.analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
-        cards.agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
+        for_picture("", bad),
+        analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
+        agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
         bars([Bar(bad, 1.0, bad)], title=bad),
         lines([Line(bad, [(0, 1)], 1)], x=(0, 1), y=(0, 1), x_label=bad, y_label=bad),
     ):
@@ -28,7 +31,7 @@ def test_texts_of_users_are_escaped() -> None:
 
 def test_figures_have_suitable_units() -> None:
     answers = Answers({"a": [Prediction("x", 0.25)]}, 0.0123, 42e-6, 3, 4)
-    html = cards.answer_cards(answers)
+    html = answer_cards(answers)
     for text in ("12.3 ms", "42 µs", "25.0%", 'data-p="0.250000"', "3 × 4 pixels"):
         assert text in html
     assert [units.size(n) for n in (12, 28_300, 10_900_000, 2e9)] == [
@@ -42,7 +45,7 @@ def test_figures_have_suitable_units() -> None:
 def test_labels_and_values_have_their_own_cards() -> None:
     labels: list[Answer] = [Prediction("ripe", 0.9), Prediction("red", 0.6)]
     answers = Answers({"fruit": labels, "leaf": [], "age": [Value("years", 41.25)]}, 1, 1, 3, 4)
-    html = cards.answer_cards(answers)
+    html = answer_cards(answers)
     assert [html.count(f'class="top">{text}<') for text in ("ripe", "no label", "years 41.25")] == [
         1,
         1,
@@ -53,6 +56,6 @@ def test_labels_and_values_have_their_own_cards() -> None:
 
 
 def test_differing_answers_are_reported() -> None:
-    html = cards.agreement_card("a", Agreement(16, 1.0, 1e-6, 1e-6, 16))
+    html = agreement_card("a", Agreement(16, 1.0, 1e-6, 1e-6, 16))
     assert "good" in html and "the same answers" in html
-    assert "different answers" in cards.agreement_card("a", Agreement(16, 1.0, 1.0, 1.0, 15))
+    assert "different answers" in agreement_card("a", Agreement(16, 1.0, 1.0, 1.0, 15))

@@ -1,43 +1,29 @@
-"""The tab Swap: add, remove and verify tasks while the fleet runs."""
+"""The view Skills: add, remove and verify tasks while the fleet runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from aoft_demo.actions.residents import residents
 from aoft_demo.actions.verification import verify
+from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.views import cards, notices
+from aoft_demo.views import notices
 from aoft_demo.views.failures import show_failures
-from aoft_demo.views.task_lists import task_dropdown
+from aoft_demo.views.skills import cards
+from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.view import View
 from aoft_deploy.checkpoints.names import task_name
 from aoft_deploy.errors import CheckpointError, SettingError
 
-__all__ = ["SwapTab", "swap_tab"]
+__all__ = ["skills_view"]
 
 
-@dataclass(frozen=True)
-class SwapTab:
-    """Components and events that the page uses.
-
-    Attributes:
-        resident: The table of tasks.
-        remove: The task to remove.
-        verify: The task to verify.
-        changes: Events that change the session's tasks.
-    """
-
-    resident: gr.HTML
-    remove: gr.Dropdown
-    verify: gr.Dropdown
-    changes: list[Any]
-
-
-def swap_tab(sessions: SessionRegistry) -> SwapTab:
-    """Lay out the tab and connect its events."""
+def skills_view(sessions: SessionRegistry) -> View:
+    """Lay out the view and connect its events."""
     names = list(sessions.shared.tasks)
     with gr.Row(elem_id="swap", equal_height=False):
         with gr.Column(scale=5, min_width=300):
@@ -101,4 +87,11 @@ def swap_tab(sessions: SessionRegistry) -> SwapTab:
     added = add.click(add_task, [upload, name], [upload, name, verdict], **quick)
     removed = remove.click(remove_task, to_remove, verdict, **quick)
     check.click(verify_task, to_verify, verdict, concurrency_limit=2, **private)
-    return SwapTab(resident, to_remove, to_verify, [added, removed])
+
+    def refresh(session: Session, *chosen: str | None) -> list[Any]:
+        names = list(session.tasks)
+        table = cards.resident_card(sessions.shared, residents(session))
+        return [table, *(refreshed_dropdown(name, names) for name in chosen)]
+
+    dropdowns = [to_remove, to_verify]
+    return View(dropdowns, [resident, *dropdowns], refresh, [added, removed])

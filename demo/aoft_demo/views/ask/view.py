@@ -1,4 +1,4 @@
-"""The tab Classify: a picture, the chosen tasks, and their answers side by side."""
+"""The view Ask: a picture, the chosen tasks, and their answers side by side."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo.actions.classify import classify
+from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.views import cards, notices
+from aoft_demo.views import notices
+from aoft_demo.views.ask import cards
 from aoft_demo.views.failures import show_failures
 from aoft_demo.views.task_lists import valid_names
+from aoft_demo.views.view import View
 
-__all__ = ["FIRST", "REMOVE_OLD_ANSWERS", "ClassifyTab", "classify_tab"]
+__all__ = ["FIRST", "REMOVE_OLD_ANSWERS", "AskView", "ask_view"]
 
 FIRST = 6
 """Number of tasks that are chosen at first."""
@@ -39,20 +42,20 @@ REMOVE_OLD_ANSWERS = f"""(picture, html) => {{
 
 
 @dataclass(frozen=True)
-class ClassifyTab:
-    """Components that other tabs and the page use.
+class AskView:
+    """The picture, which other views use too, and the view.
 
     Attributes:
         picture: The picture.
-        tasks: The chosen tasks.
+        view: The view.
     """
 
     picture: gr.Image
-    tasks: gr.CheckboxGroup
+    view: View
 
 
-def classify_tab(sessions: SessionRegistry) -> ClassifyTab:
-    """Lay out the tab and connect its events."""
+def ask_view(sessions: SessionRegistry) -> AskView:
+    """Lay out the view and connect its events."""
     names, pictures = list(sessions.shared.tasks), list(sessions.shared.examples)
     with gr.Row(elem_id="classify", equal_height=False):
         with gr.Column(scale=5, min_width=300):
@@ -127,7 +130,22 @@ def classify_tab(sessions: SessionRegistry) -> ClassifyTab:
         concurrency_limit=4,
         api_visibility="private",
     )
-    return ClassifyTab(picture, tasks)
+
+    def refresh(session: Session, chosen: Sequence[str]) -> list[Any]:
+        return [gr.CheckboxGroup(list(session.tasks), value=_chosen(session, chosen))]
+
+    return AskView(picture, View([tasks], [tasks], refresh))
+
+
+def _chosen(session: Session, chosen: Sequence[str]) -> list[str]:
+    """Tasks to choose after a change: those chosen before, and new ones; at first the first few."""
+    names = list(session.tasks)
+    if session.displayed is None:
+        also = set(names[:FIRST])
+    else:
+        also = set(names) - session.displayed
+    session.displayed = set(names)
+    return [name for name in names if name in also.union(chosen)]
 
 
 def _uploaded_path(payload: Any) -> str | None:
