@@ -25,9 +25,11 @@ class View:
         outputs: Components whose values ``refresh`` returns.
         refresh: From the session and the values of ``inputs`` to the values of ``outputs``.
         changes: Events after which the session's tasks may be others.
+        task: The component that chooses the view's task; a link to the page can set it.
     """
 
     inputs: Sequence[Any] = ()
     outputs: Sequence[Any] = ()
     refresh: Callable[..., Sequence[Any]] = refresh_nothing
     changes: Sequence[Any] = ()
+    task: Any = None

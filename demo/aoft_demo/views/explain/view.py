@@ -74,7 +74,7 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
     def refresh(session: Session, chosen: str | None) -> list[Any]:
         return [refreshed_dropdown(chosen, list(session.tasks))]
 
-    return View([task], [task], refresh)
+    return View([task], [task], refresh, task=task)
 
 
 def _attention_card(session: Session, name: str, picture: Path) -> str:

@@ -54,4 +54,4 @@ def take_home_view(sessions: SessionRegistry) -> View:
     def refresh(session: Session, chosen: str | None) -> list[Any]:
         return [refreshed_dropdown(chosen, list(session.tasks))]
 
-    return View([task], [task], refresh)
+    return View([task], [task], refresh, task=task)
