@@ -1,52 +1,95 @@
-"""Tasks of the fleet as HTML; all texts are escaped."""
+"""The tasks of a session as rows, and their memory; all texts are escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from aoft_demo.actions.residents import Resident
-from aoft_demo.actions.verification import Agreement
-from aoft_demo.tasks.shared_fleet import SharedFleet
-from aoft_demo.views.charts import Bar, bars
-from aoft_demo.views.notices import empty, verdict
-from aoft_demo.views.parts import figures, table
+from aoft_demo.actions.skill_cards import SkillCard
+from aoft_demo.tasks.session import Session
+from aoft_demo.views.notices import empty
+from aoft_demo.views.parts import show_code
 from aoft_demo.views.units import size
 
-__all__ = ["agreement_card", "resident_card"]
+__all__ = ["rows"]
+
+ORIGINS = {"initial": "built in", "added": "added by you", "trained": "taught by you"}
+
+DROP = (
+    '<div class="drop"><p>Drop <b>model.ckpt</b> files or their folders here.</p>'
+    '<button type="button" class="plain" data-act="choose">Choose files</button>'
+    '<input type="file" multiple accept=".ckpt,.safetensors" aria-label="Add skills" '
+    'tabindex="-1" hidden><p class="sending" role="status"></p></div>'
+)
+
+CODE = show_code(
+    Shell="aoft-serve fleet.onnx --store checkpoints/",
+    Python="""
+from aoft_deploy.fleet.fleet import Fleet
+
+fleet = Fleet("fleet.onnx")
+fleet.add("model.ckpt", "my skill")  # writes one row of the tables; nothing is loaded again
+print(sorted(fleet.tasks))
+fleet.remove("my skill")
+""",
+)
 
 
-def resident_card(shared: SharedFleet, tasks: Sequence[Resident]) -> str:
-    """Table of the tasks, and their memory beside the backbone's."""
-    if not tasks:
-        return empty("No tasks", "Add one from its model.ckpt, or train one.")
+def rows(session: Session, tasks: Sequence[Resident], about: Mapping[str, SkillCard]) -> str:
+    """The memory, a row for each task, and the place to add more.
+
+    Args:
+        session: The session.
+        tasks: Its tasks.
+        about: What is known about the tasks, by their names.
+    """
+    listed = "".join(_row(task, about[task.name], task.name not in session.off) for task in tasks)
+    undo = ""
+    if session.removed is not None:
+        undo = (
+            f'<div class="undo" role="status"><span>{escape(session.removed)} was removed.</span>'
+            '<button type="button" class="plain" data-act="restored">Undo</button></div>'
+        )
+    body = (
+        f'<ul class="rows" tabindex="0" aria-label="Skills">{listed}</ul>'
+        if tasks
+        else empty("No skills", "Add one from its model.ckpt, or teach one.")
+    )
+    memory = _memory(session.shared.backbone_bytes, tasks)
+    return f"{memory}{undo}{body}{DROP}{CODE}"
+
+
+def _row(task: Resident, card: SkillCard, on: bool) -> str:
+    name = escape(task.name)
+    right = "" if card.accuracy is None else f"right on {card.accuracy:.0%} of {card.pictures}"
+    classes = f"{task.classes} answer{'s' * (task.classes != 1)}"
+    facts = " · ".join(filter(None, [size(task.bytes), classes, ORIGINS[task.origin], right]))
+    title = escape(card.question)
+    small = f"<small>{name}</small>" if card.question != task.name else ""
+    return (
+        f'<li data-task="{name}" data-bytes="{task.bytes}">'
+        f'<button type="button" class="switch" role="switch" aria-checked="{str(on).lower()}" '
+        f'aria-label="Ask: {title} {name}" data-act="switched" data-name="{name}"></button>'
+        f'<div class="what"><b>{title}</b>{small}<p>{escape(facts)}</p></div>'
+        f'<button type="button" class="plain" data-act="proved" data-name="{name}" '
+        f'aria-label="Prove it: {name}">Prove it</button>'
+        f'<button type="button" class="remove" data-act="removed" data-name="{name}" '
+        f'aria-label="Remove {name}" title="Remove">✕</button></li>'
+    )
+
+
+def _memory(backbone: int, tasks: Sequence[Resident]) -> str:
+    """Bars: memory for the weights, here and as separate models."""
     own = sum(task.bytes for task in tasks)
-    separate = len(tasks) * shared.backbone_bytes + own
-    together = shared.backbone_bytes + own
-    chart = bars(
-        [
-            Bar("one model per task", separate, size(separate), colour=2),
-            Bar("this fleet", together, size(together)),
-            Bar("its tasks alone", own, size(own)),
-        ],
-        title="Memory for weights",
+    together, separate = backbone + own, max(len(tasks), 1) * backbone + own
+    bars = "".join(
+        f'<div class="line"><span class="name">{name}</span><span class="bar">'
+        f'<i class="{colour}" style="width:{100 * value / separate:.1f}%"></i></span>'
+        f'<span class="value">{size(value)}</span></div>'
+        for name, value, colour in (
+            ("here: one model and its skills", together, "b1"),
+            ("as separate models", separate, "b2"),
+        )
     )
-    rows = "".join(
-        f'<tr data-task="{escape(t.name)}" data-bytes="{t.bytes}"><td>{escape(t.name)}</td>'
-        f"<td>{t.classes}</td><td>{size(t.bytes)}</td><td>{escape(t.origin)}</td></tr>"
-        for t in tasks
-    )
-    return chart + table("Tasks", ("task", "classes", "memory", "origin"), rows)
-
-
-def agreement_card(name: str, result: Agreement) -> str:
-    """Whether the unmerged model, the merged model and the fleet agree."""
-    good = result.agreeing == result.images
-    same = "gives the same answers unmerged, merged and in the fleet."
-    text = same if good else "gives different answers: see the figures below."
-    return verdict(name, text, good=good) + figures(
-        ("largest difference of a logit, merged to unmerged", f"{result.merged:.1e}"),
-        ("largest difference of a logit, fleet to unmerged", f"{result.fleet:.1e}"),
-        ("largest logit", f"{result.largest:.2f}"),
-        ("same answer from all three", f"{result.agreeing} of {result.images} pictures"),
-    )
+    return f'<section class="memory" aria-label="Memory">{bars}</section>'
