@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from running_demo import Demo
 
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
+from aoft_demo.tasks.skills import bundled_examples
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
 
-__all__ = ["PICTURE", "TASKS", "TRAINING", "library_answers", "start"]
+__all__ = [
+    "PICTURE",
+    "PICTURES",
+    "TASKS",
+    "TRAINING",
+    "library_answers",
+    "start",
+    "violations",
+]
 
 TASKS = [path.stem for path in bundled_checkpoints()]
-PICTURE = BUNDLED / "digits-7.png"
+PICTURES = [example.file for example in bundled_examples()]
+PICTURE = PICTURES[0]
 TRAINING = 300_000
 """Milliseconds to wait for a training on a busy machine."""
 
@@ -37,3 +48,11 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
     with torch.inference_mode():
         logits = tuned(torch.from_numpy(pixels[None])).numpy()
     return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
+
+
+def violations(results: Any) -> list[str]:
+    """What axe finds, as a line for each rule: the rule, and the first elements."""
+    return [
+        f"{found['id']}: {[node['target'] for node in found['nodes']][:5]}"
+        for found in results.response["violations"]
+    ]

@@ -1,5 +1,6 @@
 // What the whole page does in the browser: the tab's key, links, the queue, and a lost server.
 window.aoft = (() => {
+  const names = __TABS__;
   const links = { prove: "skills", memory: "skills" }; // links to a part of a tab
   const linked = {}; // the task that a link names, by tab
   let go = () => {};
@@ -30,7 +31,15 @@ window.aoft = (() => {
   }
 
   // Links: #race, #skills/NAME. The back button returns to the tab before.
-  const tabButton = (tab) => document.getElementById(`tab-${tab}-button`);
+  const overflow = () => [...document.querySelectorAll("#tabs > .tab-wrapper .overflow-dropdown button")];
+  const tabButton = (tab) => document.getElementById(`tab-${tab}-button`)
+    ?? overflow().find((button) => button.textContent.trim() === names[tab]);
+
+  function tabOf(target) {
+    if (target.closest?.("#tabs > .tab-wrapper [role=tab]")) return target.closest("[role=tab]").dataset.tabId;
+    const text = target.closest?.("#tabs > .tab-wrapper .overflow-dropdown button")?.textContent.trim();
+    return Object.keys(names).find((tab) => names[tab] === text);
+  }
 
   function parsed() {
     const [first, ...rest] = location.hash.slice(1).split("/");
@@ -55,7 +64,7 @@ window.aoft = (() => {
     const button = tabButton(tab);
     if (!button) return;
     if (button.getAttribute("aria-selected") !== "true") button.click();
-    if (first === "prove") (await seen("#rows [data-act=proved]"))?.click();
+    if (first === "prove") (await seen("#rows [data-ready] [data-act=proved]"))?.click();
     if (first === "memory") (await seen("#rows .memory"))?.scrollIntoView({ block: "center" });
     if (!name) return;
     linked[tab] = name;
@@ -64,7 +73,7 @@ window.aoft = (() => {
       for (const other of document.querySelectorAll("#rows .linked")) other.classList.remove("linked");
       row?.classList.add("linked");
       row?.scrollIntoView({ block: "center" });
-    } else if (await seen(`#tab-${tab} .block`)) {
+    } else if (await seen(`#tab-${tab} .form, #tab-${tab} .block`)) {
       go();
     }
   }
@@ -82,7 +91,7 @@ window.aoft = (() => {
 
   addEventListener("hashchange", follow);
   document.addEventListener("click", (event) => {
-    const tab = event.target.closest?.("[role=tab]")?.id.match(/^tab-(.+)-button$/)?.[1];
+    const tab = tabOf(event.target);
     if (tab && event.isTrusted && parsed()[0] !== tab) history.pushState(null, "", `#${tab}`);
     const copy = event.target.closest?.(".copy");
     if (copy) {

@@ -26,9 +26,6 @@ from aoft_demo.views.view import View
 
 __all__ = ["SCRIPT", "Page", "build"]
 
-SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
-"""JavaScript of the whole page."""
-
 TABS = {
     "ask": "Ask",
     "skills": "Skills",
@@ -38,6 +35,10 @@ TABS = {
     "how": "How it works",
 }
 """Names of the tabs by their part of a link."""
+
+SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
+SCRIPT = SCRIPT.replace("__TABS__", json.dumps(TABS))
+"""JavaScript of the whole page."""
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -115,7 +116,8 @@ def _connect(page: gr.Blocks, sessions: SessionRegistry, header: Any, views: lis
         sessions.leave(request.session_hash)
 
     with_key = "(head, ...rest) => [aoft.key(), ...rest]"
-    page.load(attach, [header, *inputs], outputs, js=with_key, **HIDDEN)
+    attached = page.load(attach, [header, *inputs], outputs, js=with_key, **HIDDEN)
+    attached.then(None, js="() => { aoft.attached = true; }", **HIDDEN)
     for event in (event for view in views for event in view.changes):
         event.success(refresh, inputs, outputs, **HIDDEN)
     page.unload(leave)

@@ -48,7 +48,9 @@ def answer_cards(
         saved: Memory of separate models divided by that of the fleet.
     """
     shown = "".join(_card(name, best, cards[name]) for name, best in answers.predictions.items())
+    count = len(answers.predictions)
     return (
+        f'<p class="hidden" role="status">{count} answer{"s" * (count != 1)}</p>'
         f'<div class="cards" tabindex="0" role="group" aria-label="Answers">{shown}</div>'
         f"{_strip(answers, difference, saved)}{_code(list(answers.predictions))}"
     )
@@ -84,7 +86,7 @@ def _card(name: str, best: Sequence[Answer], card: SkillCard) -> str:
     about = " · ".join(filter(None, [guess, *_about(card)]))
     return (
         f'<section class="card{" quiet" * (unsure or none)}" data-task="{escape(name)}" '
-        f'aria-label="{escape(card.question)}"><h3>{escape(card.question)}</h3>'
+        f'aria-label="{escape(card.question)}"><h2>{escape(card.question)}</h2>'
         f'<div class="top">{escape(headline)}</div>{_line(top) if top else ""}'
         f'<p class="about">{escape(about)}</p>{more}</section>'
     )

@@ -66,7 +66,7 @@ def picture_field(pictures: Sequence[Path]) -> Any:
     examples = captions(pictures)
     buttons = "".join(
         f'<button type="button" data-example="{number}" data-alt="{escape(example.alt)}" '
-        f'aria-pressed="{str(number == 0).lower()}">'
+        f'aria-label="{escape(example.caption)}" aria-pressed="{str(number == 0).lower()}">'
         f'<img alt="" src="{_inline(thumbnail(example.file, 96))}">'
         f"<span>{escape(example.caption)}</span></button>"
         for number, example in enumerate(examples)

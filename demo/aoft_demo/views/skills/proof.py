@@ -12,9 +12,9 @@ from aoft_demo.views.parts import show_code
 __all__ = ["START", "proof_card"]
 
 START = (
-    '<h2 role="status">Prove it</h2><p class="note">Choose “Prove it” beside a skill. Three models '
-    "answer the same pictures: the trained model, the one merged into plain weights, and the one "
-    "that shares its weights here.</p>"
+    '<div role="status"><h2>Prove it</h2></div><p class="note">Choose “Prove it” beside a skill. '
+    "Three models answer the same pictures: the trained model, the one merged into plain weights, "
+    "and the one that shares its weights here.</p>"
 )
 
 CLASSES = 6
@@ -35,9 +35,9 @@ def proof_card(name: str, proof: Proof) -> str:
     colour = "good" if good else "bad"
     pictures = len(proof.unmerged)
     return (
-        f'<div data-task="{escape(name)}"><h2 role="status">{escape(name)}</h2>'
+        f'<div data-task="{escape(name)}"><div role="status"><h2>{escape(name)}</h2>'
         f'<p class="verdict {colour}"><b>{verdict}</b> {proof.agreeing} of {pictures} pictures '
-        "are answered alike by all three.</p>"
+        "are answered alike by all three.</p></div>"
         f'<p class="note">Values for your picture; {pictures - 1} built-in pictures were compared '
         f"too.</p>{_values(proof)}{_scale(proof)}{_code(name)}</div>"
     )

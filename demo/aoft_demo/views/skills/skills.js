@@ -77,3 +77,4 @@ element.addEventListener("drop", async (event) => {
   for (const entry of entries) files.push(...(await dropped(entry, 3)));
   add(files);
 });
+element.dataset.ready = "";
