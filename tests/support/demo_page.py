@@ -50,7 +50,7 @@ class DemoPage:
 
     def ready(self) -> None:
         """Wait until the page shows answers, and the server knows the page's session."""
-        self.see("#answers [data-picture]")
+        self.playwright.wait_for_selector("#answers [data-picture]", state="attached")
         self.playwright.wait_for_function("window.aoft?.attached")
 
     def find(self, selector: str) -> Any:

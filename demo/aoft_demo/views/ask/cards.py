@@ -63,8 +63,8 @@ def _strip(answers: Answers, difference: float | None, saved: float) -> str:
     facts = (
         ("race", duration(answers.seconds), f"one pass, {count} skill{'s' * (count != 1)}"),
         ("skills", duration(answers.switch), "to switch skills"),
-        ("skills/prove", "same answers ✓", f"merged = unmerged, {same}"),
-        ("skills/memory", f"{saved:.1f}× less", "memory than separate models"),
+        ("prove", "same answers ✓", f"merged = unmerged, {same}"),
+        ("memory", f"{saved:.1f}× less", "memory than separate models"),
     )
     links = "".join(
         f'<a href="#{target}"><b>{escape(value)}</b> <span>{escape(text)}</span></a>'
