@@ -11,7 +11,7 @@ from aoft_demo.actions.residents import Resident
 from aoft_demo.actions.skill_cards import SkillCard
 from aoft_demo.tasks.shared_fleet import SharedFleet
 from aoft_demo.views.parts import show_code
-from aoft_demo.views.units import duration, size
+from aoft_demo.views.units import decimal, duration, size
 from aoft_deploy.classes import Answer, Value
 
 __all__ = ["answer_cards", "for_picture", "header"]
@@ -59,11 +59,11 @@ def answer_cards(
 def _strip(answers: Answers, difference: float | None, saved: float) -> str:
     """Four facts, each a link to the view that proves it."""
     count = len(answers.predictions)
-    same = "try it" if difference is None else f"to {difference:.0e}"
+    same = "" if difference is None else f" ± {decimal(difference, 1)}"
     facts = (
         ("race", duration(answers.seconds), f"one pass, {count} skill{'s' * (count != 1)}"),
         ("skills", duration(answers.switch), "to switch skills"),
-        ("prove", "same answers ✓", f"merged = unmerged, {same}"),
+        ("prove", "same answers ✓", f"merged = unmerged{same}"),
         ("memory", f"{saved:.1f}× less", "memory than separate models"),
     )
     links = "".join(

@@ -8,6 +8,7 @@ from html import escape
 
 from aoft_demo.actions.verification import Proof
 from aoft_demo.views.parts import show_code
+from aoft_demo.views.units import decimal
 
 __all__ = ["START", "proof_card"]
 
@@ -76,10 +77,10 @@ def _cell(value: float, low: float, span: float) -> str:
 def _scale(proof: Proof) -> str:
     """The largest differences on a logarithmic scale, beside the tolerance and float32's step."""
     marks = (
-        ("merged", proof.merged_difference, "merged, largest difference"),
-        ("fleet", proof.fleet_difference, "shared here, largest difference"),
-        ("step", proof.rounding, "one rounding step of a 32-bit number"),
-        ("tolerance", proof.tolerance, "tolerance of the export"),
+        ("merged", proof.merged_difference, "merged differs by"),
+        ("fleet", proof.fleet_difference, "shared here differs by"),
+        ("step", proof.rounding, "32-bit rounding step"),
+        ("tolerance", proof.tolerance, "tolerance of exports"),
         ("largest", proof.largest, "largest value"),
     )
     exponents = [math.log10(value) for _, value, _ in marks if value > 0]
@@ -96,11 +97,10 @@ def _scale(proof: Proof) -> str:
 def _mark(kind: str, value: float, text: str, low: float, high: float) -> str:
     place = 0.0 if value <= 0 else 100 * (math.log10(value) - low) / (high - low)
     colour = "b1" if kind in ("merged", "fleet") else "b2"
-    shown = f"{value:.1e}" if value else "0"
     return (
         f'<div class="line" data-mark="{kind}" data-value="{value:.9g}"><span class="name">{text}'
         f'</span><span class="bar"><i class="{colour}" style="width:{place:.1f}%"></i></span>'
-        f'<span class="value">{shown}</span></div>'
+        f'<span class="value">{decimal(value)}</span></div>'
     )
 
 
