@@ -31,21 +31,19 @@ COLOURS = 160
 
 def scenes(page: DemoPage) -> Iterator[int]:
     """Use the demo; yield after each step the milliseconds to show it."""
-    pictures = ROOT / "demo" / "aoft_demo" / "bundled"
-    for name in ("colour-*", "digits-*", "shape-*"):
-        page.classify(sorted(pictures.glob(f"{name}.png"))[-1])
+    for number in (0, 2, 4):
+        page.click(f"[data-example='{number}']")
+        page.answered()
         yield 1800
-    page.tab("Swap")
-    page.see("#resident tbody tr")
-    page.choose("#verify-name", "digits")
-    page.click("#verify")
-    page.shows("#verdict", "gives the same answers")
-    yield 2400
-    page.tab("Inside")
+    page.click("#answers .strip a[href='#prove']")
+    page.see("#proof .scale")
+    page.shows("#proof", "The answers are the same")
+    yield 2600
+    page.tab("How it works")
     page.click("#look")
     page.see("#inside .chart")
     yield 2400
-    page.tab("Export")
+    page.tab("Take home")
     page.click("#export")
     page.shows("#exported", "verified")
     yield 2800

@@ -15,8 +15,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's parser."""
     options = Parser(
         prog="aoft-demo",
-        description="Demonstrate many tasks on one backbone in a browser: classify, swap, look "
-        "inside, train and export. No data leaves this machine.",
+        description="Demonstrate many tasks on one backbone in a browser: ask, race, teach, prove "
+        "and take home. No data leaves this machine.",
     )
     add = options.add_argument
     add(
@@ -57,7 +57,9 @@ def port(text: str) -> int:
 def show(options: argparse.Namespace) -> None:
     """Serve the page until a signal arrives."""
     from aoft_demo.server import demo_server, serve
+    from aoft_demo.tasks.formats import check_paths
 
+    check_paths(options.paths)
     server = demo_server(
         options.paths,
         host=options.host,

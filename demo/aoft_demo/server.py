@@ -103,7 +103,7 @@ def demo_server(
         sessions = SessionRegistry(shared)
         page: Any = build(sessions).queue(max_size=64)
         try:
-            _launch(page, host, port, allowed_hosts)
+            _launch(page, host, port, allowed_hosts, shared.examples)
             # Import torch in the background: several tabs need it later.
             modules = ["aoft_deploy.checkpoints.opening"]
             threading.Thread(target=importlib.import_module, args=modules, daemon=True).start()
@@ -126,15 +126,21 @@ def _set_environment(folder: Path) -> None:
     )
 
 
-def _launch(page: Any, host: str, port: int, allowed_hosts: Sequence[str]) -> None:
+def _launch(
+    page: Any, host: str, port: int, allowed_hosts: Sequence[str], examples: Sequence[Path]
+) -> None:
     """Start Gradio's server in a thread."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from aoft_demo.views.ask.picture import thumbnail
+    from aoft_demo.views.page import SCRIPT
     from aoft_demo.views.style import CSS, theme
+    from aoft_demo.web import Additions
 
     names = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK else ["*"]
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    additions = Middleware(Additions, examples=[thumbnail(path) for path in examples])
     page.launch(
         server_name=host,
         server_port=port,
@@ -148,7 +154,8 @@ def _launch(page: Any, host: str, port: int, allowed_hosts: Sequence[str]) -> No
         ssr_mode=False,
         theme=theme(),
         css=CSS,
-        app_kwargs={"middleware": [trusted]},
+        head=f"<script>{SCRIPT}</script>",
+        app_kwargs={"middleware": [trusted, additions]},
     )
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from running_demo import Demo, DemoClient
 
-from aoft_demo.tasks.shared_fleet import BUNDLED
-from aoft_demo.views.train_tab import SYNTHETIC
+from aoft_demo.tasks.shared_fleet import bundled_checkpoints
+from aoft_demo.tasks.skills import bundled_examples
+from aoft_demo.views.teach.view import SYNTHETIC
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 
@@ -66,7 +67,7 @@ def test_a_signal_during_a_training_and_an_upload_leaves_nothing(
     demo: Demo, number: signal.Signals
 ) -> None:
     client = DemoClient(demo, demo.folder, demo.folder, demo.folder / "none")
-    assert client.upload("a.png", (BUNDLED / "digits-7.png").read_bytes())[0] == 200
+    assert client.upload("a.png", bundled_examples()[0].file.read_bytes())[0] == 200
     path = f"/gradio_api/heartbeat/{client.session}"
     heartbeat = connection_with(client, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     assert heartbeat.recv(15) == b"HTTP/1.1 200 OK"
@@ -94,7 +95,7 @@ def test_a_running_export_does_not_delay_the_end(demo: Demo) -> None:
 
     def export() -> None:
         try:
-            for _ in client.fire("export", "click", "digits", False):
+            for _ in client.fire("export", "click", bundled_checkpoints()[0].stem, False):
                 started.set()
         except (OSError, http.client.HTTPException):
             pass

@@ -135,7 +135,7 @@ NOT_IN_TABLE = {
     "benchmarks/serving/peer_servers/bento.py": "tested below",
     "benchmarks/serving/peer_servers/lit.py": "tested below",
     "benchmarks/serving/peer_servers/rays.py": "tested below",
-    "tools/demo_animation.py": "it uses the page as tests/demo/test_browser.py does",
+    "tools/demo_animation.py": "it uses the page as tests/demo/browser do",
     "tools/docs_hooks.py": "tests/project/test_docs.py",
     "tools/mutants.py": "it runs the tests itself",
     "tools/package_readme.py": "tests/project/test_install.py",

@@ -11,6 +11,13 @@ __all__ = ["WAIT", "DemoPage"]
 WAIT = 120_000
 """Milliseconds to wait on a busy machine."""
 
+ANSWERED = """() => {
+    const stage = document.querySelector("#picture .stage");
+    const answers = document.querySelector("#answers [data-picture]");
+    return stage.dataset.state !== "sending" && answers?.dataset.picture === stage.dataset.picture;
+}"""
+"""JavaScript: whether the answers belong to the picture that is shown."""
+
 
 class DemoPage:
     """A browser tab with the demo's page; it records requests and JavaScript errors.
@@ -42,9 +49,9 @@ class DemoPage:
         self.ready()
 
     def ready(self) -> None:
-        """Wait until the page shows the session's tasks."""
-        self.see("#tasks input")
-        self.shows("#head", re.compile(r"[1-9]\d* tasks"))
+        """Wait until the page shows answers, and the server knows the page's session."""
+        self.playwright.wait_for_selector("#answers [data-picture]", state="attached")
+        self.playwright.wait_for_function("window.aoft?.attached")
 
     def find(self, selector: str) -> Any:
         """The elements of a selector, which may not exist yet."""
@@ -56,8 +63,12 @@ class DemoPage:
         return self.find(selector)
 
     def tab(self, name: str) -> None:
-        """Switch to one of the demo's tabs."""
-        self.playwright.get_by_role("tab", name=name, exact=True).click()
+        """Switch to one of the demo's tabs, which a narrow window may have in a menu."""
+        tab = self.playwright.get_by_role("tab", name=name, exact=True)
+        if not tab.count():
+            self.playwright.get_by_label("More tabs").click()
+            tab = self.find(".overflow-dropdown button").filter(has_text=name)
+        tab.click()
 
     def shows(self, selector: str, text: str | re.Pattern[str]) -> None:
         """Wait until an element contains a text."""
@@ -97,16 +108,12 @@ class DemoPage:
             for card in self.find("#answers .card").all()
         }
 
-    def clear(self) -> None:
-        """Remove the picture, if there is one."""
-        button = self.playwright.get_by_label("Remove Image")
-        if button.count():
-            button.first.click()
-            self.shows("#answers", "Drop a picture")
+    def answered(self) -> dict[str, dict[str, float]]:
+        """Wait for the answers for the picture that is shown."""
+        self.playwright.wait_for_function(ANSWERED)
+        return self.answers()
 
     def classify(self, picture: Path) -> dict[str, dict[str, float]]:
         """Upload a picture and wait for the answers."""
-        self.clear()
         self.upload("#picture", picture)
-        self.see("#answers .card")
-        return self.answers()
+        return self.answered()

@@ -129,7 +129,7 @@ class DemoClient:
         self.session = secrets.token_hex(6)
         config = json.loads(self.ask("GET", "/config")[2])
         self.ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-        handled = [event for event in config["dependencies"] if event["backend_fn"]]
+        self.config = handled = [event for event in config["dependencies"] if event["backend_fn"]]
         self.events = {tuple(t): event["id"] for event in handled for t in event["targets"]}
 
     @property
@@ -188,26 +188,30 @@ class DemoClient:
         status, _, answer = self.ask("POST", "/gradio_api/upload", body, headers)
         return status, json.loads(answer)[0] if status == 200 else answer.decode()
 
-    def call(self, part: str, event: str, *data: Any) -> Answer:
+    def call(self, part: str, event: str, *data: Any, event_data: Any = None) -> Answer:
         """Fire an event of the page and wait for its result.
 
         Args:
             part: ``elem_id`` of the component.
             event: Name of the event, such as ``click``.
             data: Values of the event's inputs.
+            event_data: What the page sends with the event itself.
         """
-        for message in self.fire(part, event, *data):
+        for message in self.fire(part, event, *data, event_data=event_data):
             if message["msg"] == "process_completed":
                 return Answer(message["success"], json.dumps(message["output"]))
             if message["msg"] == "refused":
                 return Answer(False, message["output"])
         raise AssertionError("the event has not ended")
 
-    def fire(self, part: str, event: str, *data: Any) -> Iterator[dict[str, Any]]:
+    def fire(
+        self, part: str, event: str, *data: Any, event_data: Any = None
+    ) -> Iterator[dict[str, Any]]:
         """Fire an event of the page; yield the server's messages. Arguments as for ``call``."""
         number = self.ids[part]
         join = {
             "data": data,
+            "event_data": event_data,
             "fn_index": self.events[number, event],
             "session_hash": self.session,
             "trigger_id": number,
@@ -230,9 +234,18 @@ class DemoClient:
         finally:
             connection.close()
 
-    def classify(self, path: str, tasks: Any = ("digits",)) -> Answer:
+    def classify(self, path: str) -> Answer:
         """Classify a file as if the page had uploaded it."""
-        return self.call("picture", "change", uploaded_file(path), list(tasks))
+        return self.call("picture", "change", {"path": path})
+
+    def attach(self, key: Any) -> Answer:
+        """Load the page in a browser tab with a key."""
+        (part,) = {number for number, event in self.events if event == "load"}
+        (inputs,) = {
+            len(event["inputs"]) for event in self.config if [part, "load"] in event["targets"]
+        }
+        self.ids["page"] = part
+        return self.call("page", "load", key, *[None] * (inputs - 1))
 
     def memory(self) -> int:
         """Resident memory of the demo in bytes."""

@@ -1,4 +1,4 @@
-"""A session: one browser tab with its own tasks in the shared fleet.
+"""A session: one visitor's tasks in the shared fleet, and what the visitor has chosen.
 
 A session's tasks have keys in the fleet that no other session knows. They leave the fleet when the
 session ends.
@@ -12,17 +12,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from aoft_demo.tasks.shared_fleet import SharedFleet, Task
 from aoft_demo.tasks.training_queue import Training
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
-__all__ = ["MAX_TASKS", "Session", "task_name"]
+__all__ = ["MAX_TASKS", "ON_AT_FIRST", "Session", "task_name"]
 
 MAX_TASKS = 64
 """Tasks that one session may add."""
 
-NAME = re.compile(r"[\w][\w .,()+-]{0,39}", re.UNICODE)
+MAX_REMOVED = 16
+"""Removed tasks that a session can get back, the last one first."""
+
+ON_AT_FIRST = 12
+"""Tasks of the shared fleet that are on at first."""
+
+PUNCTUATION = " .,()+-"
+NAME = re.compile(rf"\w[\w{PUNCTUATION}]{{0,39}}")
+INVALID = re.compile(rf"[^\w{PUNCTUATION}]")
 
 
 def task_name(text: str) -> str:
@@ -41,7 +50,7 @@ def task_name(text: str) -> str:
 
 
 class Session:
-    """One browser tab. Safe to use from any thread.
+    """One visitor. Safe to use from any thread.
 
     Args:
         shared: The fleet, and the tasks to start with.
@@ -53,19 +62,43 @@ class Session:
         shared: The fleet, and the tasks that the session started with.
         folder: The session's files; removed when it ends.
         tasks: The session's tasks by name.
+        off: Names of the tasks that do not answer.
+        picture: The visitor's picture, as the page sent it; None for the first example.
         last_active: Time of the last request.
-        displayed: Names of the tasks that the page shows; None before the page is loaded.
         ended: Whether the session has ended.
     """
 
     def __init__(self, shared: SharedFleet, key: str, folder: Path, now: float) -> None:
         self.shared, self.folder, self.last_active = shared, folder, now
         self.tasks = dict(shared.tasks)
-        self.displayed: set[str] | None = None
+        self.off = set(list(shared.tasks)[ON_AT_FIRST:])
+        self.picture: Any = None
         self.ended = False
+        self._removed: list[tuple[str, Task, int, bool]] = []
         self._trainings: dict[str, Training] = {}
         self._key, self._added_count = key, 0
         self._lock = threading.RLock()
+
+    @property
+    def on(self) -> list[str]:
+        """Names of the tasks that answer, in the order of ``tasks``."""
+        return [name for name in list(self.tasks) if name not in self.off]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the visitor has changed nothing yet."""
+        first = set(list(self.shared.tasks)[ON_AT_FIRST:])
+        return self.tasks == self.shared.tasks and self.off == first and self.picture is None
+
+    def switch(self, name: str, on: bool) -> None:
+        """Switch a task on or off.
+
+        Raises:
+            UnknownNameError: There is no such task.
+        """
+        with self._lock:
+            self.task(name)
+            (self.off.discard if on else self.off.add)(name)
 
     def task(self, name: str) -> Task:
         """A task by its name.
@@ -113,16 +146,62 @@ class Session:
             self._check_can_add(name)
             return self._add(checkpoint, name, origin)
 
+    def free_name(self, wanted: str) -> str:
+        """A valid name near the wanted one; a number follows if that is taken."""
+        base = " ".join(INVALID.sub(" ", wanted).split()).lstrip(PUNCTUATION)[:34].rstrip()
+        base, number = base or "task", 1
+        with self._lock:
+            taken = self.tasks.keys() | self._trainings.keys()
+            while (name := base if number == 1 else f"{base} {number}") in taken:
+                number += 1
+        return name
+
     def remove(self, name: str) -> None:
-        """Remove a task from this session.
+        """Remove a task from this session; ``restore`` brings it back.
 
         Raises:
             UnknownNameError: There is no such task.
         """
         with self._lock:
-            task = self.task(name)
+            task, place = self.task(name), list(self.tasks).index(name)
             del self.tasks[name]
-            self._release(task)
+            if task.origin != "initial":
+                self.shared.fleet.remove(task.key)
+            self._removed.append((name, task, place, name in self.off))
+            self.off.discard(name)
+            for _, old, _, _ in self._removed[:-MAX_REMOVED]:
+                self._delete(old)
+            del self._removed[:-MAX_REMOVED]
+
+    @property
+    def removed(self) -> str | None:
+        """Name of the task that was removed last; None if ``restore`` has nothing to restore."""
+        return self._removed[-1][0] if self._removed else None
+
+    def restore(self) -> str:
+        """Bring back the task that was removed last, at its place and with its switch.
+
+        Returns:
+            Its name; it has a number if its name was taken in the meantime.
+
+        Raises:
+            SettingError: No task was removed, or the session has too many tasks.
+        """
+        with self._lock:
+            if not self._removed:
+                raise SettingError("No task was removed, so there is none to bring back.")
+            removed, task, place, off = self._removed[-1]
+            name = self.free_name(removed)
+            if task.origin != "initial":
+                self._check_can_add(name)
+                assert task.checkpoint is not None
+                self.shared.fleet.add(task.checkpoint, task.key)
+            self._removed.pop()
+            items = list(self.tasks.items())
+            self.tasks = dict([*items[:place], (name, task), *items[place:]])
+            if off:
+                self.off.add(name)
+            return name
 
     @contextmanager
     def training(self, name: str) -> Iterator[Training]:
@@ -171,8 +250,10 @@ class Session:
         self.stop_trainings()
         with self._lock:
             for task in self.tasks.values():
-                self._release(task)
+                if task.origin != "initial":
+                    self.shared.fleet.remove(task.key)
             self.tasks.clear()
+            self._removed.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_can_add(self, name: str) -> None:
@@ -203,10 +284,8 @@ class Session:
         task = self.tasks[name] = Task(key, self.shared.fleet.classes(key), copy, origin)
         return task
 
-    def _release(self, task: Task) -> None:
-        """Remove a task of this session from the fleet; initial tasks belong to all sessions."""
-        if task.origin == "initial":
-            return
-        self.shared.fleet.remove(task.key)
-        if task.checkpoint is not None:
+    @staticmethod
+    def _delete(task: Task) -> None:
+        """Delete the file of a removed task; initial tasks belong to all sessions."""
+        if task.origin != "initial" and task.checkpoint is not None:
             shutil.rmtree(task.checkpoint.parent, ignore_errors=True)

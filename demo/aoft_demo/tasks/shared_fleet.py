@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoft_demo.tasks.fleet_export import export_cached
+from aoft_demo.tasks.skills import bundled_examples, bundled_skills
 from aoft_deploy.artefacts.manifest import artefact_files, manifest_path
 from aoft_deploy.artefacts.spec import InputSpec
 from aoft_deploy.checkpoints.names import task_name
@@ -61,6 +62,8 @@ class SharedFleet:
         weights: File with the backbone's weights; None takes timm's own.
         folder: Folder for temporary files; the caller of ``open_shared_fleet`` removes it.
         examples: Example pictures.
+        difference: Largest difference of a logit between the fleet and the unmerged models when it
+            was exported; None if the fleet has no manifest.
     """
 
     fleet: Fleet
@@ -70,6 +73,7 @@ class SharedFleet:
     weights: Path | None
     folder: Path
     examples: Sequence[Path]
+    difference: float | None = None
 
 
 def open_shared_fleet(
@@ -114,22 +118,24 @@ def open_shared_fleet(
         if name not in fleet.tasks:
             fleet.add(path, name)
     _warm_up(fleet)
+    manifest = _manifest(artefact)
     return SharedFleet(
         fleet=fleet,
         tasks={
             name: Task(name, classes, by_name.get(name)) for name, classes in fleet.tasks.items()
         },
-        backbone=_backbone(artefact),
+        backbone=manifest.get("backbone", {}),
         backbone_bytes=max(_size(artefact) - tasks_in_file, 0),
         weights=weights,
         folder=folder,
-        examples=sorted(BUNDLED.glob("*.png")) if examples is None else list(examples),
+        examples=[e.file for e in bundled_examples()] if examples is None else list(examples),
+        difference=manifest.get("verification", {}).get("max_abs"),
     )
 
 
 def bundled_checkpoints() -> list[Path]:
-    """Checkpoints of the tasks that ship with the demo."""
-    return sorted(BUNDLED.glob("*.ckpt"))
+    """Checkpoints of the tasks that ship with the demo, in the order of their cards."""
+    return [BUNDLED / f"{name}.ckpt" for name in bundled_skills()]
 
 
 def task_bytes(fleet: Fleet, classes: Sequence[str]) -> int:
@@ -150,7 +156,7 @@ def checkpoint_of(task: Task, name: str) -> Path:
     if task.checkpoint is None:
         raise CheckpointError(
             f"The fleet's file has task {name!r}, but not its checkpoint: add its model.ckpt on "
-            "the tab Swap, or start aoft-demo with it."
+            "the tab Skills, or start aoft-demo with it."
         )
     return task.checkpoint
 
@@ -171,13 +177,13 @@ def _warm_up(fleet: Fleet) -> None:
         fleet.predict(images.zeros(count), names[:count])
 
 
-def _backbone(artefact: Path) -> Mapping[str, Any]:
-    """The backbone's name and arguments from the manifest; empty if there is no manifest."""
+def _manifest(artefact: Path) -> dict[str, Any]:
+    """The objects in the artefact's manifest by name; empty if there is no manifest."""
     try:
-        backbone = json.loads(manifest_path(artefact).read_text("utf-8"))["backbone"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads(manifest_path(artefact).read_text("utf-8"))
+        return {name: value for name, value in manifest.items() if isinstance(value, dict)}
+    except (OSError, ValueError, AttributeError):
         return {}
-    return backbone if isinstance(backbone, dict) else {}
 
 
 def _size(artefact: Path) -> int:

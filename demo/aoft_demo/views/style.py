@@ -8,7 +8,11 @@ import gradio as gr
 
 __all__ = ["CSS", "theme"]
 
-CSS = Path(__file__).with_name("style.css").read_text("utf-8")
+FOLDER = Path(__file__).parent
+CSS = "\n".join(
+    file.read_text("utf-8") for file in [FOLDER / "style.css", *sorted(FOLDER.glob("*/style.css"))]
+)
+"""The page's own style sheet, followed by those of the views."""
 
 
 def theme() -> gr.themes.Base:

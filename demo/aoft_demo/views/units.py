@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["duration", "size"]
+from decimal import Decimal
+
+__all__ = ["decimal", "duration", "size"]
 
 
 def size(count: float) -> str:
@@ -14,6 +16,11 @@ def size(count: float) -> str:
         if count < 1000:
             return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} GB"
+
+
+def decimal(value: float, digits: int = 2) -> str:
+    """A number with so many significant digits and without an exponent, such as 0.000023."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aoft_demo.actions.evidence import accuracies, results_folder, speeds
-from aoft_demo.views import cards
+from aoft_demo.views.explain.cards import evidence_cards
 
 
 def test_the_figures_are_those_of_the_accuracy_page(root: Path) -> None:
@@ -24,7 +24,7 @@ def test_the_figures_are_those_of_the_accuracy_page(root: Path) -> None:
     largest = max(row["batch"] for row in engines)
     ratios = [row["ratio"] for row in engines if row["batch"] == largest]
     assert [s.ratio for s in speeds()][: len(ratios)] == ratios
-    html = cards.evidence_cards(accuracies(), speeds())
+    html = evidence_cards(accuracies(), speeds())
     assert "96.8 ± 0.7" in html and f"{max(ratios):.2f} ×" in html
     assert f"batches of {largest}:" in html
 
@@ -34,4 +34,4 @@ def test_missing_results_are_reported(root: Path, monkeypatch: pytest.MonkeyPatc
     assert results_folder() == root / "benchmarks" / "results"
     monkeypatch.setattr(evidence, "__file__", "/nowhere/aoft_demo/actions/evidence.py")
     assert results_folder() is None and accuracies() == [] and speeds() == []
-    assert "No measurements found" in cards.evidence_cards([], [])
+    assert "No measurements found" in evidence_cards([], [])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from aoft_demo.actions.classify import classify
-from aoft_demo.tasks.session import MAX_TASKS, Session, task_name
-from aoft_demo.tasks.shared_fleet import BUNDLED
+from aoft_demo.tasks.session import MAX_REMOVED, MAX_TASKS, Session, task_name
+from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
 PICTURE = BUNDLED / "digits-7.png"
@@ -148,3 +148,52 @@ def test_labels_and_logits_are_of_the_same_version_while_a_task_is_replaced(
         answered += 1
         assert any(answer == pytest.approx(version, abs=1e-5) for version in versions.values())
     replacing.join()
+
+
+def test_a_removed_task_comes_back_at_its_place(session: Session) -> None:
+    checkpoint = bundled_checkpoints()[0]
+    first, *others = session.tasks
+    task = session.add(checkpoint, "mine")
+    session.switch("mine", False)
+    session.remove("mine")
+    session.remove(first)
+    assert session.removed == first and task.key not in session.shared.fleet
+    assert session.restore() == first and list(session.tasks) == [first, *others]
+    session.add(checkpoint, "mine")  # takes the name
+    assert session.restore() == "mine 2" and session.removed is None
+    assert task.key in session.shared.fleet and "mine 2" not in session.on and "mine" in session.on
+    with pytest.raises(SettingError, match="No task was removed"):
+        session.restore()
+    for _ in range(MAX_REMOVED + 1):
+        session.remove("mine 2")
+        session.add(checkpoint, "mine 2")
+    assert len(list(session.folder.glob("*/*.ckpt"))) == MAX_REMOVED + 2  # the oldest is deleted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [
+        ("pets", "pets"),
+        ("<b>pets</b>", "b pets b"),
+        ("..", "task"),
+        ("x" * 60, "x" * 34),
+        ("тест 1", "тест 1"),
+    ],
+)
+def test_a_files_name_becomes_a_valid_and_free_name(
+    session: Session, wanted: str, name: str
+) -> None:
+    assert session.free_name(wanted) == name == task_name(name)
+    session.add(bundled_checkpoints()[0], name)
+    assert session.free_name(wanted) == f"{name} 2" == task_name(f"{name} 2")
+
+
+def test_what_a_visitor_changes_makes_the_session_old(session: Session) -> None:
+    name = next(iter(session.tasks))
+    assert session.is_new
+    session.switch(name, False)
+    assert not session.is_new and name not in session.on
+    session.switch(name, True)
+    assert session.is_new and name in session.on
+    with pytest.raises(UnknownNameError):
+        session.switch("nothing", True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from aoft_demo.actions.classify import classify
-from aoft_demo.tasks.session_registry import IDLE, SessionRegistry
-from aoft_demo.tasks.shared_fleet import BUNDLED, SharedFleet
+from aoft_demo.tasks import session_registry
+from aoft_demo.tasks.session_registry import GRACE, IDLE, SessionRegistry
+from aoft_demo.tasks.shared_fleet import BUNDLED, SharedFleet, bundled_checkpoints
 from aoft_deploy.errors import SettingError
 
 PICTURE = BUNDLED / "digits-7.png"
@@ -21,11 +22,11 @@ def test_sessions_do_not_see_each_others_tasks(sessions: SessionRegistry) -> Non
     assert sessions.get("other").tasks.keys() == sessions.shared.tasks.keys()
     ours.remove("digits")
     assert "digits" in theirs.tasks
-    sessions.end("ours")
+    sessions.leave("ours")
     assert task.key not in sessions.shared.fleet
     assert not ours.folder.exists()
     assert theirs.tasks["mine"].key in sessions.shared.fleet
-    sessions.end("ours")  # browsers may report it twice
+    sessions.leave("ours")  # browsers may report it twice
 
 
 def test_an_idle_session_ends(shared: SharedFleet) -> None:
@@ -50,3 +51,51 @@ def test_closing_the_registry_ends_all_sessions(shared: SharedFleet) -> None:
     assert all(one.ended and not one.folder.exists() for one in (first, second))
     with pytest.raises(SettingError, match="The demo has ended"):
         sessions.get("late")
+
+
+KEYS = [f"{number:032x}" for number in range(8)]
+
+
+def test_a_tabs_key_finds_its_session_again_until_the_grace_time_is_over(
+    shared: SharedFleet,
+) -> None:
+    now = [0.0]
+    sessions = SessionRegistry(shared, clock=lambda: now[0])
+    first = sessions.attach("page 1", KEYS[0])
+    key = first.add(bundled_checkpoints()[0], "mine").key
+    assert sessions.get("page 1") is first
+    assert sessions.attach("page 2", KEYS[0]) is first  # the reloaded page, or a duplicated tab
+    sessions.leave("page 1")
+    sessions.sweep()
+    now[0] += GRACE + 1
+    assert sessions.get("page 2") is first  # a page is still open
+    sessions.leave("page 2")
+    now[0] += GRACE - 1
+    assert sessions.attach("page 3", KEYS[0]) is first and "mine" in first.tasks
+    sessions.leave("page 3")
+    now[0] += GRACE + 1
+    assert sessions.attach("page 4", KEYS[0]) is not first
+    assert first.ended and key not in shared.fleet and len(sessions) == 1
+    sessions.close()
+
+
+@pytest.mark.parametrize("key", [None, "", 7, ["a"], "0" * 31, "0" * 33, "G" * 32, "../" * 11])
+def test_a_key_that_no_tab_makes_finds_no_session(sessions: SessionRegistry, key: object) -> None:
+    first = sessions.attach("page 1", key)
+    assert sessions.attach("page 2", key) is not first
+    sessions.leave("page 1")
+    assert first.ended
+
+
+def test_the_number_of_sessions_is_limited(
+    sessions: SessionRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_registry, "MAX_SESSIONS", 3)
+    kept = [sessions.attach(f"page {key}", key) for key in KEYS[:3]]
+    with pytest.raises(SettingError, match="as many visitors as it can take"):
+        sessions.get("one more")
+    sessions.leave(f"page {KEYS[1]}")
+    sessions.leave(f"page {KEYS[0]}")
+    assert sessions.get("one more") not in kept
+    assert [session.ended for session in kept] == [False, True, False]  # the first that was left
+    assert len(sessions) == 3

@@ -17,6 +17,7 @@ from aoft_demo.tasks.shared_fleet import (
     open_shared_fleet,
     task_bytes,
 )
+from aoft_demo.tasks.skills import bundled_examples
 from aoft_deploy.data.synthetic import load_task
 from aoft_deploy.errors import ArtefactError, CheckpointError
 
@@ -26,7 +27,7 @@ TASKS = ("colour", "count", "digits", "orientation", "shape")
 def test_every_offline_task_is_bundled_as_a_small_checkpoint(shared: SharedFleet) -> None:
     assert sorted(shared.tasks) == sorted(TASKS)
     assert all(path.stat().st_size < 60_000 for path in bundled_checkpoints())
-    assert {path.stem.split("-")[0] for path in shared.examples} == set(TASKS)
+    assert list(shared.examples) == [example.file for example in bundled_examples()]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -93,7 +94,7 @@ def test_checkpoints_extend_a_fleet_from_a_file(
     with pytest.raises(
         CheckpointError, match="The fleet's file has task 'birds', but not its checkpoint"
     ):
-        verify(session, "birds")
+        verify(session, "birds", bundled_examples()[0].file)
 
 
 def test_unusable_paths_are_refused(

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from aoft_demo.actions.analysis import TaskAnalysis
 from aoft_demo.actions.classify import Answers
-from aoft_demo.actions.verification import Agreement
-from aoft_demo.views import cards, notices, units
+from aoft_demo.actions.residents import Resident
+from aoft_demo.actions.skill_cards import SkillCard
+from aoft_demo.actions.verification import Proof
+from aoft_demo.tasks.session import Session
+from aoft_demo.views import notices, units
+from aoft_demo.views.ask.cards import answer_cards, for_picture
 from aoft_demo.views.charts import Bar, Line, bars, lines
-from aoft_deploy.classes import Answer, Prediction, Value
+from aoft_demo.views.explain.cards import analysis_cards
+from aoft_demo.views.skills.cards import rows
+from aoft_demo.views.skills.proof import proof_card
+from aoft_deploy.classes import Answer, Classes, Prediction, Value
+
+CARD = SkillCard("Which fruit is it?", "fruit", 0.93, "200 test pictures", 0.5)
 
 
-def test_texts_of_users_are_escaped() -> None:
+def proof(difference: float, classes: tuple[str, ...] = ("x", "y")) -> Proof:
+    """Logits of two pictures, the second of which the fleet answers differently."""
+    logits = np.array([[4.0, 1.0], [0.5, 1.0]], np.float32)
+    other = logits.copy()
+    other[1, 0] += difference
+    return Proof(Classes(classes), logits, logits, other)
+
+
+def test_texts_of_users_are_escaped(session: Session) -> None:
     bad = "<script>alert(1)</script>"
     answers = Answers({bad: [Prediction(bad, 1.0)]}, 0.01, 1e-5, 3, 4)
     for html in (
-        cards.answer_cards(answers),
+        answer_cards(answers, {bad: replace(CARD, question=bad, made_for=bad)}, 1e-5, 5.0),
+        rows(session, [Resident(bad, 2, 9, "added")], {bad: replace(CARD, question=bad)}),
+        proof_card(bad, proof(0.0, (bad, bad))),
         notices.failure(bad, bad),
         notices.success(bad, bad),
-        cards.for_picture("", bad),
-        cards.analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
-        cards.agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
+        for_picture("", bad),
+        analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
         bars([Bar(bad, 1.0, bad)], title=bad),
         lines([Line(bad, [(0, 1)], 1)], x=(0, 1), y=(0, 1), x_label=bad, y_label=bad),
     ):
@@ -28,8 +50,9 @@ def test_texts_of_users_are_escaped() -> None:
 
 def test_figures_have_suitable_units() -> None:
     answers = Answers({"a": [Prediction("x", 0.25)]}, 0.0123, 42e-6, 3, 4)
-    html = cards.answer_cards(answers)
-    for text in ("12.3 ms", "42 µs", "25.0%", 'data-p="0.250000"', "3 × 4 pixels"):
+    html = answer_cards(answers, {"a": CARD}, 9.5e-6, 4.94)
+    texts = ("12.3 ms", "42 µs", "25.0%", 'data-p="0.250000"', "3 × 4 pixels", "± 0.00001", "4.9×")
+    for text in texts:
         assert text in html
     assert [units.size(n) for n in (12, 28_300, 10_900_000, 2e9)] == [
         "12 bytes",
@@ -42,8 +65,10 @@ def test_figures_have_suitable_units() -> None:
 def test_labels_and_values_have_their_own_cards() -> None:
     labels: list[Answer] = [Prediction("ripe", 0.9), Prediction("red", 0.6)]
     answers = Answers({"fruit": labels, "leaf": [], "age": [Value("years", 41.25)]}, 1, 1, 3, 4)
-    html = cards.answer_cards(answers)
-    assert [html.count(f'class="top">{text}<') for text in ("ripe", "no label", "years 41.25")] == [
+    html = answer_cards(answers, dict.fromkeys(answers.predictions, CARD), None, 1.0)
+    assert [
+        html.count(f'class="top">{text}<') for text in ("ripe", "None of them", "years 41.25")
+    ] == [
         1,
         1,
         1,
@@ -52,7 +77,22 @@ def test_labels_and_values_have_their_own_cards() -> None:
     assert '<span class="value">41.25</span>' in html
 
 
-def test_differing_answers_are_reported() -> None:
-    html = cards.agreement_card("a", Agreement(16, 1.0, 1e-6, 1e-6, 16))
-    assert "good" in html and "the same answers" in html
-    assert "different answers" in cards.agreement_card("a", Agreement(16, 1.0, 1.0, 1.0, 15))
+def test_an_answer_below_the_threshold_is_not_sure() -> None:
+    answers = Answers({"fruit": [Prediction("pear", 0.6), Prediction("kiwi", 0.4)]}, 1, 1, 3, 4)
+
+    def shown(threshold: float, none_class: str | None = None) -> str:
+        card = replace(CARD, threshold=threshold, none_class=none_class)
+        return answer_cards(answers, {"fruit": card}, None, 1.0)
+
+    assert 'class="top">Not sure<' in shown(0.61) and "best guess: pear" in shown(0.61)
+    assert 'class="top">pear<' in shown(0.6) and "best guess" not in shown(0.6)
+    assert "quiet" in shown(0.5, "pear") and "quiet" not in shown(0.5, "kiwi")
+    assert "right on 93% of 200 test pictures" in shown(0.5)
+
+
+def test_equal_and_differing_answers_are_told_apart() -> None:
+    html = proof_card("a", proof(1e-5))
+    assert "The answers are the same, to 5 digits." in html and "2 of 2 pictures" in html
+    assert "The answers differ" in proof_card("a", proof(0.01))  # above the tolerance
+    assert "1 of 2 pictures" in proof_card("a", proof(1.0))
+    assert "same, to 6 digits" in proof_card("a", proof(0.0))  # as many as float32 has

@@ -1,35 +1,26 @@
-"""The tab Export: one task as a verified, merged ONNX model with its manifest."""
+"""The view Take home: one task as a verified, merged ONNX model with its manifest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from aoft_demo.actions.export import export_task
+from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.views import cards, notices
+from aoft_demo.views import notices
 from aoft_demo.views.failures import show_failures
-from aoft_demo.views.task_lists import task_dropdown
+from aoft_demo.views.take_home import cards
+from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.view import View
 from aoft_deploy.errors import SettingError
 
-__all__ = ["ExportTab", "export_tab"]
+__all__ = ["take_home_view"]
 
 
-@dataclass(frozen=True)
-class ExportTab:
-    """Components that the page uses.
-
-    Attributes:
-        task: The task to export.
-    """
-
-    task: gr.Dropdown
-
-
-def export_tab(sessions: SessionRegistry) -> ExportTab:
-    """Lay out the tab and connect its events."""
+def take_home_view(sessions: SessionRegistry) -> View:
+    """Lay out the view and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             task = task_dropdown(list(sessions.shared.tasks), label="Task", elem_id="export-task")
@@ -59,4 +50,8 @@ def export_tab(sessions: SessionRegistry) -> ExportTab:
         return cards.export_card(chosen, exported), gr.File(paths, visible=True)
 
     export.click(run, [task, uint8], [panel, files], concurrency_limit=1, api_visibility="private")
-    return ExportTab(task)
+
+    def refresh(session: Session, chosen: str | None) -> list[Any]:
+        return [refreshed_dropdown(chosen, list(session.tasks))]
+
+    return View([task], [task], refresh, task=task)

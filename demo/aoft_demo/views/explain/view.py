@@ -1,49 +1,41 @@
-"""The tab Inside: what training changed, and the model's attention to a picture."""
+"""The view How it works: what training changed, and the model's attention to a picture."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from aoft_demo.actions.analysis import analyse_task
 from aoft_demo.actions.attention import attention_map, attention_overlay
+from aoft_demo.actions.evidence import accuracies, speeds
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.views import cards, notices
+from aoft_demo.views import notices
+from aoft_demo.views.explain import cards
 from aoft_demo.views.failures import failure_message, show_failures
-from aoft_demo.views.task_lists import task_dropdown
+from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.view import View
 from aoft_deploy.errors import SettingError
 
-__all__ = ["InsideTab", "inside_tab"]
+__all__ = ["explain_view"]
 
 NOTE = notices.note(
     "Shows the angles between weight vectors, how much each layer changed, and the model's "
-    "attention to the picture of the tab Classify."
+    "attention to the picture of the view Ask."
 )
 
 START = notices.empty("No task analysed yet", "Choose a task and press Look inside.")
 
 
-@dataclass(frozen=True)
-class InsideTab:
-    """Components that the page uses.
-
-    Attributes:
-        task: The task to analyse.
-    """
-
-    task: gr.Dropdown
-
-
-def inside_tab(sessions: SessionRegistry, picture: gr.Image) -> InsideTab:
-    """Lay out the tab and connect its events.
+def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
+    """Lay out the view and connect its events.
 
     Args:
         sessions: All sessions.
-        picture: The picture of the tab Classify.
+        picture: The picture of the view Ask.
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=240):
@@ -55,6 +47,7 @@ def inside_tab(sessions: SessionRegistry, picture: gr.Image) -> InsideTab:
             attention = gr.HTML(NOTE, elem_id="attention")
         with gr.Column(scale=6, min_width=300):
             panel = gr.HTML(START, elem_id="inside")
+    gr.HTML(cards.evidence_cards(accuracies(), speeds()), elem_id="measured")
 
     @show_failures("Not analysed", output=0, outputs=2)
     def show(chosen: str | None, path: str | None, request: gr.Request) -> tuple[str, str]:
@@ -64,7 +57,7 @@ def inside_tab(sessions: SessionRegistry, picture: gr.Image) -> InsideTab:
         analysis = cards.analysis_cards(chosen, analyse_task(session, chosen))
         source = Path(path) if path else next(iter(sessions.shared.examples), None)
         if source is None:
-            note = "Choose a picture on the tab Classify to see the attention to it."
+            note = "Choose a picture on the tab Ask to see the attention to it."
             return analysis, notices.note(note)
         return analysis, _attention_card(session, chosen, source)
 
@@ -77,7 +70,11 @@ def inside_tab(sessions: SessionRegistry, picture: gr.Image) -> InsideTab:
     ):
         reset = f"() => {json.dumps(values)}"
         changed.change(None, None, outputs, js=reset, api_visibility="private")
-    return InsideTab(task)
+
+    def refresh(session: Session, chosen: str | None) -> list[Any]:
+        return [refreshed_dropdown(chosen, list(session.tasks))]
+
+    return View([task], [task], refresh, task=task)
 
 
 def _attention_card(session: Session, name: str, picture: Path) -> str:

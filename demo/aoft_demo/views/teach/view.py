@@ -1,4 +1,4 @@
-"""The tab Train: a new task from synthetic or uploaded pictures."""
+"""The view Teach: a new task from synthetic or uploaded pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from aoft_demo.actions.training_data import write_synthetic_task, write_uploaded
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.tasks.training_queue import Training
-from aoft_demo.views import cards, notices
+from aoft_demo.views import notices
 from aoft_demo.views.failures import show_failures
+from aoft_demo.views.teach import cards
+from aoft_demo.views.view import View
 from aoft_deploy.data.synthetic import task_names
 
-__all__ = ["SYNTHETIC", "UPLOADED", "TrainTab", "train_tab"]
+__all__ = ["SYNTHETIC", "UPLOADED", "teach_view"]
 
 SYNTHETIC, UPLOADED = "Synthetic pictures", "My pictures"
 
@@ -31,19 +32,8 @@ Outputs = tuple[Any, ...]
 """Values of the panel and of the file."""
 
 
-@dataclass(frozen=True)
-class TrainTab:
-    """Events that the page uses.
-
-    Attributes:
-        changes: Events that change the session's tasks.
-    """
-
-    changes: list[Any]
-
-
-def train_tab(sessions: SessionRegistry) -> TrainTab:
-    """Lay out the tab and connect its events."""
+def teach_view(sessions: SessionRegistry) -> View:
+    """Lay out the view and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             source = gr.Radio(
@@ -118,7 +108,7 @@ def train_tab(sessions: SessionRegistry) -> TrainTab:
         **private,
     )
     stop.click(stop_trainings, show_progress="hidden", **private)
-    return TrainTab([trained])
+    return View(changes=[trained])
 
 
 def _class_row(number: int) -> tuple[gr.Textbox, gr.File]:

@@ -1,0 +1,1 @@
+"""The view Ask: a picture and the answers of all chosen skills."""

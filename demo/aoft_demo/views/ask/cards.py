@@ -1,0 +1,139 @@
+"""Answers as HTML; all texts are escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from shlex import quote
+
+from aoft_demo.actions.classify import Answers
+from aoft_demo.actions.residents import Resident
+from aoft_demo.actions.skill_cards import SkillCard
+from aoft_demo.tasks.shared_fleet import SharedFleet
+from aoft_demo.views.parts import show_code
+from aoft_demo.views.units import decimal, duration, size
+from aoft_deploy.classes import Answer, Value
+
+__all__ = ["answer_cards", "for_picture", "header"]
+
+
+def header(shared: SharedFleet, tasks: Sequence[Resident]) -> str:
+    """Title of the page, and what the tasks share."""
+    own = sum(task.bytes for task in tasks)
+    backbone, count = shared.backbone_bytes, len(tasks)
+    each = size(own / count) if count else "0 bytes"
+    skills = f"<b>{count} skill{'s' * (count != 1)}</b> of about {each}"
+    share = f"share{'s' * (count == 1)} one {size(backbone)} model"
+    saved = f"<b>{size(backbone + own)}</b> in memory instead of {size(count * backbone + own)}"
+    return (
+        '<div class="head"><h1>One picture, one pass, many skills</h1>'
+        f"<p>{skills} {share}: {saved}. Everything stays on this machine.</p></div>"
+    )
+
+
+def for_picture(html: str, picture: str) -> str:
+    """Mark HTML with the picture that it belongs to."""
+    return f'<div data-picture="{escape(picture)}">{html}</div>'
+
+
+def answer_cards(
+    answers: Answers, cards: dict[str, SkillCard], difference: float | None, saved: float
+) -> str:
+    """A card for each task, and the four facts that the other views prove.
+
+    Args:
+        answers: The answers.
+        cards: What is known about the tasks, by their names.
+        difference: Largest difference of a logit between merged and unmerged models, if known.
+        saved: Memory of separate models divided by that of the fleet.
+    """
+    shown = "".join(_card(name, best, cards[name]) for name, best in answers.predictions.items())
+    count = len(answers.predictions)
+    return (
+        f'<p class="hidden" role="status">{count} answer{"s" * (count != 1)}</p>'
+        f'<div class="cards" tabindex="0" role="group" aria-label="Answers">{shown}</div>'
+        f"{_strip(answers, difference, saved)}{_code(list(answers.predictions))}"
+    )
+
+
+def _strip(answers: Answers, difference: float | None, saved: float) -> str:
+    """Four facts, each a link to the view that proves it."""
+    count = len(answers.predictions)
+    same = "" if difference is None else f" ± {decimal(difference, 1)}"
+    facts = (
+        ("race", duration(answers.seconds), f"one pass, {count} skill{'s' * (count != 1)}"),
+        ("skills", duration(answers.switch), "to switch skills"),
+        ("prove", "same answers ✓", f"merged = unmerged{same}"),
+        ("memory", f"{saved:.1f}× less", "memory than separate models"),
+    )
+    links = "".join(
+        f'<a href="#{target}"><b>{escape(value)}</b> <span>{escape(text)}</span></a>'
+        for target, value, text in facts
+    )
+    pixels = f"{answers.width} × {answers.height} pixels"
+    return f'<nav class="strip" aria-label="Proofs" data-pixels="{pixels}">{links}</nav>'
+
+
+def _card(name: str, best: Sequence[Answer], card: SkillCard) -> str:
+    top = best[0] if best else None
+    probability = getattr(top, "probability", None)
+    unsure = probability is not None and probability < card.threshold
+    none = top is not None and not isinstance(top, Value) and top.label == card.none_class
+    headline = "Not sure" if unsure else _headline(top)
+    others = "".join(map(_line, best[1:]))
+    more = f"<details><summary>Other answers</summary>{others}</details>" if others else ""
+    guess = f"best guess: {_headline(top)}" if unsure else ""
+    about = " · ".join(filter(None, [guess, *_about(card)]))
+    return (
+        f'<section class="card{" quiet" * (unsure or none)}" data-task="{escape(name)}" '
+        f'aria-label="{escape(card.question)}"><h2>{escape(card.question)}</h2>'
+        f'<div class="top">{escape(headline)}</div>{_line(top) if top else ""}'
+        f'<p class="about">{escape(about)}</p>{more}</section>'
+    )
+
+
+def _about(card: SkillCard) -> list[str]:
+    """What a task was made for, and how often it is right."""
+    made = f"for {card.made_for}" if card.made_for else "your own skill"
+    right = "" if card.accuracy is None else f"right on {card.accuracy:.0%} of {card.pictures}"
+    return [made, right]
+
+
+def _headline(top: Answer | None) -> str:
+    if top is None:
+        return "None of them"
+    return str(top) if isinstance(top, Value) else top.label
+
+
+def _line(answer: Answer) -> str:
+    name = f'<span class="name">{escape(answer.label)}</span>'
+    if isinstance(answer, Value):
+        value = f'<span class="value">{answer.value:.6g}</span>'
+        return f'<div class="line" data-label="{escape(answer.label)}">{name}{value}</div>'
+    return (
+        f'<div class="line" data-label="{escape(answer.label)}" data-p="{answer.probability:.6f}">'
+        f'{name}<span class="bar"><i class="b1" style="width:{100 * answer.probability:.1f}%"></i>'
+        f'</span><span class="value">{answer.probability:.1%}</span></div>'
+    )
+
+
+def _code(names: Sequence[str]) -> str:
+    """How to get the same answers without the page."""
+    files = [f"{name}.ckpt" for name in names]
+    return show_code(
+        Shell=f"aoft-export --fleet {' '.join(map(quote, files))} -o fleet.onnx\n"
+        f"aoft-predict fleet.onnx picture.png --task {quote(names[0])}",
+        Python=f"""
+from aoft_deploy import export_fleet
+from aoft_deploy.data.images import read_image
+from aoft_deploy.fleet.fleet import Fleet
+
+tasks = {list(names)}
+export_fleet([f"{{task}}.ckpt" for task in tasks], "fleet.onnx")
+fleet = Fleet("fleet.onnx")
+row = fleet.preprocessing(read_image("picture.png"))
+batch = row[None].repeat(len(tasks), 0)  # one picture, one row for each skill
+for task, answer in zip(tasks, fleet.predict(batch, tasks)):
+    print(task, answer.answers(1)[0])
+""",
+    )

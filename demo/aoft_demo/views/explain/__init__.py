@@ -1,0 +1,1 @@
+"""The view How it works: what training changed, and measured results."""

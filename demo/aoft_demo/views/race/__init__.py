@@ -1,0 +1,1 @@
+"""The view Race: one mixed batch against one session per task."""

@@ -1,0 +1,1 @@
+"""The view Skills: the tasks of the fleet, added, removed and compared."""

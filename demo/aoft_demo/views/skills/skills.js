@@ -1,0 +1,80 @@
+// The rows: buttons with data-act trigger events; files are uploaded and added.
+const list = () => element.querySelector("input[type=file]");
+const say = (text) => { const line = element.querySelector(".sending"); if (line) line.textContent = text; };
+const LARGEST = 16;
+
+async function add(files) {
+  const wanted = files.slice(0, LARGEST);
+  if (!wanted.length) return say("There is no checkpoint among these files: give model.ckpt files.");
+  const sent = [];
+  for (const { file, name } of wanted) {
+    say(`Sending ${name} …`);
+    try {
+      sent.push({ path: (await upload(file)).path, name });
+    } catch (error) {
+      say(`${name} was not sent: ${String(error.message || error).slice(0, 200)}`);
+      return;
+    }
+  }
+  say("");
+  trigger("added", { files: sent });
+}
+
+const isCheckpoint = (name) => /\.(ckpt|safetensors)$/i.test(name);
+
+function inFolder(entry) {
+  return new Promise((resolve) => entry.createReader().readEntries(resolve, () => resolve([])));
+}
+
+async function dropped(entry, depth) {
+  if (entry.isFile) {
+    const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
+    return file ? [{ file, name: entry.fullPath.replace(/^\//, "") }] : [];
+  }
+  if (!depth) return [];
+  const found = [];
+  for (const child of await inFolder(entry)) {
+    found.push(...(await dropped(child, depth - 1)).filter(({ name }) => isCheckpoint(name)));
+  }
+  return found;
+}
+
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-act]");
+  if (!button) return;
+  const { act, name } = button.dataset;
+  if (act === "choose") return list().click();
+  if (act === "switched") {
+    const on = button.getAttribute("aria-checked") !== "true";
+    button.setAttribute("aria-checked", on);
+    return trigger("switched", { name, on });
+  }
+  if (act === "proved") {
+    const panel = document.querySelector("#proof");
+    panel.querySelector("h2")?.replaceChildren(`Proving ${name} …`);
+    if (window.innerWidth < 700) panel.scrollIntoView({ block: "start" });
+    return trigger("proved", { name });
+  }
+  if (act === "removed") return trigger("removed", { name });
+  if (act === "restored") return trigger("restored", {});
+});
+element.addEventListener("change", (event) => {
+  if (event.target !== list()) return;
+  const files = [...list().files].map((file) => ({ file, name: file.webkitRelativePath || file.name }));
+  list().value = "";
+  add(files);
+});
+element.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  element.querySelector(".drop")?.classList.add("over");
+});
+element.addEventListener("dragleave", () => element.querySelector(".drop")?.classList.remove("over"));
+element.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  element.querySelector(".drop")?.classList.remove("over");
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const files = [];
+  for (const entry of entries) files.push(...(await dropped(entry, 3)));
+  add(files);
+});
+element.dataset.ready = "";

@@ -1,0 +1,1 @@
+"""The view Take home: a task as a verified artefact."""

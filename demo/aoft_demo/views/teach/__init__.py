@@ -1,0 +1,1 @@
+"""The view Teach: a new task from a few pictures."""

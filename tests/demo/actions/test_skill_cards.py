@@ -1,0 +1,31 @@
+"""What the page says about a task."""
+
+from __future__ import annotations
+
+from aoft_demo.actions.skill_cards import UNSURE_BELOW, skill_card
+from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.shared_fleet import bundled_checkpoints
+from aoft_demo.tasks.skills import bundled_skills
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+
+
+def test_a_bundled_task_has_its_own_card_and_another_task_its_checkpoints_figures(
+    session: Session,
+) -> None:
+    name, skill = next(iter(bundled_skills().items()))
+    card = skill_card(session, name)
+    assert (card.question, card.made_for, card.accuracy, card.threshold, card.none_class) == (
+        skill.question,
+        skill.made_for,
+        skill.accuracy,
+        skill.threshold,
+        skill.none_class,
+    )
+    assert str(skill.test_pictures) in card.pictures
+    checkpoint = bundled_checkpoints()[0]
+    session.add(checkpoint, "mine")
+    own = skill_card(session, "mine")
+    figures = read_checkpoint(checkpoint).training
+    expected = figures.get("test_accuracy", figures.get("val_accuracy"))
+    assert (own.question, own.made_for, own.accuracy) == ("mine", "", expected)
+    assert own.threshold == UNSURE_BELOW and own.none_class is None

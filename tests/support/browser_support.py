@@ -1,0 +1,58 @@
+"""What the demo's browser tests share: the installed command, and the library's own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from running_demo import Demo
+
+from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
+from aoft_demo.tasks.skills import bundled_examples
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.opening import load
+from aoft_deploy.data.images import read_image
+
+__all__ = [
+    "PICTURE",
+    "PICTURES",
+    "TASKS",
+    "TRAINING",
+    "library_answers",
+    "start",
+    "violations",
+]
+
+TASKS = [path.stem for path in bundled_checkpoints()]
+PICTURES = [example.file for example in bundled_examples()]
+PICTURE = PICTURES[0]
+TRAINING = 300_000
+"""Milliseconds to wait for a training on a busy machine."""
+
+
+def start(folder: Path, installed: dict[str, str], *arguments: Path) -> Demo:
+    """Start the installed demo; its working directory and temporary files are elsewhere."""
+    temporary, cwd = folder / "it's #1 é ?%41 tmp", folder / "cwd"
+    temporary.mkdir()
+    cwd.mkdir()
+    return Demo(temporary / "log", *arguments, cwd=cwd, environment=installed)
+
+
+def library_answers(task: str, picture: Path) -> dict[str, float]:
+    """Probabilities of the unmerged model, computed by the library."""
+    import torch
+
+    checkpoint = BUNDLED / f"{task}.ckpt"
+    tuned, preprocessing = load(checkpoint).eval(), read_checkpoint(checkpoint).preprocessing
+    pixels = preprocessing(read_image(picture))
+    with torch.inference_mode():
+        logits = tuned(torch.from_numpy(pixels[None])).numpy()
+    return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
+
+
+def violations(results: Any) -> list[str]:
+    """What axe finds, as a line for each rule: the rule, and the first elements."""
+    return [
+        f"{found['id']}: {[node['target'] for node in found['nodes']][:5]}"
+        for found in results.response["violations"]
+    ]
