@@ -16,6 +16,7 @@ from aoft_deploy.classes import Classes
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.path_kinds import CHECKPOINT, missing
+from aoft_deploy.processors import processors
 
 __all__ = [
     "BUNDLED",
@@ -61,6 +62,7 @@ class SharedFleet:
         weights: File with the backbone's weights; None takes timm's own.
         folder: Folder for temporary files; the caller of ``open_shared_fleet`` removes it.
         examples: Example pictures.
+        threads: Threads of the runtime.
     """
 
     fleet: Fleet
@@ -70,6 +72,7 @@ class SharedFleet:
     weights: Path | None
     folder: Path
     examples: Sequence[Path]
+    threads: int
 
 
 def open_shared_fleet(
@@ -88,7 +91,7 @@ def open_shared_fleet(
         folder: Folder for temporary files.
         weights: File with the backbone's weights; None takes timm's own.
         examples: Example pictures; None takes the bundled ones.
-        threads: Threads of the runtime; None lets the runtime choose.
+        threads: Threads of the runtime; None takes all processors.
 
     Raises:
         AoftError: A path is neither a fleet nor a checkpoint, there are several fleets, or the
@@ -107,6 +110,7 @@ def open_shared_fleet(
     if not paths:
         checkpoints = bundled_checkpoints()
     artefact = fleets[0] if fleets else export_cached(checkpoints, folder, weights)
+    threads = processors() if threads is None else threads
     fleet = Fleet(artefact, threads=threads)
     tasks_in_file = sum(task_bytes(fleet, classes) for classes in fleet.tasks.values())
     by_name = _by_name(checkpoints)
@@ -124,6 +128,7 @@ def open_shared_fleet(
         weights=weights,
         folder=folder,
         examples=sorted(BUNDLED.glob("*.png")) if examples is None else list(examples),
+        threads=threads,
     )
 
 
