@@ -47,7 +47,7 @@ class Batch(NamedTuple):
             per_skill: Pictures for each skill.
         """
         numbers = range(skills * per_skill)
-        chosen = [(i + i // skills) % len(pictures) for i in numbers]
+        chosen = [(i // skills + i % skills) % len(pictures) for i in numbers]
         return cls(pictures[chosen], tuple(i % skills for i in numbers), skills)
 
 
@@ -151,7 +151,7 @@ def peft_batch(
 
 
 def _peft_model(kind: TaskKind, weights: Path | None, classes: int, adapters: int) -> Any:
-    """A timm model with as many adapters of random weights; PyTorch's generator stays as it is."""
+    """A timm model with as many adapters of random weights."""
     try:
         import peft
     except ImportError:

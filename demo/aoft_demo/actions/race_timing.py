@@ -39,6 +39,14 @@ class Laps:
         """The longest run in seconds; 0 before the first run."""
         return max(self.seconds, default=0.0)
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The first and the third quartile in seconds, between which half of the runs are."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
 
 def laps_in_turn(
     runs: Sequence[Callable[[], object]],

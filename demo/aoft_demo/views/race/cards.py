@@ -10,11 +10,13 @@ from base64 import b64encode
 from html import escape
 from typing import NamedTuple
 
+import numpy as np
+
 from aoft_demo.actions.race import LANES
 from aoft_demo.actions.race_stages import Lane, Preparing, Stage, Standing, Waiting
 from aoft_demo.views.race.picture import HEIGHT, WIDTH
-from aoft_demo.views.race.texts import headline, result_sentence, times
-from aoft_demo.views.units import duration, size
+from aoft_demo.views.race.texts import headline, lap_time, result_sentence, times
+from aoft_demo.views.units import size
 
 __all__ = ["failed_panel", "race_panel", "result_panel", "start_panel", "stopped_panel"]
 
@@ -24,6 +26,9 @@ NAMES = {
     "peft": ("PEFT", "one model in PyTorch, a LoRA per skill"),
 }
 
+SLOWEST = 2.0
+"""Seconds in which the longest bar grows at the end; all bars grow at the same speed."""
+
 
 class Row(NamedTuple):
     """A bar.
@@ -32,18 +37,16 @@ class Row(NamedTuple):
         share: Length, from 0 to 1.
         value: The number beside it.
         detail: Small print below the number.
-        fast: Start of the range, from 0 to 1.
-        slow: End of the range, from 0 to 1.
-        mark: A word on the contestant, such as "fastest".
+        low: Start of the line in the bar, from 0 to 1.
+        high: End of the line, from 0 to 1.
         absent: Why there is no bar; empty if there is one.
     """
 
     share: float = 0.0
     value: str = "–"
     detail: str = ""
-    fast: float = 0.0
-    slow: float = 0.0
-    mark: str = ""
+    low: float = 0.0
+    high: float = 0.0
     absent: str = ""
 
 
@@ -146,17 +149,17 @@ def _bars(name: str, hint: str, rows: dict[str, Row]) -> str:
 
 def _lane(key: str, row: Row) -> str:
     name, what = NAMES[key]
-    mark = f'<em class="mark">{escape(row.mark)}</em>' if row.mark else ""
     if row.absent:
         bar = f'<p class="absent">{escape(row.absent)}</p>'
     else:
         bar = (
-            f'<span class="track"><i style="width:{100 * row.share:.2f}%"></i>'
-            f'<u style="left:{100 * row.fast:.2f}%;width:{100 * (row.slow - row.fast):.2f}%"></u>'
+            f'<span class="track"><i style="width:{100 * row.share:.2f}%;'
+            f'--run:{SLOWEST * row.share:.2f}s"></i>'
+            f'<u style="left:{100 * row.low:.2f}%;width:{100 * (row.high - row.low):.2f}%"></u>'
             "</span>"
         )
     return (
-        f'<div class="lane" data-lane="{key}"><div class="who"><b>{name}</b>{mark}'
+        f'<div class="lane" data-lane="{key}"><div class="who"><b>{name}</b>'
         f"<small>{what}</small></div>{bar}"
         f'<div class="figure"><b>{escape(row.value)}</b><small>{escape(row.detail)}</small></div>'
         "</div>"
@@ -165,25 +168,24 @@ def _lane(key: str, row: Row) -> str:
 
 def _times(standing: Standing) -> dict[str, Row]:
     present = [lane for lane in standing.lanes if lane.laps.seconds]
-    scale = max((lane.laps.median for lane in present), default=0.0)
-    best = min((lane.laps.median for lane in present), default=0.0)
-    return {lane.key: _time(lane, standing, scale, best) for lane in standing.lanes}
+    scale = max((lane.laps.middle[1] for lane in present), default=0.0)
+    return {lane.key: _time(lane, standing, scale) for lane in standing.lanes}
 
 
-def _time(lane: Lane, standing: Standing, scale: float, best: float) -> Row:
+def _time(lane: Lane, standing: Standing, scale: float) -> Row:
     if lane.absent:
         return Row(absent=lane.absent)
     if not lane.laps.seconds:
         return Row()
     median, one = lane.laps.median, standing.lanes[0].laps.median
+    low, high = lane.laps.middle
     ratio = times(median / one) if lane.key != "mixed" and one else ""
     return Row(
         share=median / scale,
-        value=duration(median),
+        value=lap_time(median),
         detail=ratio,
-        fast=min(1.0, lane.laps.fastest / scale),
-        slow=min(1.0, lane.laps.slowest / scale),
-        mark="fastest" if standing.finished and median == best else "",
+        low=low / scale,
+        high=high / scale,
     )
 
 
@@ -210,7 +212,7 @@ def _facts(standing: Standing) -> list[tuple[str, str]]:
             (
                 "good" if same else "bad",
                 f"One pass and separate models decide alike for {count} {standing.pictures} "
-                f"pictures. Largest difference between two scores: {agreement.difference:.2g}, "
+                f"pictures. Largest difference between two scores: {_plain(agreement.difference)}, "
                 f"where the largest score is {agreement.largest:.3g}.",
             )
         )
@@ -238,11 +240,16 @@ def _facts(standing: Standing) -> list[tuple[str, str]]:
     return facts
 
 
+def _plain(number: float) -> str:
+    """A number with two digits and without an exponent."""
+    return np.format_float_positional(number, precision=2, fractional=False, trim="-")
+
+
 def _measured(standing: Standing) -> str:
     """How the race was measured."""
     rounds = len(standing.lanes[0].laps.seconds)
     ranges = ", ".join(
-        f"{NAMES[lane.key][0]} {duration(lane.laps.fastest)} to {duration(lane.laps.slowest)}"
+        f"{NAMES[lane.key][0]} {lap_time(lane.laps.fastest)} to {lap_time(lane.laps.slowest)}"
         for lane in standing.lanes
         if not lane.absent
     )
@@ -250,7 +257,8 @@ def _measured(standing: Standing) -> str:
     turns = "1 round" if rounds == 1 else f"Medians of {rounds} rounds in turn"
     return (
         f"{turns}, after a run of each to warm up, on {standing.processor} with {threads} for "
-        f"each. Fastest to slowest round: {ranges}. Other work of this machine slows all alike."
+        f"each. The lines in the bars show the middle half of the rounds; fastest to slowest: "
+        f"{ranges}. Other work of this machine slows all alike."
     )
 
 

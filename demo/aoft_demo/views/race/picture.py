@@ -7,8 +7,8 @@ from html import escape
 from importlib.metadata import version
 
 from aoft_demo.actions.race_stages import Lane, Standing
-from aoft_demo.views.race.texts import headline, lane_name, times
-from aoft_demo.views.units import duration, size
+from aoft_demo.views.race.texts import headline, lane_name, lap_time, times
+from aoft_demo.views.units import size
 
 __all__ = ["HEIGHT", "WIDTH", "race_picture"]
 
@@ -31,7 +31,7 @@ def race_picture(standing: Standing, day: date) -> str:
     """
     lanes = [lane for lane in standing.lanes if not lane.absent]
     title = headline(standing)
-    big = 50 if len(title) <= 40 else 42 if len(title) <= 48 else 36
+    big = min(50, int((WIDTH - 2 * LEFT) / (0.62 * len(title))))  # wide fonts take 0.62 em
     skills, threads = len(standing.skills), standing.threads
     subtitle = (
         f"{standing.pictures} picture{'s' * (standing.pictures != 1)} for "
@@ -44,7 +44,7 @@ def race_picture(standing: Standing, day: date) -> str:
         f'<rect width="{WIDTH}" height="12" fill="{ACCENT}"/>',
         _text(LEFT, 96, title, big, INK, "700"),
         _text(LEFT, 140, subtitle, 26, SOFT),
-        *_bars(200, "Time", [(x, x.laps.median, duration(x.laps.median)) for x in lanes], standing),
+        *_bars(200, "Time", [(x, x.laps.median, lap_time(x.laps.median)) for x in lanes], standing),
         *_bars(392, "Memory", [(x, float(x.weights), size(x.weights)) for x in lanes], standing),
         f'<rect x="{LEFT}" y="562" width="{WIDTH - 2 * LEFT}" height="1" fill="{TRACK}"/>',
         _text(LEFT, 598, foot, 20, SOFT),

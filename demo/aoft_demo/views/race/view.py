@@ -45,11 +45,9 @@ def race_view(sessions: SessionRegistry, picture: gr.Image) -> View:
             value=PER_SKILL[1],
             label="Pictures for each skill",
             elem_id="race-pictures",
-            min_width=170,
-            scale=2,
         )
-        start = gr.Button("Start", variant="primary", elem_id="race-start", min_width=90, scale=1)
-        stop = gr.Button("Stop", elem_id="race-stop", min_width=70, scale=1)
+        start = gr.Button("Start", variant="primary", elem_id="race-start", size="md")
+        stop = gr.Button("Stop", elem_id="race-stop", size="md")
     panel = gr.HTML(cards.start_panel(), elem_id="race", js_on_load=SAVE_PICTURE)
     gr.HTML(_code(sessions), elem_id="race-code")
 
