@@ -37,7 +37,7 @@ def race_picture(standing: Standing, day: date) -> str:
         f"{standing.pictures} picture{'s' * (standing.pictures != 1)} for "
         f"{skills} skill{'s' * (skills != 1)}, measured live"
     )
-    machine = standing.processor if len(standing.processor) <= 48 else standing.processor[:47] + "…"
+    machine = standing.processor if len(standing.processor) <= 36 else standing.processor[:35] + "…"
     foot = f"{machine} · {threads} thread{'s' * (threads != 1)} each · {day:%d %B %Y}"
     parts = [
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
