@@ -69,7 +69,11 @@ def test_a_separate_model_gets_its_pictures_as_one_batch() -> None:
 
 
 def test_the_weights_of_an_onnx_file(tmp_path: Path) -> None:
-    tensors = [np.zeros((3, 5), np.float32), np.zeros(7, np.int64), np.array(1, np.float16)]
+    tensors: list[np.ndarray] = [
+        np.zeros((3, 5), np.float32),
+        np.zeros(7, np.int64),
+        np.array(1, np.float16),
+    ]
     named = [from_array(tensor, str(i)) for i, tensor in enumerate(tensors)]
     onnx.save(
         onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], named)), tmp_path / "m"

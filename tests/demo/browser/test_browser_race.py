@@ -143,6 +143,6 @@ def test_hostile_requests_start_no_race(demo: Demo, tmp_path: Path) -> None:
     for count in (10**9, -1, "4", [4], {"a": 1}):
         answer = client.call("race-start", "click", count, None)
         assert not answer.success or 'data-state=\\"failed' in answer.text, count
-    for path in ("/etc/passwd", str(BUNDLED / "digits.ckpt"), "../../etc/passwd"):
+    for path in ("/etc/passwd", str(BUNDLED / f"{TASKS[0]}.ckpt"), "../../etc/passwd"):
         answer = client.call("race-start", "click", 1, uploaded_file(path))
         assert not answer.success and "root:" not in answer.text, path
