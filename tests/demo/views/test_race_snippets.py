@@ -13,11 +13,11 @@ import torch
 
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
 from aoft_demo.views.race.snippets import python_snippet, shell_snippet
-from aoft_deploy.cli import bench, export
+from aoft_deploy.cli import bench, export_options
 
 
 def test_the_commands_parse() -> None:
-    parsers = {"aoft-export": export.parser(), "aoft-bench": bench.parser()}
+    parsers = {"aoft-export": export_options.parser(), "aoft-bench": bench.parser()}
     lines = shell_snippet("a task's name").strip().splitlines()
     assert len(lines) == 3
     for line in lines:
