@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--backbone-weights", type=Path, metavar="FILE", help="file with the backbone's weights")
     add("--examples", type=Path, metavar="DIR", help="example pictures; default: bundled ones")
-    add("--threads", type=positive, metavar="N", help="threads of the runtime; default: its choice")
+    add("--threads", type=positive, metavar="N", help="threads of the runtime; default: all cores")
     return options
 
 

@@ -17,6 +17,7 @@ from aoft_deploy.classes import Classes
 from aoft_deploy.errors import CheckpointError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.path_kinds import CHECKPOINT, missing
+from aoft_deploy.processors import processors
 
 __all__ = [
     "BUNDLED",
@@ -62,6 +63,7 @@ class SharedFleet:
         weights: File with the backbone's weights; None takes timm's own.
         folder: Folder for temporary files; the caller of ``open_shared_fleet`` removes it.
         examples: Example pictures.
+        threads: Threads of the runtime.
         difference: Largest difference of a logit between the fleet and the unmerged models when it
             was exported; None if the fleet has no manifest.
     """
@@ -73,6 +75,7 @@ class SharedFleet:
     weights: Path | None
     folder: Path
     examples: Sequence[Path]
+    threads: int
     difference: float | None = None
 
 
@@ -92,7 +95,7 @@ def open_shared_fleet(
         folder: Folder for temporary files.
         weights: File with the backbone's weights; None takes timm's own.
         examples: Example pictures; None takes the bundled ones.
-        threads: Threads of the runtime; None lets the runtime choose.
+        threads: Threads of the runtime; None takes all processors.
 
     Raises:
         AoftError: A path is neither a fleet nor a checkpoint, there are several fleets, or the
@@ -111,6 +114,7 @@ def open_shared_fleet(
     if not paths:
         checkpoints = bundled_checkpoints()
     artefact = fleets[0] if fleets else export_cached(checkpoints, folder, weights)
+    threads = processors() if threads is None else threads
     fleet = Fleet(artefact, threads=threads)
     tasks_in_file = sum(task_bytes(fleet, classes) for classes in fleet.tasks.values())
     by_name = _by_name(checkpoints)
@@ -130,6 +134,7 @@ def open_shared_fleet(
         folder=folder,
         examples=[e.file for e in bundled_examples()] if examples is None else list(examples),
         difference=manifest.get("verification", {}).get("max_abs"),
+        threads=threads,
     )
 
 
