@@ -76,3 +76,4 @@ class SessionRegistry:
             sessions, self._sessions = list(self._sessions.values()), {}
         for session in sessions:
             session.end()
+        self.queue.trainers.close()
