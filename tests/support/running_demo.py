@@ -188,26 +188,30 @@ class DemoClient:
         status, _, answer = self.ask("POST", "/gradio_api/upload", body, headers)
         return status, json.loads(answer)[0] if status == 200 else answer.decode()
 
-    def call(self, part: str, event: str, *data: Any) -> Answer:
+    def call(self, part: str, event: str, *data: Any, event_data: Any = None) -> Answer:
         """Fire an event of the page and wait for its result.
 
         Args:
             part: ``elem_id`` of the component.
             event: Name of the event, such as ``click``.
             data: Values of the event's inputs.
+            event_data: The event's own data.
         """
-        for message in self.fire(part, event, *data):
+        for message in self.fire(part, event, *data, event_data=event_data):
             if message["msg"] == "process_completed":
                 return Answer(message["success"], json.dumps(message["output"]))
             if message["msg"] == "refused":
                 return Answer(False, message["output"])
         raise AssertionError("the event has not ended")
 
-    def fire(self, part: str, event: str, *data: Any) -> Iterator[dict[str, Any]]:
+    def fire(
+        self, part: str, event: str, *data: Any, event_data: Any = None
+    ) -> Iterator[dict[str, Any]]:
         """Fire an event of the page; yield the server's messages. Arguments as for ``call``."""
         number = self.ids[part]
         join = {
             "data": data,
+            "event_data": event_data,
             "fn_index": self.events[number, event],
             "session_hash": self.session,
             "trigger_id": number,

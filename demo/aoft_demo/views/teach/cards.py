@@ -121,7 +121,7 @@ def _running(title: str, words: str, share: float | None, chart: str) -> str:
     if share is not None:
         width, now = f"width:{100 * share:.1f}%", f' aria-valuenow="{100 * share:.0f}"'
     return (
-        f'<div class="training running"><h3 class="busy-title">{escape(title)}</h3>'
+        f'<div class="training running"><h2>{escape(title)}</h2>'
         f'<div class="progress{" unknown" if share is None else ""}" role="progressbar" '
         f'aria-label="Training" aria-valuemin="0" aria-valuemax="100"{now}>'
         f'<i style="{width}"></i></div>'

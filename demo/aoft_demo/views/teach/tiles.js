@@ -5,7 +5,7 @@ const LEAST = 3, MOST = 200, TILES = 4, EVERY = 125, BURST = 3000;
 const list = element.querySelector(".tiles");
 const more = element.querySelector(".more");
 const classes = [];
-let bursts = 0, asked = 0, panel = null;
+let bursts = 0, panel = null;
 
 const plural = (count) => `${count} picture${count === 1 ? "" : "s"}`;
 const shownName = (tile) => tile.input.value.trim() || `class ${classes.indexOf(tile) + 1}`;
@@ -28,9 +28,10 @@ const describe = (tile) => {
 };
 
 const complain = (tile, sentence) => {
-  tile.problems.append(make("li", { textContent: sentence }));
+  const sentences = tile.problems.firstElementChild;
+  sentences.append(make("li", { textContent: sentence }));
   tile.problems.hidden = false;
-  while (tile.problems.children.length > 5) tile.problems.firstChild.remove();
+  while (sentences.children.length > 5) sentences.firstElementChild.remove();
 };
 
 const number = (tile) => {
@@ -52,182 +53,10 @@ const forget = (tile, picture) => {
   describe(tile);
 };
 
-// ---- sending: uploads in parallel, then one request at a time for all that have arrived ----------
-
-const uploads = [], arrived = [], removed = [], underway = new Map();
-let uploading = 0, timer = 0;
-
-const add = (tile, blob, name, burst) => {
-  if (tile.pictures.length >= MOST) {
-    if (!tile.full) complain(tile, `A class has at most ${MOST} pictures: the others were left out.`);
-    tile.full = true;
-    return;
-  }
-  const picture = { id: newId(), blob, name, burst, tile, state: "new" };
-  picture.image = make("img", { src: URL.createObjectURL(blob) });
-  picture.image.onerror = () => (picture.item.classList.add("unseen"));
-  picture.button = make("button", { type: "button", textContent: "✕" });
-  picture.button.onclick = () => {
-    const next = picture.item.nextElementSibling ?? picture.item.previousElementSibling;
-    if (picture.state === "kept") removed.push(picture.id);
-    forget(tile, picture);
-    (next?.querySelector("button") ?? tile.input).focus();
-    ask();
-  };
-  picture.item = make("li", {}, picture.image, picture.button);
-  tile.strip.append(picture.item);
-  tile.strip.scrollLeft = tile.strip.scrollWidth;
-  tile.pictures.push(picture);
-  number(tile);
-  describe(tile);
-  uploads.push(picture);
-  send();
-};
-
-const send = () => {
-  while (uploading < 4 && uploads.length) {
-    const picture = uploads.shift();
-    if (!picture.tile.pictures.includes(picture)) continue;
-    uploading += 1;
-    sent(picture.blob, picture.id)
-      .then((path) => arrived.push({ picture, path }))
-      .catch(() => refuse(picture, `${picture.name} was not sent: it is too large, or the demo does not answer.`))
-      .finally(() => {
-        uploading -= 1;
-        send();
-        ask();
-      });
-  }
-};
-
-const refuse = (picture, sentence) => {
-  complain(picture.tile, sentence);
-  forget(picture.tile, picture);
-};
-
-const ask = () => {
-  if (underway.size || (!arrived.length && !removed.length)) return;
-  asked += 1;
-  const pictures = arrived.splice(0, 40);
-  pictures.forEach(({ picture }) => underway.set(picture.id, picture));
-  if (!pictures.length) underway.set("", null);
-  timer = setTimeout(() => answered({ kept: [], refused: {} }), 60000);
-  trigger("pictures", {
-    number: asked,
-    add: pictures.map(({ picture, path }) => ({ id: picture.id, path, name: picture.name })),
-    remove: removed.splice(0),
-  });
-};
-
-const answered = ({ kept, refused }) => {
-  clearTimeout(timer);
-  for (const [id, picture] of underway) {
-    if (!picture) continue;
-    if (kept.includes(id)) {
-      picture.state = "kept";
-      picture.blob = null;
-      if (picture.tile.pictures.includes(picture)) describe(picture.tile);
-      else removed.push(id);
-    } else {
-      refuse(picture, refused[id] ?? `${picture.name} was not added: the demo does not answer.`);
-    }
-  }
-  underway.clear();
-  ask();
-};
-
-watch("value", () => {
-  const reply = JSON.parse(props.value || "{}");
-  if (reply.number === asked) answered(reply);
-});
-
-// ---- the camera and the drawing of a tile ------------------------------------------------------
-
-const closePanel = () => {
-  panel?.stop?.();
-  panel?.root.remove();
-  panel?.button.setAttribute("aria-expanded", "false");
-  panel = null;
-  camera.close();
-};
-
-const openPanel = (tile, button, build) => {
-  const again = panel?.button === button;
-  closePanel();
-  if (again) return;
-  panel = { button, root: make("div", { className: "panel" }) };
-  button.setAttribute("aria-expanded", "true");
-  tile.root.append(panel.root);
-  build(tile, panel);
-};
-
-const cameraPanel = async (tile, own) => {
-  const video = make("video", { muted: true, playsInline: true });
-  video.setAttribute("aria-label", "Camera");
-  const hold = make("button", { type: "button", className: "main", textContent: "Hold to record", disabled: true });
-  const burst = make("button", { type: "button", textContent: "Record 3 seconds", disabled: true });
-  own.root.append(video, make("div", { className: "row" }, hold, burst));
-  let clock = 0;
-  const shoot = async (burstNumber) => {
-    if (video.readyState < 2) return;
-    const canvas = shrunk(video, video.videoWidth, video.videoHeight);
-    const blob = await asBlob(canvas);
-    add(tile, blob, "The camera's picture", burstNumber);
-  };
-  const start = () => {
-    if (clock) return;
-    const numberOfBurst = (bursts += 1);
-    own.root.classList.add("recording");
-    shoot(numberOfBurst);
-    clock = setInterval(() => shoot(numberOfBurst), EVERY);
-  };
-  own.stop = () => {
-    clearInterval(clock);
-    clock = 0;
-    own.root.classList.remove("recording");
-  };
-  hold.addEventListener("pointerdown", (event) => {
-    hold.setPointerCapture(event.pointerId);
-    start();
-  });
-  for (const end of ["pointerup", "pointercancel", "blur"]) hold.addEventListener(end, own.stop);
-  hold.addEventListener("contextmenu", (event) => event.preventDefault());
-  hold.addEventListener("keydown", (event) => {
-    if (![" ", "Enter"].includes(event.key)) return;
-    event.preventDefault();
-    start();
-  });
-  hold.addEventListener("keyup", own.stop);
-  burst.onclick = () => {
-    start();
-    setTimeout(own.stop, BURST);
-  };
-  try {
-    await camera.open(video);
-    hold.disabled = burst.disabled = false;
-  } catch (error) {
-    own.root.replaceChildren(make("p", { role: "alert", textContent: cameraProblem(error) }));
-  }
-};
-
-const drawingPanel = (tile, own) => {
-  const { canvas, clear } = drawing(`Drawing for ${shownName(tile)}`);
-  const put = make("button", { type: "button", className: "main", textContent: "Add drawing" });
-  const wipe = make("button", { type: "button", textContent: "Clear" });
-  put.onclick = async () => {
-    if (canvas.dataset.empty) return;
-    const copy = shrunk(canvas, canvas.width, canvas.height); // the next drawing may begin at once
-    clear();
-    add(tile, await asBlob(copy), "The drawing", 0);
-  };
-  wipe.onclick = clear;
-  own.root.append(canvas, make("div", { className: "row" }, put, wipe));
-};
-
 // ---- tiles -------------------------------------------------------------------------------------
 
 const addFiles = async (tile, files) => {
-  tile.problems.replaceChildren();
+  tile.problems.firstElementChild.replaceChildren();
   tile.problems.hidden = true;
   tile.full = false;
   for (const file of files) add(tile, await fileBlob(file), file.name, 0);
@@ -247,7 +76,7 @@ const addTile = () => {
   tile.count = make("p", { className: "count" });
   tile.count.setAttribute("aria-live", "polite");
   tile.strip = make("ul", { className: "strip", hidden: true });
-  tile.problems = make("ul", { className: "problems", role: "alert", hidden: true });
+  tile.problems = make("div", { className: "problems", role: "alert", hidden: true }, make("ul"));
   const files = make("input", { type: "file", multiple: true, accept: "image/*,.heic,.heif,.tif,.tiff", hidden: true });
   const buttons = ["Camera", "Files", "Draw"].map((textContent) => make("button", { type: "button", textContent }));
   const [shoot, choose, draw] = buttons;
@@ -317,6 +146,7 @@ window.aoftClasses = async () => {
   while (element.dataset.waiting !== "0" && Date.now() < end) {
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
+  document.querySelector("#teach-bar").scrollIntoView({ block: innerWidth < 760 ? "start" : "nearest" });
   return JSON.stringify(
     classes.map((tile) => ({
       name: tile.input.value,
@@ -327,5 +157,5 @@ window.aoftClasses = async () => {
 
 // A tab that is left lets go of the camera.
 new IntersectionObserver(([seen]) => {
-  if (!seen.isIntersecting && panel) closePanel();
+  if (!seen.boundingClientRect.width && panel) closePanel();
 }).observe(element);

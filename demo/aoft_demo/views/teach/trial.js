@@ -5,7 +5,7 @@ const stage = element.querySelector(".stage");
 const answer = element.querySelector(".answer");
 const [shoot, choose, draw] = element.querySelectorAll(".row button");
 const files = element.querySelector("input[type=file]");
-const title = element.querySelector("h3 b");
+const title = element.querySelector("h2 b");
 let skill = "", asked = 0, live = 0, waiting = 0, next = null, shown = "";
 
 const showTrial = () => {
@@ -119,5 +119,5 @@ showTrial();
 
 // A tab that is left lets go of the camera.
 new IntersectionObserver(([seen]) => {
-  if (!seen.isIntersecting && live) stopStage();
+  if (!seen.boundingClientRect.width && live) stopStage();
 }).observe(element);

@@ -43,10 +43,19 @@ UPLOAD = re.compile(r"teach-[0-9a-f]{32}\.[a-z]{1,20}")
 MAX_REQUEST = 100
 """Pictures of one request."""
 
+MAX_TEXT = 100 * MAX_CLASSES * MAX_PICTURES
+"""Characters of the classes that the page sends."""
+
+SCRIPTS = {
+    "tiles": ("pictures", "sending", "panels", "tiles"),
+    "trial": ("pictures", "trial"),
+}
+"""Scripts of each component, which share their functions."""
+
 TILES = """<p class="lead">Show two to four kinds of things. Use the camera, files or drawings.</p>
 <div class="tiles"><button type="button" class="more">+ Add a class</button></div>"""
 
-TRIAL = """<section class="teach-card trial" hidden><h3>Try <b></b> now</h3>
+TRIAL = """<section class="teach-card trial" hidden><h2>Try <b></b> now</h2>
 <div class="row"><button type="button" class="main" aria-expanded="false">Camera</button>
 <button type="button">Picture</button><button type="button" aria-expanded="false">Draw</button>
 <input type="file" accept="image/*" aria-label="Picture to try" hidden></div>
@@ -123,7 +132,7 @@ def teach_view(sessions: SessionRegistry) -> View:
 
 def _component(name: str, template: str) -> gr.HTML:
     """A part of the page with its own script, which sends events and receives answers as value."""
-    script = "\n".join((FOLDER / file).read_text("utf-8") for file in ("pictures.js", f"{name}.js"))
+    script = "\n".join((FOLDER / f"{file}.js").read_text("utf-8") for file in SCRIPTS[name])
     return gr.HTML(
         "",
         html_template=template,
@@ -207,11 +216,13 @@ def _classes(text: str) -> list[tuple[str, list[Example]]]:
         SettingError: The text is not what the page sends.
     """
     try:
+        if len(text) > MAX_TEXT:
+            raise ValueError("The text is too long.")
         classes = [
             (str(entry["name"]), [Example(str(id), int(burst)) for id, burst in entry["pictures"]])
             for entry in json.loads(text)
         ]
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise SettingError("The page has sent something else than classes: reload it.") from error
     ids = [example.id for _, examples in classes for example in examples]
     if len(set(ids)) != len(ids):
