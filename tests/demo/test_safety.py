@@ -281,10 +281,12 @@ def test_no_picture_of_the_host_is_used_for_training(client: DemoClient) -> None
     for path in [*host_files(client, ".png"), others, None, 7, [others], "\0", "x" * 5000]:
         before = client.cwd.joinpath("picture.png").read_bytes(), Path(others).read_bytes()
         id = "0" * 32
-        assert "not uploaded" in add_picture(client, id, path), path
+        added = add_picture(client, id, path)
+        assert "was not uploaded" in added or "cannot be accessed" in added, path
         attempt = {"number": 1, "path": path, "name": "a", "skill": "digits"}
         answer = client.call("teach-trial", "attempt", event_data=attempt)
-        assert "was not uploaded" in answer.text and "data-task" not in answer.text, path
+        known = "was not uploaded" in answer.text or not answer.success
+        assert known and "data-task" not in answer.text, path
         assert (client.cwd / "picture.png").read_bytes() == before[0]
         assert Path(others).read_bytes() == before[1]  # not deleted either
     assert not list(client.uploads.parent.glob("session-*/pictures/*.png"))
@@ -298,7 +300,6 @@ def test_a_pictures_name_leads_nowhere_else(client: DemoClient, id: Any) -> None
     assert not list(client.uploads.parent.glob("session-*/pictures/*.png"))
     data = {"number": 1, "add": [], "remove": [id, {"a": 1}]}
     assert client.call("teach-tiles", "pictures", event_data=data).success
-    (client.cwd / "picture.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -317,8 +318,9 @@ def test_a_pictures_name_leads_nowhere_else(client: DemoClient, id: Any) -> None
     ids=lambda text: text[:20],
 )
 def test_odd_classes_are_refused(client: DemoClient, classes: str) -> None:
+    before = client.demo.log.read_text()
     assert refused(client.call("train", "click", "odd", classes))
-    assert "Traceback" not in client.demo.log.read_text()
+    assert client.demo.log.read_text() == before  # no traceback
 
 
 def test_gradios_monitoring_is_off(client: DemoClient) -> None:
@@ -418,7 +420,7 @@ def test_values_outside_of_the_choices_are_refused(client: DemoClient) -> None:
     ):
         answer = client.call(part, "click", *data)
         assert refused(answer), (part, data)
-    for name in ("", "../x", "x" * 41, 7, None):
+    for name in ("", "../x", "x" * 41, None):
         assert refused(client.call("train", "click", name, taught_classes(client, 3))), name
 
 

@@ -156,6 +156,6 @@ window.aoftClasses = async () => {
 };
 
 // A tab that is left lets go of the camera.
-new IntersectionObserver(([seen]) => {
-  if (!seen.boundingClientRect.width && panel) closePanel();
+new ResizeObserver(([entry]) => {
+  if (!entry.contentRect.width && panel) closePanel();
 }).observe(element);

@@ -118,6 +118,6 @@ element.addEventListener("drop", async (event) => {
 showTrial();
 
 // A tab that is left lets go of the camera.
-new IntersectionObserver(([seen]) => {
-  if (!seen.boundingClientRect.width && live) stopStage();
+new ResizeObserver(([entry]) => {
+  if (!entry.contentRect.width && live) stopStage();
 }).observe(element);

@@ -98,9 +98,9 @@ def teach_view(sessions: SessionRegistry) -> View:
         return _attempt(sessions.get(request.session_hash), event._data)
 
     @show_failures("Not taught", output=0, outputs=4)
-    def run(typed: str, chosen: str, request: gr.Request) -> Iterator[Outputs]:
+    def run(typed: str | None, chosen: str | None, request: gr.Request) -> Iterator[Outputs]:
         session = sessions.get(request.session_hash)
-        wanted = _classes(chosen)
+        typed, wanted = typed or "", _classes(chosen or "")
         with session.training(typed) as training, sessions.queue.entered(training):
             shown = 0
             while before := sessions.queue.before(training):
