@@ -282,7 +282,7 @@ def test_no_picture_of_the_host_is_used_for_training(client: DemoClient) -> None
         before = client.cwd.joinpath("picture.png").read_bytes(), Path(others).read_bytes()
         id = "0" * 32
         added = add_picture(client, id, path)
-        assert "was not uploaded" in added or "cannot be accessed" in added, path
+        assert "was not uploaded" in added or '"error"' in added, ascii(path)  # Gradio's or ours
         attempt = {"number": 1, "path": path, "name": "a", "skill": "digits"}
         answer = client.call("teach-trial", "attempt", event_data=attempt)
         known = "was not uploaded" in answer.text or not answer.success

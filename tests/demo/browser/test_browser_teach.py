@@ -145,6 +145,7 @@ def test_a_skill_is_taught_tried_and_downloaded(
     page.expect(trial.locator(".top")).to_have_text("a, b (c)", timeout=WAIT)
     assert not accessibility_faults(page)
     page.playwright.evaluate("document.body.classList.add('dark')")
+    page.playwright.wait_for_timeout(500)  # Gradio's buttons change their colour slowly
     assert not accessibility_faults(page)
 
     page.tab("Ask")
