@@ -16,11 +16,11 @@ import pytest
 from bombs import flat
 from PIL import Image
 from running_demo import Answer, Demo, DemoClient, uploaded_file
+from teaching import add_picture, taught_classes
 
 from aoft_demo.server import MAX_UPLOAD
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_demo.tasks.skills import bundled_examples
-from aoft_demo.views.teach.view import SYNTHETIC, UPLOADED
 
 pytestmark = pytest.mark.slow
 
@@ -281,19 +281,50 @@ def test_no_checkpoint_of_the_host_is_added(client: DemoClient) -> None:
 
 
 def test_no_picture_of_the_host_is_used_for_training(client: DemoClient) -> None:
-    for path in host_files(client, ".png"):
-        classes: list[Any] = [
-            "a",
-            [uploaded_file(path)] * 3,
-            "b",
-            [uploaded_file(path)] * 3,
-            "",
-            None,
-            "",
-            None,
-        ]
-        start = (UPLOADED, "shape", 60, "stolen", "quick", *classes)
-        assert refused(client.call("train", "click", *start)), path
+    _, others = client.upload("picture.png", red_png())
+    for path in [*host_files(client, ".png"), others, None, 7, [others], "\0", "x" * 5000]:
+        before = client.cwd.joinpath("picture.png").read_bytes(), Path(others).read_bytes()
+        id = "0" * 32
+        added = add_picture(client, id, path)
+        assert "was not uploaded" in added or '"error"' in added, ascii(path)  # Gradio's or ours
+        attempt = {"number": 1, "path": path, "name": "a", "skill": "digits"}
+        answer = client.call("teach-trial", "attempt", event_data=attempt)
+        known = "was not uploaded" in answer.text or not answer.success
+        assert known and "data-task" not in answer.text, path
+        assert (client.cwd / "picture.png").read_bytes() == before[0]
+        assert Path(others).read_bytes() == before[1]  # not deleted either
+    assert not list(client.uploads.parent.glob("session-*/pictures/*.png"))
+
+
+@pytest.mark.parametrize("id", ["", "../../evil", "a" * 31, "A" * 32, "/etc/passwd", None, 7])
+def test_a_pictures_name_leads_nowhere_else(client: DemoClient, id: Any) -> None:
+    status, path = client.upload(f"teach-{'1' * 32}.png", red_png())
+    assert status == 200
+    assert "not the name of a picture" in add_picture(client, id, path)
+    assert not list(client.uploads.parent.glob("session-*/pictures/*.png"))
+    data = {"number": 1, "add": [], "remove": [id, {"a": 1}]}
+    assert client.call("teach-tiles", "pictures", event_data=data).success
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        "",
+        "7",
+        "[7, 8]",
+        "[" * 20_000,
+        '[{"name": "a"}]',
+        '[{"name": "a", "pictures": [["../../x", 0]]}]',
+        '[{"name": "a", "pictures": [["x", 1e999]]}]',
+        '[{"name": "a", "pictures": [["x"]]}]',
+        "[" + "0," * 50_000 + "0]",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_odd_classes_are_refused(client: DemoClient, classes: str) -> None:
+    before = client.demo.log.read_text()
+    assert refused(client.call("train", "click", "odd", classes))
+    assert client.demo.log.read_text() == before  # no traceback
 
 
 def test_gradios_monitoring_is_off(client: DemoClient) -> None:
@@ -407,19 +438,8 @@ def test_values_outside_of_the_choices_are_refused(client: DemoClient) -> None:
     ):
         answer = client.call(part, "click", *data)
         assert refused(answer), (part, data)
-    good: list[Any] = [SYNTHETIC, "shape", 60, "mine", "quick", *["", None] * 4]
-    for index, value in (
-        (0, "Elsewhere"),
-        (1, "nothing"),
-        (1, "../shape"),
-        (2, 10**9),
-        (2, -1),
-        (2, "many"),
-        (4, "endless"),
-        (4, ["quick"]),
-    ):
-        data = [*good[:index], value, *good[index + 1 :]]
-        assert refused(client.call("train", "click", *data)), (index, value)
+    for name in ("", "../x", "x" * 41, None):
+        assert refused(client.call("train", "click", name, taught_classes(client, 3))), name
 
 
 def test_a_client_cannot_use_another_sessions_tasks(client: DemoClient) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from running_demo import Demo, DemoClient
+from teaching import taught_classes
 
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
 from aoft_demo.tasks.skills import bundled_examples
-from aoft_demo.views.teach.view import SYNTHETIC
 
 psutil: Any = importlib.import_module("psutil")  # its types are partial
 
@@ -44,13 +44,12 @@ def connection_with(client: DemoClient, request: bytes) -> socket.socket:
 
 def start_training(client: DemoClient) -> list[Any]:
     """Start a training, and return its processes; a thread receives its progress."""
-    classes: list[Any] = ["", None] * 4
-    start = (SYNTHETIC, "shape", 60, "endless", "normal", *classes)
+    classes = taught_classes(client, 12)
     curve_shown = threading.Event()
 
     def receive() -> None:
         try:
-            for message in client.fire("train", "click", *start):
+            for message in client.fire("train", "click", "endless", classes):
                 if "polyline" in json.dumps(message):
                     curve_shown.set()
         except (OSError, http.client.HTTPException):
@@ -59,7 +58,7 @@ def start_training(client: DemoClient) -> list[Any]:
     threading.Thread(target=receive, daemon=True).start()
     assert curve_shown.wait(300), client.demo.log.read_text()
     children: list[Any] = psutil.Process(client.demo.process.pid).children(recursive=True)
-    return [child for child in children if "aoft_deploy.cli.train" in child.cmdline()]
+    return [child for child in children if "aoft_demo.trainer" in child.cmdline()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

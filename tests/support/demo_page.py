@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ class DemoPage:
     def upload(self, selector: str, *files: Path) -> None:
         """Upload files into a field."""
         self.find(f"{selector} input[type=file]").set_input_files([str(f) for f in files])
+
+    def add_files(self, number: int, files: Sequence[Path]) -> None:
+        """Add files to a tile of the view Teach, by its position, and wait until they are there."""
+        tile = self.find("#teach-tiles .tile").nth(number)
+        before = int(tile.get_attribute("data-count"))
+        tile.locator("input[type=file]").set_input_files([str(file) for file in files])
+        want = str(before + len(files))
+        self.expect(tile).to_have_attribute("data-count", want, timeout=WAIT)
 
     def answers(self) -> dict[str, dict[str, float]]:
         """The displayed probabilities, by task and class."""

@@ -107,6 +107,7 @@ class SessionRegistry:
                 self._timer.cancel()
         for session in sessions:
             session.end()
+        self.queue.trainers.close()
 
     def _session(self, page: str, key: str | None) -> Session:
         self.sweep()

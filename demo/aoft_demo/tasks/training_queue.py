@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from aoft_demo.tasks.trainers import Trainers
 from aoft_deploy.errors import SettingError
 
 __all__ = ["MAX_WAITING", "Training", "TrainingQueue"]
@@ -43,21 +44,18 @@ class Training:
         if self.stopped:
             raise SettingError("Training was stopped; nothing was added.")
 
-    def start(self, command: Sequence[str], log: Path) -> None:
+    def start(self, launch: Callable[[], subprocess.Popen[bytes]]) -> None:
         """Start the subprocess.
 
         Args:
-            command: The program and its arguments.
-            log: File for the program's stderr.
+            launch: Starts it, as the leader of a process group.
 
         Raises:
             SettingError: The training was stopped.
         """
-        with self._lock, log.open("wb") as file:
+        with self._lock:
             self.check_not_stopped()
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
-            )
+            self._process = launch()
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the subprocess.
@@ -70,9 +68,11 @@ class Training:
         """
         assert self._process is not None
         try:
-            return self._process.wait(seconds)
+            code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+        _close_stdin(self._process)
+        return code
 
     def stop(self) -> None:
         """Stop the training; the subprocess and its children have ended when this returns."""
@@ -87,12 +87,18 @@ class Training:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            _close_stdin(process)
 
 
 class TrainingQueue:
-    """The order in which trainings run. Safe to use from any thread."""
+    """The order in which trainings run. Safe to use from any thread.
+
+    Attributes:
+        trainers: The processes of the trainings.
+    """
 
     def __init__(self) -> None:
+        self.trainers = Trainers()
         self._trainings: list[Training] = []
         self._lock = threading.Lock()
 
@@ -114,8 +120,15 @@ class TrainingQueue:
             with self._lock:
                 self._trainings = [other for other in self._trainings if other is not training]
 
-    def is_first(self, training: Training) -> bool:
-        """Whether the training is the first in the queue that was not stopped."""
+    def before(self, training: Training) -> int:
+        """Number of trainings before a training in the queue that were not stopped."""
         with self._lock:
-            first = next((other for other in self._trainings if not other.stopped), training)
-        return first is training
+            waiting = [other for other in self._trainings if not other.stopped or other is training]
+            return waiting.index(training) if training in waiting else 0
+
+
+def _close_stdin(process: subprocess.Popen[bytes]) -> None:
+    """Close our end of the pipe to a process that has ended."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()

@@ -46,7 +46,7 @@ def test_a_stop_concerns_the_visitors_own_race(sessions: SessionRegistry) -> Non
 
 def test_a_race_stops_when_its_session_ends(sessions: SessionRegistry) -> None:
     race = RaceQueue().enter(sessions.get("a"))
-    sessions.end("a")
+    sessions.get("a").end()
     with pytest.raises(RaceStoppedError):
         race.check_not_stopped()
 

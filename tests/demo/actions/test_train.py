@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from teaching import shades
 
-from aoft_demo.actions.train import EFFORTS, run_training, training_arguments
-from aoft_demo.actions.training_data import write_synthetic_task
+from aoft_demo.actions.train import Plan, TrainingProgress, run_training, training_plan
 from aoft_demo.tasks.shared_fleet import SharedFleet, open_shared_fleet
+from aoft_demo.tasks.trainers import Trainers
 from aoft_demo.tasks.training_queue import Training
-from aoft_deploy.cli.train_options import parser
+from aoft_demo.trainer import NICENESS
+from aoft_demo.views.teach.cards import progress_card, result_card
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.cli.train_options import given_settings, parser
 from aoft_deploy.errors import SettingError
+from aoft_deploy.processors import processors
+from aoft_deploy.training.settings import TrainingSettings
+
+psutil: Any = importlib.import_module("psutil")  # its types are partial
 
 
 @pytest.fixture(scope="module")
-def shared(  # of random weights, in place of the bundled tasks
+def tiny(  # of random weights, in place of the bundled tasks
     fleet_artefact: Path,
     fleet_tasks: dict[str, Path],
     backbone_weights: Path,
@@ -27,62 +41,143 @@ def shared(  # of random weights, in place of the bundled tasks
     return open_shared_fleet([fleet_artefact], folder, weights=backbone_weights, threads=1)
 
 
-def test_the_arguments_match_the_fleet_and_the_number_of_pictures(
-    shared: SharedFleet, tmp_path: Path
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for part, first, count in (("train", 0, 16), ("val", 5, 4), ("test", 9, 4)):
+        for name, shade in (("dark", 20), ("light", 200)):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            shades(folder, shade + first, count)
+    return root
+
+
+@pytest.fixture
+def trainers() -> Iterator[Trainers]:
+    started = Trainers()
+    yield started
+    started.close()
+
+
+def test_the_plan_matches_the_fleet_and_its_arguments_say_the_same(
+    tiny: SharedFleet, data: Path
 ) -> None:
-    write_synthetic_task("shape", 60, 0, tmp_path / "data")
-    arguments, epochs = training_arguments(shared, tmp_path / "data", tmp_path / "run", "normal")
-    options = parser().parse_args(arguments)
-    assert dict(options.set) == dict(shared.fleet.kind.settings)
-    assert options.method == shared.fleet.kind.method and options.img_size == 16
-    assert options.epochs == epochs == 40 and options.batch_size == 8
-    write_synthetic_task("shape", 500, 0, tmp_path / "many")
-    arguments, epochs = training_arguments(shared, tmp_path / "many", tmp_path / "run", "quick")
-    assert epochs == EFFORTS["quick"] / 500
+    plan = training_plan(tiny, data)
+    assert plan.settings.backbone_weights == tiny.weights
+    assert (plan.train, plan.val, plan.test) == (32, 8, 8)
+    assert plan.settings.augment == "affine"  # a mirrored left hand is a right hand
+    assert plan.settings.method == tiny.fleet.kind.method and plan.settings.img_size == 16
+    options = parser().parse_args(plan.arguments(data, Path("out")))
+    assert TrainingSettings(**given_settings(options)) == plan.settings
 
 
 def test_a_fleet_without_a_manifest_cannot_be_trained_for(
-    fleet_artefact: Path, tmp_path: Path
+    fleet_artefact: Path, data: Path, tmp_path: Path
 ) -> None:
     alone = tmp_path / "fleet.onnx"
     alone.write_bytes(fleet_artefact.read_bytes())
     shared = open_shared_fleet([alone], tmp_path, threads=1)
     with pytest.raises(SettingError, match="The fleet's manifest is missing"):
-        training_arguments(shared, tmp_path, tmp_path / "run", "quick")
+        training_plan(shared, data)
 
 
-def test_a_failed_training_reports_the_commands_error(tmp_path: Path) -> None:
-    arguments = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
-    with pytest.raises(SettingError, match=r"Training failed: Data folder .* does not exist"):
-        list(run_training(arguments, tmp_path / "run", 3, Training()))
+@pytest.mark.slow
+def test_a_training_is_polite_foretells_its_end_and_can_be_repeated_with_the_code(
+    shared: SharedFleet,
+    data: Path,
+    tmp_path: Path,
+    trainers: Trainers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, training = short(training_plan(shared, data)), Training()
+    steps = run_training(plan, data, tmp_path / "run", training, trainers)
+    reports = [next(steps)]
+    process = psutil.Process(training._process.pid)  # type: ignore[union-attr]
+    assert process.environ()["OMP_NUM_THREADS"] == str(max(processors() // 2, 1))
+    while not reports[-1].lines:
+        reports.append(next(steps))
+    assert process.nice() == psutil.Process().nice() + NICENESS
+    assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
+    reports += steps
+    assert training.wait(0) == 0
+    *running, end = reports
+    assert reports[0].left is None and "Starting<" in progress_card("a", reports[0])
+    known = [report.left for report in running if report.lines]
+    assert all(left is not None and left >= 0 for left in known)
+    assert end.left == 0 and len(end.lines) == plan.settings.epochs
+    assert trainers.startup is not None and 0 < trainers.startup < end.seconds
+    assert end.checkpoint is not None
+    assert read_checkpoint(end.checkpoint).training["settings"]["augment"] == "affine"
+
+    html = result_card("shades", end)
+    python = code(html, "Python")
+    (tmp_path / "pictures").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    exec(python, {})
+    ours, theirs = (
+        read_checkpoint(path) for path in (end.checkpoint, tmp_path / "shades" / "model.ckpt")
+    )
+    assert ours.classes == theirs.classes == ("dark", "light")
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_allclose(tensor, theirs.tensors[name], atol=1e-4)
+    comment, command = code(html, "Shell").splitlines()
+    assert comment.startswith("# ")
+    program, *arguments = shlex.split(command)
+    assert program == "aoft-train"
+    given = TrainingSettings(**given_settings(parser().parse_args(arguments)))
+    assert given == plan.settings
 
 
-def test_a_running_training_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-    original = subprocess.Popen
-
-    def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-        started.append(original(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    write_synthetic_task("shape", 60, 0, tmp_path / "data")
-    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    training = Training()
-    steps = run_training(arguments, tmp_path / "run", 20, training)
-    assert next(steps).lines == ()
-    training.stop()
-    assert started[0].poll() is not None  # before the next step is requested
-    with pytest.raises(SettingError, match="Training was stopped; nothing was added"):
-        list(steps)
-    assert started[0].poll() is not None
+def short(plan: Plan) -> Plan:
+    """The plan with few epochs."""
+    return replace(plan, settings=replace(plan.settings, epochs=4))
 
 
-def test_a_training_ends_when_its_iterator_is_closed(tmp_path: Path) -> None:
-    write_synthetic_task("shape", 60, 0, tmp_path / "data")
-    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    training = Training()
-    steps: Any = run_training(arguments, tmp_path / "run", 20, training)
-    next(steps)
-    steps.close()  # as Gradio does when the browser disconnects
-    assert training.stopped and training.wait(0) is not None
+def code(html: str, language: str) -> str:
+    """The code of a language in a card."""
+    block = html.partition(f"<figcaption>{language}")[2].partition("</pre>")[0]
+    return unescape(block.rpartition('<pre tabindex="0">')[2])
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_fails_or_is_left_ends_its_process(
+    shared: SharedFleet, data: Path, tmp_path: Path, trainers: Trainers
+) -> None:
+    plan = training_plan(shared, data)
+    for action in ("stop", "close", "fail"):
+        trainers.prepare()
+        (tmp_path / action).mkdir()
+        training, out = Training(), tmp_path / action / "run"
+        place = tmp_path / "nowhere" if action == "fail" else data
+        steps: Any = run_training(plan, place, out, training, trainers)
+        if action == "fail":
+            with pytest.raises(SettingError, match=r"Training failed: Data folder .* not exist"):
+                list(steps)
+            continue
+        assert next(steps).lines == ()
+        assert training.wait(0) is None
+        if action == "close":
+            steps.close()  # as Gradio does when the browser disconnects
+        else:
+            training.stop()
+            assert training.wait(0) is not None  # before the next step is requested
+            with pytest.raises(SettingError, match="Training was stopped; nothing was added"):
+                list(steps)
+        assert training.stopped and training.wait(0) is not None
+
+
+def test_the_time_left_follows_the_latest_epochs_and_is_never_negative() -> None:
+    plan = Plan(TrainingSettings(epochs=10), 8, 5, 0)
+
+    def card(seconds: list[float], left: float | None) -> str:
+        lines = tuple({"train_accuracy": 0.5, "val_accuracy": 0.6, "seconds": s} for s in seconds)
+        return progress_card("<b>", TrainingProgress(plan, lines, None, None, 9.0, left))
+
+    assert "Starting (about 6 s)" in card([], 5.2)
+    assert "Starting (about 1 s)" in card([], 0)
+    assert "Learning &lt;b&gt;: about 25 s left" in card([1.0], 21.5)
+    assert "about 1 s left" in card([1.0], 0)
+    assert "about 2 minutes left" in card([1.0], 100)
+    assert "finishing" in card([1.0] * 10, 0)
+    assert "Best so far: right on 3 of 5 pictures kept aside." in card([1.0], 4)
+    assert 'aria-valuenow="10"' in card([1.0], 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -21,9 +22,15 @@ time.sleep(999)
 """
 
 
+def run(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A process that leads a group, as ``Trainers`` starts it."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
 def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     training, pid_file = Training(), tmp_path / "pid"
-    training.start([sys.executable, "-c", IGNORES_SIGTERM, str(pid_file)], tmp_path / "log")
+    training.start(lambda: run(IGNORES_SIGTERM, str(pid_file)))
     while not (pid_file.is_file() and pid_file.read_text().strip()):
         assert training.wait(0.05) is None
     child = int(pid_file.read_text())
@@ -39,21 +46,19 @@ def test_a_stopped_training_does_not_start(tmp_path: Path) -> None:
     training = Training()
     training.stop()
     with pytest.raises(SettingError, match="Training was stopped; nothing was added"):
-        training.start(
-            [sys.executable, "-c", f"open({str(tmp_path / 'started')!r}, 'w')"], tmp_path / "log"
-        )
+        training.start(lambda: run("open(sys.argv[1], 'w')", str(tmp_path / "started")))
     assert not (tmp_path / "started").exists()
 
 
 def test_stopped_trainings_do_not_block_the_queue() -> None:
     queue, one, two, three = TrainingQueue(), Training(), Training(), Training()
     with queue.entered(one):
-        assert queue.is_first(one)
+        assert queue.before(one) == 0
         with queue.entered(two), queue.entered(three):
-            assert [queue.is_first(t) for t in (one, two, three)] == [True, False, False]
+            assert [queue.before(t) for t in (one, two, three)] == [0, 1, 2]
             two.stop()
             one.stop()  # its session ended, and nothing consumes its progress
-            assert queue.is_first(three)
+            assert queue.before(three) == 0
     with queue.entered(one), queue.entered(Training()):
         pass
 
