@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,9 +133,7 @@ def test_a_lost_server_and_the_queue_are_reported(
         page.shows("#queue", "2 requests before yours")
         page.playwright.wait_for_timeout(3500)  # the page has seen the server alive
         assert not page.find("#lost").is_visible()
-        started = time.monotonic()
         assert running.end() == 0
-        assert time.monotonic() - started < 5
         assert [path.name for path in running.folder.iterdir()] == ["log"]
         page.shows("#lost", "The demo does not answer")
         page.playwright.route(
