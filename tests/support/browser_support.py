@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+from demo_page import DemoPage
 from running_demo import Demo
 
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
@@ -50,8 +52,10 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
     return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
 
 
-def violations(results: Any) -> list[str]:
-    """What axe finds, as a line for each rule: the rule, and the first elements."""
+def violations(page: DemoPage) -> list[str]:
+    """What axe finds on the page, as a line for each rule: the rule, and the first elements."""
+    axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")
+    results = axe.Axe().run(page.playwright)
     return [
         f"{found['id']}: {[node['target'] for node in found['nodes']][:5]}"
         for found in results.response["violations"]

@@ -124,7 +124,7 @@ class SessionRegistry:
             self._pages[page] = session
             self._left.pop(session, None)
             session.last_active = self._clock()
-            if before not in (None, session, *self._sessions()):
+            if before is not None and before not in (session, *self._sessions()):
                 ending.append(before)
         for other in ending:
             other.end()

@@ -59,7 +59,8 @@ def _values(proof: Proof) -> str:
         for i in order
     )
     return (
-        '<div class="values"><table><caption class="hidden">Values of the classes</caption>'
+        '<div class="values" tabindex="0" role="region" aria-label="Values"><table>'
+        '<caption class="hidden">Values of the classes</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
