@@ -42,13 +42,15 @@ class TaskAnalysis:
 
     Attributes:
         families: Angles of the backbone, of the method, and of a LoRA for comparison.
-        layers: Name of each changed layer, with ‖ΔW‖₂ / ‖W‖₂.
+        layers: Block and role of each changed layer, with ‖ΔW‖₂ / ‖W‖₂.
+        unchanged: Number of layers that training did not change.
         method: Name of the method.
         notes: Sentences about quantities that do not exist for the method.
     """
 
     families: tuple[Family, ...]
-    layers: tuple[tuple[str, float], ...]
+    layers: tuple[tuple[str, str, float], ...]
+    unchanged: int
     method: str
     notes: tuple[str, ...]
 
@@ -71,12 +73,13 @@ def analyse_task(session: Session, name: str) -> TaskAnalysis:
         lora = lora_angles()
         families += [_family(f"LoRA, {kind}", lora[kind]) for kind in kinds if kind in lora]
     layers = tuple(
-        (f"{layer['block']}.{layer['role']}", float(layer["change_ratio"]))
+        (layer["block"], layer["role"], float(layer["change_ratio"]))
         for layer in analysis["layers"]
         if layer["change_ratio"] is not None
     )
     notes = tuple(note for note in analysis["notes"] if "metrics.jsonl" not in note)
-    return TaskAnalysis(tuple(families), layers, method, notes)
+    unchanged = len(analysis["layers"]) - len(layers)
+    return TaskAnalysis(tuple(families), layers, unchanged, method, notes)
 
 
 @lru_cache(maxsize=1)

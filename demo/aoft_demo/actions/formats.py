@@ -117,7 +117,7 @@ def _formats(exporter: Exporter, has_pictures: bool) -> Iterator[Format]:
     if exporter.name != DEFAULT:
         return
     if "int8" in exporter.precisions and "int8" not in exporter.calibrated:
-        about = "The same with weights of 8 bits: about a quarter of the size, nearly the same."
+        about = "The same with weights of 8 bits: a quarter of the size, nearly the same answers."
         refusal = "" if has_pictures else "It is checked on pictures, and the demo has none here."
         key = f"{exporter.name}-int8"
         yield replace(
@@ -131,11 +131,14 @@ def _about(exporter: Exporter) -> str:
     """The first sentence of the module that defines the exporter."""
     text = inspect.getdoc(sys.modules[exporter.export.__module__]) or exporter.name
     sentence = " ".join(text.partition("\n\n")[0].split()).replace("``", "")
-    return sentence.removeprefix("Export to ").removeprefix("Export ").rstrip(".")
+    sentence = sentence.removeprefix("Export to ")
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _missing(exporter: Exporter) -> str:
     """Which package the check of an artefact needs, if it is not installed."""
+    if exporter.device is not None:  # another package may stand for the runtime
+        return ""
     engine = exporter.engines[0]
     packages = [engine] if engine in EXTRAS else [p for p, e in EXTRAS.items() if e == engine]
     if not packages or any(find_spec(package) for package in packages):

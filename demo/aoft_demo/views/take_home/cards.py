@@ -13,7 +13,7 @@ from aoft_demo.views.units import size
 from aoft_deploy.artefacts.sampling import CONFIDENCE
 from aoft_deploy.artefacts.verification import Report
 
-__all__ = ["FIRST", "format_list", "result_card", "verdict_in_words"]
+__all__ = ["FIRST", "format_list", "next_card", "result_card", "verdict_in_words"]
 
 FIRST = 3
 """Formats that are shown at first; the others are behind a summary."""
@@ -55,7 +55,7 @@ def _title(each: Format) -> str:
 
 
 def result_card(done: TakenHome) -> str:
-    """What was written, the proof in words, the figures, and what to do next."""
+    """What was written, the proof in words, and the figures."""
     what = f"{done.path.name}, {size(done.size)}"
     if done.format.is_fleet:
         head = success(f"{len(done.tasks)} skills in one file", f"are merged and verified: {what}.")
@@ -68,7 +68,11 @@ def result_card(done: TakenHome) -> str:
     if done.left_out:
         names = ", ".join(done.left_out)
         left = f'<p class="note">Left out, as the demo has no checkpoint: {escape(names)}.</p>'
-    numbers = "" if done.report is None else _figures(done, done.report)
+    return head + proof + left + ("" if done.report is None else _figures(done, done.report))
+
+
+def next_card(done: TakenHome) -> str:
+    """How to make the file again, and what to do with it."""
     steps = "".join(
         f'<figure><figcaption>{escape(purpose)}<button type="button" class="copy" '
         f'aria-label="Copy: {escape(purpose)}">Copy</button></figcaption>'
@@ -76,10 +80,10 @@ def result_card(done: TakenHome) -> str:
         for purpose, code in done.steps.items()
     )
     unpack = "Unpack the zip file. " if done.path.suffix == ".zip" else ""
-    note = f'<p class="note">{unpack}Then, in the folder of the file:</p>'
+    note = f'<p class="note">{unpack}Open a terminal in the folder of the file:</p>'
     return (
-        f"{head}{proof}{left}{numbers}{show_code(**done.code)}"
         f'<section class="next code"><h3>What to do next</h3>{note}{steps}</section>'
+        f"{show_code(**done.code)}"
     )
 
 
@@ -91,12 +95,12 @@ def verdict_in_words(done: TakenHome) -> str:
             "The file holds only what training has learnt. The shared model is not in it, so it "
             "is small; every other format is made from it."
         )
-    whose = "each skill" if done.format.is_fleet else "the trained model"
+    whose = "the trained models" if done.format.is_fleet else "the trained model"
     difference = f"the largest difference of an output was {_plain(report.max_abs)}"
     sizes = ", ".join(map(str, report.batch_sizes[:-1])) + f" and {report.batch_sizes[-1]}"
     if report.tolerance is not None and report.agreement == 1:
         words = [
-            f"The file gives the same answers as {whose} before it was packed: on {report.images} "
+            f"The file gives the same answers as {whose}: on {report.images} "
             f"pictures {difference}{_alike(done, report)}."
         ]
     else:

@@ -17,6 +17,7 @@ from aoft_demo.views import notices
 from aoft_demo.views.failures import show_failures
 from aoft_demo.views.take_home import cards
 from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.units import size
 from aoft_demo.views.view import View
 from aoft_deploy.errors import AoftError, SettingError
 
@@ -31,6 +32,12 @@ START = notices.empty(
 CHOSEN = "document.querySelector('#formats input:checked')?.value ?? ''"
 """JavaScript: the key of the chosen format."""
 
+SHOW_RESULT = """() => {
+    document.getElementById('exported').scrollIntoView({ block: 'nearest' });
+    return [];
+}"""
+"""JavaScript: scroll to the result, which is below the formats on a phone."""
+
 WHEN_SEEN = """
 const seen = new IntersectionObserver((entries) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
@@ -44,8 +51,8 @@ seen.observe(element);
 STEP = 5.0
 """Seconds between two messages; a screen reader reads each of them."""
 
-Outputs = tuple[Any, Any]
-"""Values of the panel and of the files."""
+Outputs = tuple[Any, Any, Any, Any]
+"""Values of the panel, of both downloads, and of the next steps."""
 
 
 def take_home_view(sessions: SessionRegistry) -> View:
@@ -59,9 +66,15 @@ def take_home_view(sessions: SessionRegistry) -> View:
             together = gr.Button("Or all skills in one file", elem_id="export-all")
         with gr.Column(scale=6, min_width=300):
             panel = gr.HTML(START, elem_id="exported")
-            files = gr.File(
-                label="Download", interactive=False, visible=False, elem_id="files", height=110
-            )
+            with gr.Row(elem_id="files"):
+                file = gr.DownloadButton(
+                    visible=False, variant="primary", elem_id="artefact", min_width=140, scale=3
+                )
+                manifest = gr.DownloadButton(
+                    "Its manifest", visible=False, elem_id="manifest", min_width=140, scale=2
+                )
+            following = gr.HTML(elem_id="next-steps")
+    results = [panel, file, manifest, following]
 
     def list_formats(chosen: str | None, key: Any, request: gr.Request) -> str:
         found, chosen_key = usual, key if isinstance(key, str) else ""
@@ -72,7 +85,7 @@ def take_home_view(sessions: SessionRegistry) -> View:
                 found = usual
         return cards.format_list(found, chosen_key)
 
-    @show_failures("Not made", output=0, outputs=2)
+    @show_failures("Not made", output=0, outputs=4)
     def make(chosen: str | None, key: Any, request: gr.Request) -> Iterator[Outputs]:
         if not chosen:
             raise SettingError("Choose a skill first.")
@@ -80,7 +93,7 @@ def take_home_view(sessions: SessionRegistry) -> View:
         session.task(chosen)
         yield from _in_steps(chosen, lambda: export_task(session, chosen, key))
 
-    @show_failures("Not made", output=0, outputs=2)
+    @show_failures("Not made", output=0, outputs=4)
     def make_all(request: gr.Request) -> Iterator[Outputs]:
         session = sessions.get(request.session_hash)
         yield from _in_steps(f"{len(session.tasks)} skills", lambda: export_all(session))
@@ -104,9 +117,13 @@ def take_home_view(sessions: SessionRegistry) -> View:
         **private,
     }
     export.click(
-        make, [task, formats], [panel, files], js=f"(task) => [task, {CHOSEN}]", **one_at_a_time
+        make,
+        [task, formats],
+        results,
+        js=f"(task) => {{ ({SHOW_RESULT})(); return [task, {CHOSEN}]; }}",
+        **one_at_a_time,
     )
-    together.click(make_all, None, [panel, files], **one_at_a_time)
+    together.click(make_all, None, results, js=SHOW_RESULT, **one_at_a_time)
 
     def refresh(session: Session, chosen: str | None) -> list[Any]:
         return [refreshed_dropdown(chosen, list(session.tasks))]
@@ -120,12 +137,16 @@ def _in_steps(what: str, work: Callable[[], TakenHome]) -> Iterator[Outputs]:
     Files of an earlier result stay until there is a new one.
     """
     text = f"Merging {what}, writing the file, running it and comparing the answers …"
-    start = time.monotonic()
+    start, unchanged = time.monotonic(), (gr.skip(), gr.skip(), gr.skip())
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(work)
-        yield notices.busy(text), gr.skip()
+        yield notices.busy(text), *unchanged
         while not wait([result], STEP).done:
-            yield notices.busy(f"{text} {time.monotonic() - start:.0f} s"), gr.skip()
+            yield notices.busy(f"{text} {time.monotonic() - start:.0f} s"), *unchanged
     done = result.result()
-    paths = [done.path, *([done.manifest] if done.manifest else [])]
-    yield cards.result_card(done), gr.File([str(path) for path in paths], visible=True)
+    label = f"Download {done.path.name} ({size(done.size)})"
+    manifest = gr.DownloadButton(visible=False)
+    if done.manifest is not None:
+        manifest = gr.DownloadButton(value=str(done.manifest), visible=True)
+    file = gr.DownloadButton(label, value=str(done.path), visible=True)
+    yield cards.result_card(done), file, manifest, cards.next_card(done)
