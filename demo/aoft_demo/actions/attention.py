@@ -86,6 +86,8 @@ def attention_of(session: Session, name: str, picture: Path) -> Attention:
 def attention_overlay(attention: Attention, grid: NDArray[np.float32]) -> Image.Image:
     """The picture as the model sees it; patches with little attention are dark.
 
+    The brightness is the square root of the attention, so that small shares are visible too.
+
     Args:
         attention: Gives the picture, and the largest share, which is the brightest in both maps.
         grid: ``attention.before`` or ``attention.after``.
@@ -97,7 +99,7 @@ def attention_overlay(attention: Attention, grid: NDArray[np.float32]) -> Image.
     scale = SIDE / max(height, width)
     size = round(width * scale), round(height * scale)
     base = Image.fromarray(attention.pixels).resize(size, Image.Resampling.BICUBIC)
-    levels = Image.fromarray(np.rint(255 * grid / attention.most).astype(np.uint8))
+    levels = Image.fromarray(np.rint(255 * np.sqrt(grid / attention.most)).astype(np.uint8))
     smooth = np.asarray(levels.resize(size, Image.Resampling.BICUBIC), np.float32)
     light = smooth[..., None] / np.float32(255)
     tint = np.array([255, 150, 40], np.float32)
@@ -112,7 +114,7 @@ def _has_class_token(model: Any) -> bool:
 def _shares(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """A model's attention to the patches of one input, float32 (rows, columns) with sum 1."""
     import torch
-    from timm.layers import Attention as TimmAttention
+    from timm.layers.attention import Attention as TimmAttention
 
     plain: Any = model
     blocks: Sequence[Any] = getattr(model, "blocks", ())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aoft_demo.actions.export_code import Code, export_code, export_command, next_steps
+from aoft_demo.actions.export_code import Code, Plan, export_code, export_command, next_steps
 from aoft_demo.actions.formats import ALL_TASKS, CHECKPOINT, DEFAULT, Format, format_called
 from aoft_demo.actions.sample_pictures import write_sample_pictures
 from aoft_demo.tasks.session import Session
@@ -119,7 +119,8 @@ def export_all(session: Session) -> TakenHome:
             command=command,
         )
 
-    chosen = Format(ALL_TASKS, "All skills and the shared model in one file.", to=DEFAULT)
+    about = "All skills and the shared model in one file."
+    chosen = Format(ALL_TASKS, about, get_exporter(DEFAULT).engines, DEFAULT)
     sources = [f"{name}{path.suffix}" for name, path in found.items()]
     activation = activations.pop() if len(activations) == 1 else "mixed"
     left_out = [name for name in tasks if name not in found]
@@ -148,9 +149,8 @@ def _exported(
     try:
         samples = folder / "samples"
         count = write_sample_pictures(session.shared.examples, samples, size)
-        given = {"pictures": bool(count), "weights": session.shared.weights}
-        command = export_command(sources, output.name, chosen, **given)
-        done = write(output, [samples] if count else [], command)
+        plan = Plan(sources, output.name, chosen, bool(count), session.shared.weights)
+        done = write(output, [samples] if count else [], export_command(plan))
         task = tasks[0] if chosen.is_fleet else None
         download = _packed(done.path, done.manifest) if done.path.is_dir() else done.path
         return TakenHome(
@@ -162,7 +162,7 @@ def _exported(
             done.manifest,
             done.report,
             count,
-            export_code(sources, output.name, chosen, **given),
+            export_code(plan),
             next_steps(done.path, task),
             tuple(left_out),
         )

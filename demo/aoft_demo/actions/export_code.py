@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from aoft_demo.actions.formats import DEFAULT, Format
 from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
 from aoft_deploy.artefacts.registry import get_exporter
 
-__all__ = ["PICTURES", "Code", "export_code", "export_command", "next_steps"]
+__all__ = ["PICTURES", "Code", "Plan", "export_code", "export_command", "next_steps"]
 
 PICTURES = "pictures"
 """Folder of pictures in the lines that are shown."""
@@ -20,41 +21,57 @@ Code = dict[str, str]
 """Lines by the name of their language or purpose."""
 
 
-def export_command(
-    sources: Sequence[str], output: str, chosen: Format, *, pictures: bool, weights: Path | None
-) -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """An export in a folder that holds all its inputs.
+
+    Attributes:
+        sources: Names of the checkpoints.
+        output: Name of the artefact.
+        format: Its format.
+        pictures: Whether it is checked on the pictures in ``PICTURES``.
+        weights: File with the backbone's weights; None takes timm's own.
+    """
+
+    sources: Sequence[str]
+    output: str
+    format: Format
+    pictures: bool
+    weights: Path | None
+
+
+def export_command(plan: Plan) -> list[str]:
     """The words of the command aoft-export."""
-    words = ["aoft-export", "--fleet" if chosen.is_fleet else "--merge", *sources]
+    chosen = plan.format
+    words = ["aoft-export", "--fleet" if chosen.is_fleet else "--merge", *plan.sources]
     words += ["--to", chosen.to] if chosen.to != DEFAULT else []
     words += ["--precision", chosen.precision] if chosen.precision != "fp32" else []
     words += ["--uint8"] if chosen.uint8 else []
-    words += ["--images", PICTURES] if pictures else []
-    words += ["--backbone-weights", weights.name] if weights else []
-    return [*words, "--output", output]
+    words += ["--images", PICTURES] if plan.pictures else []
+    words += ["--backbone-weights", plan.weights.name] if plan.weights else []
+    return [*words, "--output", plan.output]
 
 
-def export_code(
-    sources: Sequence[str], output: str, chosen: Format, *, pictures: bool, weights: Path | None
-) -> Code:
-    """A command and Python lines that write the same artefact, in a folder with the checkpoints."""
-    words = export_command(sources, output, chosen, pictures=pictures, weights=weights)
+def export_code(plan: Plan) -> Code:
+    """A command and Python lines that write the same artefact."""
+    chosen, sources = plan.format, list(plan.sources)
     function = "export_fleet" if chosen.is_fleet else "export_merged"
-    arguments = [repr(list(sources)) if chosen.is_fleet else repr(sources[0]), repr(output)]
+    imports = [f"from aoft_deploy import {function}"]
+    arguments = [repr(sources if chosen.is_fleet else sources[0]), repr(plan.output)]
     arguments += [f"to={chosen.to!r}"] if chosen.to != DEFAULT else []
     arguments += [f"precision={chosen.precision!r}"] if chosen.precision != "fp32" else []
     arguments += ["uint8=True"] if chosen.uint8 else []
-    imports = [f"from aoft_deploy import {function}"]
-    if pictures:
-        imports = ["from pathlib import Path", "", *imports]
+    if plan.weights:
+        imports.append("from aoft_deploy.checkpoints import BackboneSource")
+        arguments.append(f"backbone=BackboneSource(weights=Path({plan.weights.name!r}))")
+    if plan.pictures:
         imports.append("from aoft_deploy.export import VerifyOptions")
         arguments.append(f"verify=VerifyOptions(images=[Path({PICTURES!r})])")
-    if weights:
-        imports = [*dict.fromkeys(["from pathlib import Path", "", *imports])]
-        imports.append("from aoft_deploy.checkpoints import BackboneSource")
-        arguments.append(f"backbone=BackboneSource(weights=Path({weights.name!r}))")
+    if plan.weights or plan.pictures:
+        imports = ["from pathlib import Path", "", *imports]
     call = ",\n".join(f"    {argument}" for argument in arguments)
     lines = [*imports, "", f"exported = {function}(\n{call},\n)", "print(exported.report)"]
-    return {"Shell": shlex.join(words), "Python": "\n".join(lines)}
+    return {"Shell": shlex.join(export_command(plan)), "Python": "\n".join(lines)}
 
 
 def next_steps(artefact: Path, task: str | None = None) -> Code:

@@ -163,7 +163,7 @@ def dots(rows: Sequence[Bar], *, title: str, x: tuple[float, float], unit: str =
     if low != 0:
         start = f"{low:g}{escape(unit)}"
         note = (
-            f'<p class="break"><b aria-hidden="true">⫽</b> The axis starts at {start}, not at 0: '
+            f'<p class="break"><b aria-hidden="true">//</b> The axis starts at {start}, not at 0: '
             "compare the places of the dots, not their distances from the left.</p>"
         )
     broken = " broken" if low != 0 else ""

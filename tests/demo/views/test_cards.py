@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from aoft_demo.actions.analysis import TaskAnalysis
+from aoft_demo.actions.analysis import Family, TaskAnalysis
+from aoft_demo.actions.changes import Change
 from aoft_demo.actions.classify import Answers
 from aoft_demo.actions.verification import Agreement
 from aoft_demo.views import notices, units
 from aoft_demo.views.ask.cards import answer_cards, for_picture
 from aoft_demo.views.charts import Bar, Line, bars, lines
-from aoft_demo.views.explain.cards import analysis_cards
+from aoft_demo.views.explain.cards import inside_cards
 from aoft_demo.views.skills.cards import agreement_card
 from aoft_deploy.classes import Answer, Prediction, Value
 
@@ -16,12 +17,13 @@ from aoft_deploy.classes import Answer, Prediction, Value
 def test_texts_of_users_are_escaped() -> None:
     bad = "<script>alert(1)</script>"
     answers = Answers({bad: [Prediction(bad, 1.0)]}, 0.01, 1e-5, 3, 4)
+    rows = Family("backbone, rows", 1, 90.0, 1.0, 1.0, (1,) * 180)
     for html in (
         answer_cards(answers),
         notices.failure(bad, bad),
         notices.success(bad, bad),
         for_picture("", bad),
-        analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
+        inside_cards(bad, TaskAnalysis((rows,), (), 0, "lora", (bad,)), Change(1, 1, 1, None)),
         agreement_card(bad, Agreement(1, 1.0, 0.0, 0.0, 1)),
         bars([Bar(bad, 1.0, bad)], title=bad),
         lines([Line(bad, [(0, 1)], 1)], x=(0, 1), y=(0, 1), x_label=bad, y_label=bad),

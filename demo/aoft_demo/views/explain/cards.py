@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -46,19 +47,16 @@ def attention_card(name: str, attention: Attention) -> str:
     )
     rows, columns = attention.after.shape
     moved = round(100 * attention.moved)
-    sentence = (
-        f"For {name}, fine-tuning moved {moved} % of the attention: most of it now lies on "
-        f"{_place(attention.after)} of the picture; before, it was {_place(attention.before)}."
-    )
+    now, then = _place(attention.after), _place(attention.before)
     if attention.after.argmax() == attention.before.argmax():
-        sentence = (
-            f"For {name}, fine-tuning moved {moved} % of the attention; most of it still lies on "
-            f"{_place(attention.after)} of the picture."
-        )
-    scale = (
-        '<p class="scale" aria-hidden="true"><span>0 %</span><i></i>'
-        f"<span>{100 * attention.most:.1f} %</span></p>"
+        brightest = f"the brightest patch is still on {now} of the picture"
+    else:
+        brightest = f"the brightest patch was on {then} of the picture, and is now on {now}"
+    sentence = f"For {name}, fine-tuning moved {moved} % of the attention; {brightest}."
+    scale = "<i></i>".join(
+        f"<span>{100 * share * attention.most:.0f} %</span>" for share in (0, 0.25, 1)
     )
+    scale = f'<p class="scale" aria-hidden="true">{scale}</p>'
     small = note(
         f"Bright patches get much attention of {attention.whose} in the last block, the mean over "
         f"its heads. The picture has {rows} × {columns} patches, and both maps have one colour "
@@ -94,7 +92,7 @@ def inside_cards(name: str, analysis: TaskAnalysis, change: Change) -> str:
     parts.append(_angles(analysis))
     notes = "".join(note(text) for text in analysis.notes)
     code = show_code(
-        Shell=f"aoft-inspect '{name}.ckpt' --plots plots",
+        Shell=f"aoft-inspect {shlex.quote(f'{name}.ckpt')} --plots plots",
         Python=(
             "from pathlib import Path\n\n"
             "from aoft_deploy.training.analysis.quantities import analyse_file\n\n"
@@ -201,8 +199,8 @@ def _angles(analysis: TaskAnalysis) -> str:
     )
     small = note(
         f"Vectors are the rows or columns of weight matrices; a curve counts pairs of them in "
-        f"steps of {180 / BINS:g} degrees. The LoRA of the comparison was trained on another "
-        "task of the same model."
+        f"steps of {180 / BINS:g} degrees."
+        + (f" The LoRA of the comparison: {analysis.lora}." if analysis.lora else "")
     )
     return section("Directions of the change", _angles_sentence(shown), chart + small + table)
 
@@ -220,20 +218,23 @@ def _shown(analysis: TaskAnalysis) -> Iterator[Family]:
 
 
 def _angles_sentence(shown: Sequence[Family]) -> str:
-    """What the curves say: how far the angles spread around a right angle."""
-    model, *others = shown
-    start = "Two vectors at a right angle say nothing twice. "
-    if not others:
+    """What the curves say: how many pairs are near a right angle, and how far all spread."""
+    names = ("the model's own", "this skill's", "a LoRA's")
+    near = [f"of {name} {family.near:.0%}" for name, family in zip(names, shown, strict=False)]
+    spread = [f"{family.sd:.1f}°" for family in shown]
+    if len(shown) == 1:
         return (
-            f"{start}In this model, the angles spread by {model.sd:.1f}° around 90°; this method "
-            "adds no vectors of its own."
+            f"Vectors at right angles do not repeat each other: {near[0]} of the pairs are within "
+            f"5° of a right angle. This method adds no vectors of its own."
         )
-    task, *lora = others
-    spread = f"The angles of this skill's vectors spread by {task.sd:.1f}° around 90°"
-    if lora:
-        order = "less than" if task.sd < lora[0].sd else "more than"
-        spread += f", {order} those of a LoRA ({lora[0].sd:.1f}°)"
-    return f"{start}{spread}; those of the model itself by {model.sd:.1f}°."
+    return (
+        f"Vectors at right angles do not repeat each other: {_listed(near)} of the pairs are "
+        f"within 5° of a right angle. The spread of all angles is {_listed(spread)}."
+    )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def _rebinned(family: Family) -> list[tuple[float, float]]:

@@ -48,8 +48,8 @@ def _accuracy(accuracy: Sequence[Accuracy]) -> str:
     )
     seeds = min(each.seeds for each in accuracy)
     foot = note(
-        f"Each dot is the mean of {seeds} trainings with different random numbers. The line through "
-        "it is its 95 % confidence interval: where two lines overlap a lot, the order of the two "
+        f"Each dot is the mean of {seeds} trainings. The line through it is its "
+        " 95 % confidence interval: where two lines overlap a lot, the order of the two "
         "methods is not certain. Green: methods of this project. Behind the name: trained numbers, "
         "without the classifier. Source: benchmarks/accuracy/methods.py, digits at 32 pixels."
     )
