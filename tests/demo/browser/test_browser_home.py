@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -29,9 +30,8 @@ OTHERS = ("#export-task", "#export", "#export-all", "#artefact", "#manifest")
 
 def violations(page: DemoPage) -> list[str]:
     """What axe finds in the selected tab, without ``OTHERS``."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found: Any = Axe().run(
+    axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")  # it has no types
+    found: Any = axe.Axe().run(
         page.playwright,
         context={"include": [["[role=tabpanel]"]], "exclude": [[s] for s in OTHERS]},
     )
@@ -62,7 +62,9 @@ def save(page: DemoPage, folder: Path, *buttons: str) -> list[Path]:
 def shown_code(page: DemoPage, name: str) -> str:
     """The lines below a caption of the next steps or of Show code."""
     caption = re.compile(f"^{name}")
-    figure = page.find("#next-steps figure").filter(has=page.find("figcaption", has_text=caption))
+    figure = page.find("#next-steps figure").filter(
+        has=page.playwright.locator("figcaption", has_text=caption)
+    )
     return str(figure.locator("pre").text_content())
 
 

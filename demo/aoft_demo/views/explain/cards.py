@@ -29,11 +29,11 @@ COLOURS = {"backbone": 2, "LoRA": 3}
 """Colours of the families of vectors; those of the task have the first one."""
 
 
-def section(title: str, sentence: str, body: str) -> str:
+def section(title: str, sentence: str, body: str, level: int = 3) -> str:
     """A part of the page: a title, one sentence, and a chart; the body is HTML."""
     return (
-        f'<section class="how"><h3>{escape(title)}</h3><p class="say">{escape(sentence)}</p>'
-        f"{body}</section>"
+        f'<section class="how"><h{level}>{escape(title)}</h{level}>'
+        f'<p class="say">{escape(sentence)}</p>{body}</section>'
     )
 
 
@@ -62,7 +62,8 @@ def attention_card(name: str, attention: Attention) -> str:
         f"its heads. The picture has {rows} × {columns} patches, and both maps have one colour "
         f"scale: the brightest patch has {100 * attention.most:.1f} % of the attention."
     )
-    return section("Where it looks", sentence, f'<div class="pair">{figures}</div>{scale}{small}')
+    body = f'<div class="pair">{figures}</div>{scale}{small}'
+    return section("Where it looks", sentence, body, level=2)
 
 
 def _described(attention: Attention, when: str, name: str, grid: np.ndarray) -> str:

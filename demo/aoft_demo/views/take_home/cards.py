@@ -82,7 +82,7 @@ def next_card(done: TakenHome) -> str:
     unpack = "Unpack the zip file. " if done.path.suffix == ".zip" else ""
     note = f'<p class="note">{unpack}Open a terminal in the folder of the file:</p>'
     return (
-        f'<section class="next code"><h3>What to do next</h3>{note}{steps}</section>'
+        f'<section class="next code"><h2>What to do next</h2>{note}{steps}</section>'
         f"{show_code(**done.code)}"
     )
 

@@ -38,15 +38,22 @@ SHOW_RESULT = """() => {
 }"""
 """JavaScript: scroll to the result, which is below the formats on a phone."""
 
-WHEN_SEEN = """
+LIST_SCRIPT = """
 const seen = new IntersectionObserver((entries) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
     seen.disconnect();
     trigger('seen');
 });
 seen.observe(element);
+let open = false;
+element.addEventListener('toggle', (event) => { open = event.target.open; }, true);
+watch('value', () => {
+    const more = element.querySelector('details');
+    if (open && more) more.open = true;
+});
 """
-"""JavaScript: fire an event when the list is seen first, as its answer opens the checkpoint."""
+"""JavaScript: fire an event when the list is seen first, as its answer opens the checkpoint; and
+keep the further formats open when the list changes."""
 
 STEP = 5.0
 """Seconds between two messages; a screen reader reads each of them."""
@@ -61,7 +68,7 @@ def take_home_view(sessions: SessionRegistry) -> View:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             task = task_dropdown(list(sessions.shared.tasks), label="Skill", elem_id="export-task")
-            formats = gr.HTML(cards.format_list(usual), elem_id="formats", js_on_load=WHEN_SEEN)
+            formats = gr.HTML(cards.format_list(usual), elem_id="formats", js_on_load=LIST_SCRIPT)
             export = gr.Button("Make and check the file", variant="primary", elem_id="export")
             together = gr.Button("Or all skills in one file", elem_id="export-all")
         with gr.Column(scale=6, min_width=300):
