@@ -94,7 +94,7 @@ def test_a_running_export_does_not_delay_the_end(demo: Demo) -> None:
 
     def export() -> None:
         try:
-            for _ in client.fire("export", "click", bundled_checkpoints()[0].stem, False):
+            for _ in client.fire("export", "click", bundled_checkpoints()[0].stem, "onnx"):
                 started.set()
         except (OSError, http.client.HTTPException):
             pass

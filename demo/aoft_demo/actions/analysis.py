@@ -35,6 +35,13 @@ class Family:
     farthest: float
     counts: tuple[int, ...]
 
+    @property
+    def near(self) -> float:
+        """Share of the angles within 5 degrees of a right angle, 0 to 1."""
+        width, bins = 180 / len(self.counts), range(len(self.counts))
+        near = sum(self.counts[i] for i in bins if abs((i + 0.5) * width - 90) < 5)
+        return near / (sum(self.counts) or 1)
+
 
 @dataclass(frozen=True)
 class TaskAnalysis:
@@ -42,15 +49,19 @@ class TaskAnalysis:
 
     Attributes:
         families: Angles of the backbone, of the method, and of a LoRA for comparison.
-        layers: Name of each changed layer, with ‖ΔW‖₂ / ‖W‖₂.
+        layers: Block and role of each changed layer, with ‖ΔW‖₂ / ‖W‖₂.
+        unchanged: Number of layers that training did not change.
         method: Name of the method.
         notes: Sentences about quantities that do not exist for the method.
+        lora: About the LoRA for comparison, such as ``rank 8, trained on digits``; empty without.
     """
 
     families: tuple[Family, ...]
-    layers: tuple[tuple[str, float], ...]
+    layers: tuple[tuple[str, str, float], ...]
+    unchanged: int
     method: str
     notes: tuple[str, ...]
+    lora: str = ""
 
 
 def analyse_task(session: Session, name: str) -> TaskAnalysis:
@@ -67,23 +78,33 @@ def analyse_task(session: Session, name: str) -> TaskAnalysis:
     kinds = [kind for kind in ("down", "up", "prompts") if kind in angles]
     families = [_family(f"backbone, {kind}", angles[kind]) for kind in ("rows", "columns")]
     families += [_family(f"{method}, {kind}", angles[kind]) for kind in kinds]
-    if method != "lora":
-        lora = lora_angles()
+    lora, about = lora_angles(), ""
+    if method != "lora" and any(kind in lora for kind in kinds):
         families += [_family(f"LoRA, {kind}", lora[kind]) for kind in kinds if kind in lora]
+        about = _about_lora()
     layers = tuple(
-        (f"{layer['block']}.{layer['role']}", float(layer["change_ratio"]))
+        (layer["block"], layer["role"], float(layer["change_ratio"]))
         for layer in analysis["layers"]
         if layer["change_ratio"] is not None
     )
     notes = tuple(note for note in analysis["notes"] if "metrics.jsonl" not in note)
-    return TaskAnalysis(tuple(families), layers, method, notes)
+    unchanged = len(analysis["layers"]) - len(layers)
+    return TaskAnalysis(tuple(families), layers, unchanged, method, notes, about)
+
+
+def lora_angles() -> Mapping[str, Any]:
+    """Angles of a LoRA on one of the tasks, by kind of matrix; see tools/demo_tasks.py."""
+    return dict(_lora()["angles"])
+
+
+def _about_lora() -> str:
+    return f"rank {_lora()['rank']}, trained on {_lora()['task']}"
 
 
 @lru_cache(maxsize=1)
-def lora_angles() -> Mapping[str, Any]:
-    """Angles of a LoRA of the same rank on digits, by kind of matrix; see tools/demo_tasks.py."""
+def _lora() -> Mapping[str, Any]:
     content: Mapping[str, Any] = json.loads((BUNDLED / "lora_angles.json").read_text("utf-8"))
-    return dict(content["angles"])
+    return content
 
 
 @lru_cache(maxsize=32)

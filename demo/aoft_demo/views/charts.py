@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Bar", "Line", "bars", "lines"]
+__all__ = ["Bar", "Line", "bars", "dots", "lines"]
 
-WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
 
 
 @dataclass(frozen=True)
@@ -113,34 +113,108 @@ def lines(
     )
 
 
-def bars(rows: Sequence[Bar], *, title: str, least: float = 0.0, most: float | None = None) -> str:
-    """Chart of horizontal bars.
+def bars(
+    rows: Sequence[Bar], *, title: str, most: float | None = None, unit: str | None = None
+) -> str:
+    """Chart of horizontal bars that start at zero.
 
     Args:
         rows: The bars, from top to bottom.
         title: Title of the chart.
-        least: Value of an empty bar.
         most: Value of a full bar; None takes the largest value.
+        unit: Text behind the numbers of an axis below the bars; None draws no axis.
     """
     full = max((row.value + row.margin for row in rows), default=1.0) if most is None else most
-    span = (full - least) or 1.0
+    full = full or 1.0
+    ticks = [] if unit is None else _ticks(0, full)
+    lines = _grid_lines(ticks, 0, full)
     parts = []
     for row in rows:
-        length = 100 * min(max((row.value - least) / span, 0), 1)
-        whisker = ""
-        if row.margin:
-            low = 100 * max((row.value - row.margin - least) / span, 0)
-            high = 100 * min((row.value + row.margin - least) / span, 1)
-            whisker = f'<u style="left:{low:.1f}%;width:{high - low:.1f}%"></u>'
-        parts.append(
-            f'<div class="line"><span class="name" title="{escape(row.label)}">{escape(row.label)}'
-            f'</span><span class="bar"><i class="b{row.colour}" style="width:{length:.1f}%"></i>'
-            f'{whisker}</span><span class="value">{escape(row.text)}</span></div>'
+        length = _percent(row.value, 0, full)
+        whisker = _whisker(row, 0, full) if row.margin else ""
+        mark = f'<i class="b{row.colour}" style="width:{length:.1f}%"></i>'
+        parts.append(_row(row, f'<span class="bar">{lines}{mark}{whisker}</span>'))
+    axis = "" if unit is None else _axis(ticks, 0, full, unit)
+    return _rows_figure("bars", title, rows, parts, axis)
+
+
+def dots(rows: Sequence[Bar], *, title: str, x: tuple[float, float], unit: str = "") -> str:
+    """Chart of dots with their intervals, on an axis that need not start at zero.
+
+    A dot's place says its value, not a length, so a part of the axis may be left out. The chart
+    says so, and draws the break.
+
+    Args:
+        rows: Values and intervals, from top to bottom.
+        title: Title of the chart.
+        x: First and last value of the axis.
+        unit: Text behind the numbers of the axis.
+    """
+    low, high = x
+    ticks = _ticks(low, high)
+    lines = _grid_lines(ticks, low, high)
+    parts = []
+    for row in rows:
+        whisker = _whisker(row, low, high) if row.margin else ""
+        place = _percent(row.value, low, high)
+        mark = f'<i class="dot b{row.colour}" style="left:{place:.1f}%"></i>'
+        parts.append(_row(row, f'<span class="bar plain">{lines}{whisker}{mark}</span>'))
+    note = ""
+    if low != 0:
+        start = f"{low:g}{escape(unit)}"
+        note = (
+            f'<p class="break"><b aria-hidden="true">//</b> The axis starts at {start}, not at 0: '
+            "compare the places of the dots, not their distances from the left.</p>"
         )
+    broken = " broken" if low != 0 else ""
+    return _rows_figure(f"bars{broken}", title, rows, parts, _axis(ticks, low, high, unit), note)
+
+
+def _rows_figure(
+    kind: str, title: str, rows: Sequence[Bar], parts: Sequence[str], axis: str, note: str = ""
+) -> str:
+    """A figure of rows; to a screen reader it is one picture with its values."""
+    spoken = escape("; ".join(f"{row.label}: {row.text}" for row in rows))
     return (
-        f'<figure class="chart bars"><figcaption>{escape(title)}</figcaption>'
-        f"{''.join(parts)}</figure>"
+        f'<figure class="chart {kind}"><figcaption>{escape(title)}</figcaption>'
+        f'<div role="img" aria-label="{escape(title)}. {spoken}">{"".join(parts)}{axis}</div>'
+        f"{note}</figure>"
     )
+
+
+def _row(row: Bar, plot: str) -> str:
+    return (
+        f'<div class="line"><span class="name">{escape(row.label)}</span>{plot}'
+        f'<span class="value">{escape(row.text)}</span></div>'
+    )
+
+
+def _axis(ticks: Sequence[float], low: float, high: float, unit: str) -> str:
+    """Numbers below the rows."""
+    texts = "".join(
+        f'<em style="left:{_percent(tick, low, high):.1f}%">{tick:g}{escape(unit)}</em>'
+        for tick in ticks
+    )
+    return (
+        f'<div class="line axis"><span class="name"></span><span class="bar">{texts}</span>'
+        '<span class="value"></span></div>'
+    )
+
+
+def _grid_lines(ticks: Sequence[float], low: float, high: float) -> str:
+    return "".join(f'<s style="left:{_percent(tick, low, high):.1f}%"></s>' for tick in ticks)
+
+
+def _whisker(row: Bar, low: float, high: float) -> str:
+    """The interval of a value, clipped to the axis."""
+    first = _percent(row.value - row.margin, low, high)
+    last = _percent(row.value + row.margin, low, high)
+    return f'<u style="left:{first:.1f}%;width:{last - first:.1f}%"></u>'
+
+
+def _percent(value: float, low: float, high: float) -> float:
+    """Place of a value between two others in per cent, clipped."""
+    return 100 * min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
 
 
 def _y_tick(y: str, text: str) -> str:

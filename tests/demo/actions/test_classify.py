@@ -27,7 +27,7 @@ def test_one_pass_gives_the_answers_of_the_merged_models(
     answers = classify(session, PICTURE, names, top=3)
     assert list(answers.predictions) == names
     assert 0 < answers.switch < answers.seconds
-    exported = export_task(session, "digits", uint8=False)
+    exported = export_task(session, "digits", "onnx")
     expected = load_classifier(exported.path, options=EngineOptions(threads=1)).predict(PICTURE, 3)
     for ours, theirs in zip(answers.predictions["digits"], expected, strict=True):
         assert ours.label == theirs.label

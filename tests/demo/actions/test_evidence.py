@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aoft_demo.actions.evidence import accuracies, results_folder, speeds
-from aoft_demo.views.explain.cards import evidence_cards
+from aoft_demo.views.explain.evidence import evidence_cards
 
 
 def test_the_figures_are_those_of_the_accuracy_page(root: Path) -> None:

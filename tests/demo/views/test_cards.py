@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from aoft_demo.actions.analysis import TaskAnalysis
+from aoft_demo.actions.analysis import Family, TaskAnalysis
+from aoft_demo.actions.changes import Change
 from aoft_demo.actions.classify import Answers
 from aoft_demo.actions.residents import Resident
 from aoft_demo.actions.skill_cards import SkillCard
@@ -15,7 +16,7 @@ from aoft_demo.tasks.session import Session
 from aoft_demo.views import notices, units
 from aoft_demo.views.ask.cards import answer_cards, for_picture
 from aoft_demo.views.charts import Bar, Line, bars, lines
-from aoft_demo.views.explain.cards import analysis_cards
+from aoft_demo.views.explain.cards import inside_cards
 from aoft_demo.views.skills.cards import rows
 from aoft_demo.views.skills.proof import proof_card
 from aoft_deploy.classes import Answer, Classes, Prediction, Value
@@ -34,6 +35,7 @@ def proof(difference: float, classes: tuple[str, ...] = ("x", "y")) -> Proof:
 def test_texts_of_users_are_escaped(session: Session) -> None:
     bad = "<script>alert(1)</script>"
     answers = Answers({bad: [Prediction(bad, 1.0)]}, 0.01, 1e-5, 3, 4)
+    family = Family("backbone, rows", 1, 90.0, 1.0, 1.0, (1,) * 180)
     for html in (
         answer_cards(answers, {bad: replace(CARD, question=bad, made_for=bad)}, 1e-5, 5.0),
         rows(session, [Resident(bad, 2, 9, "added")], {bad: replace(CARD, question=bad)}),
@@ -41,7 +43,7 @@ def test_texts_of_users_are_escaped(session: Session) -> None:
         notices.failure(bad, bad),
         notices.success(bad, bad),
         for_picture("", bad),
-        analysis_cards(bad, TaskAnalysis((), (), "lora", ())),
+        inside_cards(bad, TaskAnalysis((family,), (), 0, "lora", (bad,)), Change(1, 1, 1, None)),
         bars([Bar(bad, 1.0, bad)], title=bad),
         lines([Line(bad, [(0, 1)], 1)], x=(0, 1), y=(0, 1), x_label=bad, y_label=bad),
     ):

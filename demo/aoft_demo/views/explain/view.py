@@ -9,12 +9,14 @@ from typing import Any
 import gradio as gr
 
 from aoft_demo.actions.analysis import analyse_task
-from aoft_demo.actions.attention import attention_map, attention_overlay
+from aoft_demo.actions.attention import attention_of
+from aoft_demo.actions.changes import change_of
 from aoft_demo.actions.evidence import accuracies, speeds
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import notices
 from aoft_demo.views.explain import cards
+from aoft_demo.views.explain.evidence import evidence_cards
 from aoft_demo.views.failures import failure_message, show_failures
 from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
 from aoft_demo.views.view import View
@@ -22,12 +24,13 @@ from aoft_deploy.errors import SettingError
 
 __all__ = ["explain_view"]
 
-NOTE = notices.note(
-    "Shows the angles between weight vectors, how much each layer changed, and the model's "
-    "attention to the picture of the view Ask."
-)
+NOTE = notices.note("The picture is the one of the tab Ask, or else the first example.")
 
-START = notices.empty("No task analysed yet", "Choose a task and press Look inside.")
+START = notices.empty(
+    "No skill opened yet",
+    "Choose a skill and press Look inside: where it looks in your picture, what training changed, "
+    "and by how much.",
+)
 
 
 def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
@@ -38,23 +41,21 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
         picture: The picture of the view Ask.
     """
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=240):
-            with gr.Row():
-                task = task_dropdown(
-                    list(sessions.shared.tasks), label="Task", elem_id="inside-task"
-                )
+        with gr.Column(scale=3, min_width=280):
+            task = task_dropdown(list(sessions.shared.tasks), label="Skill", elem_id="inside-task")
             look = gr.Button("Look inside", variant="primary", elem_id="look")
+        with gr.Column(scale=7, min_width=300):
             attention = gr.HTML(NOTE, elem_id="attention")
-        with gr.Column(scale=6, min_width=300):
-            panel = gr.HTML(START, elem_id="inside")
-    gr.HTML(cards.evidence_cards(accuracies(), speeds()), elem_id="measured")
+    panel = gr.HTML(START, elem_id="inside")
+    gr.HTML(evidence_cards(accuracies(), speeds()), elem_id="measured")
 
     @show_failures("Not analysed", output=0, outputs=2)
     def show(chosen: str | None, path: str | None, request: gr.Request) -> tuple[str, str]:
         if not chosen:
-            raise SettingError("Choose a task to look into first.")
+            raise SettingError("Choose a skill to look into first.")
         session = sessions.get(request.session_hash)
-        analysis = cards.analysis_cards(chosen, analyse_task(session, chosen))
+        found = analyse_task(session, chosen), change_of(session, chosen)
+        analysis = cards.inside_cards(chosen, *found)
         source = Path(path) if path else next(iter(sessions.shared.examples), None)
         if source is None:
             note = "Choose a picture on the tab Ask to see the attention to it."
@@ -80,8 +81,6 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
 def _attention_card(session: Session, name: str, picture: Path) -> str:
     """The attention to a picture, or why it cannot be shown."""
     try:
-        grid = attention_map(session, name, picture)
-        overlay = attention_overlay(session, picture, grid)
+        return cards.attention_card(name, attention_of(session, name, picture))
     except Exception as error:
         return notices.note(failure_message(error))
-    return cards.attention_card(name, overlay, grid)
