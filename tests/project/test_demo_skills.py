@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skills.measuring import Answers, image_list, threshold
 from skills.objects import PLACES, SIZES, TILTS, Thing, scene
-from skills.photographs import PARTS, PHOTOGRAPHS, Photographs
+from skills.photographs import PARTS, PHOTOGRAPHS, Part, Photographs
 from skills.pictures import colourfulness, detail, light, warmth
 from skills.questions import QUESTIONS, Maker, Question
 from skills.textures import dead_leaves
@@ -54,7 +54,7 @@ def maker(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
     return Maker(photographs)
 
 
-def pictures(maker: Maker, name: str, label: int, part: str = "test") -> list[NDArray[np.float32]]:
+def pictures(maker: Maker, name: str, label: int, part: Part = "test") -> list[NDArray[np.float32]]:
     question = BY_NAME[name]
     rng = np.random.default_rng([label, *name.encode()])
     (known,) = (each for each in PARTS if each == part)
@@ -62,7 +62,7 @@ def pictures(maker: Maker, name: str, label: int, part: str = "test") -> list[ND
 
 
 def test_pictures_are_what_their_class_says(maker: Maker) -> None:
-    for part in ("train", "test"):
+    for part in PARTS:
         assert max(light(p) for p in pictures(maker, "light", 0, part)) < 70
         assert min(light(p) for p in pictures(maker, "light", 1, part)) > 95
         warm, neutral, cool = (
@@ -82,35 +82,35 @@ def test_blur_takes_detail_away(maker: Maker) -> None:
     assert np.median([detail(p) for p in sharp]) > 1.5 * np.median([detail(p) for p in blurred])
 
 
-def ink(picture: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
-    """Centre and largest radius of what differs from the edge of a picture, in pixels."""
-    edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    differs = np.abs(picture - np.median(edge, axis=0)).mean(2) > 55
-    points = np.argwhere(differs)[:, ::-1].astype(float)
-    centre = (points.min(0) + points.max(0)) / 2
-    return centre, float(np.hypot(*(points - centre).T).max())
+def ink(thing: Thing, rng: np.random.Generator) -> tuple[NDArray[np.float64], float, float]:
+    """Median centre, radius and angle of what differs from the edges of scenes.
+
+    Shadows and uneven grounds disturb some scenes, but not the medians of twelve.
+    """
+    found = []
+    for _ in range(12):
+        picture = scene(rng, thing)
+        edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        differs = np.abs(picture - np.median(edge, axis=0)).mean(2) > 55
+        points = np.argwhere(differs)[:, ::-1].astype(float)
+        centre = (points.min(0) + points.max(0)) / 2
+        radius = np.hypot(*(points - centre).T).max()
+        _, _, axes = np.linalg.svd(points - points.mean(0), full_matrices=False)
+        turn = np.arctan2(-axes[0, 1], axes[0, 0]) - np.deg2rad(TILTS[thing.tilt or "upright"])
+        found.append((*centre, radius, np.abs(np.angle(np.exp(2j * turn)) / 2)))
+    across, down, radius, turn = np.median(found, axis=0)
+    return np.array([across, down]), float(radius), float(np.rad2deg(turn))
 
 
 def test_objects_have_their_place_size_and_tilt() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(5):
-        for name, (across, down) in PLACES.items():
-            centre, _ = ink(scene(rng, Thing(place=name)))
-            assert across[0] - 8 < centre[0] < across[1] + 8, name
-            assert down[0] - 8 < centre[1] < down[1] + 8, name
-        radii = [ink(scene(rng, Thing(size=name, shape="circle")))[1] for name in SIZES]
-        assert radii[0] < 11 < radii[1] < 20 < radii[2]
-    flat = [ink_angle(scene(rng, Thing(tilt=name))) for name in TILTS for _ in range(4)]
-    expected = np.repeat([np.deg2rad(angle) for angle in TILTS.values()], 4)
-    assert np.abs(np.angle(np.exp(2j * (np.array(flat) - expected))) / 2).max() < np.deg2rad(20)
-
-
-def ink_angle(picture: NDArray[np.float32]) -> float:
-    """Angle of the longest direction of what differs from the edge, in radians from the horizon."""
-    edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    points = np.argwhere(np.abs(picture - np.median(edge, axis=0)).mean(2) > 55)[:, ::-1]
-    _, _, axes = np.linalg.svd(points - points.mean(0), full_matrices=False)
-    return float(np.arctan2(-axes[0, 1], axes[0, 0]))
+    for name, (across, down) in PLACES.items():
+        centre, _, _ = ink(Thing(place=name), rng)
+        assert across[0] < centre[0] < across[1] and down[0] < centre[1] < down[1], name
+    radii = [ink(Thing(size=name, shape="circle"), rng)[1] for name in SIZES]
+    assert radii[0] < 10 < radii[1] < 19 < radii[2]
+    for name in TILTS:
+        assert ink(Thing(tilt=name), rng)[2] < 12, name
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: str(question.name))

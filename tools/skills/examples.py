@@ -43,7 +43,7 @@ def save_examples(photographs: Photographs, folder: Path) -> list[dict[str, str]
         image = photographs.image(by_name[source]).crop(box)
         file = f"{name}.jpg"
         image.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(
-            folder / file, quality=68, optimize=True
+            folder / file, quality=60, optimize=True
         )
         examples.append({"file": file, "caption": caption, "alt": alt})
         package = f"{by_name[source].package}, part, resized"

@@ -276,10 +276,14 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "black and white", "Is it in colour?", ANY, ("in colour", "black and white"), in_colour
     ),
-    Question("photo or drawing", "Is it a photo or a drawing?", ANY, ("photo", "drawing"), drawn),
+    Question(
+        *("photo or drawing", "Is it a photo or a drawing?", ANY, ("photo", "drawing"), drawn),
+        pictures=1600,
+        epochs=6,
+    ),
     Question("sharpness", "Is it sharp or blurred?", "any photo", ("sharp", "blurred"), sharp),
     Question("grain", "Is it clean or grainy?", "any photo", ("clean", "grainy"), grainy),
-    Question("detail", "Is it plain or full of detail?", ANY, ("plain", "busy"), busy),
+    Question("detail", "Is it plain or full of detail?", ANY, ("plain", "busy"), busy, epochs=3),
     _about_object("colour", "Which colour is the object?", "colour", tuple(objects.COLOURS), 7),
     _about_object("shape", "Which shape is the object?", "shape", tuple(objects.SHAPES), 6),
     _about_object("size", "How large is the object?", "size", tuple(objects.SIZES), 4),
@@ -290,8 +294,8 @@ QUESTIONS: tuple[Question, ...] = (
         none_class="no digit",
         foreign="photographs, drawings and objects",
         sources="scikit-learn's scanned digits, CC BY 4.0",
-        pictures=1600,
-        epochs=6,
+        pictures=2000,
+        epochs=8,
     ),
 )
 """In the order in which the page shows them."""
