@@ -102,9 +102,6 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--table",
         "{out}.md",
     ),
-    "tools/demo_tasks.py": (
-        *("--out", "{folder}", "--tasks", "digits", "--images", "8", "--epochs", "1"),
-    ),
     "tools/pretraining/train.py": (
         *("--out", "{folder}/weights.safetensors", "--log", "{out}", "--steps", "1"),
         *("--instances", "1", "--batch", "4"),
@@ -136,12 +133,20 @@ NOT_IN_TABLE = {
     "benchmarks/serving/peer_servers/lit.py": "tested below",
     "benchmarks/serving/peer_servers/rays.py": "tested below",
     "tools/demo_animation.py": "it uses the page as tests/demo/browser do",
+    "tools/demo_skills.py": "tests/project/test_demo_skills.py",
     "tools/docs_hooks.py": "tests/project/test_docs.py",
     "tools/mutants.py": "it runs the tests itself",
     "tools/package_readme.py": "tests/project/test_install.py",
     "tools/pretraining/figures.py": "a module of train.py",
     "tools/pretraining/model.py": "a module of train.py",
     "tools/pretraining/scenes.py": "a module of train.py",
+    **{
+        f"tools/skills/{name}.py": "tests/project/test_demo_skills.py"
+        for name in (
+            *("drawings", "examples", "measuring", "objects", "photographs", "pictures"),
+            *("questions", "textures"),
+        )
+    },
     "tools/quickstart.py": "tests/project/test_readme.py",
     "tools/transcripts.py": "tests/project/test_docs.py",
 }

@@ -16,7 +16,7 @@ PHOTOGRAPHS = {"24 MP": (6000, 4000), "50 MP": (8160, 6120), "panorama": (20_000
 
 
 def photograph(path: Path, size: tuple[int, int], **options: object) -> Path:
-    """Write a JPEG of the digit seven in a given width and height."""
-    picture = Image.open(BUNDLED / "digits-7.png").convert("RGB")
+    """Write a JPEG of a cat in a given width and height."""
+    picture = Image.open(BUNDLED / "cat.jpg").convert("RGB")
     picture.resize(size).save(path, "JPEG", quality=90, **options)
     return path

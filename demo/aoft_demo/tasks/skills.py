@@ -26,7 +26,8 @@ class Skill:
             if there is none.
         accuracy: Share of the test pictures that it answers correctly.
         test_pictures: Number of test pictures; none of them comes from a source of the training.
-        source_photos: Number of photographs that the training pictures were made from.
+        test_photos: Number of photographs that test pictures were made from.
+        source_photos: Number of photographs that training pictures were made from.
         threshold: Answers of a lower probability are "not sure".
         answered: Share of the test pictures that it answers at this threshold.
         accuracy_answered: Share of these answers that are correct.
@@ -43,6 +44,7 @@ class Skill:
     none_class: str | None
     accuracy: float
     test_pictures: int
+    test_photos: int
     source_photos: int
     threshold: float
     answered: float
@@ -54,7 +56,7 @@ class Skill:
 
 @dataclass(frozen=True)
 class Example:
-    """An example picture. No training picture comes from the same source.
+    """An example picture. No skill was trained on the same photograph or kind of drawing.
 
     Attributes:
         file: The picture's path.

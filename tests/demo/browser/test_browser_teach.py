@@ -12,7 +12,7 @@ import pytest
 from browser_support import PICTURE, TASKS, TRAINING
 from demo_page import WAIT, DemoPage
 from PIL import Image
-from running_demo import Demo, DemoClient, uploaded_file
+from running_demo import Demo, DemoClient
 from teaching import shades, taught_classes
 
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
