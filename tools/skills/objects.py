@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from skills.pictures import SIDE, Picture
 
-__all__ = ["COLOURS", "PLACES", "SHAPES", "SIZES", "TILTS", "Thing", "ground", "scene"]
+__all__ = [
+    "COLOURS",
+    "NAMED_SHAPES",
+    "PLACES",
+    "SHAPES",
+    "SIZES",
+    "TILTS",
+    "Thing",
+    "ground",
+    "scene",
+]
 
 _SCALE = 3
 _Rgb = tuple[int, int, int]
@@ -78,6 +88,9 @@ SHAPES: Mapping[str, _Points] = {
 }
 """Outlines of the shapes."""
 
+NAMED_SHAPES = ("circle", "square", "triangle", "star")
+"""The shapes that a skill names; hearts are drawn for the other questions only."""
+
 _LONG: tuple[_Points, ...] = (
     _star((1.0,) * 48),
     np.array([(-1.0, -1), (1, -1), (1, 1), (-1, 1)]),
@@ -111,7 +124,8 @@ def scene(rng: Generator, thing: Thing, side: int = SIDE) -> Picture:
     colour = thing.colour or _choice(rng, COLOURS)
     back, fill = _contrasting(rng, colour)
     image = ground(rng, back, side * _SCALE)
-    radius = rng.uniform(*SIZES[thing.size]) if thing.size else rng.uniform(9, 26)
+    least, most = SIZES[thing.size] if thing.size else (13, 27) if thing.shape else (9, 26)
+    radius = rng.uniform(least, most)
     if thing.place:
         radius = radius if thing.size else min(radius, 15.0)
         x, y = (rng.uniform(*span) for span in PLACES[thing.place])

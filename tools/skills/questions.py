@@ -258,14 +258,19 @@ def _digits() -> dict[Part, list[list[NDArray[np.uint8]]]]:
 
 
 def _about_object(
-    name: str, question: str, field: str, names: tuple[str, ...], epochs: int
+    name: str,
+    question: str,
+    field: str,
+    names: tuple[str, ...],
+    epochs: int,
+    pictures: int = 1600,
 ) -> Question:
     return Question(
         *(name, question, ONE, (*names, NONE), _object(field, names)),
         none_class=NONE,
         foreign=FOREIGN,
         sources=DRAWN,
-        pictures=1600,
+        pictures=pictures,
         epochs=epochs,
     )
 
@@ -285,9 +290,9 @@ QUESTIONS: tuple[Question, ...] = (
     Question("grain", "Is it clean or grainy?", "any photo", ("clean", "grainy"), grainy),
     Question("detail", "Is it plain or full of detail?", ANY, ("plain", "busy"), busy, epochs=3),
     _about_object("colour", "Which colour is the object?", "colour", tuple(objects.COLOURS), 7),
-    _about_object("shape", "Which shape is the object?", "shape", tuple(objects.SHAPES), 6),
+    _about_object("shape", "Which shape is the object?", "shape", objects.NAMED_SHAPES, 5, 2800),
     _about_object("size", "How large is the object?", "size", tuple(objects.SIZES), 4),
-    _about_object("place", "Where is the object?", "place", tuple(objects.PLACES), 5),
+    _about_object("place", "Where is the object?", "place", tuple(objects.PLACES), 7),
     _about_object("tilt", "Which way does the object lean?", "tilt", tuple(objects.TILTS), 5),
     Question(
         *("digits", "Which digit is it?", "one digit", (*"0123456789", "no digit"), digit),
