@@ -287,7 +287,7 @@ def test_no_picture_of_the_host_is_used_for_training(client: DemoClient) -> None
         id = "0" * 32
         added = add_picture(client, id, path)
         assert "was not uploaded" in added or '"error"' in added, ascii(path)  # Gradio's or ours
-        attempt = {"number": 1, "path": path, "name": "a", "skill": "digits"}
+        attempt = {"number": 1, "path": path, "name": "a", "skill": "shape"}
         answer = client.call("teach-trial", "attempt", event_data=attempt)
         known = "was not uploaded" in answer.text or not answer.success
         assert known and "data-task" not in answer.text, path
@@ -435,7 +435,7 @@ def test_values_outside_of_the_choices_are_refused(client: DemoClient) -> None:
     for part, data in (
         ("look", ["nothing", None]),
         ("export", ["nothing", False]),
-        ("export", ["../../digits", True]),
+        ("export", ["../../shape", True]),
     ):
         answer = client.call(part, "click", *data)
         assert refused(answer), (part, data)

@@ -15,7 +15,7 @@ from aoft_demo.tasks.shared_fleet import BUNDLED
 from aoft_deploy.data.images import read_image
 from aoft_deploy.errors import ImageError
 
-PICTURE = BUNDLED / "digits-7.png"
+PICTURE = BUNDLED / "star.jpg"
 
 
 def test_width_and_height_are_of_the_upright_photograph(tmp_path: Path) -> None:

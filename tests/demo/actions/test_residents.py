@@ -12,14 +12,14 @@ from aoft_deploy.errors import SettingError, UnknownNameError
 
 def test_tasks_are_added_and_removed(session: Session, shared: SharedFleet) -> None:
     before = shared.fleet.residency.bytes
-    session.add(BUNDLED / "digits.ckpt", "  my   digits ")
-    assert "my digits" in session.tasks and shared.fleet.residency.bytes > before
+    session.add(BUNDLED / "shape.ckpt", "  my   shape ")
+    assert "my shape" in session.tasks and shared.fleet.residency.bytes > before
     rows = {row.name: row for row in residents(session)}
-    assert rows["my digits"].bytes == rows["digits"].bytes
-    assert (rows["my digits"].origin, rows["digits"].origin) == ("added", "initial")
-    with pytest.raises(SettingError, match="There is a task 'my digits'"):
-        session.add(BUNDLED / "digits.ckpt", "my digits")
-    session.remove("my digits")
+    assert rows["my shape"].bytes == rows["shape"].bytes
+    assert (rows["my shape"].origin, rows["shape"].origin) == ("added", "initial")
+    with pytest.raises(SettingError, match="There is a task 'my shape'"):
+        session.add(BUNDLED / "shape.ckpt", "my shape")
+    session.remove("my shape")
     assert shared.fleet.residency.bytes == before
-    with pytest.raises(UnknownNameError, match="my digits"):
-        session.remove("my digits")
+    with pytest.raises(UnknownNameError, match="my shape"):
+        session.remove("my shape")

@@ -15,7 +15,7 @@ from aoft_demo.tasks.session import MAX_REMOVED, MAX_TASKS, Session, task_name
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
-PICTURE = BUNDLED / "digits-7.png"
+PICTURE = BUNDLED / "star.jpg"
 
 
 @pytest.mark.parametrize("text", ["", " ", "../x", "a/b", "x" * 41, ".hidden", "a\0b", "<b>"])
@@ -26,9 +26,9 @@ def test_invalid_names_are_refused(text: str) -> None:
 
 def test_the_number_of_added_tasks_is_limited(session: Session) -> None:
     for number in range(MAX_TASKS):
-        session.add(BUNDLED / "digits.ckpt", f"task {number}")
+        session.add(BUNDLED / "shape.ckpt", f"task {number}")
     with pytest.raises(SettingError, match=f"You have added {MAX_TASKS} tasks, which is the limit"):
-        session.add(BUNDLED / "digits.ckpt", "one more")
+        session.add(BUNDLED / "shape.ckpt", "one more")
 
 
 def test_unusable_checkpoints_are_refused(
@@ -37,7 +37,7 @@ def test_unusable_checkpoints_are_refused(
     with pytest.raises(CheckpointError, match="was trained on backbone weights"):
         session.add(make_checkpoint("aoft-lora-star"), "other")
     cut = tmp_path / "cut.ckpt"
-    cut.write_bytes((BUNDLED / "digits.ckpt").read_bytes()[:20_000])
+    cut.write_bytes((BUNDLED / "shape.ckpt").read_bytes()[:20_000])
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         session.add(cut, "cut")
     assert session.tasks.keys() == session.shared.tasks.keys()
@@ -49,7 +49,7 @@ def test_a_task_whose_copy_cannot_be_written_is_not_in_the_fleet(session: Sessio
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as on a full disk
     try:
         with pytest.raises(OSError, match="too large"):
-            session.add(BUNDLED / "digits.ckpt", "mine")
+            session.add(BUNDLED / "shape.ckpt", "mine")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not any(session.folder.iterdir())
@@ -60,17 +60,17 @@ def test_a_task_whose_copy_cannot_be_written_is_not_in_the_fleet(session: Sessio
 def test_a_training_reserves_the_name_of_its_task(session: Session) -> None:
     with session.training(" mine ") as training:
         for again in (
-            lambda: session.add(BUNDLED / "digits.ckpt", "mine"),
+            lambda: session.add(BUNDLED / "shape.ckpt", "mine"),
             start_training(session),
         ):
             with pytest.raises(SettingError, match="A task 'mine' is being trained"):
                 again()
-        name, task = session.add_trained(training, BUNDLED / "digits.ckpt")
+        name, task = session.add_trained(training, BUNDLED / "shape.ckpt")
         assert (name, task.origin) == ("mine", "trained") and session.tasks["mine"] is task
     with pytest.raises(SettingError, match="There is a task 'mine' already"):
         start_training(session)()
     session.remove("mine")
-    session.add(BUNDLED / "digits.ckpt", "mine")
+    session.add(BUNDLED / "shape.ckpt", "mine")
 
 
 def start_training(session: Session) -> Callable[[], None]:
@@ -89,9 +89,9 @@ def test_an_ended_session_adds_nothing(session: Session) -> None:
         session.end()
         assert training.stopped
         with pytest.raises(SettingError, match="Training was stopped"):
-            session.add_trained(training, BUNDLED / "digits.ckpt")
+            session.add_trained(training, BUNDLED / "shape.ckpt")
     with pytest.raises(SettingError, match="This page has ended: reload it"):
-        session.add(BUNDLED / "digits.ckpt", "mine")
+        session.add(BUNDLED / "shape.ckpt", "mine")
     assert set(session.shared.fleet.names) == before
     assert not session.folder.exists()
 
@@ -101,7 +101,7 @@ def test_a_task_that_is_removed_while_in_use_is_reported_by_its_own_name(
 ) -> None:
     fleet = session.shared.fleet
     size = fleet.preprocessing.height
-    session.add(BUNDLED / "digits.ckpt", "mine")
+    session.add(BUNDLED / "shape.ckpt", "mine")
     with (
         pytest.raises(UnknownNameError, match=r"Unknown task 'mine'\. Known: colour") as refusal,
         session.using("mine") as task,
@@ -109,7 +109,7 @@ def test_a_task_that_is_removed_while_in_use_is_reported_by_its_own_name(
         session.remove("mine")
         fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
     assert session.folder.name not in str(refusal.value)
-    session.add(BUNDLED / "digits.ckpt", "mine")
+    session.add(BUNDLED / "shape.ckpt", "mine")
     with (
         pytest.raises(CheckpointError, match="Task 'mine' was replaced in the meantime: try"),
         session.using("mine") as task,
@@ -117,7 +117,7 @@ def test_a_task_that_is_removed_while_in_use_is_reported_by_its_own_name(
         session.remove("mine")
         session.add(BUNDLED / "colour.ckpt", "mine")
         fleet.predict(np.zeros((1, 3, size, size), np.float32), [task.key])
-    with pytest.raises(ZeroDivisionError), session.using("digits"):
+    with pytest.raises(ZeroDivisionError), session.using("shape"):
         _ = 1 / 0
 
 
@@ -125,15 +125,15 @@ def test_labels_and_logits_are_of_the_same_version_while_a_task_is_replaced(
     session: Session,
 ) -> None:
     versions = {}
-    for name in ("digits", "colour"):
+    for name in ("shape", "colour"):
         versions[name] = dict(classify(session, PICTURE, [name], top=20).predictions[name])
-    session.add(BUNDLED / "digits.ckpt", "mine")
+    session.add(BUNDLED / "shape.ckpt", "mine")
     ended = threading.Event()
 
     def replace() -> None:
         for i in range(60):
             session.remove("mine")
-            session.add(BUNDLED / f"{('colour', 'digits')[i % 2]}.ckpt", "mine")
+            session.add(BUNDLED / f"{('colour', 'shape')[i % 2]}.ckpt", "mine")
         ended.set()
 
     replacing = threading.Thread(target=replace)

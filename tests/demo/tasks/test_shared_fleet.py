@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from aoft_demo.actions.verification import verify
@@ -17,32 +16,14 @@ from aoft_demo.tasks.shared_fleet import (
     open_shared_fleet,
     task_bytes,
 )
-from aoft_demo.tasks.skills import bundled_examples
-from aoft_deploy.data.synthetic import load_task
+from aoft_demo.tasks.skills import bundled_examples, bundled_skills
 from aoft_deploy.errors import ArtefactError, CheckpointError
 
-TASKS = ("colour", "count", "digits", "orientation", "shape")
 
-
-def test_every_offline_task_is_bundled_as_a_small_checkpoint(shared: SharedFleet) -> None:
-    assert sorted(shared.tasks) == sorted(TASKS)
+def test_every_skill_is_bundled_as_a_small_checkpoint(shared: SharedFleet) -> None:
+    assert sorted(shared.tasks) == sorted(bundled_skills())
     assert all(path.stat().st_size < 60_000 for path in bundled_checkpoints())
     assert list(shared.examples) == [example.file for example in bundled_examples()]
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_a_bundled_task_classifies_unseen_pictures(shared: SharedFleet, name: str) -> None:
-    """The pictures have another seed than those of its training."""
-    splits = load_task(name, seed=1, train=1, val=1, test=96)
-    assert splits.test is not None
-    pairs = [splits.test[i] for i in range(96)]
-    batch = np.stack([shared.fleet.preprocessing(image) for image, _ in pairs])
-    answers = shared.fleet.predict(batch, [name] * len(pairs))
-    right = np.mean(
-        [row.logits.argmax() == label for row, (_, label) in zip(answers, pairs, strict=True)]
-    )
-    assert right > 3 / len(splits.classes)
-    assert shared.tasks[name].classes == splits.classes
 
 
 def test_a_second_start_takes_the_fleet_from_the_cache(shared: SharedFleet, tmp_path: Path) -> None:
