@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from demo_page import DemoPage
 from aoft_demo.tasks.shared_fleet import open_shared_fleet
 from aoft_demo.tasks.skills import bundled_examples, bundled_skills
 from aoft_demo.views.ask.view import REMOVE_OLD_ANSWERS
-from aoft_demo.views.units import size
+from aoft_demo.views.units import decimal, size
 from aoft_deploy.artefacts.manifest import read_manifest
 from aoft_deploy.data.images import read_image
 
@@ -57,7 +58,7 @@ def test_the_first_screen_shows_answers_and_their_proofs(
         )
     (manifest,) = Path(os.environ["AOFT_CACHE_DIR"], "demo").glob("*.json")
     difference = read_manifest(manifest)["verification"]["max_abs"]
-    page.shows("#answers .strip", f"merged = unmerged, to {difference:.0e}")
+    page.shows("#answers .strip", f"merged = unmerged ± {decimal(difference, 1)}")
     page.click("#answers .strip a >> nth=2")
     page.see("#proof .scale")
     page.shows("#proof", "The answers are the same")
@@ -140,15 +141,19 @@ def test_answers_disappear_with_their_picture(open_page: Callable[..., DemoPage]
     page = open_page()
     page.classify(PICTURES[0])
     held: list[Any] = []
+    released = threading.Event()
 
     def hold(route: Any) -> None:
-        held.append(route)
+        if released.is_set():
+            route.continue_()
+        else:
+            held.append(route)
 
     page.playwright.route("**/queue/join*", hold)  # delay the requests to the server
     page.upload("#picture", PICTURES[1])
     page.shows("#answers", "Asking all skills")
     page.expect(page.find("#answers .card")).to_have_count(0)
-    page.playwright.unroute("**/queue/join*", hold)
+    released.set()
     for route in held:
         route.continue_()
     assert_is_the_librarys(page.answered(), PICTURES[1])
