@@ -26,6 +26,6 @@ def test_a_bundled_task_has_its_own_card_and_another_task_its_checkpoints_figure
     session.add(checkpoint, "mine")
     own = skill_card(session, "mine")
     figures = read_checkpoint(checkpoint).training
-    expected = figures.get("test_accuracy", figures.get("val_accuracy"))
+    expected = figures["test_accuracy"] or figures["val_accuracy"]
     assert (own.question, own.made_for, own.accuracy) == ("mine", "", expected)
     assert own.threshold == UNSURE_BELOW and own.none_class is None
