@@ -158,7 +158,7 @@ def dots(rows: Sequence[Bar], *, title: str, x: tuple[float, float], unit: str =
         whisker = _whisker(row, low, high) if row.margin else ""
         place = _percent(row.value, low, high)
         mark = f'<i class="dot b{row.colour}" style="left:{place:.1f}%"></i>'
-        parts.append(_row(row, f'<span class="bar plain">{lines}{whisker}{mark}</span>'))
+        parts.append(_row(row, f'<span class="bar dots">{lines}{whisker}{mark}</span>'))
     note = ""
     if low != 0:
         start = f"{low:g}{escape(unit)}"
