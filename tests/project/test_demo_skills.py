@@ -21,6 +21,8 @@ from skills.pictures import colourfulness, detail, light, warmth
 from skills.questions import QUESTIONS, Maker, Question
 from skills.textures import dead_leaves
 
+from aoft_deploy.data.images import read_size
+
 BY_NAME = {question.name: question for question in QUESTIONS}
 
 
@@ -170,7 +172,7 @@ def test_the_tool_trains_measures_and_ships_no_skill_below_90_percent(
     assert len(cards["examples"]) == 6
     text = (tmp_path / "PICTURES.md").read_text("utf-8")
     for example in cards["examples"]:
-        assert Image.open(tmp_path / example["file"]).size == (384, 384)
+        assert read_size(tmp_path / example["file"]) == (384, 384)
         assert f"`{example['file']}`" in text
 
 

@@ -143,8 +143,8 @@ NOT_IN_TABLE = {
     **{
         f"tools/skills/{name}.py": "tests/project/test_demo_skills.py"
         for name in (
-            *("drawings", "examples", "measuring", "objects", "photographs", "pictures"),
-            *("questions", "textures"),
+            *("digits", "drawings", "examples", "measuring", "objects", "photographs"),
+            *("pictures", "questions", "textures"),
         )
     },
     "tools/quickstart.py": "tests/project/test_readme.py",

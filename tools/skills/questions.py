@@ -12,6 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from skills import objects
+from skills.digits import scanned_digits
 from skills.drawings import drawing
 from skills.objects import Thing, ground, scene
 from skills.photographs import Part, Photographs
@@ -53,7 +54,7 @@ class Maker:
 
     def __init__(self, photographs: Photographs) -> None:
         self.photographs = photographs
-        self.digits = cache(_digits)
+        self.digits = cache(scanned_digits)
 
     def picture(self, rng: Generator, part: Part, *, colour: bool = False) -> Picture:
         """A picture of anything: a part of a photograph, and in training also a texture.
@@ -237,24 +238,6 @@ def digit(maker: Maker, rng: Generator, part: Part, label: int) -> Picture:
         paper, colour = (bright, dark) if rng.random() < 0.6 else (dark, bright)
     picture = paper + ink[..., None] * (colour - paper)
     return noisy(picture.astype(np.float32), rng, 0, 6)
-
-
-def _digits() -> dict[Part, list[list[NDArray[np.uint8]]]]:
-    """Scans by part and digit. The parts share no scan."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    scans = (data.images * (255 / 16)).round().astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(scans))
-    bounds: dict[Part, NDArray[np.int64]] = {
-        "train": order[:1100],
-        "val": order[1100:1300],
-        "test": order[1300:],
-    }
-    return {
-        part: [[scans[i] for i in indices if data.target[i] == digit] for digit in range(10)]
-        for part, indices in bounds.items()
-    }
 
 
 def _about_object(
