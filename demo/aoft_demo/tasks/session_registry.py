@@ -77,7 +77,10 @@ class SessionRegistry:
         return self._session(page or "", valid)
 
     def leave(self, page: str | None) -> None:
-        """A page was closed: its session ends in a while, or at once if no key can find it."""
+        """A page was closed: its session ends in a while, or at once if no key can find it.
+
+        Its trainings stop at once, since no page follows them any more.
+        """
         with self._lock:
             session = self._pages.pop(page or "", None)
             if session is None or session in self._pages.values():
@@ -85,8 +88,10 @@ class SessionRegistry:
             if session in self._kept.values():
                 self._left[session] = self._clock()
                 self._start_timer()
-                return
-        session.end()
+                end = session.stop_trainings
+            else:
+                end = session.end
+        end()
 
     def sweep(self) -> None:
         """End the sessions that are idle, and those whose pages were closed a while ago."""

@@ -101,7 +101,7 @@ def test_links_the_back_button_and_a_reload_keep_what_was_shown(
     assert phone.playwright.url.endswith("#take-home")
 
 
-FIRST_LOAD = 60, 300_000
+FIRST_LOAD = 60, 350_000
 """Requests and bytes of the first load; Gradio itself needs about 40 and 230 KB of them."""
 
 
