@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "TRAINING",
     "library_answers",
     "start",
+    "take_picture",
     "violations",
 ]
 
@@ -60,3 +62,14 @@ def violations(page: DemoPage) -> list[str]:
         f"{found['id']}: {[node['target'] for node in found['nodes']][:5]}"
         for found in results.response["violations"]
     ]
+
+
+def take_picture(page: DemoPage, name: str) -> None:
+    """Write a picture of the page for the documentation, to the folder in AOFT_SCREENSHOTS if set.
+
+    Set it to docs/assets to update the pictures there.
+    """
+    if folder := os.environ.get("AOFT_SCREENSHOTS"):
+        width, height = 1280, 800
+        if page.playwright.viewport_size == {"width": width, "height": height}:
+            page.playwright.screenshot(path=Path(folder, name))

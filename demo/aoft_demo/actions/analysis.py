@@ -93,7 +93,7 @@ def analyse_task(session: Session, name: str) -> TaskAnalysis:
 
 
 def lora_angles() -> Mapping[str, Any]:
-    """Angles of a LoRA on one of the tasks, by kind of matrix; see tools/demo_tasks.py."""
+    """Angles of a LoRA on one of the tasks, by kind of matrix; see tools/demo_skills.py."""
     return dict(_lora()["angles"])
 
 

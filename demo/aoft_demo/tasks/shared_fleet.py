@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-"""Checkpoints and pictures of the bundled tasks; tools/demo_tasks.py makes them."""
+"""Checkpoints and pictures of the bundled tasks; tools/demo_skills.py makes them."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_support import PICTURE, TASKS, TRAINING
+from browser_support import PICTURE, TASKS, TRAINING, take_picture
 from demo_page import WAIT, DemoPage
 from PIL import Image
 from running_demo import Demo, DemoClient
@@ -141,6 +141,7 @@ def test_a_skill_is_taught_tried_and_downloaded(
     press(trial, "Draw")
     draw(page, trial.locator("canvas"), 2)
     page.expect(trial.locator(".top")).to_have_text("line", timeout=WAIT)
+    take_picture(page, "demo-teach.png")
     press(trial, "Camera")
     page.expect(trial.locator(".top")).to_have_text("a, b (c)", timeout=WAIT)
     assert not accessibility_faults(page)
