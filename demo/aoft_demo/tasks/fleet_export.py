@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,17 +35,26 @@ def export_cached(checkpoints: Sequence[Path], folder: Path, weights: Path | Non
         AoftError: A path is no checkpoint, or the tasks cannot share a fleet.
     """
     artefact = (_cache_folder() or folder) / f"{_key(checkpoints, weights)}.onnx"
-    if not (artefact.is_file() and manifest_path(artefact).is_file()):
-        from aoft_deploy.export.fleet import export_fleet  # imports torch
+    with _alone(artefact):
+        if not (artefact.is_file() and manifest_path(artefact).is_file()):
+            from aoft_deploy.export.fleet import export_fleet  # imports torch
 
-        export_fleet(
-            checkpoints,
-            artefact,
-            backbone=BackboneSource(weights=weights),
-            overwrite=True,  # another demo may have started at the same time
-            command=["aoft-demo"],
-        )
+            export_fleet(
+                checkpoints,
+                artefact,
+                backbone=BackboneSource(weights=weights),
+                overwrite=True,  # a part may be left from a demo that was killed
+                command=["aoft-demo"],
+            )
     return artefact
+
+
+@contextmanager
+def _alone(artefact: Path) -> Iterator[None]:
+    """Context manager: no other process exports this fleet, which would replace the file in use."""
+    with artefact.with_suffix(".lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also if the process is killed
+        yield
 
 
 def _cache_folder() -> Path | None:
