@@ -72,4 +72,5 @@ def take_picture(page: DemoPage, name: str) -> None:
     if folder := os.environ.get("AOFT_SCREENSHOTS"):
         width, height = 1280, 800
         if page.playwright.viewport_size == {"width": width, "height": height}:
+            page.playwright.evaluate("scrollTo(0, 0)")
             page.playwright.screenshot(path=Path(folder, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,13 @@ class SkillCard:
     pictures: str
     threshold: float
     none_class: str | None = None
+
+    @property
+    def right(self) -> str:
+        """How often it is right, as a phrase; 100 % only if always. Empty if that is unknown."""
+        if self.accuracy is None:
+            return ""
+        return f"right on {math.floor(100 * self.accuracy + 1e-9)}% of {self.pictures}"
 
 
 def skill_card(session: Session, name: str) -> SkillCard:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from aoft_demo.actions.skill_cards import UNSURE_BELOW, skill_card
+import pytest
+
+from aoft_demo.actions.skill_cards import UNSURE_BELOW, SkillCard, skill_card
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
 from aoft_demo.tasks.skills import bundled_skills
@@ -29,3 +31,12 @@ def test_a_bundled_task_has_its_own_card_and_another_task_its_checkpoints_figure
     expected = figures["test_accuracy"] or figures["val_accuracy"]
     assert (own.question, own.made_for, own.accuracy) == ("mine", "", expected)
     assert own.threshold == UNSURE_BELOW and own.none_class is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "shown"), [(1.0, "100%"), (0.995, "99%"), (0.29, "29%"), (0.902, "90%")]
+)
+def test_an_accuracy_is_rounded_down(accuracy: float, shown: str) -> None:
+    card = SkillCard("Which?", "fruit", accuracy, "200 test pictures", 0.5)
+    assert card.right == f"right on {shown} of 200 test pictures"
+    assert SkillCard("Which?", "fruit", None, "", 0.5).right == ""

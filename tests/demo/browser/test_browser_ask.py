@@ -115,7 +115,7 @@ def test_the_page_fits_a_desktop_window_and_a_phone(
     folder = Path(pictures) if pictures else tmp_path
     for scheme in ("light", "dark"):
         page = open_page(color_scheme=scheme)
-        page.find("[data-example='3']").click()
+        page.find("[data-example='5']").click()
         page.answered()
         assert page.playwright.evaluate(SIZE) == [1280, 800]
         ink = page.find(".card .top").first.evaluate("e => getComputedStyle(e).color")
@@ -126,7 +126,7 @@ def test_the_page_fits_a_desktop_window_and_a_phone(
         page.playwright.screenshot(path=folder / f"demo-{scheme}.png")
     phone = {"width": 390, "height": 844}
     page = open_page(viewport=phone, is_mobile=True, has_touch=True)
-    page.find("[data-example='3']").click()
+    page.find("[data-example='5']").click()
     page.answered()
     assert page.playwright.evaluate(SIZE)[0] == 390
     page.playwright.screenshot(path=folder / "demo-phone.png")

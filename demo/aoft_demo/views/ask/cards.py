@@ -95,7 +95,7 @@ def _card(name: str, best: Sequence[Answer], card: SkillCard) -> str:
 def _about(card: SkillCard) -> list[str]:
     """What a task was made for, and how often it is right."""
     made = f"for {card.made_for}" if card.made_for else "your own skill"
-    right = "" if card.accuracy is None else f"right on {card.accuracy:.0%} of {card.pictures}"
+    right = card.right
     return [made, right]
 
 

@@ -62,7 +62,7 @@ def rows(session: Session, tasks: Sequence[Resident], about: Mapping[str, SkillC
 
 def _row(task: Resident, card: SkillCard, on: bool) -> str:
     name = escape(task.name)
-    right = "" if card.accuracy is None else f"right on {card.accuracy:.0%} of {card.pictures}"
+    right = card.right
     classes = f"{task.classes} answer{'s' * (task.classes != 1)}"
     facts = " · ".join(filter(None, [size(task.bytes), classes, ORIGINS[task.origin], right]))
     title = escape(card.question)
