@@ -117,6 +117,7 @@ STRESS = ("stress", "soak")
 
 NOT_IN_TABLE = {
     "benchmarks/export/coverage_page.py": "a module of coverage.py",
+    "benchmarks/export/engines_page.py": "tests/project/test_engines_page.py",
     "benchmarks/export/families.py": "a module of coverage.py",
     "benchmarks/export/measured.py": "a module of exporting.py and starting.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",

@@ -1,0 +1,112 @@
+"""One table of speeds: engine, precision and batch, for plain, merged and mixed models.
+
+It reads ``benchmarks/results/engines*.json``, one file a machine, as engines.py writes them.
+
+    python benchmarks/export/engines_page.py [--out docs/evidence/engines.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "evidence" / "engines.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = ("plain", "merged", "16 tasks mixed")
+
+NAMES = {
+    "torch.onnx.export, ONNX Runtime": ("torch.onnx.export in ONNX Runtime", "fp32", "merged"),
+    "timm's export, ONNX Runtime": ("timm's export in ONNX Runtime", "fp32", "merged"),
+    "PyTorch": ("PyTorch", "fp32", "merged"),
+    "torch.compile": ("PyTorch, compiled", "fp32", "merged"),
+    "PEFT, unmerged": ("PEFT LoRA r = 8, unmerged", "fp32", "merged"),
+    "PEFT, 16 tasks mixed": ("PEFT LoRA r = 8, unmerged", "fp32", "16 tasks mixed"),
+}
+"""Row (engine, precision) and column of the rivals."""
+
+HEAD = """\
+# Engines, precisions and batches
+
+Each cell is the throughput relative to `torch.onnx.export` in ONNX Runtime at the same batch
+size, and in brackets the share of what the cores can compute in large matrix products of the same
+precision. *Plain* is the backbone without a task, *merged* one task's model, and *16 tasks mixed*
+a batch whose images belong to 16 tasks in turn. All engines of a machine took turns in one run,
+each in a process of its own; figures are medians. The weights are random, so this page says
+nothing of accuracy: an artefact below fp32 is only written if it keeps the answers on real
+images.
+
+`benchmarks/export/engines.py` measures, `benchmarks/export/engines_page.py` writes this page.
+"""
+
+
+def place(name: str) -> tuple[tuple[str, str], str]:
+    """Row (engine, precision) and column of a variant of engines.py."""
+    if name in NAMES:
+        engine, precision, column = NAMES[name]
+        return (engine, precision), column
+    main, _, kind = name.partition(", ")
+    engine, _, precision = main.partition(" ")
+    column = {"": "merged", "plain backbone": "plain", "16 tasks mixed": kind}.get(kind, "merged")
+    suffix = f", {kind}" if kind.startswith("opset") else ""
+    return (engine + suffix, precision), column
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a table of one batch size."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        key, column = place(row["name"])
+        share = row["share_of_peak"]
+        text = f"{row['ratio']:.2f} ×" + ("" if share is None else f" ({share:.0%})")
+        cells.setdefault(key, {})[column] = text
+    lines = [f"| engine | precision | {' | '.join(COLUMNS)} |", "|---|---" + "|---" * 3 + "|"]
+    for (engine, precision), found in cells.items():
+        values = " | ".join(found.get(column, "–") for column in COLUMNS)
+        lines.append(f"| {engine} | {precision} | {values} |")
+    return lines
+
+
+def section(report: Mapping[str, Any]) -> list[str]:
+    """The lines of a machine."""
+    machine, peaks = report["machine"], report["gemm_peaks"]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
+    lines = [
+        f"## {machine['processor']}",
+        "",
+        f"{report['model']}, {report['method']}, {machine['threads']} threads; {versions}. Peak of "
+        f"matrix products in 10⁹ operations a second: {speeds}.",
+    ]
+    for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["batch"] == batch]
+        lines += ["", f"**Batch {batch}**", "", *table(rows)]
+    return lines
+
+
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The page."""
+    lines = [HEAD]
+    for report in reports:
+        lines += [*section(report), ""]
+    return "\n".join(lines)
+
+
+def reports() -> list[dict[str, Any]]:
+    """The results of all machines, by the names of their files."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("engines*.json"))]
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PAGE)
+    parser.parse_args().out.write_text(markdown(reports()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
