@@ -54,6 +54,7 @@ EXTRAS = {
     "gradio": "demo",
     "matplotlib": "plots",
     "onnxruntime": "cpu",
+    "peft": "peft",
     "ray": "ray",
     "tensorboard": "tensorboard",
     "tensorrt": "tensorrt",

@@ -186,7 +186,7 @@ def test_python_code_runs_that_reads_files(
     transcripts.write_pictures(tmp_path)
     bundled = ROOT / "demo" / "aoft_demo" / "bundled"
     tasks = []
-    for name, task in {"photos": "digits", "shapes": "shape", "colours": "colour"}.items():
+    for name, task in {"photos": "tilt", "shapes": "shape", "colours": "colour"}.items():
         tasks.append(tmp_path / "runs" / name / "model.ckpt")
         tasks[-1].parent.mkdir(parents=True)
         shutil.copy(bundled / f"{task}.ckpt", tasks[-1])

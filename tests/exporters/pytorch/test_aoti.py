@@ -183,9 +183,6 @@ def test_a_package_for_a_gpu_gets_lanes_and_no_threads(
     assert line == "--threads is for artefacts on the CPU, but all run on a GPU."
     (served,) = opened_artefact._options(path, Settings())
     assert served.lanes == opened_artefact.GPU_LANES
-    on_cpu = package(tmp_path / "b.pt2")
-    with pytest.raises(SettingError, match="`lanes` is 2, but cpu computes one batch at a time"):
-        load_artefact(on_cpu, EngineOptions(lanes=2))
 
 
 def test_a_damaged_package_does_not_keep_others_from_being_timed(tmp_path: Path) -> None:
