@@ -121,15 +121,13 @@ def export_each(
         overwrite: Replace existing artefacts.
         command: The command line, for the manifests.
 
-    Yields:
-        Each finished export.
+    Returns:
+        An iterator that makes the exports, one at a time.
 
     Raises:
         AoftError: An input is invalid, two artefacts would have the same path, or the answers of
             one differ. The artefacts before it stay.
     """
-    from aoft_deploy.checkpoints.shared_backbone import SharedBackbone  # imports torch
-
     exporter = get_exporter(to)
     sources = [Source(checkpoint_file(path)) for path in checkpoints]
     outputs = [_default_output(source, exporter, precision) for source in sources]
@@ -150,9 +148,21 @@ def export_each(
         )
         for output in outputs
     ]
-    shared = SharedBackbone()
+    return _exports(sources, requests, uint8)
+
+
+def _exports(
+    sources: Sequence[Source], requests: Sequence[Request], uint8: bool
+) -> Iterator[Exported]:
+    """Export each source as its request says."""
+    with optional_imports():
+        from aoft_deploy.checkpoints.shared_backbone import SharedBackbone  # imports torch
+
+        shared = SharedBackbone()
     for source, request in zip(sources, requests, strict=True):
-        yield _export(source, request, uint8, shared)
+        with optional_imports():
+            exported = _export(source, request, uint8, shared)
+        yield exported
 
 
 def _export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -103,6 +104,18 @@ def test_a_public_name_that_needs_torch_names_the_extra_without_it(
         "aoft_deploy.errors.MissingExtraError: torch is not installed: run pip install "
         "'aoft-deploy[train]'."
     )
+
+
+def test_exports_that_are_made_one_by_one_name_the_extra_too(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "task.ckpt"
+    shutil.copyfile(checkpoint, copy)
+    code = (
+        "import sys; from aoft_deploy.export import export_each; next(export_each([sys.argv[1]]))"
+    )
+    done = run_without("torch", code, str(copy))
+    assert "MissingExtraError: torch is not installed" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
