@@ -94,9 +94,9 @@ class Exporter:
         describe: Describes an artefact as JSON values, without a runtime: ``kind``, then other
             entries. Returns None if this exporter did not write the file.
         platform: Name of the platform in the Open Inference Protocol.
-        seal: Reads the digest that an artefact states of its own content, if it has one. Every
-            runtime's ``load`` must compare the content with it. None means that artefacts have no
-            such digest, so that all of an artefact is hashed before it is loaded.
+        stated_digest: Reads the digest that an artefact states of its own content, if it has one.
+            Every runtime's ``load`` must compare the content with it. None means that artefacts
+            have no such digest, so that all of an artefact is hashed before it is loaded.
         marker: File that identifies an artefact which is a folder; empty for single files.
         calibrated: Precisions that need ``ExportSpec.calibration``.
         opsets: Supported ONNX opsets, the default first.
@@ -123,7 +123,7 @@ class Exporter:
     load: Callable[[Path, EngineOptions], Engine]
     describe: Callable[[Path], dict[str, Any] | None]
     platform: str
-    seal: Callable[[Path], str | None] | None = None
+    stated_digest: Callable[[Path], str | None] | None = None
     marker: str = ""
     calibrated: tuple[str, ...] = ()
     opsets: tuple[int, ...] = ()

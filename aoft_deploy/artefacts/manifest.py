@@ -25,8 +25,6 @@ __all__ = [
     "unchanged",
 ]
 
-Seal = Callable[[Path], str | None]
-
 SEAL = "seal"
 """Manifest entry for the digest that an artefact states of its own content."""
 
@@ -74,16 +72,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_unchanged(artefact: Path, seal: Seal | None = None) -> None:
+def check_unchanged(
+    artefact: Path, stated_digest: Callable[[Path], str | None] | None = None
+) -> None:
     """Compare an artefact with the digest in its manifest. An artefact without one passes.
 
     For a symbolic link, the manifest beside the target comes before the one beside the link.
 
     Args:
         artefact: The file or folder.
-        seal: Reads the digest that the artefact states of its content; see ``Exporter.seal``. If
-            the manifest has one, both are compared, and the content is not read: the caller must
-            compare it with its seal. Otherwise, all of the artefact is hashed.
+        stated_digest: Reads the digest that the artefact states of its content; see ``Exporter``.
+            If the manifest has it too, both are compared, and the content is not read: the caller
+            must compare it with the digest. Otherwise, all of the artefact is hashed.
 
     Raises:
         ArtefactError: The artefact was changed, or a file cannot be read.
@@ -94,8 +94,8 @@ def check_unchanged(artefact: Path, seal: Seal | None = None) -> None:
     if manifest is None or not _exists(target):
         return
     entries = read_manifest(manifest)
-    if seal is not None and SEAL in entries:
-        same = entries[SEAL] == seal(target)
+    if stated_digest is not None and SEAL in entries:
+        same = entries[SEAL] == stated_digest(target)
     else:
         try:
             same = entries.get("sha256") == artefact_digest(target)

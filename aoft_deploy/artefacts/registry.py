@@ -79,7 +79,7 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
     if options.engine is not None and options.engine not in exporter.engines:
         raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):
-        check_unchanged(path, exporter.seal)
+        check_unchanged(path, exporter.stated_digest)
         return exporter.load(path, options)
 
 
@@ -105,7 +105,7 @@ def load_fleet(path: Path, options: EngineOptions = EngineOptions()) -> FleetEng
     for exporter in exporters_of(path):
         if exporter.fleet is not None and exporter.fleet.load is not None:
             with unchanged(path):
-                check_unchanged(path, exporter.seal)
+                check_unchanged(path, exporter.stated_digest)
                 return exporter.fleet.load(path, options)
     able = sorted(e.name for e in exporters() if e.fleet is not None and e.fleet.load is not None)
     raise ArtefactError(

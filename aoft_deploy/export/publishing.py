@@ -64,11 +64,11 @@ class Exported:
 
 def provenance(draft: Path, exporter: Exporter, command: Sequence[str]) -> dict[str, Any]:
     """Manifest entries for the artefact's content, and for the export that made it."""
-    seal = exporter.seal(draft) if exporter.seal else None
+    digest = exporter.stated_digest(draft) if exporter.stated_digest else None
     return {
         "artefact": draft.name,
         "sha256": artefact_digest(draft),
-        **({} if seal is None else {SEAL: seal}),
+        **({} if digest is None else {SEAL: digest}),
         "bytes": artefact_size(draft),
         "exporter": exporter.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

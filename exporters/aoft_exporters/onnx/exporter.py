@@ -49,7 +49,7 @@ __all__ = [
     "export",
     "export_fleet",
     "load",
-    "seal",
+    "stated_digest",
 ]
 
 SINGLE_FILE_LIMIT = 2**31 - 2**20
@@ -194,7 +194,7 @@ def load(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
     return OnnxGpuEngine(path, options)
 
 
-def seal(path: Path) -> str | None:
+def stated_digest(path: Path) -> str | None:
     """The digest that a file states of its own content; None for a file of an older version.
 
     Raises:
@@ -250,7 +250,7 @@ EXPORTER = Exporter(
     load=load,
     describe=describe,
     platform="onnxruntime_onnx",
-    seal=seal,
+    stated_digest=stated_digest,
     calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),

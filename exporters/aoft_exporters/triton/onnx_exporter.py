@@ -107,7 +107,7 @@ EXPORTER = replace(
     onnx_exporter.EXPORTER,
     name="triton",
     suffix=".triton",
-    seal=None,
+    stated_digest=None,
     marker=MARKER,
     export=export,
     load=load,
