@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,20 @@ def library_answers(task: str, picture: Path) -> dict[str, float]:
     return dict(read_checkpoint(checkpoint).classes.answers(logits, 4)[0])
 
 
-def violations(page: DemoPage) -> list[str]:
-    """What axe finds on the page, as a line for each rule: the rule, and the first elements."""
+def violations(
+    page: DemoPage, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """What axe finds, as a line for each rule: the rule, and the first elements.
+
+    Args:
+        page: The page.
+        include: Selectors of the parts to look at; none is the whole page.
+        exclude: Selectors of the parts to leave out, such as Gradio's own.
+    """
     axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")
-    results = axe.Axe().run(page.playwright)
+    given = {"include": include, "exclude": exclude}
+    context = {name: [[each] for each in parts] for name, parts in given.items() if parts}
+    results = axe.Axe().run(page.playwright, context=context or None)
     return [
         f"{found['id']}: {[node['target'] for node in found['nodes']][:5]}"
         for found in results.response["violations"]

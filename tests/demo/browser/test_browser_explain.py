@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from browser_support import PICTURE
+from browser_support import PICTURE, violations
 from demo_page import DemoPage
 
 from aoft_demo.actions.evidence import accuracies, speeds
@@ -18,18 +16,9 @@ from aoft_deploy.training.analysis.quantities import analyse_file
 
 pytestmark = pytest.mark.slow
 
+TAB = ("[role=tabpanel]",)
 OTHERS = ("#head", "#tabs > .tab-wrapper", "#inside-task")
 """Parts of the frame and of Gradio: header, row of tabs, dropdown."""
-
-
-def violations(page: DemoPage) -> list[str]:
-    """What axe finds in the selected tab, without ``OTHERS``."""
-    axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")  # it has no types
-    found: Any = axe.Axe().run(
-        page.playwright,
-        context={"include": [["[role=tabpanel]"]], "exclude": [[s] for s in OTHERS]},
-    )
-    return [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found.response["violations"]]
 
 
 def test_looking_inside(open_page: Callable[..., DemoPage]) -> None:
@@ -71,7 +60,7 @@ def test_looking_inside(open_page: Callable[..., DemoPage]) -> None:
     page.shows("#measured", f"{100 * best.mean:.1f} ± {100 * best.margin:.1f}")
     page.shows("#measured", f"{fastest:.2f} ×")
     page.shows("#measured", re.compile(r"The axis starts at \d+%, not at 0"))
-    assert not violations(page)
+    assert not violations(page, TAB, OTHERS)
 
 
 def test_it_fits_a_phone_and_a_dark_page(open_page: Callable[..., DemoPage]) -> None:
@@ -85,4 +74,4 @@ def test_it_fits_a_phone_and_a_dark_page(open_page: Callable[..., DemoPage]) -> 
     for name in page.find("#measured .name").all():
         cut = name.evaluate("e => e.scrollWidth > e.clientWidth + 1")
         assert not cut, name.inner_text()
-    assert not violations(page)
+    assert not violations(page, TAB, OTHERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -14,28 +13,18 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from browser_support import PICTURE, TASKS
+from browser_support import PICTURE, TASKS, violations
 from demo_page import DemoPage
 
 from aoft_demo.tasks.shared_fleet import BUNDLED
 
 pytestmark = pytest.mark.slow
 
+TAB = ("[role=tabpanel]",)
 OTHERS = ("#export-task", "#export", "#export-all", "#artefact", "#manifest")
 """Gradio's own dropdown and buttons."""
-
-
-def violations(page: DemoPage) -> list[str]:
-    """What axe finds in the selected tab, without ``OTHERS``."""
-    axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")  # it has no types
-    found: Any = axe.Axe().run(
-        page.playwright,
-        context={"include": [["[role=tabpanel]"]], "exclude": [[s] for s in OTHERS]},
-    )
-    return [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found.response["violations"]]
 
 
 def make(page: DemoPage, key: str) -> None:
@@ -101,7 +90,7 @@ def test_a_downloaded_skill_gives_the_pages_answers_elsewhere(
     page.shows("#exported", f"all {report['images']} answers agree")
     page.find("#exported .small summary").click()
     page.shows("#exported .figures", f"{report['max_abs']:.1e}")
-    assert not violations(page)
+    assert not violations(page, TAB, OTHERS)
 
     shutil.copyfile(PICTURE, tmp_path / "picture.png")
     line = shown_code(page, "Ask it about a picture")
@@ -176,7 +165,7 @@ def test_folders_small_files_and_all_skills_at_once(
         assert page.find(part).first.bounding_box()["height"] >= 36
     box = page.find("#exported").bounding_box()
     assert 0 <= box["y"] < 844  # the result is on the screen after the click
-    assert not violations(page)
+    assert not violations(page, TAB, OTHERS)
 
 
 def test_errors_are_sentences_and_keep_the_earlier_file(

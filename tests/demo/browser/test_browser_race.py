@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from browser_support import TASKS, take_picture
+from browser_support import TASKS, take_picture, violations
 from demo_page import DemoPage
 from PIL import Image
 from running_demo import Demo, DemoClient, uploaded_file
@@ -46,12 +44,6 @@ def number(text: str) -> float:
     """The number at the start of a text, in ms or MB."""
     value, unit = text.split()
     return float(value) * {"ms": 1, "s": 1000, "MB": 1, "GB": 1000}[unit]
-
-
-def violations(page: DemoPage) -> list[Any]:
-    """What axe-core finds in the view; Gradio's own parts around it are left out."""
-    found = Axe().run(page.playwright, context={"include": [["#race"], ["#race-code"]]})
-    return [(each["id"], each["nodes"]) for each in found.response["violations"]]
 
 
 def test_a_race_and_its_picture(open_page: Callable[..., DemoPage], tmp_path: Path) -> None:
@@ -106,7 +98,7 @@ def test_a_race_and_its_picture(open_page: Callable[..., DemoPage], tmp_path: Pa
     for dark in (False, True):
         page.playwright.evaluate(f"document.body.classList.toggle('dark', {str(dark).lower()})")
         page.playwright.wait_for_timeout(500)  # the colours change slowly
-        assert not violations(page)
+        assert not violations(page, ["#race", "#race-code"])
 
     page.playwright.set_viewport_size({"width": 390, "height": 844})
     page.playwright.evaluate("scrollTo(0, 0)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_support import PICTURE, TASKS, TRAINING, take_picture
+from browser_support import PICTURE, TASKS, TRAINING, take_picture, violations
 from demo_page import WAIT, DemoPage
 from PIL import Image
 from running_demo import Demo, DemoClient
@@ -60,17 +60,6 @@ def shown_answers(page: DemoPage) -> dict[str, float]:
     return {r.get_attribute("data-label"): float(r.get_attribute("data-p")) for r in rows}
 
 
-def accessibility_faults(page: DemoPage) -> list[str]:
-    """Violations that axe finds in the view; nodes of Gradio's own text field are left out."""
-    axe: Any = importlib.import_module("axe_playwright_python.sync_playwright")  # it has no types
-    found = axe.Axe().run(page.playwright, context={"include": [["#teach"]]})
-    return [
-        f"{violation['id']}: {node['html']}"
-        for violation in found.response["violations"]
-        for node in violation["nodes"]
-    ]
-
-
 @pytest.mark.parametrize("context", [{}, PHONE], ids=["desktop", "phone"])
 def test_a_skill_is_taught_tried_and_downloaded(
     open_page: Callable[..., DemoPage], tmp_path: Path, context: dict[str, Any]
@@ -108,7 +97,7 @@ def test_a_skill_is_taught_tried_and_downloaded(
         page.playwright.evaluate("document.documentElement.scrollWidth")
         <= (page.playwright.viewport_size["width"])
     )
-    assert not accessibility_faults(page)
+    assert not violations(page, ["#teach"])
 
     page.fill("#train-name", "things")
     page.click("#train")
@@ -144,10 +133,10 @@ def test_a_skill_is_taught_tried_and_downloaded(
     take_picture(page, "demo-teach.png")
     press(trial, "Camera")
     page.expect(trial.locator(".top")).to_have_text("a, b (c)", timeout=WAIT)
-    assert not accessibility_faults(page)
+    assert not violations(page, ["#teach"])
     page.playwright.evaluate("document.body.classList.add('dark')")
     page.playwright.wait_for_timeout(500)  # Gradio's buttons change their colour slowly
-    assert not accessibility_faults(page)
+    assert not violations(page, ["#teach"])
 
     page.tab("Ask")
     assert page.classify(tmp_path / "20-3.png")["things"] == pytest.approx(mine, abs=2e-5)
