@@ -13,6 +13,7 @@ from running_demo import Demo
 
 from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
 from aoft_demo.tasks.skills import bundled_examples
+from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
@@ -22,6 +23,7 @@ __all__ = [
     "PICTURES",
     "TASKS",
     "TRAINING",
+    "bundled_fleet",
     "library_answers",
     "start",
     "take_picture",
@@ -41,6 +43,17 @@ def start(folder: Path, installed: dict[str, str], *arguments: Path) -> Demo:
     temporary.mkdir()
     cwd.mkdir()
     return Demo(temporary / "log", *arguments, cwd=cwd, environment=installed)
+
+
+def bundled_fleet() -> Path:
+    """The cached fleet of the bundled tasks; other tests' demos may have put theirs beside it."""
+    folder = Path(os.environ["AOFT_CACHE_DIR"], "demo")
+    (found,) = (
+        path
+        for path in folder.glob("*.onnx")
+        if [task["name"] for task in read_manifest(manifest_path(path))["tasks"]] == TASKS
+    )
+    return found
 
 
 def library_answers(task: str, picture: Path) -> dict[str, float]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_support import PICTURES, TASKS, library_answers, violations
+from browser_support import PICTURES, TASKS, bundled_fleet, library_answers, violations
 from demo_page import DemoPage
 
 from aoft_demo.tasks.shared_fleet import open_shared_fleet
 from aoft_demo.tasks.skills import bundled_examples, bundled_skills
 from aoft_demo.views.ask.view import REMOVE_OLD_ANSWERS
 from aoft_demo.views.units import decimal, size
-from aoft_deploy.artefacts.manifest import read_manifest
+from aoft_deploy.artefacts.manifest import manifest_path, read_manifest
 from aoft_deploy.data.images import read_image
 
 pytestmark = pytest.mark.slow
@@ -58,8 +58,7 @@ def test_the_first_screen_shows_answers_and_their_proofs(
         assert card.locator(".top").inner_text() == (
             label if best >= skill.threshold else "Not sure"
         )
-    (manifest,) = Path(os.environ["AOFT_CACHE_DIR"], "demo").glob("*.json")
-    difference = read_manifest(manifest)["verification"]["max_abs"]
+    difference = read_manifest(manifest_path(bundled_fleet()))["verification"]["max_abs"]
     page.shows("#answers .strip", f"merged = unmerged ± {decimal(difference, 1)}")
     page.click("#answers .strip a >> nth=2")
     page.see("#proof .scale")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from bombs import flat
-from browser_support import PICTURE, PICTURES, TASKS, TRAINING, start
+from browser_support import PICTURE, PICTURES, TASKS, TRAINING, bundled_fleet, start
 from demo_page import WAIT, DemoPage
 from PIL import Image
 from running_demo import Demo
@@ -155,7 +154,7 @@ def test_fifty_tasks_are_usable(
     paths = [folder / f"task {i:02}.ckpt" for i in range(50 - len(TASKS))]
     for path in paths:
         shutil.copyfile(bundled_checkpoints()[0], path)
-    (fleet,) = Path(os.environ["AOFT_CACHE_DIR"], "demo").glob("*.onnx")  # exported by ``demo``
+    fleet = bundled_fleet()  # exported by ``demo``
     before = fleet.stat().st_ino, fleet.stat().st_mtime_ns
     running = start(tmp_path, installed, fleet, *paths)
     try:
