@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser_support import PICTURES, TASKS, violations
@@ -113,3 +115,28 @@ def test_the_proof_shows_what_the_library_computes(open_page: Callable[..., Demo
     assert violations(page) == []
     for button in page.find("#rows button:visible").all():
         assert button.bounding_box()["height"] >= 24
+
+
+def test_a_click_while_the_server_is_busy_is_not_lost(open_page: Callable[..., DemoPage]) -> None:
+    page = open_page()
+    page.tab("Skills")
+    switches = page.find("#rows [role=switch]")
+    page.expect(switches).to_have_count(len(TASKS))
+    held: list[Any] = []
+    released = threading.Event()
+
+    def hold(route: Any) -> None:
+        if released.is_set():
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.playwright.route("**/queue/join*", hold)  # delay the requests to the server
+    switches.nth(0).click()
+    switches.nth(1).click()
+    page.playwright.wait_for_timeout(500)
+    released.set()
+    for route in held:
+        route.continue_()
+    page.expect(page.find("#answers .card")).to_have_count(len(TASKS) - 2)
+    page.expect(page.find("#rows [role=switch][aria-checked=false]")).to_have_count(2)

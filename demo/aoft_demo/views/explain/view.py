@@ -63,7 +63,12 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
         return analysis, _attention_card(session, chosen, source)
 
     look.click(
-        show, [task, picture], [panel, attention], concurrency_limit=2, api_visibility="private"
+        show,
+        [task, picture],
+        [panel, attention],
+        concurrency_limit=2,
+        trigger_mode="always_last",
+        api_visibility="private",
     )
     for changed, outputs, values in (
         (task, [panel, attention], [START, NOTE]),

@@ -78,7 +78,7 @@ def skills_view(sessions: SessionRegistry, picture: Any) -> View:
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     changes = [
-        event(acting(act), None, said, **private)
+        event(acting(act), None, said, trigger_mode="multiple", **private)  # no click is lost
         for event, act in (
             (rows.switched, switch),
             (rows.removed, remove),
@@ -86,7 +86,7 @@ def skills_view(sessions: SessionRegistry, picture: Any) -> View:
             (rows.added, add),
         )
     ]
-    rows.proved(prove, picture, panel, concurrency_limit=2, **private)
+    rows.proved(prove, picture, panel, concurrency_limit=2, trigger_mode="always_last", **private)
 
     def refresh(session: Session) -> list[Any]:
         tasks = residents(session)
