@@ -72,8 +72,9 @@ class DemoPage:
         tab.click()
 
     def shows(self, selector: str, text: str | re.Pattern[str]) -> None:
-        """Wait until an element contains a text."""
+        """Wait until an element contains a text and can be seen."""
         self.expect(self.find(selector)).to_contain_text(text, timeout=WAIT)
+        self.expect(self.find(selector)).to_be_visible(timeout=WAIT)
 
     def shows_message(self, text: str | re.Pattern[str]) -> None:
         """Wait for one of Gradio's messages."""

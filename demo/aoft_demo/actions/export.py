@@ -12,13 +12,13 @@ from pathlib import Path
 from aoft_demo.actions.export_code import Code, Plan, export_code, export_command, next_steps
 from aoft_demo.actions.formats import ALL_TASKS, CHECKPOINT, DEFAULT, Format, format_called
 from aoft_demo.actions.sample_pictures import write_sample_pictures
-from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.session import NO_TASK, Session
 from aoft_demo.tasks.shared_fleet import checkpoint_of
 from aoft_deploy.artefacts.manifest import artefact_files
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.verification import Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
-from aoft_deploy.errors import CheckpointError
+from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.export.options import VerifyOptions
 from aoft_deploy.export.publishing import Exported
 
@@ -102,6 +102,8 @@ def export_all(session: Session) -> TakenHome:
     from aoft_deploy.export.fleet import export_fleet
 
     tasks = dict(session.tasks)
+    if not tasks:
+        raise SettingError(NO_TASK)
     found = {name: task.checkpoint for name, task in tasks.items() if task.checkpoint is not None}
     if not found:
         raise CheckpointError(

@@ -28,9 +28,10 @@ class Resident:
 
 
 def residents(session: Session) -> list[Resident]:
-    """The tasks of a session."""
+    """The tasks of a session, the visitor's own first."""
     fleet = session.shared.fleet
+    tasks = sorted(session.tasks.items(), key=lambda item: item[1].origin == "initial")
     return [
         Resident(name, len(task.classes), task_bytes(fleet, task.classes), task.origin)
-        for name, task in session.tasks.items()
+        for name, task in tasks
     ]

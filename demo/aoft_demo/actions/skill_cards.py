@@ -45,7 +45,12 @@ class SkillCard:
         """How often it is right, as a phrase; 100 % only if always. Empty if that is unknown."""
         if self.accuracy is None:
             return ""
-        return f"right on {math.floor(100 * self.accuracy + 1e-9)}% of {self.pictures}"
+        return f"right on {percent(self.accuracy)} of {self.pictures}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, rounded down: 100 % only if it is all."""
+    return f"{math.floor(100 * share + 1e-9)}%"
 
 
 def skill_card(session: Session, name: str) -> SkillCard:

@@ -18,7 +18,7 @@ from aoft_demo.tasks.shared_fleet import SharedFleet, Task
 from aoft_demo.tasks.training_queue import Training
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
-__all__ = ["MAX_TASKS", "ON_AT_FIRST", "Session", "task_name"]
+__all__ = ["MAX_TASKS", "NO_TASK", "ON_AT_FIRST", "Session", "task_name"]
 
 MAX_TASKS = 64
 """Tasks that one session may add."""
@@ -28,6 +28,9 @@ MAX_REMOVED = 16
 
 ON_AT_FIRST = 12
 """Tasks of the shared fleet that are on at first."""
+
+NO_TASK = "You have no skill: add one on the tab Skills, or teach one."
+"""What an action says that needs a task."""
 
 PUNCTUATION = " .,()+-"
 NAME = re.compile(rf"\w[\w{PUNCTUATION}]{{0,39}}")

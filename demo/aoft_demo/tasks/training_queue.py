@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from aoft_demo.tasks.trainers import Trainers
 from aoft_deploy.errors import SettingError
 
-__all__ = ["MAX_WAITING", "Training", "TrainingQueue"]
+__all__ = ["MAX_WAITING", "Training", "TrainingQueue", "TrainingStoppedError"]
 
 MAX_WAITING = 12
 """Trainings that may wait; each one blocks a thread."""
 
 GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL."""
+
+
+class TrainingStoppedError(SettingError):
+    """The training was stopped, by the visitor or because the session has ended."""
 
 
 class Training:
@@ -39,10 +43,10 @@ class Training:
         """Raise an error if the training was stopped.
 
         Raises:
-            SettingError: It was stopped.
+            TrainingStoppedError: It was stopped.
         """
         if self.stopped:
-            raise SettingError("Training was stopped; nothing was added.")
+            raise TrainingStoppedError("Training was stopped; nothing was added.")
 
     def start(self, launch: Callable[[], subprocess.Popen[bytes]]) -> None:
         """Start the subprocess.
@@ -51,7 +55,7 @@ class Training:
             launch: Starts it, as the leader of a process group.
 
         Raises:
-            SettingError: The training was stopped.
+            TrainingStoppedError: It was stopped.
         """
         with self._lock:
             self.check_not_stopped()

@@ -30,6 +30,14 @@ window.aoft = (() => {
     box.hidden = !html;
   }
 
+  // Why a file cannot be sent, or "". Gradio's own check would cover the tabs with its message.
+  function tooLarge(file, name) {
+    const most = window.gradio_config?.max_file_size ?? Infinity;
+    if (file.size <= most) return "";
+    const size = (bytes) => `${Math.round(bytes / 2 ** 20)} MB`;
+    return `${name} was not sent: it has ${size(file.size)}, and the demo takes at most ${size(most)}.`;
+  }
+
   // Links: #race, #skills/NAME. The back button returns to the tab before.
   const overflow = () => [...document.querySelectorAll("#tabs > .tab-wrapper .overflow-dropdown button")];
   const tabButton = (tab) => document.getElementById(`tab-${tab}-button`)
@@ -158,5 +166,5 @@ window.aoft = (() => {
 
   setInterval(check, 3000);
 
-  return { key, chosen, name, follow, ready: (trigger) => { go = trigger; follow(); } };
+  return { key, tooLarge, chosen, name, follow, ready: (trigger) => { go = trigger; follow(); } };
 })();

@@ -119,7 +119,8 @@ def _connect(page: gr.Blocks, sessions: SessionRegistry, header: Any, views: lis
     attached = page.load(attach, [header, *inputs], outputs, js=with_key, **HIDDEN)
     attached.then(None, js="() => { aoft.attached = true; }", **HIDDEN)
     for event in (event for view in views for event in view.changes):
-        event.success(refresh, inputs, outputs, **HIDDEN)
+        # A change that comes while an earlier one is shown is shown afterwards, not dropped.
+        event.success(refresh, inputs, outputs, trigger_mode="always_last", **HIDDEN)
     page.unload(leave)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from aoft_demo.tasks.session import NO_TASK, Session
+from aoft_deploy.errors import SettingError
+
 if TYPE_CHECKING:
     import gradio as gr
 
-__all__ = ["refreshed_dropdown", "task_dropdown", "valid_names"]
+__all__ = ["chosen_task", "refreshed_dropdown", "task_dropdown"]
 
 
 def task_dropdown(names: Sequence[str], **properties: Any) -> gr.Dropdown:
@@ -47,9 +50,19 @@ def refreshed_dropdown(chosen: str | None, names: Sequence[str]) -> gr.Dropdown:
     return gr.Dropdown(list(names))
 
 
-def valid_names(payload: Any) -> list[str]:
-    """The names in the payload of a checkbox group, also of tasks that were removed."""
-    return [name for name in payload if isinstance(name, str)] if isinstance(payload, list) else []
+def chosen_task(session: Session, chosen: str | None) -> str:
+    """The chosen task's name.
+
+    Raises:
+        SettingError: Nothing is chosen.
+        UnknownNameError: The task was removed.
+    """
+    if chosen:
+        session.task(chosen)
+        return chosen
+    if session.tasks:
+        raise SettingError("Choose a skill first.")
+    raise SettingError(NO_TASK)
 
 
 def _valid_name(payload: Any) -> str | None:

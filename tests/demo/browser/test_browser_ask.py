@@ -48,6 +48,9 @@ def test_the_first_screen_shows_answers_and_their_proofs(
     shared = open_shared_fleet([], tmp_path, threads=1)
     page.shows("#head", f"{len(TASKS)} skills")
     page.shows("#head", f"share one {size(shared.backbone_bytes)} model")
+    shown = page.find("#answers .cards").first
+    assert shown.evaluate("all => all.scrollHeight <= all.clientHeight")  # without scrolling
+    page.click("#answers .group > summary")  # the skills that the picture does not fit
     for name, skill in bundled_skills().items():
         card = page.find(f"#answers [data-task='{name}']")
         page.expect(card.locator("h2")).to_have_text(skill.question)

@@ -20,13 +20,24 @@ TAB = ("[role=tabpanel]",)
 OTHERS = ("#head", "#tabs > .tab-wrapper", "#inside-task")
 """Parts of the frame and of Gradio: header, row of tabs, dropdown."""
 
+WATCH = """() => {
+    window.seen = new Set();
+    new MutationObserver(() => {
+        const busy = document.querySelector("#inside .busy");
+        if (busy) seen.add(busy.textContent);
+    }).observe(document.querySelector("#inside"), { childList: true, subtree: true });
+}"""
+"""JavaScript: collect what the panel says while it is busy."""
+
 
 def test_looking_inside(open_page: Callable[..., DemoPage]) -> None:
     page = open_page()
     page.classify(PICTURE)
     page.tab("How it works")
+    page.playwright.evaluate(WATCH)
     page.click("#look")
     page.see("#attention img")
+    assert page.playwright.evaluate("seen.size") == 1  # it said that it was busy
     page.see("#inside .chart")
     task = page.find("#inside-task input").input_value()
     path = BUNDLED / f"{task}.ckpt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def test_skills_are_switched_added_removed_and_brought_back(
     undo.click()
     page.expect(page.find(f"#rows [data-task='{second}']")).to_have_count(1)
     page.expect(undo).to_have_count(0)
-    assert names(page) == [*TASKS, "b my pets", added]
+    assert names(page) == ["b my pets", added, *TASKS]  # the visitor's own come first
     page.tab("Ask")
     answers = page.classify(PICTURES[1])
     assert set(answers) == {*TASKS[1:], "b my pets", added}
@@ -112,6 +111,13 @@ def test_the_proof_shows_what_the_library_computes(open_page: Callable[..., Demo
     assert 0 < marks["merged"] < marks["tolerance"] and 0 < marks["fleet"] < marks["tolerance"]
     assert marks["step"] < marks["tolerance"] < marks["largest"]
     assert page.playwright.evaluate("document.documentElement.scrollWidth") == 390
+    frame = page.find("#proof").bounding_box()
+    parts = [page.find("#proof table"), *page.find("#proof .scale > *").all()]
+    below = 0.0
+    for box in (part.bounding_box() for part in parts):
+        assert box["y"] >= below - 1  # each has a line of its own
+        assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
+        below = box["y"] + box["height"]
     assert violations(page) == []
     for button in page.find("#rows button:visible").all():
         assert button.bounding_box()["height"] >= 24
@@ -123,20 +129,21 @@ def test_a_click_while_the_server_is_busy_is_not_lost(open_page: Callable[..., D
     switches = page.find("#rows [role=switch]")
     page.expect(switches).to_have_count(len(TASKS))
     held: list[Any] = []
-    released = threading.Event()
+    slow = f'"name":"{TASKS[1]}"'
 
     def hold(route: Any) -> None:
-        if released.is_set():
-            route.continue_()
-        else:
+        if slow in (route.request.post_data or ""):
             held.append(route)
+        else:
+            route.continue_()
 
-    page.playwright.route("**/queue/join*", hold)  # delay the requests to the server
+    page.playwright.route("**/queue/join*", hold)  # delay the second switch's way to the server
     switches.nth(0).click()
     switches.nth(1).click()
-    page.playwright.wait_for_timeout(500)
-    released.set()
-    for route in held:
-        route.continue_()
+    page.expect(page.find("#answers .card")).to_have_count(len(TASKS) - 1)
+    page.playwright.wait_for_timeout(300)
+    page.expect(switches.nth(1)).to_have_attribute("aria-checked", "false")  # the visitor's choice
+    (request,) = held
+    request.continue_()
     page.expect(page.find("#answers .card")).to_have_count(len(TASKS) - 2)
     page.expect(page.find("#rows [role=switch][aria-checked=false]")).to_have_count(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from aoft_demo.actions.skill_cards import SkillCard
 from aoft_demo.actions.verification import Proof
 from aoft_demo.tasks.session import Session
 from aoft_demo.views import notices, units
-from aoft_demo.views.ask.cards import answer_cards, for_picture
+from aoft_demo.views.ask.cards import answer_cards, for_picture, header
 from aoft_demo.views.charts import Bar, Line, bars, lines
 from aoft_demo.views.explain.cards import inside_cards
 from aoft_demo.views.skills.cards import rows
@@ -90,6 +92,33 @@ def test_an_answer_below_the_threshold_is_not_sure() -> None:
     assert 'class="top">pear<' in shown(0.6) and "best guess" not in shown(0.6)
     assert "quiet" in shown(0.5, "pear") and "quiet" not in shown(0.5, "kiwi")
     assert "right on 93% of 200 test pictures" in shown(0.5)
+
+
+def test_skills_that_a_picture_does_not_fit_are_folded_away() -> None:
+    none = replace(CARD, none_class="no fruit")
+    for outside, folded in ((["a"], 0), (["a", "b"], 2)):
+        found: dict[str, Any] = {name: [Prediction("ripe", 0.9)] for name in "cdef"}
+        found |= {name: [Prediction("no fruit", 0.8), Prediction("ripe", 0.2)] for name in outside}
+        found["d"] = [Prediction("no fruit", 0.4), Prediction("ripe", 0.3)]  # it is not sure
+        found["c"] = [Prediction("no fruit", 0.9)]  # a class like others
+        cards = dict.fromkeys(found, none) | {"c": CARD}
+        html = answer_cards(Answers(found, 1, 1, 3, 4), cards, None, 1.0)
+        shown, _, group = html.partition('<details class="group">')
+        assert html.count('<section class="card') == len(found)
+        assert group.count("<section") == folded
+        assert ("2 skills say “no fruit”:</b> a · b<" in group) == bool(folded)
+        assert "cards few" in shown
+
+
+def test_the_title_counts_the_skills(session: Session) -> None:
+    shared: Any = SimpleNamespace(backbone_bytes=10_900_000)
+    for count, text in (
+        (0, "One 10.9 MB model waits for skills."),
+        (1, "<b>1 skill</b> of 3.0 KB on one 10.9 MB model."),
+        (2, "<b>2 skills</b> of about 3.0 KB share one 10.9 MB model: <b>10.9 MB</b> in memory"),
+    ):
+        assert text in header(shared, [Resident(str(i), 2, 3000, "added") for i in range(count)])
+    assert 'class="memory"' not in rows(session, [], {})
 
 
 def test_equal_and_differing_answers_are_told_apart() -> None:

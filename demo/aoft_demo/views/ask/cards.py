@@ -16,18 +16,27 @@ from aoft_deploy.classes import Answer, Value
 
 __all__ = ["answer_cards", "for_picture", "header"]
 
+FEW = 4
+"""Cards that are set in two columns."""
+
 
 def header(shared: SharedFleet, tasks: Sequence[Resident]) -> str:
     """Title of the page, and what the tasks share."""
     own = sum(task.bytes for task in tasks)
     backbone, count = shared.backbone_bytes, len(tasks)
-    each = size(own / count) if count else "0 bytes"
-    skills = f"<b>{count} skill{'s' * (count != 1)}</b> of about {each}"
-    share = f"share{'s' * (count == 1)} one {size(backbone)} model"
-    saved = f"<b>{size(backbone + own)}</b> in memory instead of {size(count * backbone + own)}"
+    if not tasks:
+        text = f"One {size(backbone)} model waits for skills."
+    elif count == 1:
+        text = f"<b>1 skill</b> of {size(own)} on one {size(backbone)} model."
+    else:
+        saved = f"<b>{size(backbone + own)}</b> in memory instead of {size(count * backbone + own)}"
+        text = (
+            f"<b>{count} skills</b> of about {size(own / count)} share one {size(backbone)} model: "
+            f"{saved}."
+        )
     return (
         '<div class="head"><h1>One picture, one pass, many skills</h1>'
-        f"<p>{skills} {share}: {saved}. Everything stays on this machine.</p></div>"
+        f"<p>{text} Everything stays on this machine.</p></div>"
     )
 
 
@@ -47,12 +56,37 @@ def answer_cards(
         difference: Largest difference of a logit between merged and unmerged models, if known.
         saved: Memory of separate models divided by that of the fleet.
     """
-    shown = "".join(_card(name, best, cards[name]) for name, best in answers.predictions.items())
-    count = len(answers.predictions)
+    found = answers.predictions
+    outside = [name for name, best in found.items() if _is_outside(best, cards[name])]
+    shown = "".join(_card(name, found[name], cards[name]) for name in found if name not in outside)
+    shown += _group(outside, answers, cards)
+    few = " few" * (len(found) - len(outside) <= FEW)
+    count = len(found)
     return (
         f'<p class="hidden" role="status">{count} answer{"s" * (count != 1)}</p>'
-        f'<div class="cards" tabindex="0" role="group" aria-label="Answers">{shown}</div>'
+        f'<div class="cards{few}" tabindex="0" role="group" aria-label="Answers">{shown}</div>'
         f"{_strip(answers, difference, saved)}{_code(list(answers.predictions))}"
+    )
+
+
+def _is_outside(best: Sequence[Answer], card: SkillCard) -> bool:
+    """Whether a task is sure that it was not made for the picture."""
+    top = best[0] if best else None
+    if top is None or isinstance(top, Value) or top.label != card.none_class:
+        return False
+    return getattr(top, "probability", 1.0) >= card.threshold
+
+
+def _group(names: Sequence[str], answers: Answers, cards: dict[str, SkillCard]) -> str:
+    """The tasks that were not made for the picture, folded away if there are several."""
+    shown = "".join(_card(name, answers.predictions[name], cards[name]) for name in names)
+    if len(names) < 2:
+        return shown
+    labels = " or ".join(dict.fromkeys(str(cards[name].none_class) for name in names))
+    listed = " · ".join(names)
+    return (
+        f'<details class="group"><summary><b>{len(names)} skills say “{escape(labels)}”:</b> '
+        f'{escape(listed)}</summary><div class="cards">{shown}</div></details>'
     )
 
 

@@ -42,7 +42,8 @@ async function send(picture) {
   if (!picture) return;
   const number = ++latest;
   stop();
-  fail("");
+  fail(aoft.tooLarge(picture, picture.name || "The picture"));
+  if (!wrong.hidden) return busy(false);
   busy(true);
   try {
     const { path } = await upload(picture);
@@ -133,5 +134,7 @@ document.addEventListener("paste", (event) => {
   if (!element.offsetParent || event.target.closest?.("input, textarea")) return;
   send([...event.clipboardData.files].find((one) => one.type.startsWith("image/")));
 });
+shown.addEventListener("error", () => { stage.dataset.unseen = ""; });
+shown.addEventListener("load", () => { delete stage.dataset.unseen; });
 watch("value", show);
 show();

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).with_name("picture.js").read_text("utf-8")
 FRAME = """
 <div class="stage" tabindex="-1" aria-label="Your picture">
   <img class="shown" alt="" src="{first}"><video hidden playsinline muted></video>
+  <p class="unseen">This file cannot be shown.</p>
   <p class="sending" hidden role="status">Sending the picture …</p>
 </div>
 <div class="sources">

@@ -66,13 +66,16 @@ def ask_view(sessions: SessionRegistry) -> AskView:
 
     @show_failures("No answer")
     def classified(session: Session, file: Path) -> str:
-        names = session.on
+        tasks = residents(session)
+        names = [task.name for task in tasks if task.name in session.on]
+        if not tasks:
+            return notices.empty("No skill yet", "Add one on the tab Skills, or teach one.")
         if not names:
-            return notices.empty("No skill is on", "Switch one on: see the tab Skills.")
+            return notices.empty("No skill is on", "Switch one on on the tab Skills.")
         found = classify(session, file, names)
-        own = sum(task.bytes for task in residents(session))
+        own = sum(task.bytes for task in tasks)
         backbone = session.shared.backbone_bytes
-        saved = (len(session.tasks) * backbone + own) / (backbone + own)
+        saved = (len(tasks) * backbone + own) / (backbone + own)
         about = {name: skill_card(session, name) for name in names}
         return cards.answer_cards(found, about, session.shared.difference, saved)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from aoft_demo.views import notices
 from aoft_demo.views.explain import cards
 from aoft_demo.views.explain.evidence import evidence_cards
 from aoft_demo.views.failures import failure_message, show_failures
-from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.task_lists import chosen_task, refreshed_dropdown, task_dropdown
 from aoft_demo.views.view import View
-from aoft_deploy.errors import SettingError
 
 __all__ = ["explain_view"]
 
@@ -31,6 +31,9 @@ START = notices.empty(
     "Choose a skill and press Look inside: where it looks in your picture, what training changed, "
     "and by how much.",
 )
+
+Cards = tuple[str, str]
+"""HTML of the panel and of the attention."""
 
 
 def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
@@ -50,17 +53,18 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
     gr.HTML(evidence_cards(accuracies(), speeds()), elem_id="measured")
 
     @show_failures("Not analysed", output=0, outputs=2)
-    def show(chosen: str | None, path: str | None, request: gr.Request) -> tuple[str, str]:
-        if not chosen:
-            raise SettingError("Choose a skill to look into first.")
+    def show(chosen: str | None, path: str | None, request: gr.Request) -> Iterator[Cards]:
         session = sessions.get(request.session_hash)
+        chosen = chosen_task(session, chosen)
+        yield notices.busy(f"Looking inside {chosen} …"), ""
         found = analyse_task(session, chosen), change_of(session, chosen)
         analysis = cards.inside_cards(chosen, *found)
         source = Path(path) if path else next(iter(sessions.shared.examples), None)
         if source is None:
             note = "Choose a picture on the tab Ask to see the attention to it."
-            return analysis, notices.note(note)
-        return analysis, _attention_card(session, chosen, source)
+            yield analysis, notices.note(note)
+        else:
+            yield analysis, _attention_card(session, chosen, source)
 
     look.click(
         show,
@@ -68,6 +72,7 @@ def explain_view(sessions: SessionRegistry, picture: gr.Image) -> View:
         [panel, attention],
         concurrency_limit=2,
         trigger_mode="always_last",
+        show_progress="hidden",
         api_visibility="private",
     )
     for changed, outputs, values in (

@@ -56,7 +56,7 @@ def rows(session: Session, tasks: Sequence[Resident], about: Mapping[str, SkillC
         if tasks
         else empty("No skills", "Add one from its model.ckpt, or teach one.")
     )
-    memory = _memory(session.shared.backbone_bytes, tasks)
+    memory = _memory(session.shared.backbone_bytes, tasks) if tasks else ""
     return f"{memory}{undo}{body}{DROP}{CODE}"
 
 
@@ -82,7 +82,7 @@ def _row(task: Resident, card: SkillCard, on: bool) -> str:
 def _memory(backbone: int, tasks: Sequence[Resident]) -> str:
     """Bars: memory for the weights, here and as separate models."""
     own = sum(task.bytes for task in tasks)
-    together, separate = backbone + own, max(len(tasks), 1) * backbone + own
+    together, separate = backbone + own, len(tasks) * backbone + own
     bars = "".join(
         f'<div class="line"><span class="name">{name}</span><span class="bar">'
         f'<i class="{colour}" style="width:{100 * value / separate:.1f}%"></i></span>'

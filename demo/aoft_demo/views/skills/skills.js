@@ -3,11 +3,24 @@ const list = () => element.querySelector("input[type=file]");
 const say = (text) => { const line = element.querySelector(".sending"); if (line) line.textContent = text; };
 const LARGEST = 16;
 
+// Switches that the visitor has moved: rows from before the move do not move them back.
+const wanted = new Map();
+watch("value", () => {
+  for (const [name, { on, until }] of wanted) {
+    const button = element.querySelector(`[data-act=switched][data-name="${CSS.escape(name)}"]`);
+    const moved = button?.getAttribute("aria-checked") !== String(on);
+    if (button && moved && performance.now() < until) button.setAttribute("aria-checked", on);
+    else wanted.delete(name);
+  }
+});
+
 async function add(files) {
   const wanted = files.slice(0, LARGEST);
   if (!wanted.length) return say("There is no checkpoint among these files: give model.ckpt files.");
   const sent = [];
   for (const { file, name } of wanted) {
+    const problem = aoft.tooLarge(file, name);
+    if (problem) return say(problem);
     say(`Sending ${name} …`);
     try {
       sent.push({ path: (await upload(file)).path, name });
@@ -47,6 +60,7 @@ element.addEventListener("click", (event) => {
   if (act === "switched") {
     const on = button.getAttribute("aria-checked") !== "true";
     button.setAttribute("aria-checked", on);
+    wanted.set(name, { on, until: performance.now() + 10000 });
     return trigger("switched", { name, on });
   }
   if (act === "proved") {

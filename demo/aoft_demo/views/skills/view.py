@@ -55,9 +55,8 @@ def skills_view(sessions: SessionRegistry, picture: Any) -> View:
         return ""
 
     def remove(session: Session, data: Any) -> str:
-        name = _text(data, "name")
-        session.remove(name)
-        return notices.success(name, "was removed.")
+        session.remove(_text(data, "name"))
+        return ""  # the row with Undo says it
 
     def restore(session: Session, data: Any) -> str:
         return notices.success(session.restore(), "is back.")
@@ -105,7 +104,7 @@ def _text(data: Any, key: str) -> str:
     """A text of an event's data."""
     value = data.get(key)
     if not isinstance(value, str):
-        raise SettingError("Choose a skill first.")
+        raise SettingError("The page has sent no skill: reload it.")
     return value
 
 
@@ -124,11 +123,12 @@ def _added(session: Session, file: Any) -> str:
     checkpoint = Path(path).resolve()
     if not checkpoint.is_relative_to(folder) or not checkpoint.is_file():
         return notices.failure("Not added", "This file was not uploaded.")
+    name, file_name = session.free_name(_wanted(given[:400])), Path(given).name[-200:]
     try:
-        name = session.free_name(_wanted(given[:400]))
         task = session.add(checkpoint, name)
     except Exception as error:
-        return notices.failure(f"{Path(given).name} was not added", failure_message(error))
+        text = failure_message(error).replace(f"{name}.ckpt", file_name)
+        return notices.failure(f"{file_name} was not added", text)
     return notices.success(name, f"joined the fleet with {len(task.classes)} classes.")
 
 

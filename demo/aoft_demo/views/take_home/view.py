@@ -16,10 +16,10 @@ from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.views import notices
 from aoft_demo.views.failures import show_failures
 from aoft_demo.views.take_home import cards
-from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
+from aoft_demo.views.task_lists import chosen_task, refreshed_dropdown, task_dropdown
 from aoft_demo.views.units import size
 from aoft_demo.views.view import View
-from aoft_deploy.errors import AoftError, SettingError
+from aoft_deploy.errors import AoftError
 
 __all__ = ["take_home_view"]
 
@@ -94,10 +94,8 @@ def take_home_view(sessions: SessionRegistry) -> View:
 
     @show_failures("Not made", output=0, outputs=4)
     def make(chosen: str | None, key: Any, request: gr.Request) -> Iterator[Outputs]:
-        if not chosen:
-            raise SettingError("Choose a skill first.")
         session = sessions.get(request.session_hash)
-        session.task(chosen)
+        chosen = chosen_task(session, chosen)
         yield from _in_steps(chosen, lambda: export_task(session, chosen, key))
 
     @show_failures("Not made", output=0, outputs=4)

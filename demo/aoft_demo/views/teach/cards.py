@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from aoft_demo.actions.skill_cards import percent
 from aoft_demo.actions.train import Plan, TrainingProgress
 from aoft_demo.views.charts import Line, lines
 from aoft_demo.views.parts import show_code
@@ -80,7 +81,7 @@ def result_card(name: str, progress: TrainingProgress) -> str:
         f'<div class="training done" data-skill="{escape(name)}">'
         f'<div class="verdict good" role="status"><b>{escape(name)}</b> is ready: '
         f"{_right(share, count)} that were not used for training "
-        f'(<b data-accuracy="{share:.6f}">{share:.0%}</b>).</div>'
+        f'(<b data-accuracy="{share:.6f}">{percent(share)}</b>).</div>'
         f'<p class="note">{escape(note)}</p>'
         f'<p class="links"><a href="#ask">See it on Ask</a>'
         f'<a href="#take-home/{place}">Take it home</a></p>'

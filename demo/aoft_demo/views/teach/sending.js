@@ -34,10 +34,15 @@ const send = () => {
   while (uploading < 4 && uploads.length) {
     const picture = uploads.shift();
     if (!picture.tile.pictures.includes(picture)) continue;
+    const problem = aoft.tooLarge(picture.blob, picture.name);
+    if (problem) {
+      refuse(picture, problem);
+      continue;
+    }
     uploading += 1;
     sent(picture.blob, picture.id)
       .then((path) => arrived.push({ picture, path }))
-      .catch(() => refuse(picture, `${picture.name} was not sent: it is too large, or the demo does not answer.`))
+      .catch(() => refuse(picture, `${picture.name} was not sent: the demo does not answer.`))
       .finally(() => {
         uploading -= 1;
         send();

@@ -22,6 +22,11 @@ const tryPicture = async (blob, name) => {
   while (next) {
     const picture = next;
     next = null;
+    const problem = aoft.tooLarge(picture.blob, picture.name);
+    if (problem) {
+      say(problem);
+      continue;
+    }
     const number = (asked += 1);
     try {
       const path = await sent(picture.blob, newId());
@@ -31,7 +36,7 @@ const tryPicture = async (blob, name) => {
         trigger("attempt", { number, path, name: picture.name, skill });
       });
     } catch {
-      say(`${picture.name} was not sent: it is too large, or the demo does not answer.`);
+      say(`${picture.name} was not sent: the demo does not answer.`);
     }
     waiting = 0;
   }
@@ -87,7 +92,9 @@ const tryFile = async (file) => {
   stopStage();
   const blob = await fileBlob(file);
   shown = URL.createObjectURL(blob);
-  stage.append(make("img", { src: shown, alt: file.name }));
+  const image = make("img", { src: shown, alt: file.name });
+  image.onerror = () => image.remove();
+  stage.append(image);
   tryPicture(blob, file.name);
 };
 

@@ -26,7 +26,7 @@ from aoft_demo.actions.training_data import (
 )
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
-from aoft_demo.tasks.training_queue import Training
+from aoft_demo.tasks.training_queue import Training, TrainingStoppedError
 from aoft_demo.views import notices
 from aoft_demo.views.failures import failure_message, show_failures
 from aoft_demo.views.teach import cards
@@ -99,17 +99,20 @@ def teach_view(sessions: SessionRegistry) -> View:
 
     @show_failures("Not taught", output=0, outputs=4)
     def run(typed: str | None, chosen: str | None, request: gr.Request) -> Iterator[Outputs]:
-        session = sessions.get(request.session_hash)
+        session, unchanged = sessions.get(request.session_hash), (gr.skip(), gr.skip(), gr.skip())
         typed, wanted = typed or "", _classes(chosen or "")
-        with session.training(typed) as training, sessions.queue.entered(training):
-            shown = 0
-            while before := sessions.queue.before(training):
-                training.check_not_stopped()
-                if before != shown:
-                    shown = before
-                    yield cards.waiting_card(before), gr.skip(), gr.skip(), gr.skip()
-                time.sleep(0.1)
-            yield from _train(sessions, session, training, typed, wanted)
+        try:
+            with session.training(typed) as training, sessions.queue.entered(training):
+                shown = 0
+                while before := sessions.queue.before(training):
+                    training.check_not_stopped()
+                    if before != shown:
+                        shown = before
+                        yield cards.waiting_card(before), *unchanged
+                    time.sleep(0.1)
+                yield from _train(sessions, session, training, typed, wanted)
+        except TrainingStoppedError as error:
+            yield notices.empty("Stopped", str(error)), *unchanged
 
     def stop_trainings(request: gr.Request) -> None:
         sessions.get(request.session_hash).stop_trainings()
