@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import gradio as gr
 
-__all__ = ["refreshed_dropdown", "task_dropdown", "valid_names"]
+__all__ = ["refreshed_dropdown", "task_dropdown"]
 
 
 def task_dropdown(names: Sequence[str], **properties: Any) -> gr.Dropdown:
@@ -45,11 +45,6 @@ def refreshed_dropdown(chosen: str | None, names: Sequence[str]) -> gr.Dropdown:
     if chosen and chosen not in names:
         return gr.Dropdown(list(names), value=None)
     return gr.Dropdown(list(names))
-
-
-def valid_names(payload: Any) -> list[str]:
-    """The names in the payload of a checkbox group, also of tasks that were removed."""
-    return [name for name in payload if isinstance(name, str)] if isinstance(payload, list) else []
 
 
 def _valid_name(payload: Any) -> str | None:

@@ -115,6 +115,27 @@ def test_the_bars_are_proportional_from_zero() -> None:
     assert float(low) + float(width) == pytest.approx(100, abs=0.02)
 
 
+def test_each_lane_says_its_factor_and_its_number() -> None:
+    html = cards.result_panel(FASTER, race_picture(FASTER, DAY))
+    figures = re.findall(r'<div class="figure"><b>([^<]*)</b><small>([^<]*)<', html)
+    assert figures == [
+        ("41 ms", ""),
+        ("118 ms", "2.9 ×"),
+        ("96 ms", "2.3 ×"),
+        ("11.0 MB", ""),
+        ("88.0 MB", "8.0 ×"),
+        ("16.5 MB", "1.5 ×"),
+    ]
+    svg = race_picture(FASTER, DAY)
+    texts = [str(text.text) for text in ElementTree.fromstring(svg).findall(".//{*}text")]
+    assert {"118 ms  2.9 ×", "96 ms  2.3 ×", "88.0 MB  8.0 ×", "41 ms"} <= set(texts)
+
+
+def test_a_contestant_that_is_absent_has_no_memory() -> None:
+    html = cards.result_panel(standing((0.02,)), "<svg/>")
+    assert bars(html, "Memory") == {"mixed": 100} and "0 bytes" not in html
+
+
 class Elements(HTMLParser):
     """The tags of HTML with their depths; all of them are closed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown, valid_names
+from aoft_demo.views.task_lists import refreshed_dropdown, task_dropdown
 
 
 def test_a_dropdown_keeps_its_choice_while_the_task_exists() -> None:
@@ -24,5 +24,3 @@ def test_only_names_reach_the_handlers() -> None:
     assert dropdown.value == "a" and task_dropdown([], label="x").value is None
     assert dropdown.preprocess("gone") == "gone"  # the handler reports it
     assert [dropdown.preprocess(odd) for odd in (["a"], {"a": 1}, 7, None)] == [None] * 4
-    assert valid_names(["a", {"b": 1}, 7, "gone"]) == ["a", "gone"]
-    assert valid_names("a") == valid_names(None) == []

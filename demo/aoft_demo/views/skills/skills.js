@@ -2,6 +2,7 @@
 const list = () => element.querySelector("input[type=file]");
 const say = (text) => { const line = element.querySelector(".sending"); if (line) line.textContent = text; };
 const LARGEST = 16;
+const clicked = new Map(); // the last click on each switch that the demo has not shown yet
 
 async function add(files) {
   const wanted = files.slice(0, LARGEST);
@@ -47,6 +48,7 @@ element.addEventListener("click", (event) => {
   if (act === "switched") {
     const on = button.getAttribute("aria-checked") !== "true";
     button.setAttribute("aria-checked", on);
+    clicked.set(name, String(on));
     return trigger("switched", { name, on });
   }
   if (act === "proved") {
@@ -76,5 +78,17 @@ element.addEventListener("drop", async (event) => {
   const files = [];
   for (const entry of entries) files.push(...(await dropped(entry, 3)));
   add(files);
+});
+
+// Rows that the demo sent before it knew of the last clicks do not undo them.
+watch("value", () => {
+  const switches = new Map(
+    [...element.querySelectorAll("[data-act=switched]")].map((each) => [each.dataset.name, each]),
+  );
+  for (const [name, on] of clicked) {
+    const shown = switches.get(name);
+    if (!shown || shown.getAttribute("aria-checked") === on) clicked.delete(name);
+    else shown.setAttribute("aria-checked", on);
+  }
 });
 element.dataset.ready = "";
