@@ -42,6 +42,9 @@ def test_a_page_notices_another_server() -> None:
 
 
 def test_the_page_is_compressed_and_streams_are_not() -> None:
-    server = Additions(PlainTextResponse("a" * 10_000), [])
-    assert get(server, "GET", "/").headers["content-encoding"] == "gzip"
-    assert "content-encoding" not in get(server, "GET", "/gradio_api/queue/data").headers
+    page, stream = (
+        get(Additions(PlainTextResponse("a" * 10_000), []), "GET", path)
+        for path in ("/", "/gradio_api/queue/data")
+    )
+    assert page.headers["content-encoding"] == "gzip" and page.text == stream.text
+    assert "content-encoding" not in stream.headers

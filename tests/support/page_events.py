@@ -18,13 +18,13 @@ class PageEvents:
     def __init__(self, page: Any) -> None:
         self.page = page
         self.ids = {block.elem_id: number for number, block in page.blocks.items()}
-        self.ids["page"] = page._id
+        self.ids |= {"page": page._id, "tab": None}
 
     def handlers(self, part: str, event: str) -> list[Any]:
         """What an event runs on the server.
 
         Args:
-            part: ``elem_id`` of the component, or ``page``.
+            part: ``elem_id`` of the component; ``page``, or ``tab`` for the browser's tab.
             event: Name of the event, such as ``click``.
         """
         target = (self.ids[part], event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,10 @@ def registry(shared: SharedFleet) -> Iterator[SessionRegistry]:
 
 @pytest.fixture(scope="module")
 def page(registry: SessionRegistry) -> PageEvents:
-    events = PageEvents(build(registry))
+    async def made() -> PageEvents:  # Gradio needs an event loop
+        return PageEvents(build(registry))
+
+    events = asyncio.run(made())
     assert len(registry) == 0  # the session that filled the page is gone
     return events
 
@@ -81,7 +85,7 @@ def test_a_reload_shows_what_the_visitor_has_changed(
     first, *others = registry.shared.tasks
     visit.call("rows", "removed", visitor="a", data={"name": first})
     visit.call("picture", "change", str(registry.shared.examples[2]), visitor="a")
-    visit.call("page", "unload", visitor="a")
+    visit.call("tab", "unload", visitor="a")
     again = load(visit, "a again", KEY)
     assert again["picture"] == {"example": 2}
     assert 'data-picture="example-2"' in again["answers"] and shown(again["answers"]) == others
@@ -92,7 +96,7 @@ def test_a_reload_shows_what_the_visitor_has_changed(
 
 def test_a_closed_page_is_left(visit: PageEvents, registry: SessionRegistry) -> None:
     session = registry.get("a")
-    visit.call("page", "unload", visitor="a")
+    visit.call("tab", "unload", visitor="a")
     assert session.ended and len(registry) == 0
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +92,8 @@ def test_each_column_of_the_proof_shows_its_own_model() -> None:
     assert [name for name, _ in lines] == list("bdegaf")  # the largest first
     assert len(lines) == CLASSES
     values = {name: re.findall(r'data-value="([^"]+)"', cells) for name, cells in lines}
+    code = re.findall(r'<pre tabindex="0">([^#]+)#', proof_card("it's", proof(0.0, 0.0)))
+    assert shlex.split(unescape(code[0]))[2] == "it's.ckpt"
     assert values["a"] == ["0.5", "0.75", "0.625"] and values["b"] == ["3"] * 3
 
 
@@ -138,7 +143,7 @@ def test_only_uploaded_files_are_added(
     for odd in (str(host), f"{own.parent}/../../host.ckpt", "\0", "", 7, str(own.parent)):
         said = view._added(session, {"path": odd, "name": "mine.ckpt"})
         assert "Not added" in said and "mine" not in session.tasks, odd
-    files = ("text", None, {}, {"path": str(own)}, {"path": str(own), "name": 7})
+    files: tuple[Any, ...] = ("text", None, {}, {"path": str(own)}, {"path": str(own), "name": 7})
     assert all("This file was not uploaded." in view._added(session, file) for file in files)
     said = view._added(session, {"path": str(own), "name": "mine/model.ckpt"})
     assert "<b>mine</b> joined the fleet with" in said and session.tasks["mine"].origin == "added"
