@@ -71,6 +71,8 @@ def test_skills_are_switched_added_removed_and_brought_back(
     page.expect(page.find(f"#rows [data-task='{second}']")).to_have_count(1)
     page.expect(undo).to_have_count(0)
     assert names(page) == [*TASKS, "b my pets", added]
+    page.upload("#rows", *[folder / f"{first}.ckpt"] * 17)
+    page.shows("#rows .sending", "Add at most 16 files at once: these are 17.")
     page.tab("Ask")
     answers = page.classify(PICTURES[1])
     assert set(answers) == {*TASKS[1:], "b my pets", added}

@@ -1,14 +1,14 @@
 // The rows: buttons with data-act trigger events; files are uploaded and added.
 const list = () => element.querySelector("input[type=file]");
 const say = (text) => { const line = element.querySelector(".sending"); if (line) line.textContent = text; };
-const LARGEST = 16;
+const MOST = 16;
 const clicked = new Map(); // the last click on each switch that the demo has not shown yet
 
 async function add(files) {
-  const wanted = files.slice(0, LARGEST);
-  if (!wanted.length) return say("There is no checkpoint among these files: give model.ckpt files.");
+  if (!files.length) return say("There is no checkpoint among these files: give model.ckpt files.");
+  if (files.length > MOST) return say(`Add at most ${MOST} files at once: these are ${files.length}.`);
   const sent = [];
-  for (const { file, name } of wanted) {
+  for (const { file, name } of files) {
     say(`Sending ${name} …`);
     try {
       sent.push({ path: (await upload(file)).path, name });
@@ -23,8 +23,14 @@ async function add(files) {
 
 const isCheckpoint = (name) => /\.(ckpt|safetensors)$/i.test(name);
 
-function inFolder(entry) {
-  return new Promise((resolve) => entry.createReader().readEntries(resolve, () => resolve([])));
+async function inFolder(entry) {
+  const reader = entry.createReader();
+  const found = [];
+  for (;;) { // a browser gives at most 100 entries at once
+    const some = await new Promise((resolve) => reader.readEntries(resolve, () => resolve([])));
+    if (!some.length) return found;
+    found.push(...some);
+  }
 }
 
 async function dropped(entry, depth) {
