@@ -45,6 +45,8 @@ def test_a_file_gives_the_fleets_answers_and_its_manifest_has_the_report(
     manifest = json.loads(done.manifest.read_text("utf-8"))
     assert manifest["verification"]["max_abs"] == report.max_abs
     assert manifest["command"] == done.code["Shell"]
+    assert ("--uint8" in done.code["Shell"]) is key.endswith("uint8")
+    assert ("uint8=True" in done.code["Python"]) is key.endswith("uint8")
     assert done.steps["Ask it about a picture"] == f"aoft-predict {done.path.name} picture.png"
     picture = session.shared.examples[0]
     classifier = load_classifier(done.path)
@@ -182,7 +184,11 @@ def test_sample_pictures_are_whole_examples_and_then_parts(tmp_path: Path) -> No
     assert write_sample_pictures([wide], tmp_path / "a", 64) == 6
     sizes = [read_image(path).size for path in sorted((tmp_path / "a").iterdir())]
     assert sizes[0] == (256, 128) and len(sizes) == 6
-    assert write_sample_pictures([wide] * 7, tmp_path / "b", 64) == 25
+    tall = tmp_path / "tall.png"
+    Image.new("RGB", (1000, 2000), "red").save(tall)
+    assert write_sample_pictures([wide, *[tall] * 6], tmp_path / "b", 64) == 25
+    sizes = [read_image(path).size for path in sorted((tmp_path / "b").iterdir())]
+    assert sizes[:7] == [(256, 128), *[(128, 256)] * 6]
     assert write_sample_pictures([], tmp_path / "c", 64) == 0 and not (tmp_path / "c").exists()
     Image.new("RGB", (1, 1)).save(wide)
     assert write_sample_pictures([wide], tmp_path / "d", 64) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from onnx.numpy_helper import to_array
 
 from aoft_demo.actions import race as race_module
 from aoft_demo.actions.race import LANES, MAX_SKILLS, raced_skills, run_race
-from aoft_demo.actions.race_contestants import Batch, Contestant
+from aoft_demo.actions.race_contestants import Batch, Contestant, mixed_batch
 from aoft_demo.actions.race_following import follow_race
 from aoft_demo.actions.race_models import model_path
 from aoft_demo.actions.race_queue import Race, RaceQueue, RaceStoppedError
@@ -139,6 +140,13 @@ def test_a_slow_machine_gets_fewer_pictures(
     def clock(step: float) -> Callable[[], float]:
         return lambda: step * next(ticks)
 
+    raced: list[int] = []
+
+    def recorded(fleet: object, keys: object, batch: Batch, weights: int) -> Contestant:
+        raced.append(len(batch.skill))
+        return mixed_batch(fleet, keys, batch, weights)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(race_module, "mixed_batch", recorded)
     without_checkpoints(session)
     pictures = list(session.shared.examples)
     for step, asked, given in ((0.3, 8, 8), (0.5, 8, 4), (2.0, 4, 1), (60.0, 1, 1)):
@@ -146,6 +154,7 @@ def test_a_slow_machine_gets_fewer_pictures(
         result = finished(stages)
         assert (result.asked, result.per_skill) == (asked, given)
         assert result.lanes[0].laps.median == pytest.approx(step)
+        assert raced[-1] == given * len(session.tasks)
 
 
 def test_invalid_choices_are_refused(session: Session, tmp_path: Path) -> None:
@@ -219,6 +228,26 @@ def test_a_race_that_has_ended_lets_the_next_one_run(
     races = RaceQueue()
     assert list(follow_race(races, sessions.get("a"), [], 1)) == [Preparing("a", 0, 1)]
     assert races.ahead(races.enter(sessions.get("b"))) == 0
+
+
+def test_a_stop_does_not_wait_for_the_present_step(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def slow(*arguments: object) -> Iterator[Preparing]:
+        yield Preparing("a", 0, 2)
+        ended.wait(20)
+        yield Preparing("b", 1, 2)
+
+    monkeypatch.setattr("aoft_demo.actions.race_following.run_race", slow)
+    races = RaceQueue()
+    race = follow_race(races, session, [], 1)
+    assert next(race) == Preparing("a", 0, 2)
+    races.stop(session)
+    with pytest.raises(RaceStoppedError):
+        next(race)
+    ended.set()
 
 
 def test_each_contestant_gets_its_own_laps(

@@ -49,6 +49,9 @@ def test_models_are_kept_where_their_skills_belong_and_go_with_them(
     assert len(exported) == 3  # the second race finds the models
     race(theirs, "mine", built_in)
     assert len(exported) == 4  # all visitors share those of the built-in skills
+    theirs.add(CHECKPOINT, "twin")
+    twins = {name: str(theirs.tasks[name].checkpoint) for name in ("mine", "twin", built_in)}
+    assert race(theirs, *twins) == twins and len(exported) == 5
 
     files = [model_path(ours, ours.task(name)) for name in names]
     assert [file.parent.parent for file in files] == [

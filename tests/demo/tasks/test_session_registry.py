@@ -74,6 +74,8 @@ def test_a_tabs_key_finds_its_session_again_until_the_grace_time_is_over(
     sessions.leave("page 2")
     now[0] += GRACE - 1
     assert sessions.attach("page 3", KEYS[0]) is first and "mine" in first.tasks
+    now[0] += 2 * GRACE
+    assert sessions.get("page 3") is first  # the page is open again
     sessions.leave("page 3")
     now[0] += GRACE + 1
     assert sessions.attach("page 4", KEYS[0]) is not first
