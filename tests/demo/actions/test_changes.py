@@ -40,7 +40,9 @@ def test_the_change_is_that_of_the_merged_model(session: Session) -> None:
     for name, before in plain.named_parameters():
         if not name.endswith("attn.qkv.weight"):
             continue
-        parts = zip(before.chunk(3), merged.get_parameter(name).chunk(3), strict=True)
+        parts = zip(
+            before.detach().chunk(3), merged.get_parameter(name).detach().chunk(3), strict=True
+        )
         for role, (old, new) in zip("qkv", parts, strict=True):
             ratios[f"{name.removesuffix('.weight')}.{role}"] = float(
                 (new - old).norm() / old.norm()
