@@ -89,9 +89,10 @@ class Session:
 
     @property
     def is_new(self) -> bool:
-        """Whether the visitor has changed nothing yet."""
+        """Whether the page shows what it showed at first."""
         first = set(list(self.shared.tasks)[ON_AT_FIRST:])
-        return self.tasks == self.shared.tasks and self.off == first and self.picture is None
+        same = self.tasks == self.shared.tasks and self.off == first
+        return same and self.picture is None and not self._removed
 
     def switch(self, name: str, on: bool) -> None:
         """Switch a task on or off.

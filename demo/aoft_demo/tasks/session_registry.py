@@ -120,10 +120,9 @@ class SessionRegistry:
             if self._closed:
                 raise SettingError("The demo has ended: start it again.")
             before = self._pages.get(page)
-            session = self._kept.get(key) if key else before
+            session = (self._kept.get(key) if key else None) or before
             ending = [] if session else self._make_room()
-            if session is None:
-                session = before or self._new()
+            session = session or self._new()
             if key:
                 self._kept.setdefault(key, session)
             self._pages[page] = session

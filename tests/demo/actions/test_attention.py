@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from aoft_demo.actions.attention import attention_of, attention_overlay
+from aoft_demo.actions.attention import Attention, attention_of, attention_overlay
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
 from aoft_deploy import load
@@ -63,3 +63,12 @@ def test_other_backbones_are_refused_in_words(name: str) -> None:
     model = timm.create_model(name, pretrained=False)
     with pytest.raises(NotImplementedError, match="is no plain Vision Transformer"):
         attention_module._shares(model.eval(), np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_the_share_that_moved_is_at_most_one() -> None:
+    corner, middle = np.zeros((2, 3, 3), np.float32)
+    corner[0, 0] = middle[1, 1] = 1
+    pixels = np.zeros((9, 9, 3), np.uint8)
+    assert Attention(corner, middle, "", pixels).moved == 1
+    assert Attention(corner, (corner + middle) / np.float32(2), "", pixels).moved == 0.5
+    assert Attention(corner, corner, "", pixels).moved == 0

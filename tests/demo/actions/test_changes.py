@@ -13,6 +13,9 @@ from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints, open_shared_fleet
 from aoft_deploy import load, merge
+from aoft_deploy.checkpoints.backbone_source import BackboneSource
+from aoft_deploy.checkpoints.checkpoint import read_checkpoint
+from aoft_deploy.checkpoints.trained_backbone import trained_backbone
 
 
 def test_the_change_is_that_of_the_merged_model(session: Session) -> None:
@@ -32,6 +35,20 @@ def test_the_change_is_that_of_the_merged_model(session: Session) -> None:
     assert weight.shape == (3 * rows, columns)
     assert change.layer.before + change.layer.change == pytest.approx(shown, abs=1e-6)
     assert np.abs(change.layer.change).max() > 0
+    plain, _ = trained_backbone(path, read_checkpoint(path), BackboneSource())
+    ratios = {}
+    for name, before in plain.named_parameters():
+        if not name.endswith("attn.qkv.weight"):
+            continue
+        parts = zip(
+            before.detach().chunk(3), merged.get_parameter(name).detach().chunk(3), strict=True
+        )
+        for role, (old, new) in zip("qkv", parts, strict=True):
+            ratios[f"{name.removesuffix('.weight')}.{role}"] = float(
+                (new - old).norm() / old.norm()
+            )
+    assert max(ratios, key=lambda name: ratios[name]) == change.layer.name
+    assert change.layer.ratio == pytest.approx(max(ratios.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["vpt", "rlrr"])

@@ -35,3 +35,20 @@ def test_missing_results_are_reported(root: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(evidence, "__file__", "/nowhere/aoft_demo/actions/evidence.py")
     assert results_folder() is None and accuracies() == [] and speeds() == []
     assert "No measurements found" in evidence_cards([], [])
+
+
+def test_the_learning_rate_is_chosen_by_validation_on_the_first_seed() -> None:
+    evidence = importlib.import_module("aoft_demo.actions.evidence")
+
+    def run(factor: float, val: float, test: float, loss: float = 1.0) -> dict[str, float]:
+        return {"factor": factor, "val": val, "val_loss": loss, "test": test, "parameters": 7}
+
+    found = evidence._accuracy(
+        "a",
+        {
+            0: [run(1, 0.9, 0.99), run(2, 0.95, 0.6), run(3, 0.95, 0.7, loss=2.0)],
+            1: [run(1, 0.99, 0.99), run(2, 0.1, 0.8), run(3, 0.99, 0.99)],
+        },
+    )
+    assert (found.mean, found.seeds, found.parameters) == (pytest.approx(0.7), 2, 7)
+    assert found.margin == pytest.approx(12.706 * 0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from PIL import Image
 
 from aoft_demo.actions.classify import classify
 from aoft_demo.actions.export import TakenHome, export_all, export_task
-from aoft_demo.actions.export_code import Plan, export_code
-from aoft_demo.actions.formats import DEFAULT, Format
+from aoft_demo.actions.export_code import Plan, export_code, next_steps
+from aoft_demo.actions.formats import CHECKPOINT, DEFAULT, Format
 from aoft_demo.actions.sample_pictures import write_sample_pictures
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import Task, bundled_checkpoints
@@ -44,6 +45,9 @@ def test_a_file_gives_the_fleets_answers_and_its_manifest_has_the_report(
     manifest = json.loads(done.manifest.read_text("utf-8"))
     assert manifest["verification"]["max_abs"] == report.max_abs
     assert manifest["command"] == done.code["Shell"]
+    assert ("--uint8" in done.code["Shell"]) is key.endswith("uint8")
+    assert ("uint8=True" in done.code["Python"]) is key.endswith("uint8")
+    assert done.steps["Ask it about a picture"] == f"aoft-predict {done.path.name} picture.png"
     picture = session.shared.examples[0]
     classifier = load_classifier(done.path)
     assert getattr(classifier.engine, "takes_pixels", False) is key.endswith("uint8")
@@ -93,6 +97,15 @@ def test_all_tasks_fit_into_one_file(session: Session) -> None:
     assert done.size < 1.2 * export_task(session, NAME, DEFAULT).size
     assert done.code["Shell"].startswith(f"aoft-export --fleet {names[0]}.ckpt {names[1]}.ckpt")
     done = export_all(session)
+    assert {path.name for path in (session.folder / "exports").iterdir()} == {
+        "all-skills.onnx",
+        "all-skills.onnx.json",
+    }
+    asked = done.steps["Ask it about a picture"]
+    assert asked == f"aoft-predict all-skills.onnx --task {names[0]} picture.png"
+    odd = next_steps(done.path, "it's (2)")
+    assert shlex.split(odd["Ask it about a picture"])[2:4] == ["--task", "it's (2)"]
+    assert repr("it's (2)") in odd["Ask it in Python"]
     picture = session.shared.examples[0]
     for name in names:
         expected = classify(session, picture, [name], top=1).predictions[name][0]
@@ -131,6 +144,27 @@ def test_a_removed_task_and_an_ended_session_leave_nothing(
     assert not session.folder.exists()
 
 
+def test_the_own_file_of_a_skill_is_its_checkpoint(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for checkpoint in bundled_checkpoints()[1:3]:
+        done = export_task(session, checkpoint.stem, CHECKPOINT)
+        assert done.path.read_bytes() == checkpoint.read_bytes()
+        assert done.tasks == (checkpoint.stem,) and done.manifest is None and done.report is None
+        assert [path.name for path in done.path.parent.iterdir()] == [checkpoint.name]
+        assert all(checkpoint.name in code for code in (*done.code.values(), *done.steps.values()))
+
+    def copy(source: Path, target: Path) -> None:
+        session.end()
+        target.parent.mkdir(parents=True)
+        target.touch()
+
+    monkeypatch.setattr("aoft_demo.actions.export.shutil.copyfile", copy)
+    with pytest.raises(UnknownNameError):
+        export_task(session, NAME, CHECKPOINT)
+    assert not session.folder.exists()
+
+
 def test_the_names_of_files_are_quoted_and_the_weights_are_named() -> None:
     chosen = Format(DEFAULT, "", to=DEFAULT)
     plan = Plan(["it's $HOME.ckpt"], "it's $HOME.onnx", chosen, True, Path("/a/w.npz"))
@@ -150,7 +184,11 @@ def test_sample_pictures_are_whole_examples_and_then_parts(tmp_path: Path) -> No
     assert write_sample_pictures([wide], tmp_path / "a", 64) == 6
     sizes = [read_image(path).size for path in sorted((tmp_path / "a").iterdir())]
     assert sizes[0] == (256, 128) and len(sizes) == 6
-    assert write_sample_pictures([wide] * 7, tmp_path / "b", 64) == 25
+    tall = tmp_path / "tall.png"
+    Image.new("RGB", (1000, 2000), "red").save(tall)
+    assert write_sample_pictures([wide, *[tall] * 6], tmp_path / "b", 64) == 25
+    sizes = [read_image(path).size for path in sorted((tmp_path / "b").iterdir())]
+    assert sizes[:7] == [(256, 128), *[(128, 256)] * 6]
     assert write_sample_pictures([], tmp_path / "c", 64) == 0 and not (tmp_path / "c").exists()
     Image.new("RGB", (1, 1)).save(wide)
     assert write_sample_pictures([wide], tmp_path / "d", 64) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from onnx.numpy_helper import to_array
 
 from aoft_demo.actions import race as race_module
 from aoft_demo.actions.race import LANES, MAX_SKILLS, raced_skills, run_race
+from aoft_demo.actions.race_contestants import Batch, Contestant, mixed_batch
 from aoft_demo.actions.race_following import follow_race
 from aoft_demo.actions.race_models import model_path
 from aoft_demo.actions.race_queue import Race, RaceQueue, RaceStoppedError
@@ -22,6 +24,7 @@ from aoft_demo.actions.race_stages import Preparing, Stage, Standing, Waiting
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.session_registry import SessionRegistry
 from aoft_demo.tasks.shared_fleet import SharedFleet, checkpoint_of, task_bytes
+from aoft_deploy.artefacts.engine import EngineOptions
 from aoft_deploy.checkpoints.opening import load
 from aoft_deploy.data.images import read_image
 from aoft_deploy.errors import ImageError, SettingError
@@ -137,6 +140,13 @@ def test_a_slow_machine_gets_fewer_pictures(
     def clock(step: float) -> Callable[[], float]:
         return lambda: step * next(ticks)
 
+    raced: list[int] = []
+
+    def recorded(fleet: object, keys: object, batch: Batch, weights: int) -> Contestant:
+        raced.append(len(batch.skill))
+        return mixed_batch(fleet, keys, batch, weights)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(race_module, "mixed_batch", recorded)
     without_checkpoints(session)
     pictures = list(session.shared.examples)
     for step, asked, given in ((0.3, 8, 8), (0.5, 8, 4), (2.0, 4, 1), (60.0, 1, 1)):
@@ -144,6 +154,7 @@ def test_a_slow_machine_gets_fewer_pictures(
         result = finished(stages)
         assert (result.asked, result.per_skill) == (asked, given)
         assert result.lanes[0].laps.median == pytest.approx(step)
+        assert raced[-1] == given * len(session.tasks)
 
 
 def test_invalid_choices_are_refused(session: Session, tmp_path: Path) -> None:
@@ -205,3 +216,117 @@ def test_a_page_that_is_closed_stops_its_race(sessions: SessionRegistry) -> None
     (waiting,) = (each for each in races._races if each is not blocking)
     race.close()  # type: ignore[attr-defined]
     assert waiting.stopped
+
+
+def test_a_race_that_has_ended_lets_the_next_one_run(
+    sessions: SessionRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*arguments: object) -> Iterator[Preparing]:
+        yield Preparing("a", 0, 1)
+
+    monkeypatch.setattr("aoft_demo.actions.race_following.run_race", short)
+    races = RaceQueue()
+    assert list(follow_race(races, sessions.get("a"), [], 1)) == [Preparing("a", 0, 1)]
+    assert races.ahead(races.enter(sessions.get("b"))) == 0
+
+
+def test_a_stop_does_not_wait_for_the_present_step(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def slow(*arguments: object) -> Iterator[Preparing]:
+        yield Preparing("a", 0, 2)
+        ended.wait(20)
+        yield Preparing("b", 1, 2)
+
+    monkeypatch.setattr("aoft_demo.actions.race_following.run_race", slow)
+    races = RaceQueue()
+    race = follow_race(races, session, [], 1)
+    assert next(race) == Preparing("a", 0, 2)
+    races.stop(session)
+    with pytest.raises(RaceStoppedError):
+        next(race)
+    ended.set()
+
+
+def test_each_contestant_gets_its_own_laps(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    names = list(session.tasks)
+
+    def contestant(seconds: float, weights: int) -> Contestant:
+        def run() -> list[np.ndarray]:
+            now[0] += seconds
+            return [np.zeros(len(session.tasks[name].classes), np.float32) for name in names]
+
+        return Contestant(run, weights)
+
+    def separate(*arguments: object) -> Iterator[Preparing]:
+        yield Preparing("Making a separate model", 1, 4)
+        return contestant(2.0, 20)  # type: ignore[return-value]
+
+    monkeypatch.setattr(race_module, "_mixed", lambda *_: contestant(1.0, 10))
+    monkeypatch.setattr(race_module, "_separate", separate)
+    monkeypatch.setattr(race_module, "_peft", lambda *_: contestant(3.0, 30))
+    pictures = list(session.shared.examples)
+    stages: list[Stage] = list(run_race(session, pictures, 1, Race(session), lambda: now[0]))
+    result = finished(stages)
+    shown = [(lane.key, lane.laps.seconds, lane.weights) for lane in result.lanes]
+    assert shown == [
+        ("mixed", (1.0,), 10),
+        ("separate", (2.0,), 20),
+        ("peft", (3.0,), 30),
+    ]
+    told = [stage for stage in stages if isinstance(stage, Standing)]
+    assert [sum(bool(x.laps.seconds) for x in stage.lanes) for stage in told] == [1, 2, 3, 3]
+    assert [stage.finished for stage in told] == [False, False, False, True]
+
+
+def test_the_warm_up_compares_one_pass_with_the_separate_models(session: Session) -> None:
+    first, second = (session.tasks[name] for name in list(session.tasks)[:2])
+    logits = [np.arange(len(task.classes), dtype=np.float32) for task in (first, second, first)]
+    others = [row.copy() for row in logits]
+    others[1][-1] += 0.5
+    others[2][0] += 9.0  # another decision
+    batch = Batch(np.zeros((3, 3, 1, 1), np.float32), (0, 1, 0), 2)
+    ran: list[str] = []
+
+    def contestant(name: str, rows: list[np.ndarray]) -> Contestant:
+        return Contestant(lambda: ran.append(name) or rows, 0)  # type: ignore[func-returns-value]
+
+    entered = {"mixed": contestant("mixed", logits), "separate": contestant("separate", others)}
+    entered["peft"] = contestant("peft", logits)
+    agreement = race_module._warm_up(entered, batch, [first, second], Race(session))
+    assert ran == ["mixed", "separate", "peft"] and agreement is not None
+    assert (agreement.agreeing, agreement.difference, agreement.largest) == (2, 9.0, 9.0)
+    del entered["separate"]
+    assert race_module._warm_up(entered, batch, [first, second], Race(session)) is None
+
+
+def test_all_contestants_have_the_same_threads(
+    session: Session, shared: SharedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+
+    def load_one(path: Path, options: EngineOptions) -> None:
+        given.append(options.threads)
+
+    def peft(kind: object, weights: object, classes: int, batch: object, threads: int) -> None:
+        given.extend([classes, threads])
+
+    for name, stand_in in (
+        ("merged_models", lambda *_: iter([Path("a.onnx")])),
+        ("load_artefact", load_one),
+        ("onnx_bytes", lambda _: 1),
+        ("separate_models", lambda *_: None),
+        ("peft_batch", peft),
+    ):
+        monkeypatch.setattr(race_module, name, stand_in)
+    monkeypatch.setattr(session, "shared", replace(shared, threads=3))
+    batch = Batch(np.zeros((1, 3, 1, 1), np.float32), (0,), 1)
+    list(race_module._separate(session, ["a"], batch, Race(session)))
+    tasks = list(session.tasks.values())
+    race_module._peft(session, tasks, batch)
+    assert given == [3, max(len(task.classes) for task in tasks), 3]

@@ -18,10 +18,12 @@ from aoft_demo.actions import race_contestants
 from aoft_demo.actions.race_contestants import (
     Batch,
     lora_rank,
+    mixed_batch,
     onnx_bytes,
     peft_batch,
     separate_models,
 )
+from aoft_demo.tasks.shared_fleet import SharedFleet
 from aoft_deploy.errors import MissingExtraError
 from aoft_deploy.fleet.task import TaskKind
 
@@ -132,3 +134,22 @@ def test_peft_may_be_missing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> 
     batch = Batch(np.zeros((1, 3, SIZE, SIZE), np.float32), (0,), 1)
     with pytest.raises(MissingExtraError, match=r"peft is not installed: run pip install"):
         peft_batch(KIND, weights, 6, batch, threads=1)
+
+
+def test_one_pass_answers_each_picture_with_its_own_skill(shared: SharedFleet) -> None:
+    names = list(shared.tasks)[:2]
+    rows = np.random.default_rng(0).normal(size=(3, *shape(shared))).astype(np.float32)
+    batch = Batch.of(rows, skills=2, per_skill=3)
+    contestant = mixed_batch(shared.fleet, names, batch, 17)
+    expected = [
+        shared.fleet.predict(image[None], [names[skill]])[0].logits
+        for image, skill in zip(batch.images, batch.skill, strict=True)
+    ]
+    for row, other in zip(contestant.run(), expected, strict=True):
+        np.testing.assert_allclose(row, other, atol=1e-4)
+    assert contestant.weights == 17
+
+
+def shape(shared: SharedFleet) -> tuple[int, int, int]:
+    preprocessing = shared.fleet.preprocessing
+    return 3, preprocessing.height, preprocessing.width

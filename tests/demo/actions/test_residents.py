@@ -15,6 +15,8 @@ def test_tasks_are_added_and_removed(session: Session, shared: SharedFleet) -> N
     session.add(BUNDLED / "shape.ckpt", "  my   shape ")
     assert "my shape" in session.tasks and shared.fleet.residency.bytes > before
     rows = {row.name: row for row in residents(session)}
+    taken = shared.fleet.residency.bytes - before
+    assert taken - 64 <= rows["my shape"].bytes <= taken
     assert rows["my shape"].bytes == rows["shape"].bytes
     assert (rows["my shape"].origin, rows["shape"].origin) == ("added", "initial")
     with pytest.raises(SettingError, match="There is a task 'my shape'"):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+from dataclasses import replace
+
 import pytest
 
+from aoft_demo.actions import skill_cards
 from aoft_demo.actions.skill_cards import UNSURE_BELOW, SkillCard, skill_card
 from aoft_demo.tasks.session import Session
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
@@ -40,3 +45,36 @@ def test_an_accuracy_is_rounded_down(accuracy: float, shown: str) -> None:
     card = SkillCard("Which?", "fruit", accuracy, "200 test pictures", 0.5)
     assert card.right == f"right on {shown} of 200 test pictures"
     assert SkillCard("Which?", "fruit", None, "", 0.5).right == ""
+
+
+def test_the_accuracy_is_of_the_test_if_there_was_one(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (figures, shown) in enumerate(
+        (
+            ({"val_accuracy": 0.99, "test_accuracy": 0.8}, (0.8, "test pictures")),
+            ({"val_accuracy": 0.99, "test_accuracy": None}, (0.99, "pictures kept aside")),
+            ({"val_accuracy": 7.0, "test_accuracy": -1.0}, (None, "")),
+            ({"val_accuracy": "1", "test_accuracy": math.nan}, (None, "")),
+            ({}, (None, "")),
+        )
+    ):
+        monkeypatch.setattr(
+            skill_cards, "parse_description", lambda path, text, f=figures: {"training": f}
+        )
+        copy = session.folder / f"{number}.ckpt"  # what was read of another file is kept
+        shutil.copyfile(bundled_checkpoints()[0], copy)
+        session.tasks["mine"] = replace(session.tasks["shape"], checkpoint=copy)
+        card = skill_card(session, "mine")
+        assert (card.accuracy, card.pictures) == shown
+
+
+def test_a_visitors_file_does_not_get_the_card_of_a_built_in_skill(session: Session) -> None:
+    checkpoint = bundled_checkpoints()[0]
+    session.remove(checkpoint.stem)
+    session.add(checkpoint, checkpoint.stem)  # the copy has the same name
+    assert skill_card(session, checkpoint.stem).made_for == ""
+    (session.folder / "odd.ckpt").write_bytes(b"odd")
+    odd = session.folder / "odd.ckpt"
+    session.tasks["odd"] = replace(session.shared.tasks[checkpoint.stem], checkpoint=odd)
+    assert skill_card(session, "odd").right == ""

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from teaching import shades
 
+from aoft_demo.actions import train
 from aoft_demo.actions.train import Plan, TrainingProgress, run_training, training_plan
 from aoft_demo.tasks.shared_fleet import SharedFleet, open_shared_fleet
 from aoft_demo.tasks.trainers import Trainers
@@ -181,3 +183,36 @@ def test_the_time_left_follows_the_latest_epochs_and_is_never_negative() -> None
     assert "finishing" in card([1.0] * 10, 0)
     assert "Best so far: right on 3 of 5 pictures kept aside." in card([1.0], 4)
     assert 'aria-valuenow="10"' in card([1.0], 4)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "epochs", "batch"), [(6, 40, 8), (23, 40, 8), (60, 20, 16), (1000, 6, 32)]
+)
+def test_a_training_is_short_for_many_pictures_and_long_for_few(
+    tiny: SharedFleet, monkeypatch: pytest.MonkeyPatch, pictures: int, epochs: int, batch: int
+) -> None:
+    splits = SimpleNamespace(train=range(pictures), val=range(4), test=None)
+    monkeypatch.setattr(train, "load_folder", lambda folder: splits)
+    plan = training_plan(tiny, Path())
+    assert (plan.settings.epochs, plan.settings.batch_size) == (epochs, batch)
+    assert (plan.train, plan.val, plan.test) == (pictures, 4, 0)
+
+
+def test_the_rest_is_estimated_from_the_latest_epochs() -> None:
+    def left(seconds: list[float], epochs: int, since: float) -> float | None:
+        return train._seconds_left([{"seconds": x} for x in seconds], epochs, since)
+
+    assert left([], 10, 3.0) is None
+    assert left([9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 10, 0.0) == pytest.approx(4)  # 4 epochs of 1 s
+    assert left([1.0, 1.0], 10, 0.75) == pytest.approx(7.25)
+    assert left([1.0, 1.0], 10, 3.0) == pytest.approx(21)  # each is as slow as the present one
+    assert left([1.0] * 10, 10, 2.0) == 0
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert train._metrics(metrics) == []
+    metrics.write_text('{"lr": 1}\n{"lr": 2}\n{"l')
+    assert train._metrics(metrics) == [{"lr": 1}, {"lr": 2}]
+    assert train._reason("a\nerror: one.\nerror: two.\nb") == "Training failed: two."
+    assert "ended unexpectedly" in train._reason("Killed")

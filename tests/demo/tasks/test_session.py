@@ -5,14 +5,15 @@ from __future__ import annotations
 import resource
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aoft_demo.actions.classify import classify
-from aoft_demo.tasks.session import MAX_REMOVED, MAX_TASKS, Session, task_name
-from aoft_demo.tasks.shared_fleet import BUNDLED, bundled_checkpoints
+from aoft_demo.tasks.session import MAX_REMOVED, MAX_TASKS, ON_AT_FIRST, Session, task_name
+from aoft_demo.tasks.shared_fleet import BUNDLED, SharedFleet, bundled_checkpoints
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
 PICTURE = BUNDLED / "star.jpg"
@@ -130,13 +131,13 @@ def test_labels_and_logits_are_of_the_same_version_while_a_task_is_replaced(
     session.add(BUNDLED / "shape.ckpt", "mine")
     ended = threading.Event()
 
-    def replace() -> None:
+    def exchange() -> None:
         for i in range(60):
             session.remove("mine")
             session.add(BUNDLED / f"{('colour', 'shape')[i % 2]}.ckpt", "mine")
         ended.set()
 
-    replacing = threading.Thread(target=replace)
+    replacing = threading.Thread(target=exchange)
     replacing.start()
     answered = 0
     while not ended.is_set() or not answered:
@@ -159,7 +160,8 @@ def test_a_removed_task_comes_back_at_its_place(session: Session) -> None:
     session.remove(first)
     assert session.removed == first and task.key not in session.shared.fleet
     assert session.restore() == first and list(session.tasks) == [first, *others]
-    session.add(checkpoint, "mine")  # takes the name
+    session.add(checkpoint, "mine")  # takes the name, but not the switch
+    assert "mine" in session.on
     assert session.restore() == "mine 2" and session.removed is None
     assert task.key in session.shared.fleet and "mine 2" not in session.on and "mine" in session.on
     with pytest.raises(SettingError, match="No task was removed"):
@@ -195,5 +197,61 @@ def test_what_a_visitor_changes_makes_the_session_old(session: Session) -> None:
     assert not session.is_new and name not in session.on
     session.switch(name, True)
     assert session.is_new and name in session.on
+    session.picture = PICTURE
+    assert not session.is_new
+    session.picture = None
+    session.add(bundled_checkpoints()[0], "mine")
+    session.remove("mine")
+    assert not session.is_new and session.removed == "mine"  # Undo must survive a reload
     with pytest.raises(UnknownNameError):
         session.switch("nothing", True)
+
+
+def test_only_the_first_tasks_are_on_at_first(session: Session, shared: SharedFleet) -> None:
+    many = {f"task {n}": shared.tasks["shape"] for n in range(ON_AT_FIRST + 2)}
+    new = Session(replace(shared, tasks=many), "many", session.folder, 0.0)
+    assert new.on == list(many)[:ON_AT_FIRST] and new.is_new
+
+
+def test_files_of_initial_tasks_are_never_deleted(session: Session, tmp_path: Path) -> None:
+    """The files of the tasks that all sessions share are not the session's own."""
+    file = tmp_path / "task" / "model.ckpt"
+    file.parent.mkdir()
+    file.touch()
+    shared = session.tasks["shape"]
+    names = [f"task {number}" for number in range(MAX_REMOVED + 1)]
+    session.tasks = {name: replace(shared, checkpoint=file) for name in names}
+    for name in names:
+        session.remove(name)
+    assert file.exists() and shared.key in session.shared.fleet
+
+
+def test_running_trainings_and_tasks_that_come_back_count_against_the_limit(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aoft_demo.tasks.session.MAX_TASKS", 2)
+    session.add(BUNDLED / "shape.ckpt", "one")
+    with session.training("two"):
+        with pytest.raises(SettingError, match="You have added 2 tasks, which is the limit"):
+            session.add(BUNDLED / "shape.ckpt", "three")
+        assert session.free_name("two") == "two 2"
+    session.remove("one")
+    for name in ("three", "four"):
+        session.add(BUNDLED / "shape.ckpt", name)
+    with pytest.raises(SettingError, match="You have added 2 tasks, which is the limit"):
+        session.restore()
+    session.remove("four")
+    assert session.restore() == "four" and session.removed == "one"  # nothing was lost
+
+
+def test_an_ended_session_leaves_no_trained_task_in_the_fleet(session: Session) -> None:
+    before = set(session.shared.fleet.names)
+    session.add(BUNDLED / "shape.ckpt", "removed")
+    session.remove("removed")
+    with session.training("taught") as training:
+        session.add_trained(training, BUNDLED / "shape.ckpt")
+    assert set(session.shared.fleet.names) != before
+    session.end()
+    assert set(session.shared.fleet.names) == before
+    with pytest.raises(SettingError, match="No task was removed"):
+        session.restore()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from aoft_demo.actions.classify import classify
@@ -72,6 +74,8 @@ def test_a_tabs_key_finds_its_session_again_until_the_grace_time_is_over(
     sessions.leave("page 2")
     now[0] += GRACE - 1
     assert sessions.attach("page 3", KEYS[0]) is first and "mine" in first.tasks
+    now[0] += 2 * GRACE
+    assert sessions.get("page 3") is first  # the page is open again
     sessions.leave("page 3")
     now[0] += GRACE + 1
     assert sessions.attach("page 4", KEYS[0]) is not first
@@ -99,3 +103,43 @@ def test_the_number_of_sessions_is_limited(
     assert sessions.get("one more") not in kept
     assert [session.ended for session in kept] == [False, True, False]  # the first that was left
     assert len(sessions) == 3
+    sessions.leave(f"page {KEYS[2]}")
+    sessions.get("a third")
+    sessions.attach("a third", "f" * 32)  # has its session already, so nobody makes room for it
+    assert not kept[2].ended and len(sessions) == 3
+
+
+def test_a_session_in_use_does_not_end(shared: SharedFleet) -> None:
+    now = [0.0]
+    sessions = SessionRegistry(shared, clock=lambda: now[0])
+    used = sessions.get("a page")
+    for _ in range(3):
+        now[0] += IDLE - 1
+        assert sessions.get("a page") is used
+    sessions.close()
+
+
+def test_a_page_that_is_left_stops_its_trainings(sessions: SessionRegistry) -> None:
+    session = sessions.attach("page 1", KEYS[0])
+    with session.training("mine") as training:
+        sessions.leave("page 1")
+        assert training.stopped and not session.ended  # a reload finds the other tasks
+
+
+def test_a_session_that_no_page_and_no_key_finds_ends(sessions: SessionRegistry) -> None:
+    """A request before the page's key arrives makes a session of its own."""
+    kept, early = sessions.attach("page 1", KEYS[0]), sessions.get("page 2")
+    assert sessions.attach("page 2", KEYS[0]) is kept
+    assert early.ended and not early.folder.exists() and len(sessions) == 1
+
+
+def test_sessions_end_without_further_requests(
+    sessions: SessionRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_registry, "GRACE", 0.05)
+    session = sessions.attach("page", KEYS[0])
+    sessions.leave("page")
+    end = time.monotonic() + 60
+    while not session.ended:
+        assert time.monotonic() < end
+        time.sleep(0.01)

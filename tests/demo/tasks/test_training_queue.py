@@ -72,3 +72,15 @@ def test_the_length_of_the_queue_is_limited() -> None:
             stack.enter_context(queue.entered(Training()))
     with queue.entered(Training()):
         pass
+
+
+def test_stopped_trainings_make_room_in_the_queue() -> None:
+    queue = TrainingQueue()
+    with ExitStack() as stack:
+        trainings = [Training() for _ in range(MAX_WAITING + 1)]
+        for training in trainings:
+            stack.enter_context(queue.entered(training))
+        trainings[3].stop()  # its page was closed, and nothing leaves the queue for it
+        stack.enter_context(queue.entered(Training()))
+        with pytest.raises(SettingError, match="trainings are waiting"):
+            stack.enter_context(queue.entered(Training()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -127,3 +128,35 @@ def test_equal_and_differing_answers_are_told_apart() -> None:
     assert "The answers differ" in proof_card("a", proof(0.01))  # above the tolerance
     assert "1 of 2 pictures" in proof_card("a", proof(1.0))
     assert "same, to 6 digits" in proof_card("a", proof(0.0))  # as many as float32 has
+
+
+def test_the_header_compares_with_separate_models(session: Session) -> None:
+    shared = replace(session.shared, backbone_bytes=10_000_000)
+    html = header(shared, [Resident(name, 2, 50_000, "initial") for name in "ab"])
+    assert "<b>2 skills</b> of about 50.0 KB share one 10.0 MB model" in html
+    assert "<b>10.1 MB</b> in memory instead of 20.1 MB" in html
+    one = header(shared, [Resident("a", 2, 50_000, "initial")])
+    assert "<b>1 skill</b> of about 50.0 KB shares one" in one
+    assert "<b>0 skills</b> of about 0 bytes" in header(shared, [])
+
+
+def test_a_skill_without_a_card_is_the_visitors_own() -> None:
+    answers = Answers({"fruit": [Prediction("pear", 0.6)]}, 1, 1, 3, 4)
+    assert "for fruit" in answer_cards(answers, {"fruit": CARD}, None, 1.0)
+    own = SkillCard("fruit", "", None, "", 0.5)
+    html = answer_cards(answers, {"fruit": own}, None, 1.0)
+    assert "your own skill" in html and "for " not in html.partition('class="about">')[2][:40]
+    assert "right on" not in html
+
+
+def test_each_fact_leads_to_its_proof() -> None:
+    answers = Answers({"a": [Prediction("x", 0.9)]}, 0.0123, 42e-6, 3, 4)
+    html = answer_cards(answers, {"a": CARD}, 9.5e-6, 4.94)
+    assert re.findall(r'<a href="#(\w+)"><b>([^<]+)</b> <span>([^<]+)<', html) == [
+        ("race", "12.3 ms", "one pass, 1 skill"),
+        ("skills", "42 µs", "to switch skills"),
+        ("prove", "same answers ✓", "merged = unmerged ± 0.00001"),
+        ("memory", "4.9× less", "memory than separate models"),
+    ]
+    unknown = answer_cards(answers, {"a": CARD}, None, 4.94)
+    assert "merged = unmerged<" in unknown

@@ -71,6 +71,7 @@ def test_a_slower_pass_is_said_as_plainly() -> None:
         ((1.0, 1.0, 1.0), (0.97, 0.96, 0.99), "equally fast here"),
         ((1.0, 2.0, 1.0, 2.0), (1.8, 1.6, 1.7, 1.5), "too close to call"),
         ((1.0, 1.0, 1.0), (1.2, 1.2, 1.1), "1.2 × as fast"),
+        ((1.0, 2.0, 2.0), (3.0, 6.0, 9.0), "3.0 × as fast"),
         ((1.0,), (0.5,), "slower"),
     ],
 )
@@ -113,6 +114,27 @@ def test_the_bars_are_proportional_from_zero() -> None:
     low, width = re.findall(r'<u style="left:([\d.]+)%;width:([\d.]+)%', html)[1]
     assert float(low) == pytest.approx(100 * 0.1175 / 0.1185, abs=0.01)
     assert float(low) + float(width) == pytest.approx(100, abs=0.02)
+
+
+def test_each_lane_says_its_factor_and_its_number() -> None:
+    html = cards.result_panel(FASTER, race_picture(FASTER, DAY))
+    figures = re.findall(r'<div class="figure"><b>([^<]*)</b><small>([^<]*)<', html)
+    assert figures == [
+        ("41 ms", ""),
+        ("118 ms", "2.9 ×"),
+        ("96 ms", "2.3 ×"),
+        ("11.0 MB", ""),
+        ("88.0 MB", "8.0 ×"),
+        ("16.5 MB", "1.5 ×"),
+    ]
+    svg = race_picture(FASTER, DAY)
+    texts = [str(text.text) for text in ElementTree.fromstring(svg).findall(".//{*}text")]
+    assert {"118 ms  2.9 ×", "96 ms  2.3 ×", "88.0 MB  8.0 ×", "41 ms"} <= set(texts)
+
+
+def test_a_contestant_that_is_absent_has_no_memory() -> None:
+    html = cards.result_panel(standing((0.02,)), "<svg/>")
+    assert bars(html, "Memory") == {"mixed": 100} and "0 bytes" not in html
 
 
 class Elements(HTMLParser):

@@ -18,12 +18,14 @@ from aoft_deploy.cli import bench, export_options
 
 def test_the_commands_parse() -> None:
     parsers = {"aoft-export": export_options.parser(), "aoft-bench": bench.parser()}
-    lines = shell_snippet("a task's name").strip().splitlines()
+    name = """a "task's" $NAME"""
+    lines = shell_snippet(name).strip().splitlines()
     assert len(lines) == 3
     for line in lines:
         program, *arguments = shlex.split(line)
         assert parsers[program].parse_args(arguments)
-    assert "a task's name.onnx" in shlex.split(lines[2])
+    assert f"{name}.ckpt" in shlex.split(lines[1])
+    assert f"{name}.onnx" in shlex.split(lines[2])
 
 
 @pytest.mark.slow

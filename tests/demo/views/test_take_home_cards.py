@@ -43,10 +43,21 @@ def test_the_report_is_in_words() -> None:
     assert "difference of an output was 0," in verdict_in_words(done(replace(EXACT, max_abs=0.0)))
 
 
+def test_shares_are_rounded_down() -> None:
+    nearly = done(replace(EXACT, agreement=0.9996, images=10_000))
+    assert "and 99.9% of the answers agree" in verdict_in_words(nearly)
+    assert "nearly the same outputs" in verdict_in_words(nearly)
+    assert "<td>99.9%</td>" in result_card(nearly) and "100%" in result_card(done(EXACT))
+    assert "29% of the answers" in verdict_in_words(done(replace(EXACT, agreement=0.29)))
+    eight_bits = verdict_in_words(done(replace(EXACT, tolerance=None)))
+    assert "nearly the same outputs" in eight_bits and "all 32 answers agree" in eight_bits
+
+
 def test_the_exact_figures_are_in_small_print() -> None:
     html = result_card(done(EXACT, left_out=("b", "c")))
     for text in ("1.2e-06", "1.0e-04", "25 from the examples, 7 patterns", "1, 2, 7", "b, c"):
         assert text in html
+    assert "Left out" not in result_card(done(EXACT))
     html = result_card(done(None))
     assert "as training wrote it" in html and "The figures" not in html
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 __all__ = ["python_snippet", "shell_snippet"]
 
 
@@ -11,10 +13,11 @@ def shell_snippet(first: str) -> str:
     Args:
         first: Name of a skill, whose merged model stands for all separate models.
     """
+    checkpoint, model = quote(f"{first}.ckpt"), quote(f"{first}.onnx")
     return f"""
 aoft-export --fleet *.ckpt -o fleet.onnx
-aoft-export --merge "{first}.ckpt" -o "{first}.onnx"
-aoft-bench fleet.onnx "{first}.onnx" --batches 1 8 32
+aoft-export --merge {checkpoint} -o {model}
+aoft-bench fleet.onnx {model} --batches 1 8 32
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from shlex import quote
 
 from aoft_demo.actions.verification import Proof
 from aoft_demo.views.parts import show_code
@@ -116,7 +117,7 @@ def _ticks(exponents: Sequence[int], low: float, high: float) -> str:
 def _code(name: str) -> str:
     file = f"{name}.ckpt"
     return show_code(
-        Shell=f"aoft-export --merge '{file}' -o merged.onnx  # compares, and writes the proof",
+        Shell=f"aoft-export --merge {quote(file)} -o merged.onnx  # compares, and writes the proof",
         Python=f"""
 import torch
 from aoft_deploy import load, merge

@@ -1,7 +1,7 @@
 // The rows: buttons with data-act trigger events; files are uploaded and added.
 const list = () => element.querySelector("input[type=file]");
 const say = (text) => { const line = element.querySelector(".sending"); if (line) line.textContent = text; };
-const LARGEST = 16;
+const MOST = 16;
 
 // Switches that the visitor has moved: rows from before the move do not move them back.
 const wanted = new Map();
@@ -15,10 +15,10 @@ watch("value", () => {
 });
 
 async function add(files) {
-  const wanted = files.slice(0, LARGEST);
-  if (!wanted.length) return say("There is no checkpoint among these files: give model.ckpt files.");
+  if (!files.length) return say("There is no checkpoint among these files: give model.ckpt files.");
+  if (files.length > MOST) return say(`Add at most ${MOST} files at once: these are ${files.length}.`);
   const sent = [];
-  for (const { file, name } of wanted) {
+  for (const { file, name } of files) {
     const problem = aoft.tooLarge(file, name);
     if (problem) return say(problem);
     say(`Sending ${name} …`);
@@ -35,8 +35,14 @@ async function add(files) {
 
 const isCheckpoint = (name) => /\.(ckpt|safetensors)$/i.test(name);
 
-function inFolder(entry) {
-  return new Promise((resolve) => entry.createReader().readEntries(resolve, () => resolve([])));
+async function inFolder(entry) {
+  const reader = entry.createReader();
+  const found = [];
+  for (;;) { // a browser gives at most 100 entries at once
+    const some = await new Promise((resolve) => reader.readEntries(resolve, () => resolve([])));
+    if (!some.length) return found;
+    found.push(...some);
+  }
 }
 
 async function dropped(entry, depth) {
@@ -91,4 +97,5 @@ element.addEventListener("drop", async (event) => {
   for (const entry of entries) files.push(...(await dropped(entry, 3)));
   add(files);
 });
+
 element.dataset.ready = "";
