@@ -19,6 +19,9 @@ __all__ = ["exact_deltas", "fold_exactly", "round_into"]
 BLOCK_SIZE = 2**18
 """Number of weights that are folded at once, in a float64 buffer that fits the processor cache."""
 
+PAGE = 4096
+"""Bytes of the smallest memory page; larger pages are multiples of it."""
+
 
 @torch.no_grad()
 def exact_deltas(updates: Iterable[Update]) -> dict[Update, Any]:
@@ -84,11 +87,16 @@ def fold_exactly(
 
 
 def _empty_like(like: Tensor) -> Tensor:
-    """An uninitialised tensor. NumPy's memory uses huge pages on Linux, which is twice as fast."""
+    """A tensor of arbitrary values. NumPy's memory uses huge pages on Linux.
+
+    One thread touches every page first. If the threads of a copy met in a new huge page, each would
+    clear one of its own, and all but one would be thrown away.
+    """
     if like.device.type != "cpu":
         return torch.empty_like(like)
-    data = torch.from_numpy(np.empty(like.numel() * like.element_size(), np.uint8))
-    return data.view(like.dtype).view(like.shape)
+    data = np.empty(like.numel() * like.element_size(), np.uint8)
+    data[::PAGE] = 0
+    return torch.from_numpy(data).view(like.dtype).view(like.shape)
 
 
 def round_into(exact: Tensor, new: Tensor, old: Tensor) -> None:

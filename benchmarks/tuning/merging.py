@@ -3,7 +3,12 @@
 Our merge sums in float64 and checks that the result is finite; it returns a new model and keeps the
 tuned one, or consumes it with ``in_place``. PEFT merges in place and without a check by default; it
 is timed that way, with its finiteness check, and with a copy that keeps the tuned model usable.
-Measurements alternate.
+RLRR of rank 1 changes every linear layer, so it is compared with LoRA of rank 1 on all of them.
+``x checked`` is the time relative to PEFT's checked merge of the same layers. Measurements
+alternate.
+
+For RLRR, the least traffic of a merge is reported too: every weight is read and written once. Its
+share of the measured bandwidth of a copy is 1 where a merge takes as long as copying the weights.
 
     python benchmarks/tuning/merging.py --out benchmarks/results/merging.json
 """
@@ -17,7 +22,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +34,17 @@ from torch import nn
 
 from aoft_deploy import attach, merge
 
+EVERY_LAYER = "PEFT, every layer"
 
-def peft_model(base: nn.Module) -> peft.PeftModel:
-    """LoRA r = 8 on the fused qkv layers, the finest targets of PEFT on a timm model."""
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False)
+LINEAR = ("qkv", "attn.proj", "fc1", "fc2")
+"""Names of the linear layers of a block."""
+
+
+def peft_model(base: nn.Module, targets: Sequence[str] = ("qkv",), rank: int = 8) -> peft.PeftModel:
+    """LoRA on layers; the fused qkv layers are the finest targets of PEFT on a timm model."""
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=False
+    )
     return peft.get_peft_model(copy.deepcopy(base), config)
 
 
@@ -41,6 +53,21 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def traffic(base: nn.Module) -> tuple[int, float]:
+    """Bytes of reading and writing the linear layers' weights, and the seconds of copying them."""
+    weights = [
+        p for n, p in base.named_parameters() if n.endswith(tuple(f"{x}.weight" for x in LINEAR))
+    ]
+    copies = [p.detach().clone() for p in weights]
+
+    def copying() -> None:
+        for copied, weight in zip(copies, weights, strict=True):
+            copied.copy_(weight.detach())
+
+    moved = 2 * sum(p.numel() * p.element_size() for p in weights)
+    return moved, statistics.median(seconds(copying) for _ in range(9))
 
 
 def main() -> None:
@@ -56,11 +83,16 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     for turn in range(options.rounds + 1):
         models = [peft_model(base) for _ in range(3)]
+        wide = [peft_model(base, LINEAR, rank=1) for _ in range(2)]
         own = copy.deepcopy(tuned)
         row = {
             "peft merge_and_unload": seconds(models[0].merge_and_unload),
             "peft safe_merge": seconds(lambda m=models[1]: m.merge_and_unload(safe_merge=True)),
             "peft copy and merge": seconds(lambda m=models[2]: copy.deepcopy(m).merge_and_unload()),
+            EVERY_LAYER: seconds(wide[0].merge_and_unload),
+            f"{EVERY_LAYER}, safe_merge": seconds(
+                lambda m=wide[1]: m.merge_and_unload(safe_merge=True)
+            ),
             **{f"{m}, new model": seconds(lambda m=m: merge(tuned[m])) for m in methods},
             **{f"{m}, in place": seconds(partial(merge, own[m], in_place=True)) for m in methods},
         }
@@ -69,10 +101,18 @@ def main() -> None:
                 times.setdefault(name, []).append(value)
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = medians["peft merge_and_unload"]
-    result = {n: {"seconds": s, "ratio": s / reference} for n, s in medians.items()}
-    print(f"{'variant':28}{'seconds':>9}{'x PEFT':>9}")
+    moved, copying = traffic(base)
+    result: dict[str, dict[str, float]] = {}
+    for name, value in medians.items():
+        wide_layers = name.startswith(("rlrr", EVERY_LAYER))
+        checked = medians[f"{EVERY_LAYER}, safe_merge" if wide_layers else "peft safe_merge"]
+        result[name] = {"seconds": value, "ratio": value / reference, "checked": value / checked}
+        if name.startswith("rlrr"):
+            result[name]["share_of_copy"] = copying / value
+    print(f"{'variant':32}{'seconds':>9}{'x PEFT':>9}{'x checked':>11}")
     for name, row in result.items():
-        print(f"{name:28}{row['seconds']:9.3f}{row['ratio']:9.2f}")
+        print(f"{name:32}{row['seconds']:9.3f}{row['ratio']:9.2f}{row['checked']:11.2f}")
+    print(f"copying the linear weights: {moved / 1e6:.0f} MB, {moved / copying / 1e9:.1f} GB/s")
     if options.out:
         report = {
             "command": "python benchmarks/tuning/merging.py " + " ".join(sys.argv[1:]),
@@ -83,6 +123,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "peft": peft.__version__,
             },
+            "copy": {"bytes": moved, "seconds": copying},
             "variants": result,
         }
         options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -319,3 +319,14 @@ def test_gradients_under_bf16_autocast_are_summed_in_float32() -> None:
         found = fields[name].grad
         assert found is not None and found.dtype == torch.float32
         assert ((found.double() - value).abs() <= 1e-5 * value.abs()).all(), name
+
+
+def test_new_weights_are_written_without_page_faults() -> None:
+    """Threads that write one new huge page together would clear it several times."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "RUSAGE_THREAD"):
+        pytest.skip("the system does not count the page faults of a thread")
+    new = exact_folding._empty_like(torch.empty(2**24)).numpy()  # 32 huge pages
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    new.fill(1)
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 8
