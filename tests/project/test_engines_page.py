@@ -25,7 +25,24 @@ def page() -> Any:
 
 
 def test_the_page_is_up_to_date(page: Any) -> None:
-    assert page.PAGE.read_text("utf-8") == page.markdown(page.reports())
+    assert page.PAGE.read_text("utf-8") == page.markdown(page.reports(), page.reports("nodes"))
+
+
+def test_the_readme_quotes_five_lines_of_the_table(page: Any) -> None:
+    report = next(each for each in page.reports() if each["machine"]["processor"] == "AMD EPYC")
+    phrases = page.readme_figures(report)
+    assert len(phrases) == 5
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert ", ".join(phrases) in text
+
+
+def test_the_shares_of_a_profiles_nodes_add_up(page: Any) -> None:
+    profiles = page.reports("nodes")
+    assert profiles
+    for report in profiles:
+        for row in report["rows"]:
+            assert set(row["groups"]) <= set(page.GROUPS)
+            assert sum(row["groups"].values()) == pytest.approx(row["seconds"])
 
 
 def test_every_figure_is_in_one_cell_of_its_table(page: Any) -> None:
