@@ -44,7 +44,9 @@ def separate_qkv(graph: LinkedGraph, packed: str, prefix: str) -> None:
         terms = [_third(graph, summand.bias, i)] if summand.bias else []
         if i in summand.reached:
             terms.append(f"{result}_thin")
-            nodes.append(new_node("MatMul", [f"{prefix}/u", f"{prefix}/v_{letter}"], terms[-1]))
+            nodes.append(
+                new_node("MatMul", [f"{prefix}/inner", f"{prefix}/outer_{letter}"], terms[-1])
+            )
         weight = _third(graph, product.input[1], i)
         names = [f"{result}_{step}" for step in ("product", "biased")[: len(terms)]] + [result]
         nodes.append(new_node("MatMul", [product.input[0], weight], names[0]))
@@ -88,14 +90,14 @@ class _Summand(NamedTuple):
         return cls(bias, inner, outer, reached)
 
     def factors(self, prefix: str) -> list[Any]:
-        """The nodes that compute U, ``prefix/u``, and the thirds of V, ``prefix/v_q`` and so on."""
+        """The nodes that compute U, ``prefix/inner``, and V's thirds, ``prefix/outer_q`` and on."""
         if not self.reached:
             return []
-        thirds = [f"{prefix}/v_{letter}" for letter in LETTERS]
+        thirds = [f"{prefix}/outer_{letter}" for letter in LETTERS]
         return [
-            new_node("Concat", self.inner, f"{prefix}/u", axis=-1),
-            new_node("Concat", self.outer, f"{prefix}/v", axis=-2),
-            new_node("Split", [f"{prefix}/v"], *thirds, axis=-1, num_outputs=len(LETTERS)),
+            new_node("Concat", self.inner, f"{prefix}/inner", axis=-1),
+            new_node("Concat", self.outer, f"{prefix}/outer", axis=-2),
+            new_node("Split", [f"{prefix}/outer"], *thirds, axis=-1, num_outputs=len(LETTERS)),
         ]
 
 
