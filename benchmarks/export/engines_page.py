@@ -52,7 +52,7 @@ The share of each kind of node in the time of all nodes, and in brackets how muc
 their precision the linear maps reach. OpenVINO computes GELU, biases and most quantisation within
 the linear maps, and softmax and both products of attention as one node. *Thin products* are those
 of a fleet's task parameters. Profilers cost time, and each engine ran alone, so only shares of one
-engine can be compared.
+engine can be compared. A peak that some engine exceeds is no bound, so its shares are left out.
 
 `benchmarks/export/node_profile.py` measures.
 """
@@ -130,9 +130,11 @@ def node_section(report: Mapping[str, Any]) -> list[str]:
         f"| engine | batch | {' | '.join(GROUPS)} |",
         "|---|---" + "|---" * len(GROUPS) + "|",
     ]
+    shares = [(row["precision"], row["share_of_peak"] or 0) for row in report["rows"]]
+    exceeded = {precision for precision, share in shares if share > 1}
     for row in report["rows"]:
         cells = [f"{row['groups'].get(name, 0) / row['seconds']:.0%}" for name in GROUPS]
-        if row["share_of_peak"] is not None:
+        if row["share_of_peak"] is not None and row["precision"] not in exceeded:
             cells[0] += f" ({row['share_of_peak']:.0%})"
         lines.append(f"| {row['name']} | {row['batch']} | {' | '.join(cells)} |")
     return lines

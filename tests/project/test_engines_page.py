@@ -45,7 +45,8 @@ def test_every_figure_is_in_one_cell_of_its_table(page: Any) -> None:
 
 def test_a_profile_shows_shares_and_how_far_the_peak_is(page: Any) -> None:
     groups = {"linear maps": 0.6, "attention": 0.3, "norms": 0.1}
-    row = {"name": "onnxruntime fp32", "batch": 8, "seconds": 1.0, "groups": groups}
+    row: dict[str, Any] = {"name": "onnxruntime fp32", "batch": 8, "seconds": 1.0, "groups": groups}
+    row["precision"] = "fp32"
     report = {
         "machine": {"processor": "Some CPU", "threads": 2},
         "versions": {"torch": "2.14.1"},
@@ -61,6 +62,9 @@ def test_a_profile_shows_shares_and_how_far_the_peak_is(page: Any) -> None:
         "| onnxruntime fp32 | 8 | 60% (90%) | 30% | 0% | 10% | 0% | 0% | 0% | 0% | 0% |"
     )
     assert lines[-1].startswith("| onnxruntime fp32 | 1 | 60% | 30% |")
+    report["rows"][1]["share_of_peak"] = 1.1
+    lines = page.markdown([], [report]).splitlines()
+    assert lines[-2].startswith("| onnxruntime fp32 | 8 | 60% | 30% |")
 
 
 @pytest.mark.parametrize(

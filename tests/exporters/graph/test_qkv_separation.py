@@ -1,92 +1,152 @@
-"""Separate maps of q, k and v in fleets give the logits of the packed map."""
+"""A packed map of q, k and v is replaced by three maps that compute the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import timm
-import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
-from aoft_deploy.artefacts.engine import FleetTables
-from aoft_deploy.artefacts.spec import ExportSpec, InputSpec
-from aoft_deploy.tuning.attaching import attach
-from aoft_deploy.tuning.multitask import MixedModel
-from aoft_deploy.tuning.task_layout import Layout, classifier_rows
-from aoft_exporters.graph.models import fleet_graph
+from aoft_exporters.graph.linked_graph import LinkedGraph
+from aoft_exporters.graph.qkv_separation import separate_qkv
 
-TASKS, CLASSES = 3, 4
-HALF = (0.5, 0.5, 0.5)
+BATCH, TOKENS, WIDTH, RANK = 2, 5, 6, 3
+FEATURES = 3 * WIDTH
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((WIDTH, FEATURES)).astype(np.float32)
+BIAS = RNG.standard_normal(FEATURES).astype(np.float32)
 
 
-def fleet(method: str, **settings: Any) -> tuple[MixedModel, FleetTables]:
-    """A fleet of random tasks on a small backbone with random weights and biases."""
-    torch.manual_seed(0)
-    backbone = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=CLASSES
-    ).eval()
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    tuned = attach(backbone, method, **settings).eval()
-    rng = np.random.default_rng(1)
-    heads = classifier_rows(tuned).detach().numpy()
-    tables = FleetTables(
-        bank=0.1 * rng.standard_normal((TASKS, Layout(tuned.updates).row_length), np.float32),
-        heads=np.tile(heads, (TASKS, 1)),
-        first=CLASSES * np.arange(TASKS, dtype=np.int64),
-        count=np.full(TASKS, CLASSES, np.int64),
-        columns=np.arange(CLASSES, dtype=np.int64),
+def packed(blocks: Sequence[tuple[int, int]], *, fused_bias: bool) -> Any:
+    """A graph of x W + U V: each block of V is zero but for these columns, as in ``mix_linear``.
+
+    Args:
+        blocks: First column of each block, and its number of columns.
+        fused_bias: Whether the last row of V is the bias and the last column of U is 1.
+    """
+    constants = {"weight": WEIGHT, "bias": BIAS, "one": np.float32(1)}
+    nodes, inner, outer = [], list[str](), list[str]()
+    for i, (first, columns) in enumerate(blocks):
+        pads = np.array([0, 0, first, 0, 0, FEATURES - first - columns])
+        constants |= {f"pads{i}": pads, f"rows{i}": np.array([0, 0, 0, 0, 0, 0])}
+        nodes += [
+            helper.make_node("Pad", [f"left{i}", f"pads{i}"], [f"padded{i}"]),
+            helper.make_node("Pad", [f"padded{i}", f"rows{i}"], [f"block{i}"]),
+        ]
+        inner.append(f"inner{i}")
+        outer.append(f"block{i}")
+    if fused_bias:
+        constants |= {
+            "ones_shape": np.array([BATCH, TOKENS, 1]),
+            "bias_shape": np.array([BATCH, 1, FEATURES]),
+        }
+        nodes += [
+            helper.make_node("Expand", ["one", "ones_shape"], ["ones"]),
+            helper.make_node("Expand", ["bias", "bias_shape"], ["biases"]),
+        ]
+        inner.append("ones")
+        outer.append("biases")
+    nodes += [
+        helper.make_node("Concat", inner, ["u"], axis=-1),
+        helper.make_node("Concat", outer, ["v"], axis=-2),
+        helper.make_node("MatMul", ["u", "v"], ["thin"]),
+        helper.make_node("MatMul", ["x", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "thin"], ["qkv"]),
+        helper.make_node("Split", ["qkv"], ["q", "k", "v_out"], axis=-1, num_outputs=3),
+    ]
+    shapes = {"x": [BATCH, TOKENS, WIDTH]}
+    for i, (_, columns) in enumerate(blocks):
+        shapes |= {f"inner{i}": [BATCH, TOKENS, RANK], f"left{i}": [BATCH, RANK, columns]}
+    used = {name for node in nodes for name in node.input}
+    return model(nodes, shapes, {n: v for n, v in constants.items() if n in used})
+
+
+def model(nodes: list[Any], shapes: dict[str, list[int]], constants: dict[str, Any]) -> Any:
+    """A model whose outputs are q, k and v."""
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()],
+        [
+            helper.make_tensor_value_info(name, kind, [BATCH, TOKENS, WIDTH])
+            for name in ("q", "k", "v_out")
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    return MixedModel(tuned), tables
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
-def logits(proto: Any, tables: FleetTables) -> Any:
-    """Logits of a batch of four images of three tasks."""
-    import onnxruntime
+def separated(proto: Any) -> Any:
+    """A copy of a graph with three maps, whose results the outputs take."""
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    graph = LinkedGraph(result)
+    separate_qkv(graph, "qkv", "part")
+    if graph.replacements:
+        graph.replacements["q"] = [
+            helper.make_node("Identity", [f"part/{letter}"], [name])
+            for letter, name in zip("qkv", ("q", "k", "v_out"), strict=True)
+        ]
+    graph.write()
+    onnx.checker.check_model(result)
+    return result
 
-    ort: Any = onnxruntime
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(2).standard_normal((4, 3, 32, 32), np.float32)
-    task = np.array([2, 0, 1, 2])
-    feed = {"pixel_values": images, "task": task, **tables.by_name()}
-    taken = {value.name for value in session.get_inputs()}
-    return session.run(["logits"], {name: feed[name] for name in taken})[0]
+
+def answers(proto: Any) -> list[Any]:
+    """The outputs for random inputs."""
+    rng = np.random.default_rng(1)
+    feed = {
+        value.name: rng.standard_normal(
+            [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        ).astype(np.float32)
+        for value in proto.graph.input
+    }
+    return list(ReferenceEvaluator(proto).run(None, feed))
 
 
+@pytest.mark.parametrize("fused_bias", [True, False])
 @pytest.mark.parametrize(
-    ("method", "settings", "thin"),
+    ("blocks", "thin"),
     [
-        ("aoft-lora-star", {"rank": 4}, "qv"),
-        ("aoft-lora-star", {"rank": 4, "targets": ("k",)}, "k"),
-        ("lora", {"rank": 4, "targets": ("q", "v")}, "qv"),
-        ("bitfit", {}, None),
+        ([(0, WIDTH), (2 * WIDTH, WIDTH)], "qv"),
+        ([(WIDTH, 1)], "k"),
+        ([(WIDTH - 1, 2)], "qk"),
+        ([(0, FEATURES)], "qkv"),
     ],
 )
-def test_only_the_maps_with_task_parameters_get_a_thin_product(
-    method: str, settings: dict[str, Any], thin: str | None
+def test_only_thirds_that_the_factor_reaches_get_a_thin_product(
+    blocks: list[tuple[int, int]], thin: str, fused_bias: bool
 ) -> None:
-    model, tables = fleet(method, **settings)
-    spec = ExportSpec(InputSpec(32, 32, False, HALF, HALF), {})
-    packed = fleet_graph(model, spec, tables)
-    separate = fleet_graph(model, spec, tables, separate=True)
-    onnx.checker.check_model(separate, full_check=True)
-    expected = logits(packed, tables)
-    assert np.ptp(expected) > 0.1
-    assert np.abs(expected[0] - logits(packed, _shuffled(tables))[0]).max() > 1e-3
-    np.testing.assert_allclose(logits(separate, tables), expected, atol=2e-5, rtol=0)
-    names = {node.output[0] for node in separate.graph.node}
-    found = {letter for letter in "qkv" if f"attention_0/split/{letter}_thin" in names}
-    assert found == set(thin or "")
-    weights = {tensor.name for tensor in separate.graph.initializer}
-    for letter in "qkv":
-        for name in ("weight", "bias"):
-            stored = f"blocks.0.attn.qkv.{name}.{letter}" in weights
-            assert stored == (thin is not None)
+    proto = packed(blocks, fused_bias=fused_bias)
+    result = separated(proto)
+    for found, expected in zip(answers(result), answers(proto), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    names = {name for node in result.graph.node for name in node.output}
+    assert {letter for letter in "qkv" if f"part/{letter}_thin" in names} == set(thin)
+    assert "qkv" not in names
+    stored = {tensor.name for tensor in result.graph.initializer}
+    expected_names = {f"weight.{letter}" for letter in "qkv"}
+    expected_names |= {f"bias.{letter}" for letter in "qkv"} if fused_bias else set()
+    assert stored & {"weight", "bias", "one"} == set()
+    assert {name for name in stored if "." in name} == expected_names
 
 
-def _shuffled(tables: FleetTables) -> FleetTables:
-    """The tables with the tasks' parameters in another order."""
-    return FleetTables(**{**tables.by_name(), "bank": tables.bank[::-1].copy()})
+def test_other_sums_stay_packed() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["product"]),
+        helper.make_node("Mul", ["product", "product"], ["square"]),
+        helper.make_node("Add", ["product", "square"], ["qkv"]),
+        helper.make_node("Split", ["qkv"], ["q", "k", "v_out"], axis=-1, num_outputs=3),
+    ]
+    proto = model(nodes, {"x": [BATCH, TOKENS, WIDTH]}, {"weight": WEIGHT})
+    assert separated(proto).graph.node == proto.graph.node
+    del proto.graph.node[1]
+    proto.graph.node[1].input[1] = "shift"
+    shift = helper.make_tensor_value_info("shift", 1, [BATCH, TOKENS, FEATURES])
+    proto.graph.input.append(shift)
+    assert separated(proto).graph.node == proto.graph.node
