@@ -1,6 +1,7 @@
 """One table of speeds: engine, precision and batch, for plain, merged and mixed models.
 
-It reads ``benchmarks/results/engines*.json``, one file a machine, as engines.py writes them.
+It reads ``benchmarks/results/engines*.json``, one file a machine, as engines.py writes them, and
+``nodes*.json``, as node_profile.py writes them. The README quotes ``readme_figures``.
 
     python benchmarks/export/engines_page.py [--out docs/evidence/engines.md]
 """
@@ -28,6 +29,33 @@ NAMES = {
     "PEFT, 16 tasks mixed": ("PEFT LoRA r = 8, unmerged", "fp32", "16 tasks mixed"),
 }
 """Row (engine, precision) and column of the rivals."""
+
+QUOTED = {
+    "PyTorch": "PyTorch",
+    "onnxruntime fp32": "ONNX Runtime fp32",
+    "onnxruntime int8": "int8",
+    "openvino int8": "OpenVINO int8",
+    "onnxruntime int8, 16 tasks mixed": "16 tasks in ONNX Runtime int8",
+}
+"""Variants that the README quotes, and their names there."""
+
+GROUPS = (
+    *("linear maps", "attention", "GELU", "norms", "quantisation", "additions"),
+    *("thin products", "patch embedding", "copies and others"),
+)
+"""Columns of the table of nodes, as node_profile.py names them."""
+
+NODES = """\
+## Where the time goes
+
+The share of each kind of node in the time of all nodes, and in brackets how much of the peak of
+their precision the linear maps reach. OpenVINO computes GELU, biases and most quantisation within
+the linear maps, and softmax and both products of attention as one node. *Thin products* are those
+of a fleet's task parameters. Profilers cost time, and each engine ran alone, so only shares of one
+engine can be compared. A peak that some engine exceeds is no bound, so its shares are left out.
+
+`benchmarks/export/node_profile.py` measures.
+"""
 
 HEAD = """\
 # Engines, precisions and batches
@@ -88,24 +116,60 @@ def section(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+def node_section(report: Mapping[str, Any]) -> list[str]:
+    """The lines of a machine's profiles."""
+    machine, peaks = report["machine"], report["gemm_peaks"]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
+    lines = [
+        f"### Nodes on {machine['processor']}",
+        "",
+        f"{report['model']}, {report['method']}, {machine['threads']} threads; {versions}. Peak of "
+        f"matrix products in 10⁹ operations a second: {speeds}.",
+        "",
+        f"| engine | batch | {' | '.join(GROUPS)} |",
+        "|---|---" + "|---" * len(GROUPS) + "|",
+    ]
+    shares = [(row["precision"], row["share_of_peak"] or 0) for row in report["rows"]]
+    exceeded = {precision for precision, share in shares if share > 1}
+    for row in report["rows"]:
+        cells = [f"{row['groups'].get(name, 0) / row['seconds']:.0%}" for name in GROUPS]
+        if row["share_of_peak"] is not None and row["precision"] not in exceeded:
+            cells[0] += f" ({row['share_of_peak']:.0%})"
+        lines.append(f"| {row['name']} | {row['batch']} | {' | '.join(cells)} |")
+    return lines
+
+
+def readme_figures(report: Mapping[str, Any]) -> list[str]:
+    """The five lines of a machine's table that the README quotes, each as a phrase."""
+    found: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        found.setdefault(row["name"], []).append(f"{row['ratio']:.2f}")
+    return [f"{text} {' and '.join(found[name])} ×" for name, text in QUOTED.items()]
+
+
+def markdown(reports: Sequence[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
     lines = [HEAD]
     for report in reports:
         lines += [*section(report), ""]
+    if nodes:
+        lines += [NODES]
+    for report in nodes:
+        lines += [*node_section(report), ""]
     return "\n".join(lines)
 
 
-def reports() -> list[dict[str, Any]]:
-    """The results of all machines, by the names of their files."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("engines*.json"))]
+def reports(kind: str = "engines") -> list[dict[str, Any]]:
+    """The results of all machines, ``engines`` or ``nodes``, by the names of their files."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{kind}*.json"))]
 
 
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=PAGE)
-    parser.parse_args().out.write_text(markdown(reports()), "utf-8")
+    parser.parse_args().out.write_text(markdown(reports(), reports("nodes")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,15 @@ def page() -> Any:
 
 
 def test_the_page_is_up_to_date(page: Any) -> None:
-    assert page.PAGE.read_text("utf-8") == page.markdown(page.reports())
+    assert page.PAGE.read_text("utf-8") == page.markdown(page.reports(), page.reports("nodes"))
+
+
+def test_the_readme_quotes_five_lines_of_the_table(page: Any) -> None:
+    report = next(each for each in page.reports() if each["machine"]["processor"] == "AMD EPYC")
+    phrases = page.readme_figures(report)
+    assert len(phrases) == 5
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert ", ".join(phrases) in text
 
 
 def test_every_figure_is_in_one_cell_of_its_table(page: Any) -> None:
@@ -33,6 +41,30 @@ def test_every_figure_is_in_one_cell_of_its_table(page: Any) -> None:
         lines = page.section(report)
         ratios = re.findall(r"(\d+\.\d\d) ×", "\n".join(lines))
         assert sorted(ratios) == sorted(f"{row['ratio']:.2f}" for row in report["rows"])
+
+
+def test_a_profile_shows_shares_and_how_far_the_peak_is(page: Any) -> None:
+    groups = {"linear maps": 0.6, "attention": 0.3, "norms": 0.1}
+    row: dict[str, Any] = {"name": "onnxruntime fp32", "batch": 8, "seconds": 1.0, "groups": groups}
+    row["precision"] = "fp32"
+    report = {
+        "machine": {"processor": "Some CPU", "threads": 2},
+        "versions": {"torch": "2.14.1"},
+        "model": "vit_base_patch16_224",
+        "method": "lora",
+        "gemm_peaks": {"fp32": 2e11},
+        "rows": [row | {"share_of_peak": 0.9}, row | {"batch": 1, "share_of_peak": None}],
+    }
+    assert "## Where the time goes" not in page.markdown([], [])
+    lines = page.markdown([], [report]).splitlines()
+    assert "### Nodes on Some CPU" in lines
+    assert lines[-2] == (
+        "| onnxruntime fp32 | 8 | 60% (90%) | 30% | 0% | 10% | 0% | 0% | 0% | 0% | 0% |"
+    )
+    assert lines[-1].startswith("| onnxruntime fp32 | 1 | 60% | 30% |")
+    report["rows"][1]["share_of_peak"] = 1.1
+    lines = page.markdown([], [report]).splitlines()
+    assert lines[-2].startswith("| onnxruntime fp32 | 8 | 60% | 30% |")
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*MODEL, *ONCE, "--batches", "1", "--threads", "1", "--out", "{out}"),
         *("--variants", "PyTorch", "PEFT, unmerged", "onnxruntime int8", "openvino fp32"),
     ),
+    "benchmarks/export/node_profile.py": (
+        *(*MODEL, "--batches", "1", "--runs", "1", "--threads", "1", "--out", "{out}"),
+        *("--variants", "PyTorch", "onnxruntime fp32", "openvino fp32, 16 tasks mixed"),
+    ),
     "benchmarks/export/exporting.py": (*MODEL, *ONCE, "--out", "{out}"),
     "benchmarks/export/starting.py": (
         *(*MODEL, "--small", "test_vit", *ONCE, "--tasks", "3", "--out", "{out}"),
@@ -110,7 +114,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
-    *("engines", "exporting", "fleet", "forms", "serving", "starting"),
+    *("engines", "exporting", "fleet", "forms", "node_profile", "serving", "starting"),
     *("training_step", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
@@ -156,7 +160,7 @@ NOT_IN_TABLE = {
 
 def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a subprocess."""
-    spawns_others = Path(script).stem in ("engines", "exporting", "starting")
+    spawns_others = Path(script).stem in ("engines", "exporting", "node_profile", "starting")
     before = ("-c", ONE_BLOCK) if MODEL[1] in arguments and not spawns_others else ()
     return run_python(*before, ROOT / script, *arguments, cwd=ROOT, env={**os.environ, **more})
 

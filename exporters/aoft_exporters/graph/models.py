@@ -55,7 +55,12 @@ def unfilled_plain_graph(model: nn.Module, spec: ExportSpec, *, opset: int = OPS
 
 
 def fleet_graph(
-    model: FleetModel, spec: ExportSpec, tables: FleetTables, *, opset: int = OPSET
+    model: FleetModel,
+    spec: ExportSpec,
+    tables: FleetTables,
+    *,
+    opset: int = OPSET,
+    separate: bool = False,
 ) -> Any:
     """A fleet's model as an ONNX protobuf in float32, with the tasks' tables as inputs.
 
@@ -64,11 +69,12 @@ def fleet_graph(
         spec: As for ``unfilled_fleet_graph``.
         tables: As for ``unfilled_fleet_graph``.
         opset: As for ``unfilled_fleet_graph``.
+        separate: As for ``plain_graph``.
 
     Raises:
         SettingError: As ``unfilled_fleet_graph``.
     """
-    return graph_of(*_fleet(model, spec, tables), opset=opset)
+    return graph_of(*_fleet(model, spec, tables), opset=opset, separate=separate)
 
 
 def unfilled_fleet_graph(

@@ -85,7 +85,7 @@ def export_fleet(model: FleetModel, path: Path, spec: ExportSpec, tables: FleetT
     def sample(index: int) -> dict[str, NDArray[Any]]:
         return {"pixel_values": image(index), "task": np.array([index % tasks]), **tables.by_name()}
 
-    _write(path, spec, lambda: fleet_graph(model, spec, tables), sample)
+    _write(path, spec, lambda: fleet_graph(model, spec, tables, separate=True), sample)
     save_file(
         {name: np.ascontiguousarray(table) for name, table in tables.by_name().items()},
         path / TASKS,
