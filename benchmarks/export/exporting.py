@@ -3,9 +3,9 @@
 Each round starts with an empty graph cache and exports tasks of one ViT with random weights.
 ``command`` runs ``aoft-export`` for each of two tasks. ``together`` runs it once for three tasks.
 ``within`` exports three tasks in one process, one after the other, without the time to start Python
-and import torch, timm and onnx. ``fleet`` exports a fleet of three tasks twice. Each figure is the
-wall time, the CPU time and the peak memory of a process. ``--before`` names an earlier checkout, which takes turns with this
-one. Figures are medians.
+and import torch, timm and onnx. ``fleet`` exports a fleet of three tasks twice. Each figure is a
+process's wall time, CPU time or peak memory. ``--before`` names an earlier checkout, which takes
+turns with this one. Figures are medians.
 
     python benchmarks/export/exporting.py --out benchmarks/results/exporting.json
 """
