@@ -31,7 +31,8 @@ from aoft_deploy.errors import OutputError
 from aoft_deploy.files import replacing
 from aoft_exporters.graph.alike_modules import alike_modules
 from aoft_exporters.graph.attention_lowering import lower
-from aoft_exporters.graph.repeated_blocks import expanded, one_of_each_kind
+from aoft_exporters.graph.block_expansion import expanded
+from aoft_exporters.graph.repeated_blocks import one_of_each_kind
 from aoft_exporters.graph.tracing import OPSET, Traced, plain_name, trace
 
 if TYPE_CHECKING:
