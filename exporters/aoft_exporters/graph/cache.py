@@ -5,6 +5,10 @@ cached graph holds its operators, its constants and the names of its weights, so
 kilobytes; each export fills in the weights of its own model. A graph is cached only if it stores
 every weight that its output depends on, whole or as its three row blocks q, k and v, transposed or
 not; any other folded constant would hide a weight.
+
+Of blocks that differ in the values of their weights alone, such as the twelve of a ViT, one is
+traced, and the others get its nodes: most of a trace's time is spent per node.
+
 Every export is verified against the unmerged model, with a cached graph too.
 
 The cache is ``$AOFT_CACHE_DIR``, by default ``aoft-deploy`` in the user's cache folder. An empty
