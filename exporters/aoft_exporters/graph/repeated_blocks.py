@@ -83,7 +83,7 @@ class _Calls:
 
     def __init__(self, model: nn.Module, firsts: Mapping[str, str]) -> None:
         self.model, self.firsts = model, firsts
-        self.batch: Any = getattr(model, "batch", None)  # the deltas, if it is a fleet's model
+        self.batch: Any = getattr(model, "batch_deltas", None)  # of a fleet's model
         self.blocks = {path: model.get_submodule(path) for path in firsts}
         self.calls: dict[str, tuple[Call, list[Tensor]]] = {}  # by the first of each kind
         self.called: list[str] = []
