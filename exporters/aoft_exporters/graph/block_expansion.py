@@ -23,7 +23,9 @@ def expanded(proto: Any, kinds: tuple[str, ...]) -> None:
     graph = proto.graph
     parts = {kind: _Part(graph, kind) for kind in kinds}
     inside = {id(node) for part in parts.values() for node in part.nodes}
-    nodes, values, tensors = [], [], {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[Any] = []
+    values: list[Any] = []
+    tensors: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == BLOCK and node.domain == DOMAIN:
             part = parts[_attribute(node, "first")]
@@ -33,11 +35,11 @@ def expanded(proto: Any, kinds: tuple[str, ...]) -> None:
             for tensor in part.tensors:
                 copied = part.tensor(tensor, _attribute(node, "path"), names)
                 tensors[copied.name] = copied
-        elif id(node) not in inside and node.op_type != INPUT:
+        elif id(node) not in inside and (node.op_type, node.domain) != (INPUT, DOMAIN):
             nodes.append(node)
     own = {id(value) for part in parts.values() for value in part.values}
     values += [value for value in graph.value_info if id(value) not in own]
-    nodes = _sorted(nodes, {*tensors, *(value.name for value in graph.input)})
+    nodes = _sorted(nodes)
     used = {name for node in nodes for name in node.input}
     outputs = [value for value in graph.output if value.name not in kinds]
     known = used.union(name for node in nodes for name in node.output)
@@ -51,19 +53,24 @@ class _Part:
     """The part of a graph that computes the first block of a kind.
 
     Attributes:
+        kind: Path of the block, and name of its output.
+        inputs: Names of the block's inputs by their index.
         nodes: Nodes that depend on the block's inputs or weights.
+        results: Names of their results.
         values: Shapes of their results.
         tensors: Initialisers that hold weights of the block.
     """
 
     def __init__(self, graph: Any, kind: str) -> None:
-        self.kind, self.inputs = kind, dict[int, str]()
+        self.kind = kind
+        self.inputs: dict[int, str] = {}
         for node in graph.node:
-            if node.op_type == INPUT and _attribute(node, "first") == kind:
+            own_input = (node.op_type, node.domain) == (INPUT, DOMAIN)
+            if own_input and _attribute(node, "first") == kind:
                 self.inputs[_attribute(node, "index")] = node.output[0]
         self.tensors = [tensor for tensor in graph.initializer if self._own(tensor)]
         known = {*self.inputs.values(), *(tensor.name for tensor in self.tensors)}
-        self.nodes = []
+        self.nodes: list[Any] = []
         for node in graph.node:
             if known.intersection(node.input):
                 self.nodes.append(node)
@@ -72,6 +79,7 @@ class _Part:
         self.values = [value for value in graph.value_info if value.name in self.results]
 
     def _own(self, tensor: Any) -> bool:
+        """Whether an initialiser is a weight of the block."""
         form = json.loads(tensor.doc_string or '[""]')
         return str(form[0]).startswith(weight_prefix(self.kind))
 
@@ -100,6 +108,7 @@ class _Part:
 
 
 def _attribute(node: Any, name: str) -> Any:
+    """Value of a node's attribute; texts are decoded."""
     import onnx
 
     (found,) = (a for a in node.attribute if a.name == name)
@@ -122,7 +131,7 @@ def _renamed(message: Any, names: Mapping[str, str]) -> Any:
     return copied
 
 
-def _sorted(nodes: list[Any], known: set[str]) -> list[Any]:
+def _sorted(nodes: list[Any]) -> list[Any]:
     """Nodes in an order in which each follows those whose results it uses."""
     producers = {name: node for node in nodes for name in node.output}
     ordered: list[Any] = []
@@ -143,6 +152,7 @@ def _sorted(nodes: list[Any], known: set[str]) -> list[Any]:
 
 
 def _replace(field: Any, items: list[Any]) -> None:
+    """Replace the content of a repeated field by messages, some of which are from it."""
     kept = [type(item).FromString(item.SerializeToString()) for item in items]
     del field[:]
     field.extend(kept)
