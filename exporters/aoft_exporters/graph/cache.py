@@ -215,7 +215,7 @@ def _distinct_copy(model: nn.Module, left_out: Sequence[str]) -> nn.Module:
     every = {"remove_duplicate": False}
     named = [*model.named_parameters(**every), *model.named_buffers(**every)]
     own = {id(tensor) for name, tensor in named if not name.startswith(prefixes)}
-    memo = {id(tensor): tensor for _, tensor in named if id(tensor) not in own}
+    memo: dict[int, Any] = {id(t): t for _, t in named if id(t) not in own}
     copied = copy.deepcopy(model, memo)
     _make_distinct({n: t for n, t in copied.state_dict().items() if not n.startswith(prefixes)})
     return copied
