@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aoft_deploy.errors import AoftError
 from aoft_exporters.graph.attention_tracing import DOMAIN
 from aoft_exporters.graph.tracing import plain_name
 
@@ -25,7 +26,7 @@ BLOCK, INPUT = "Block", "BlockInput"
 """Operators of the nodes that stand for a block, and for an input of the traced one."""
 
 
-class NotAlikeError(Exception):
+class NotAlikeError(AoftError):
     """One block cannot stand for all, because they are called in different ways."""
 
 
