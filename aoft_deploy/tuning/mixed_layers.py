@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from aoft_deploy.errors import AttachError
 from aoft_deploy.tuning.updates.delta import Rows
 from aoft_deploy.tuning.updates.mixing import mix_linear
 
@@ -25,6 +28,30 @@ class BatchDeltas:
         """The delta of a site, which is recorded as used."""
         self.used.add(site)
         return self.deltas[site]
+
+    def of(self, block: nn.Module) -> dict[str, Any]:
+        """The deltas of all sites in a block, which are recorded as used."""
+        return {site: self.take(site) for site in _sites(block)}
+
+    @contextmanager
+    def given(self, deltas: Mapping[str, Any]) -> Iterator[None]:
+        """Context manager: compute with these deltas.
+
+        Raises:
+            AttachError: The computation did not use the delta of some site. Its results would
+                belong to no task.
+        """
+        self.deltas, self.used = dict(deltas), set()
+        try:
+            yield
+            unused = sorted(set(self.deltas) - self.used)
+        finally:
+            self.deltas = {}
+        if unused:
+            raise AttachError(
+                f"{unused[0]} is read by its parent instead of called, so samples of one batch "
+                "cannot have different updates there: export each task separately."
+            )
 
 
 class BatchUpdate(nn.Module):
@@ -68,6 +95,17 @@ class _MixedLayer(nn.Module):
         mixed: Tensor = deltas[0][1].mix(flat, flat, flat)
         mixed = mixed.reshape(y.shape)
         return mixed.movedim(-1, 1) if channels_first else mixed
+
+
+def _sites(block: nn.Module) -> list[str]:
+    """Names of the sites whose deltas the modules of a block take."""
+    sites = list[str]()
+    for module in block.modules():
+        if isinstance(module, BatchUpdate):
+            sites.append(module.site)
+        elif isinstance(module, _MixedLayer):
+            sites += [site for _, site in module.places]
+    return sites
 
 
 def mix_layer(layer: nn.Module, batch: BatchDeltas, places: list[tuple[Rows, str]]) -> None:

@@ -32,6 +32,7 @@ class FleetModel(nn.Module):
     Attributes:
         layout: Order of a task's parameters in a row.
         width: Width of the features, the input of the classifiers.
+        batch_deltas: The deltas of the current batch.
 
     Args:
         tuned: A model with the method, settings and backbone of all tasks. It becomes part of this
@@ -46,7 +47,7 @@ class FleetModel(nn.Module):
         _check(tuned)
         self.backbone = tuned.backbone
         self.layout = Layout(tuned.updates)
-        self._batch = BatchDeltas()
+        self.batch_deltas = BatchDeltas()
         names: dict[Any, str] = {update: site for site, update in tuned.updates.items()}
         for path, module in list(self.backbone.named_modules()):
             self.place(path, module, names)
@@ -86,11 +87,9 @@ class FleetModel(nn.Module):
         Returns:
             (batch, classes); −inf beyond a task's own classes.
         """
-        deltas = self.layout.deltas(self.rows(bank, task))
-        self._batch.deltas, self._batch.used = deltas, set()
         body: Any = self.backbone
-        features = body.forward_head(body.forward_features(pixel_values), pre_logits=True)
-        self._check_used()
+        with self.batch_deltas.given(self.layout.deltas(self.rows(bank, task))):
+            features = body.forward_head(body.forward_features(pixel_values), pre_logits=True)
         valid = columns < count[task][:, None]
         rows = torch.where(valid, first[task][:, None] + columns, 0)
         head = heads[rows]
@@ -110,16 +109,6 @@ class FleetModel(nn.Module):
         bank = weight.new_zeros(1, self.layout.row_length)
         self(weight.new_zeros(1, 3, height, width), zero, bank, heads, zero, zero + 1, zero)
 
-    def _check_used(self) -> None:
-        """Refuse a forward that skipped a site's delta: its results would belong to no task."""
-        unused = sorted(set(self._batch.deltas) - self._batch.used)
-        self._batch.deltas = {}
-        if unused:
-            raise AttachError(
-                f"{unused[0]} is read by its parent instead of called, so samples of one batch "
-                "cannot have different updates there: export each task separately."
-            )
-
 
 class MixedModel(FleetModel):
     """A backbone for mixed batches: every layer adds each sample's own deltas.
@@ -137,11 +126,11 @@ class MixedModel(FleetModel):
         if isinstance(module, UpdatedModule):
             pairs = zip(module.rows, module.updates, strict=True)
             places = [(rows, names[update]) for rows, update in pairs]
-            mix_layer(module.base, self._batch, places)
+            mix_layer(module.base, self.batch_deltas, places)
             self.backbone.set_submodule(path, module.base)
         elif isinstance(module, Prompted) and "prompts" in module._modules:
             site = names[module.get_submodule("prompts")]
-            module.add_module("prompts", BatchUpdate(self._batch, site, single_task=False))
+            module.add_module("prompts", BatchUpdate(self.batch_deltas, site, single_task=False))
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
         """Each sample's own row."""
@@ -159,7 +148,9 @@ class FoldedModel(FleetModel):
         """Replace the module's updates with the batch's deltas."""
         for name, child in list(module.named_children()):
             if child in names:
-                module.add_module(name, BatchUpdate(self._batch, names[child], single_task=True))
+                module.add_module(
+                    name, BatchUpdate(self.batch_deltas, names[child], single_task=True)
+                )
 
     def rows(self, bank: Tensor, task: Tensor) -> Tensor:
         """The first sample's row, (1, row_length)."""

@@ -3,8 +3,9 @@
 Each round starts with an empty graph cache and exports tasks of one ViT with random weights.
 ``command`` runs ``aoft-export`` for each of two tasks. ``together`` runs it once for three tasks.
 ``within`` exports three tasks in one process, one after the other, without the time to start Python
-and import torch, timm and onnx. ``--before`` names an earlier checkout, which takes turns with this
-one. Figures are medians.
+and import torch, timm and onnx. ``fleet`` exports a fleet of three tasks twice. Each figure is a
+process's wall time, CPU time or peak memory. ``--before`` names an earlier checkout, which takes
+turns with this one. Figures are medians.
 
     python benchmarks/export/exporting.py --out benchmarks/results/exporting.json
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +74,35 @@ def empty(folder: Path) -> None:
         path.unlink()
 
 
+WAYS = ("command", "together", "within", "fleet")
+"""Ways to export. All but ``together`` start with an empty graph cache."""
+
+
 def exports(
-    weights: Path, paths: list[Path], given: dict[str, str], together: bool
+    weights: Path, paths: list[Path], given: dict[str, str], ways: Sequence[str]
 ) -> dict[str, list[Measured]]:
-    """Export the tasks in each way, the first time with an empty graph cache."""
+    """Export the tasks in each of these ways."""
     command = ["-m", "aoft_deploy.cli.export", "--overwrite", "--backbone-weights", weights]
     found = dict[str, list[Measured]]()
     graphs = Path(given["AOFT_CACHE_DIR"])
-    empty(graphs)
-    for path, kind in zip(paths[:2], ("first", "further"), strict=True):
-        found[f"command {kind}"] = [run([*command, "--merge", path], given)]
-    if together:
+    if "command" in ways:
+        empty(graphs)
+        for path, kind in zip(paths[:2], ("first", "further"), strict=True):
+            found[f"command {kind}"] = [run([*command, "--merge", path], given)]
+    if "together" in ways:
         found["together three"] = [run([*command, "--merge", *paths], given)]
-    empty(graphs)
-    output = paths[0].parent / "seconds.json"
-    run(["-c", WITHIN, weights, output, *paths], given)
-    first, *further = (Measured(*each) for each in json.loads(output.read_text()))
-    return {**found, "within first": [first], "within further": further}
+    if "within" in ways:
+        empty(graphs)
+        output = paths[0].parent / "seconds.json"
+        run(["-c", WITHIN, weights, output, *paths], given)
+        first, *further = (Measured(*each) for each in json.loads(output.read_text()))
+        found |= {"within first": [first], "within further": further}
+    if "fleet" in ways:
+        empty(graphs)
+        fleet = [*command, "--fleet", *paths, "-o", paths[0].parent / "fleet.onnx"]
+        for kind in ("first", "further"):
+            found[f"fleet {kind}"] = [run(fleet, given)]
+    return found
 
 
 def main() -> None:
@@ -96,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--before", type=Path, help="an earlier checkout to compare with")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -107,7 +122,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for side, checkout in sides.items():
                 given = environment(folder / side, checkout)
-                for name, found in exports(weights, paths, given, side == "now").items():
+                for name, found in exports(weights, paths, given, options.ways).items():
                     runs.setdefault(f"{name}, {side}", []).extend(found)
     result: dict[str, Any] = {"machine": machine(processors()), "model": options.model}
     result |= {"medians": {name: medians(found) for name, found in runs.items()}, "runs": runs}
@@ -116,7 +131,7 @@ def main() -> None:
         cpu = found["cpu"]
         print(f"{name}: {found['seconds']:.1f} s, {cpu:.1f} s of CPU, {found['peak']:.0f} MB")
     for side in sides:
-        for kind in ("command", "within"):
+        for kind in set(options.ways) - {"together"}:
             pair = (result["medians"][f"{kind} {each}, {side}"] for each in ("further", "first"))
             further, first = (each["cpu"] for each in pair)
             print(f"{kind}, {side}: further {further / first:.0%} of the first's CPU time")

@@ -5,6 +5,10 @@ cached graph holds its operators, its constants and the names of its weights, so
 kilobytes; each export fills in the weights of its own model. A graph is cached only if it stores
 every weight that its output depends on, whole or as its three row blocks q, k and v, transposed or
 not; any other folded constant would hide a weight.
+
+Of blocks that differ in the values of their weights alone, such as the twelve of a ViT, one is
+traced, and the others get its nodes: most of a trace's time is spent per node.
+
 Every export is verified against the unmerged model, with a cached graph too.
 
 The cache is ``$AOFT_CACHE_DIR``, by default ``aoft-deploy`` in the user's cache folder. An empty
@@ -18,7 +22,7 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,11 +33,14 @@ from numpy.typing import NDArray
 from aoft_deploy.cache import cache_folder
 from aoft_deploy.errors import OutputError
 from aoft_deploy.files import replacing
+from aoft_exporters.graph.alike_modules import alike_modules
 from aoft_exporters.graph.attention_lowering import lower
-from aoft_exporters.graph.tracing import OPSET, plain_name, trace
+from aoft_exporters.graph.block_expansion import expanded
+from aoft_exporters.graph.repeated_blocks import one_of_each_kind
+from aoft_exporters.graph.tracing import OPSET, Traced, plain_name, trace
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["Unfilled", "graph_of", "unfilled_graph"]
 
@@ -179,11 +186,44 @@ def _read(path: Path) -> Any:
 def _skeleton(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
     """The graph without weights; None if it does not store a weight as one of its forms.
 
-    The ``doc_string`` of each weight's initialiser holds its name and form as JSON.
+    The ``doc_string`` of each weight's initialiser holds its name and form as JSON. Of blocks that
+    are alike, only the first is traced, unless that fails.
     """
-    model = copy.deepcopy(model)
-    _make_distinct(model)
-    proto, used = trace(model, examples)
+    firsts = alike_modules(model)
+    if firsts:
+        copied = _distinct_copy(model, [path for path, first in firsts.items() if path != first])
+        try:
+            with one_of_each_kind(copied, firsts) as kinds:
+                proto = _without_weights(copied, trace(copied, examples, kinds))
+            if proto is not None:
+                expanded(proto, kinds)
+            return proto
+        except Exception:  # torch wraps NotAlikeError and the model's own errors in many types
+            pass  # the trace of the whole model raises what is wrong with it
+    copied = _distinct_copy(model, [])
+    return _without_weights(copied, trace(copied, examples))
+
+
+def _distinct_copy(model: nn.Module, left_out: Sequence[str]) -> nn.Module:
+    """A copy of a model whose weights all have different random values.
+
+    Args:
+        model: The model.
+        left_out: Paths of modules that are not traced. The copy's share the model's tensors.
+    """
+    prefixes = tuple(f"{path}." for path in left_out)
+    every = {"remove_duplicate": False}
+    named = [*model.named_parameters(**every), *model.named_buffers(**every)]
+    own = {id(tensor) for name, tensor in named if not name.startswith(prefixes)}
+    memo: dict[int, Any] = {id(t): t for _, t in named if id(t) not in own}
+    copied = copy.deepcopy(model, memo)
+    _make_distinct({n: t for n, t in copied.state_dict().items() if not n.startswith(prefixes)})
+    return copied
+
+
+def _without_weights(model: nn.Module, traced: Traced) -> Any:
+    """A traced graph without the values of weights; None if one is in none of its forms."""
+    proto, used = traced
     weights = _weights(model)
     names = weights.keys() & {tensor.name for tensor in proto.graph.initializer}
     needed = names | used.intersection(weights)
@@ -225,13 +265,13 @@ def _stored(weights: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
     return weight.T if transposed else weight
 
 
-def _make_distinct(model: nn.Module) -> None:
-    """Fill every floating-point parameter and buffer with different random values."""
+def _make_distinct(tensors: Mapping[str, Tensor]) -> None:
+    """Fill floating-point tensors of a state dict with different random values."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 positive = 0.5 if name.endswith("running_var") else -0.05
                 tensor.copy_(positive + 0.1 * torch.rand(tensor.shape, generator=generator))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,9 @@ def plain_name(name: str) -> str:
     return stripped.replace(".base.", ".")  # the frozen layer of a folded fleet
 
 
-def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
+def trace(
+    model: nn.Module, examples: Mapping[str, tuple[Any, str]], also: Sequence[str] = ()
+) -> Traced:
     """Trace a model to an optimised ONNX protobuf with timm's parameter names.
 
     Attention is written as nodes that ``attention_lowering.lower`` replaces.
@@ -49,6 +51,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
     Args:
         model: A model in evaluation mode.
         examples: An example of each input, and the name of its first axis, which is dynamic.
+        also: Names of the outputs that the model computes after ``logits``.
     """
     import torch
     from onnxscript import optimizer
@@ -62,7 +65,7 @@ def trace(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Traced:
             tuple(example for example, _ in examples.values()),
             dynamo=True,
             input_names=list(examples),
-            output_names=["logits"],
+            output_names=["logits", *also],
             dynamic_shapes=tuple({0: axis} for _, axis in examples.values()),
             opset_version=OPSET,
             optimize=False,  # it renames every linear weight that it transposes
