@@ -26,7 +26,9 @@ def reads_class_token(model: nn.Module) -> bool:
         return False
     attention = last.attn
     dropout = any(isinstance(each, nn.Dropout) and each.p for each in last.modules())
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in (model, last, attention))
+    hooked = any(
+        each._forward_hooks or each._forward_pre_hooks for each in (model, last, attention)
+    )
     gated = getattr(attention, "gate", None) is not None
     return attention.fused_attn and not (dropout or hooked or gated)
 

@@ -24,6 +24,9 @@ from aoft_deploy.tuning.updates.products import product
 
 __all__ = ["FrozenFunctions"]
 
+SCORES = 1 << 19
+"""Attention scores of the images that the backward pass computes together, to stay in a cache."""
+
 
 class FrozenFunctions(TorchFunctionMode):
     """Context manager: frozen layers on a CPU use the functions of this module."""
@@ -96,19 +99,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients by the definition, in float32 or wider, of one image at a time."""
+        """Gradients by the definition, in float32 or wider, of a few images at a time."""
         saved = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         grads = tuple(torch.empty_like(each) for each in saved)
+        heads, queries, keys = *saved[0].shape[1:3], saved[1].shape[2]
+        step = max(1, SCORES // (heads * queries * keys))
         with torch.autocast(grad.device.type, enabled=False):
-            for image in range(len(grad)):
-                q, k, v, above = (each[image].to(wide).contiguous() for each in (*saved, grad))
+            for start in range(0, len(grad), step):
+                images = slice(start, start + step)
+                q, k, v, above = (each[images].to(wide).contiguous() for each in (*saved, grad))
                 q = q * ctx.scale
                 chances = (q @ k.mT).softmax(-1)
                 scores = torch._softmax_backward_data(above @ v.mT, chances, -1, wide)
                 found = (scores @ k).mul_(ctx.scale), scores.mT @ q, chances.mT @ above
                 for into, part in zip(grads, found, strict=True):
-                    into[image] = part
+                    into[images] = part
         return (*grads, None)
 
 

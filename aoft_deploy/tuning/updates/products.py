@@ -15,7 +15,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b.
+    """The product x Wᵀ + b.
 
     PyTorch multiplies float32 matrices on a CPU with MKL, whose fastest kernels are for Intel's
     processors. On AMD's, oneDNN is faster. The choice depends on the processor alone, so equal
