@@ -74,16 +74,26 @@ class _FrozenLinear(torch.autograd.Function):
             return product(grad, weight.to(grad.dtype).mT).to(ctx.dtype), None, None
 
 
-def _attention(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
-    unusual = len(args) > 3 or any(value for name, value in kwargs.items() if name != "scale")
-    if not unusual and len(args) == 3:
-        q, k, v = args
-        same = q.dtype == k.dtype == v.dtype == compute_dtype(q) and q.shape[:2] == k.shape[:2]
-        if q.dim() == 4 and q.device.type == "cpu" and same:
-            scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-            result: Tensor = _Attention.apply(q, k, v, scale)
-            return result
-    result = attention(*args, **kwargs)
+def _attention(
+    attention: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    result: Tensor
+    plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa)
+    same = q.dtype == k.dtype == v.dtype == compute_dtype(q) and q.dim() == k.dim() == 4
+    if plain and same and q.device.type == "cpu" and q.shape[:2] == k.shape[:2]:
+        result = _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    else:
+        result = attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return result
 
 
@@ -99,21 +109,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients by the definition, in float32 or wider, of a few images at a time."""
+        """Gradients by the definition, of a few images at a time.
+
+        Scores, probabilities and their gradients are computed in float32 or wider, and rounded to
+        the dtype of q for the products that give the results.
+        """
         saved = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
+        narrow, wide = grad.dtype, torch.promote_types(grad.dtype, torch.float32)
         grads = tuple(torch.empty_like(each) for each in saved)
         heads, queries, keys = *saved[0].shape[1:3], saved[1].shape[2]
         step = max(1, SCORES // (heads * queries * keys))
         with torch.autocast(grad.device.type, enabled=False):
             for start in range(0, len(grad), step):
                 images = slice(start, start + step)
-                q, k, v, above = (each[images].to(wide).contiguous() for each in (*saved, grad))
-                q = q * ctx.scale
-                chances = (q @ k.mT).softmax(-1)
-                scores = torch._softmax_backward_data(above @ v.mT, chances, -1, wide)
-                found = (scores @ k).mul_(ctx.scale), scores.mT @ q, chances.mT @ above
-                for into, part in zip(grads, found, strict=True):
+                q, k, v, above = (each[images] for each in (*saved, grad))
+                scores = (q.to(wide) * ctx.scale) @ k.to(wide).mT
+                chances = scores.softmax(-1)
+                slopes = above.to(wide) @ v.to(wide).mT
+                slopes = torch._softmax_backward_data(slopes, chances, -1, wide)
+                slopes, chances = slopes.mul_(ctx.scale).to(narrow), chances.to(narrow)
+                for into, part in zip(
+                    grads, (slopes @ k, slopes.mT @ q, chances.mT @ above), strict=True
+                ):
                     into[images] = part
         return (*grads, None)
 

@@ -39,7 +39,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @cache
 def _prefers_onednn() -> bool:
     """Whether PyTorch has both libraries, and the processor is AMD's."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
