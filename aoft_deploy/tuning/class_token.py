@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -58,12 +59,13 @@ def class_token_logits(model: VisionTransformer, images: Tensor, run: Run) -> Te
 class _ClassToken(nn.Module):
     """A block's output for the first token. (batch, tokens, width) → (batch, 1, width)."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        block, attention = self.block, self.block.attn
+        block: Any = self.block
+        attention = block.attn
         batch, tokens, _ = x.shape
         shape = batch, tokens, 3, attention.num_heads, attention.head_dim
         qkv = attention.qkv(block.norm1(x)).reshape(shape)
@@ -72,4 +74,5 @@ class _ClassToken(nn.Module):
         heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         mixed = attention.proj(attention.norm(heads.reshape(batch, 1, -1)))
         x = x[:, :1] + block.drop_path1(block.ls1(mixed))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        result: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return result

@@ -114,11 +114,11 @@ class _Attention(torch.autograd.Function):
         Scores, probabilities and their gradients are computed in float32 or wider, and rounded to
         the dtype of q for the products that give the results.
         """
-        saved = ctx.saved_tensors
+        saved: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
         narrow, wide = grad.dtype, torch.promote_types(grad.dtype, torch.float32)
-        grads = tuple(torch.empty_like(each) for each in saved)
-        heads, queries, keys = *saved[0].shape[1:3], saved[1].shape[2]
-        step = max(1, SCORES // (heads * queries * keys))
+        grads = [torch.empty_like(each) for each in saved]
+        scores_of_one = saved[0][0].shape[:2].numel() * saved[1].shape[2]
+        step = max(1, SCORES // scores_of_one)
         with torch.autocast(grad.device.type, enabled=False):
             for start in range(0, len(grad), step):
                 images = slice(start, start + step)
@@ -132,7 +132,7 @@ class _Attention(torch.autograd.Function):
                     grads, (slopes @ k, slopes.mT @ q, chances.mT @ above), strict=True
                 ):
                     into[images] = part
-        return (*grads, None)
+        return grads[0], grads[1], grads[2], None
 
 
 def _layer_norm(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -94,6 +94,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*MODEL, *ONCE, "--batch", "2", "--variants", "aoft-lora-8", "--precision", "fp32"),
         *("--out", "{out}"),
     ),
+    "benchmarks/tuning/training_run.py": (
+        *("--rounds", "1", "--epochs", "1", "--img-size", "16", "--out", "{out}"),
+    ),
     "benchmarks/export/coverage.py": (
         "--families",
         "deit",
@@ -111,7 +114,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 SLOW = (
     *("engines", "exporting", "fleet", "forms", "serving", "starting"),
-    *("training_step", "methods", "coverage"),
+    *("training_step", "training_run", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
 

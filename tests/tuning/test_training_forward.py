@@ -25,6 +25,7 @@ from aoft_deploy.tuning.updates import products
 from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import WeightDelta
 
+LIBRARIES: Any = torch.backends
 VIT = "vit_tiny_patch16_224"
 
 
@@ -134,16 +135,17 @@ def test_attentions_gradients_are_those_of_autograd(
     monkeypatch.setattr(frozen_functions, "SCORES", scores)
     made = [torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 7, 7)]
     weight = torch.randn(3, 2, 4, 8, dtype=torch.float64)
+    q, k, v = made
     for scale in (None, 0.7):
-        expected = F.scaled_dot_product_attention(*made, scale=scale)
+        expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
         with FrozenFunctions():
-            found = F.scaled_dot_product_attention(*made, scale=scale)
+            found = F.scaled_dot_product_attention(q, k, v, scale=scale)
         pair = [torch.autograd.grad(out, made, weight) for out in (found, expected)]
         for ours, theirs in zip(*pair, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     with FrozenFunctions():
-        causal = F.scaled_dot_product_attention(*made, is_causal=True)
-    assert torch.equal(causal, F.scaled_dot_product_attention(*made, is_causal=True))
+        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(causal, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_a_normalised_tensor_that_is_changed_in_place_is_kept_itself() -> None:
@@ -165,7 +167,7 @@ def test_both_libraries_give_the_same_product(monkeypatch: pytest.MonkeyPatch) -
     x, weight, bias = torch.randn(3, 7, 33), torch.randn(33, 20).mT, torch.randn(20)
     exact = F.linear(x.double(), weight.double(), bias.double())
     for prefers in (True, False):
-        if prefers and not torch.backends.mkldnn.is_available():
+        if prefers and not LIBRARIES.mkldnn.is_available():
             continue
         monkeypatch.setattr(products, "_prefers_onednn", lambda prefers=prefers: prefers)
         found = products.product(x, weight, bias)
@@ -179,7 +181,7 @@ def test_onednn_multiplies_on_processors_of_amd(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\n")
     monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    both = LIBRARIES.mkl.is_available() and LIBRARIES.mkldnn.is_available()
     assert products._prefers_onednn.__wrapped__() is (prefers and both)
     monkeypatch.setattr(products, "CPUINFO", tmp_path / "missing")
     assert products._prefers_onednn.__wrapped__() is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @cache
 def _prefers_onednn() -> bool:
     """Whether PyTorch has both libraries, and the processor is AMD's."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    libraries: Any = torch.backends  # their functions have no types
+    both = libraries.mkl.is_available() and libraries.mkldnn.is_available()
     if not both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
