@@ -200,7 +200,7 @@ class RunOptions:
         trust_images: Check only the headers of the training images before the first epoch, without
             decoding them.
         checkpointing: Keep only the inputs of the blocks for the backward pass, which computes each
-            block again: less memory, a third more time, the same results.
+            block again: less memory, more time, the same results.
         skip_unreadable: Leave out images that cannot be read, and list them in the output folder's
             ``unreadable.json``; a resumed run leaves out the same.
 

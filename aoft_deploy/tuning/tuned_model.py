@@ -40,7 +40,7 @@ class TunedModel(nn.Module, Predictor):
         direct: Names of the backbone's own parameters that are trained: the classifier's, or all.
         updates: The update of every site, by the site's name.
         checkpointing: Keep only the inputs of the blocks for the backward pass, which computes each
-            block again. The gradients are the same; memory is saved, and a third of the time lost.
+            block again: less memory, more time, the same gradients.
     """
 
     checkpointing = False
