@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def _train(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def _run_options(options: argparse.Namespace) -> RunOptions:
-    names = ("resume", "overwrite", "workers", "tensorboard", "trust_images", "skip_unreadable")
+    names = {field.name for field in fields(RunOptions)} - {"progress"}
     given = {name: getattr(options, name) for name in names}
     return RunOptions(progress=not options.quiet, **given)
 

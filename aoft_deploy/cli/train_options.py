@@ -106,6 +106,13 @@ def _add_optimisation(p: argparse.ArgumentParser) -> None:
     ):
         metavar = "N" if kind is int or name == "warmup-epochs" else "X"
         add(f"--{name}", type=kind, metavar=metavar, help=_help(name, meaning, default))
+    add(
+        "--checkpointing",
+        action="store_true",
+        default=False,
+        help="keep only the inputs of blocks for the backward pass: less memory, more time, the "
+        "same results",
+    )
     meaning = (
         "of the arithmetic; auto is bf16 where the hardware computes it fast, else fp32; tf32 is "
         "for NVIDIA GPUs"

@@ -30,6 +30,7 @@ from aoft_deploy.training.augmentation import (
 )
 
 __all__ = [
+    "FeatureBatches",
     "Loader",
     "Part",
     "PixelBatches",
@@ -163,6 +164,26 @@ class PixelBatches(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(pixels), self.labels[list(part.images)]
 
 
+class FeatureBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Data set of parts: inputs of the classifier (batch, width), and labels.
+
+    Args:
+        features: (images, width), on the device that trains.
+        labels: (images,).
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.cached, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Features and labels of a part."""
+        images = list(part.images)
+        return self.cached[images], self.labels[images]
+
+
 class Loader:
     """Loads the parts of a data set in worker processes that live as long as the loader.
 
@@ -176,7 +197,7 @@ class Loader:
 
     def __init__(
         self,
-        batches: PixelBatches,
+        batches: PixelBatches | FeatureBatches,
         parts: Callable[[int], Iterator[Part]],
         *,
         workers: int = 0,
@@ -191,7 +212,7 @@ class Loader:
             sampler=_CurrentParts(self),
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=pin,
+            pin_memory=pin and isinstance(batches, PixelBatches),
             generator=torch.Generator(),
         )
 

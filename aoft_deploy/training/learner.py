@@ -143,6 +143,47 @@ class Learner:
         self.optimiser.zero_grad()
         return rate
 
+    def has_constant_features(self, augment: str) -> bool:
+        """Whether the input of the classifier is the same in every epoch.
+
+        Nothing but the classifier is trained then. Several processes exchange gradients through the
+        whole model, so they compute it.
+
+        Args:
+            augment: Augmentation of the images.
+        """
+        settings = self.settings
+        random = settings.mixup or settings.cutmix or settings.drop_path or augment != "none"
+        frozen = not self.tuned.updates and self.tuned.direct == self.tuned.classifier
+        return frozen and not random and self.accelerator.num_processes == 1
+
+    @torch.no_grad()
+    def features(self, loader: Loader, tick: Callable[[int], object]) -> Tensor | None:
+        """Input of the classifier for all images of a loader, (images, width).
+
+        Args:
+            loader: Gives all images in their order.
+            tick: Called after each part with the number of its images.
+
+        Returns:
+            None if the classifier of these features does not give the model's logits, bit for bit.
+        """
+        self.tuned.eval()
+        found: list[Tensor] = []
+        backbone: Any = self.tuned.backbone
+        with float32_products(tf32=self.precision == "tf32"):
+            for _, pixels, _ in loader.epoch(0):
+                images = self._prepared(pixels)
+                with self._autocast():
+                    tokens = backbone.forward_features(images)
+                    found.append(backbone.forward_head(tokens, pre_logits=True))
+                if len(found) == 1:
+                    logits = self._logits(self.tuned, images)
+                    if found[0].dim() != 2 or not logits.equal(self._logits(self.tuned, found[0])):
+                        return None
+                tick(len(pixels))
+        return torch.cat(found)
+
     @torch.no_grad()
     def evaluate(self, loader: Loader, tick: Callable[[int], object]) -> tuple[float, float]:
         """Mean loss and accuracy over all images of a loader.
@@ -175,10 +216,18 @@ class Learner:
         return batch.to(self.device, non_blocking=True)
 
     def _prepared(self, pixels: Tensor) -> Tensor:
+        if pixels.dim() == 2:
+            return pixels  # features
         return normalised(self._on_device(pixels), self.pixel_mean, self.pixel_std)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        """Logits of images, or of features (batch, width)."""
+        if images.dim() == 2:
+            model = self.tuned.backbone.get_classifier()  # type: ignore[operator]
+        with self._autocast():
             logits: Tensor = model(images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

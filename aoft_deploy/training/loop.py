@@ -13,6 +13,7 @@ from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.data.splits import ImageList, Splits
 from aoft_deploy.training.analysis.orthogonality import orthogonality
 from aoft_deploy.training.batches import (
+    FeatureBatches,
     Loader,
     Part,
     PixelBatches,
@@ -96,11 +97,24 @@ class TrainingLoop:
         with self.reporter.counting("read training images", len(self.fitted)) as tick:
             augment, seed = settings.augment, settings.seed
             pixels = PixelBatches(self.fitted, self.preprocessing, augment, seed, tick)
-        return self._loader(pixels, plan)
+        return self._loader("training", pixels, plan)
 
-    def _loader(self, batches: PixelBatches, plan: Callable[[int], Iterator[Part]]) -> Loader:
-        """Loader into the memory from which the device copies without waiting."""
+    def _loader(
+        self, name: str, batches: PixelBatches, plan: Callable[[int], Iterator[Part]]
+    ) -> Loader:
+        """Loader into the memory from which the device copies without waiting.
+
+        It gives features instead of images if they are the same in every epoch.
+        """
         pin = self.learner.device.type == "cuda"
+        if self.learner.has_constant_features(batches.augment):
+            size = math.ceil(self.settings.batch_size / self.settings.accumulate)
+            ordered = partial(_in_order, len(batches), size)
+            images = Loader(batches, ordered, workers=self.workers, pin=pin)
+            with self.reporter.counting(f"features of {name} images", len(batches)) as tick:
+                features = self.learner.features(images, tick)
+            if features is not None:
+                return Loader(FeatureBatches(features, batches.labels), plan)
         return Loader(batches, plan, workers=self.workers, pin=pin)
 
     @cached_property
@@ -119,7 +133,7 @@ class TrainingLoop:
 
         with self.reporter.counting(f"read {name} images", len(images)) as tick:
             pixels = PixelBatches(images, self.preprocessing, tick=tick)
-        return self._loader(pixels, plan)
+        return self._loader(name, pixels, plan)
 
     def _evaluate(self, name: str, loader: Loader) -> tuple[float, float]:
         """Mean loss and accuracy; the progress is that of this process."""
@@ -258,6 +272,11 @@ class TrainingLoop:
         if self.writes:
             self.folder.save(state)
             self.folder.append_metrics(line)
+
+
+def _in_order(count: int, size: int, epoch: int) -> Iterator[Part]:
+    """All images in their order, in parts of ``size``."""
+    return evaluation_parts(count, size, 0, 1)
 
 
 def merit(metrics: Mapping[str, Any]) -> tuple[float, float, int]:

@@ -30,6 +30,7 @@ from aoft_deploy.training.precision import precision_on
 from aoft_deploy.training.reporting import Reporter
 from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import RunOptions, TrainingSettings
+from aoft_deploy.tuning.training_forward import check_checkpointing
 
 __all__ = ["Result", "train"]
 
@@ -108,6 +109,9 @@ def train(
     state = folder.open(resume=options.resume, overwrite=options.overwrite)
     with preserved_randomness(accelerator.device), deterministic(accelerator.device), _memory():
         tuned = create_model(settings, len(splits.classes))
+        if options.checkpointing:
+            check_checkpointing(tuned.backbone)
+        tuned.checkpointing = options.checkpointing
         model_preprocessing(tuned, settings)  # refuses wrong settings before images are read
         precision_on(accelerator.device, settings.precision)
         if state.lines or checked:

@@ -199,6 +199,8 @@ class RunOptions:
         tensorboard: Also write the metrics for TensorBoard into the output folder.
         trust_images: Check only the headers of the training images before the first epoch, without
             decoding them.
+        checkpointing: Keep only the inputs of the blocks for the backward pass, which computes each
+            block again: less memory, more time, the same results.
         skip_unreadable: Leave out images that cannot be read, and list them in the output folder's
             ``unreadable.json``; a resumed run leaves out the same.
 
@@ -212,6 +214,7 @@ class RunOptions:
     progress: bool = False
     tensorboard: bool = False
     trust_images: bool = False
+    checkpointing: bool = False
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, SettingError
 from aoft_deploy.tuning.backbones.identity import Backbone, image_size
 from aoft_deploy.tuning.sites.classifier import classifier_names
+from aoft_deploy.tuning.training_forward import training_logits
 from aoft_deploy.tuning.updates.update import Update
 
 __all__ = ["TunedModel"]
@@ -38,7 +39,11 @@ class TunedModel(nn.Module, Predictor):
         classifier: Names of the classifier's parameters in the backbone.
         direct: Names of the backbone's own parameters that are trained: the classifier's, or all.
         updates: The update of every site, by the site's name.
+        checkpointing: Keep only the inputs of the blocks for the backward pass, which computes each
+            block again: less memory, more time, the same gradients.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -64,6 +69,8 @@ class TunedModel(nn.Module, Predictor):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. x: (batch, 3, H, W) → (batch, classes)."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return training_logits(self.backbone, x, self.checkpointing)
         logits: Tensor = self.backbone(x)
         return logits
 

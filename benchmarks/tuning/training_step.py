@@ -3,16 +3,16 @@
 Each variant runs in its own process, and all import the same packages. The parent requests one step
 from each in turn, in the opposite order every other round, so that changes of the machine's speed
 affect all variants alike. Time is the median over rounds; memory is the peak resident set of the
-process.
+process. A file of results keeps its other batches and precisions, so a long table can be measured
+in several commands.
 
-    python benchmarks/tuning/training_step.py --out benchmarks/results/training_step.json
+    python benchmarks/tuning/training_step.py --batch 4 8 16 --precision fp32 bf16 --out FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import psutil
 import timm
 import torch
 from torch import nn
 
 from aoft_deploy import attach
+from aoft_deploy.artefacts.machine import gemm_peaks, machine
 
 VARIANTS = {
     "peft-lora-8": None,
@@ -35,6 +35,7 @@ VARIANTS = {
     "aoft-lora-64": ("aoft-lora", 64),
     "aoft-lora-star-8": ("aoft-lora-star", 8),
     "lora-8": ("lora", 8),
+    "aoft-lora-8-checkpointing": ("aoft-lora", 8),
     "rlrr": ("rlrr", 1),
     "linear": ("linear", 0),
 }
@@ -49,7 +50,9 @@ def build(variant: str, model: nn.Module) -> nn.Module:
         )
         return peft.get_peft_model(model, config)
     method, rank = chosen
-    return attach(model, method, **({"rank": rank} if rank else {}))
+    tuned = attach(model, method, **({"rank": rank} if rank else {}))
+    tuned.checkpointing = variant.endswith("checkpointing")
+    return tuned
 
 
 def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
@@ -59,9 +62,10 @@ def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3)
     side = timm.get_pretrained_cfg(options.model).input_size[-1]  # type: ignore[union-attr]
-    images = torch.randn(options.batch, 3, side, side)
-    labels = torch.randint(0, 100, (options.batch,))
-    bf16 = options.precision == "bf16"
+    (batch,), (precision,) = options.batch, options.precision
+    images = torch.randn(batch, 3, side, side)
+    labels = torch.randint(0, 100, (batch,))
+    bf16 = precision == "bf16"
 
     def step() -> float:
         start = time.perf_counter()
@@ -84,11 +88,9 @@ def serve(variant: str, options: argparse.Namespace) -> None:
         print(json.dumps([seconds, int(peak) / 1024]), flush=True)
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure(options: argparse.Namespace, batch: int, precision: str) -> dict[str, dict[str, Any]]:
     """Median seconds and peak MiB of every variant, and their ratios to PEFT's."""
-    arguments = [
-        f"--{k}={v}" for k, v in vars(options).items() if k in ("model", "batch", "precision")
-    ]
+    arguments = [f"--model={options.model}", f"--batch={batch}", f"--precision={precision}"]
     workers = {
         v: subprocess.Popen(
             [sys.executable, __file__, "--serve", v, *arguments],
@@ -128,8 +130,8 @@ def main() -> None:
     """Measure, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], nargs="+", default=["bf16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path)
@@ -137,25 +139,33 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options)
-    result = measure(options)
-    print(f"{'variant':18}{'s/step':>9}{'x PEFT':>9}{'peak MiB':>10}{'x PEFT':>9}")
-    for name, row in result.items():
-        print(
-            f"{name:18}{row['seconds']:9.3f}{row['time_ratio']:9.3f}"
-            f"{row['peak_mib']:10.0f}{row['memory_ratio']:9.3f}"
-        )
+    runs: dict[str, Any] = {}
+    if options.out and options.out.exists():
+        runs = json.loads(options.out.read_text())["runs"]
+    for precision in options.precision:
+        for batch in options.batch:
+            result = measure(options, batch, precision)
+            print(f"{f'{precision}, batch {batch}':26}{'s/step':>9}{'x PEFT':>9}", end="")
+            print(f"{'peak MiB':>10}{'x PEFT':>9}")
+            for name, row in result.items():
+                print(
+                    f"{name:26}{row['seconds']:9.3f}{row['time_ratio']:9.3f}"
+                    f"{row['peak_mib']:10.0f}{row['memory_ratio']:9.3f}",
+                    flush=True,
+                )
+            runs[f"{precision}, batch {batch}"] = {"rounds": options.rounds, "variants": result}
     if options.out:
+        versions = {"torch": torch.__version__, "peft": peft.__version__}
         report = {
             "command": "python benchmarks/tuning/training_step.py " + " ".join(sys.argv[1:]),
             "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": psutil.cpu_count(logical=False),
+                **machine(torch.get_num_threads()),
+                **versions,
                 "isa": torch.backends.cpu.get_cpu_capability(),
-                "torch": torch.__version__,
-                "peft": peft.__version__,
+                "operations_per_second": gemm_peaks(),
             },
-            "settings": {k: getattr(options, k) for k in ("model", "batch", "precision", "rounds")},
-            "variants": result,
+            "model": options.model,
+            "runs": dict(sorted(runs.items())),
         }
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     return None

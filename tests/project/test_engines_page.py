@@ -47,7 +47,7 @@ def test_a_profile_shows_shares_and_how_far_the_peak_is(page: Any) -> None:
     groups = {"linear maps": 0.6, "attention": 0.3, "norms": 0.1}
     row: dict[str, Any] = {"name": "onnxruntime fp32", "batch": 8, "seconds": 1.0, "groups": groups}
     row["precision"] = "fp32"
-    report = {
+    report: dict[str, Any] = {
         "machine": {"processor": "Some CPU", "threads": 2},
         "versions": {"torch": "2.14.1"},
         "model": "vit_base_patch16_224",

@@ -98,6 +98,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*MODEL, *ONCE, "--batch", "2", "--variants", "aoft-lora-8", "--precision", "fp32"),
         *("--out", "{out}"),
     ),
+    "benchmarks/tuning/training_run.py": (
+        *("--rounds", "1", "--epochs", "1", "--img-size", "16", "--out", "{out}"),
+    ),
     "benchmarks/export/coverage.py": (
         "--families",
         "deit",
@@ -115,7 +118,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 SLOW = (
     *("engines", "exporting", "fleet", "forms", "node_profile", "serving", "starting"),
-    *("training_step", "methods", "coverage"),
+    *("training_step", "training_run", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,38 @@ from torch.nn import functional as F
 
 from aoft_deploy.tuning.updates.delta import Rows, WeightDelta
 from aoft_deploy.tuning.updates.folding import fold_rows
+from aoft_deploy.tuning.updates.products import product
 
-__all__ = ["apply_linear"]
+__all__ = ["Recipe", "apply_linear", "compute_dtype"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compute a tensor again, which saves the memory to keep it for the backward pass.
+
+    Attributes:
+        source: A tensor that is kept anyway.
+        compute: Gives the same tensor from the source, bit for bit.
+    """
+
+    source: Tensor
+    compute: Callable[[Tensor], Tensor]
+
+    def attach(self, result: Tensor) -> None:
+        """State that ``result`` can be computed by this recipe, as long as it is not changed."""
+        result.recipe = self  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Recipe | None:
+        """The recipe of a tensor, or None if it has none or was changed in place."""
+        recipe: Recipe | None = getattr(tensor, "recipe", None)
+        return recipe if tensor._version == 0 else None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: autocast's if autocast is enabled, otherwise that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def apply_linear(
@@ -39,7 +70,7 @@ def apply_linear(
     """
     layout = [(rows, delta.names()) for rows, delta in deltas]
     tensors = [getattr(delta, n) for _, delta in deltas for n in delta.names()]
-    result: Tensor = _FoldedLinear.apply(x, weight, bias, layout, *tensors)
+    result: Tensor = _FoldedLinear.apply(x, Recipe.of(x), weight, bias, layout, *tensors)
     return result
 
 
@@ -55,35 +86,44 @@ class _FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Any, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        recipe: Recipe | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Any,
+        *tensors: Tensor,
     ) -> Tensor:
-        kind = x.device.type
-        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            inputs = x.to(compute)
+        ctx.layout, ctx.compute = layout, compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.to(ctx.compute)
             folded, bias = fold_rows(weight, bias, _rebuild(layout, tensors))
-            out = F.linear(inputs, folded.to(compute), None if bias is None else bias.to(compute))
-        ctx.save_for_backward(inputs, weight, *tensors)
-        ctx.layout, ctx.dtype = layout, x.dtype
+            shift = None if bias is None else bias.to(ctx.compute)
+            out = product(inputs, folded.to(ctx.compute), shift)
+        ctx.again = None if recipe is None else recipe.compute
+        kept = inputs if recipe is None else recipe.source
+        ctx.save_for_backward(kept, weight, *tensors)
+        ctx.dtype = x.dtype
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        inputs, weight, *tensors = ctx.saved_tensors
+        kept, weight, *tensors = ctx.saved_tensors
         deltas = _rebuild(ctx.layout, tensors)
         with torch.autocast(grad.device.type, enabled=False):
+            inputs = kept if ctx.again is None else ctx.again(kept).to(ctx.compute)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 folded, _ = fold_rows(weight, None, deltas)
-                grad_x = (grad @ folded.to(grad.dtype)).to(ctx.dtype)
+                grad_x = product(grad, folded.to(grad.dtype).mT).to(ctx.dtype)
             parts = _gradients(inputs.flatten(0, -2), grad.flatten(0, -2), weight, deltas)
             flat = [
                 parts[i][name].to(getattr(deltas[i][1], name).dtype)
                 for i, (_, names) in enumerate(ctx.layout)
                 for name in names
             ]
-        return (grad_x, None, None, None, *flat)
+        return (grad_x, None, None, None, None, *flat)
 
 
 def _gradients(

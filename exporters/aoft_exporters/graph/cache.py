@@ -212,8 +212,10 @@ def _distinct_copy(model: nn.Module, left_out: Sequence[str]) -> nn.Module:
         left_out: Paths of modules that are not traced. The copy's share the model's tensors.
     """
     prefixes = tuple(f"{path}." for path in left_out)
-    every = {"remove_duplicate": False}
-    named = [*model.named_parameters(**every), *model.named_buffers(**every)]
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     own = {id(tensor) for name, tensor in named if not name.startswith(prefixes)}
     memo: dict[int, Any] = {id(t): t for _, t in named if id(t) not in own}
     copied = copy.deepcopy(model, memo)
