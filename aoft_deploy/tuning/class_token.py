@@ -26,7 +26,9 @@ def reads_class_token(model: nn.Module) -> bool:
     if model.attn_pool is not None or type(last) is not Block or type(last.attn) is not Attention:
         return False
     attention = last.attn
-    dropout = any(isinstance(each, nn.Dropout) and each.p for each in last.modules())
+    dropouts = (each for each in last.modules() if isinstance(each, nn.Dropout))
+    dropout = any(each.p and each.training for each in dropouts)
+    dropout |= bool(attention.training and attention.attn_drop.p)  # the attention asks only itself
     hooked = any(
         each._forward_hooks or each._forward_pre_hooks for each in (model, last, attention)
     )

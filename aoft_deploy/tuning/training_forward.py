@@ -27,6 +27,9 @@ def training_logits(model: nn.Module, images: Tensor, checkpointing: bool) -> Te
     Returns:
         (batch, classes).
     """
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        own: Tensor = model(images)  # timm computes blocks again, where our functions would miss
+        return own
     with FrozenFunctions():
         if reads_class_token(model):
             return class_token_logits(model, images, _checkpointed if checkpointing else _call)  # type: ignore[arg-type]
