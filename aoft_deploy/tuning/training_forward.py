@@ -27,14 +27,13 @@ def training_logits(model: nn.Module, images: Tensor, checkpointing: bool) -> Te
     Returns:
         (batch, classes).
     """
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        own: Tensor = model(images)  # timm computes blocks again, where our functions would miss
-        return own
-    with FrozenFunctions():
-        if reads_class_token(model):
-            return class_token_logits(model, images, _checkpointed if checkpointing else _call)  # type: ignore[arg-type]
+    if not reads_class_token(model):
+        # timm's own checkpointing would compute blocks again without our functions.
         logits: Tensor = model(images)
         return logits
+    again = checkpointing or bool(model.grad_checkpointing)
+    with FrozenFunctions():
+        return class_token_logits(model, images, _checkpointed if again else _call)  # type: ignore[arg-type]
 
 
 def check_checkpointing(model: nn.Module) -> None:
