@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import engines
 import numpy as np
@@ -62,18 +62,9 @@ VARIANTS = (
 )
 
 
-class Node(NamedTuple):
-    """A node of an engine's graph.
-
-    Attributes:
-        group: What it computes.
-        kind: The engine's own name of the operator and, if known, of its kernel.
-        seconds: Median duration.
-    """
-
-    group: str
-    kind: str
-    seconds: float
+Node = tuple[str, str, float]
+"""A node of a graph: what it computes, the engine's name of its operator and, if known, of its
+kernel, and its median duration in seconds."""
 
 
 def group(kind: str, *, thin: bool = False) -> str:
@@ -105,7 +96,7 @@ def onnx_nodes(path: Path, inputs: Inputs, precision: str, threads: int, runs: i
             thin = len(shapes) > 1 and len(shapes[1]) > 2
             found[event["name"], event["args"]["op_name"], thin].append(event["dur"] * 1e-6)
     return [
-        Node(group(kind, thin=thin), kind, statistics.median(seconds[1:]))
+        (group(kind, thin=thin), kind, statistics.median(seconds[1:]))
         for (_, kind, thin), seconds in found.items()
     ]
 
@@ -132,7 +123,7 @@ def openvino_nodes(
             key = node.node_name, node.node_type, node.exec_type
             found[key].append(node.real_time.total_seconds())
     return [
-        Node(group(kind, thin=kind == "MatMul"), f"{kind}, {kernel}", statistics.median(times[1:]))
+        (group(kind, thin=kind == "MatMul"), f"{kind}, {kernel}", statistics.median(times[1:]))
         for (_, kind, kernel), times in found.items()
     ]
 
@@ -145,7 +136,7 @@ def torch_nodes(model: str, method: str, inputs: Inputs, threads: int, runs: int
         for _ in range(runs):
             engine.run(inputs["pixel_values"])
     return [
-        Node(group(event.key), event.key, event.self_cpu_time_total * 1e-6 / runs)
+        (group(event.key), event.key, event.self_cpu_time_total * 1e-6 / runs)
         for event in profile.key_averages()
     ]
 
@@ -201,9 +192,9 @@ def profiles(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, 
 def summary(nodes: Sequence[Node]) -> dict[str, Any]:
     """Seconds of all nodes, and of each group and kind, longest first."""
     groups, kinds = defaultdict[str, float](float), defaultdict[str, float](float)
-    for node in nodes:
-        groups[node.group] += node.seconds
-        kinds[node.kind] += node.seconds
+    for name, kind, seconds in nodes:
+        groups[name] += seconds
+        kinds[kind] += seconds
     ordered = {
         name: dict(sorted(found.items(), key=lambda item: -item[1]))
         for name, found in (("groups", groups), ("kinds", kinds))

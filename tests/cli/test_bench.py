@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -276,16 +277,23 @@ def test_an_existing_result_is_replaced_only_on_request(
         (["--device", "cuda"], "onnxruntime-gpu is not installed"),
         (["--device", "mps"], "Unknown device of ONNX Runtime 'mps': give cpu, cuda, or cuda:1"),
         (["--json", "/nowhere/figures.json"], "There is no folder /nowhere: give another --json"),
-        (["--plot", "/dev/null"], "/dev/null exists and is no file: give another --plot"),
+        (["--plot", "{pipe}"], "{pipe} exists and is no file: give another --plot"),
     ],
 )
 def test_an_invalid_option_is_a_one_line_error(
-    artefact: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    artefact: Path,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([str(artefact), *options, "--rounds", "1"]) == 1
+    pipe = tmp_path / "pipe"  # a device would be lost if the check failed
+    os.mkfifo(pipe)
+    given = [option.format(pipe=pipe) for option in options]
+    assert main([str(artefact), *given, "--rounds", "1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert re.search(message, err)
+    assert re.search(message.format(pipe=pipe), err)
 
 
 def test_artefacts_of_different_sizes_are_refused(

@@ -135,9 +135,6 @@ def test_the_header_compares_with_separate_models(session: Session) -> None:
     html = header(shared, [Resident(name, 2, 50_000, "initial") for name in "ab"])
     assert "<b>2 skills</b> of about 50.0 KB share one 10.0 MB model" in html
     assert "<b>10.1 MB</b> in memory instead of 20.1 MB" in html
-    one = header(shared, [Resident("a", 2, 50_000, "initial")])
-    assert "<b>1 skill</b> of about 50.0 KB shares one" in one
-    assert "<b>0 skills</b> of about 0 bytes" in header(shared, [])
 
 
 def test_a_skill_without_a_card_is_the_visitors_own() -> None:

@@ -59,7 +59,7 @@ def test_the_memory_bars_compare_one_model_with_separate_ones(session: Session) 
     assert widths == [pytest.approx(100 * together / separate, abs=0.06), 100]
     values = re.findall(r'<span class="value">([^<]+)<', html)
     assert values == [size(together), size(separate)]
-    assert "No skills" in rows(session, [], {}) and f">{size(backbone)}<" in rows(session, [], {})
+    assert "No skills" in rows(session, [], {}) and "<section" not in rows(session, [], {})
 
 
 def test_undo_is_offered_for_the_last_removed_skill(session: Session) -> None:
@@ -92,8 +92,8 @@ def test_each_column_of_the_proof_shows_its_own_model() -> None:
     assert [name for name, _ in lines] == list("bdegaf")  # the largest first
     assert len(lines) == CLASSES
     values = {name: re.findall(r'data-value="([^"]+)"', cells) for name, cells in lines}
-    code = re.findall(r'<pre tabindex="0">([^#]+)#', proof_card("it's", proof(0.0, 0.0)))
-    assert shlex.split(unescape(code[0]))[2] == "it's.ckpt"
+    code = re.findall(r"<pre[^>]*>(aoft-export[^<]+)<", proof_card("it's", proof(0.0, 0.0)))
+    assert shlex.split(unescape(code[0]), comments=True)[2] == "it's.ckpt"
     assert values["a"] == ["0.5", "0.75", "0.625"] and values["b"] == ["3"] * 3
 
 
