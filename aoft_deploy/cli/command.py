@@ -132,6 +132,9 @@ def run(
         return _failed(with_options(str(error), parser))
     finally:
         signal.signal(signal.SIGTERM, previous)
+        # CPython ends with SIGINT if the last code that it executed from a text was interrupted,
+        # such as that of a class of named tuples in an import, though the interrupt was handled.
+        exec("")
     return 0
 
 

@@ -35,14 +35,20 @@ def temporary_folder() -> Iterator[Path]:
     It is removed at the end; signals are ignored from then on.
     """
     tempdir, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    folder = Path(tempfile.mkdtemp(prefix="aoft-demo-")).resolve()
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until its removal is certain
     try:
+        folder = Path(tempfile.mkdtemp(prefix="aoft-demo-")).resolve()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield folder
     finally:
         _ignore_signals()
         tempfile.tempdir = tempdir
-        os.environ.pop("TMPDIR")
+        os.environ.pop("TMPDIR", None)
         if variable is not None:
             os.environ["TMPDIR"] = variable
         for _ in range(10):  # a running handler may write files during the removal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,3 +143,21 @@ def test_a_module_of_the_user_that_fails_is_one_line(
     assert shown.err.startswith(f"error: --import {name} fails ({reason.format(folder=tmp_path)}")
     assert shown.err.endswith("installed or in the current folder.\n")
     assert shown.out == "" and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("caught", "code"), [(True, 0), (False, 1)])
+def test_an_interrupt_within_an_import_ends_with_the_commands_own_exit_code(
+    caught: bool, code: int
+) -> None:
+    """CPython 3.11 forgets that an interrupt of ``exec`` was handled, and ends with SIGINT."""
+    script = f"""
+import contextlib, sys
+from aoft_deploy.cli.command import Parser, run
+
+def body(options):
+    with contextlib.suppress(*[KeyboardInterrupt] * {caught}):
+        exec("raise KeyboardInterrupt")
+
+sys.exit(run(Parser(prog="aoft-any"), body, []))
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == code

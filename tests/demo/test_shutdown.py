@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from running_demo import Demo, DemoClient
 from teaching import taught_classes
 
+from aoft_demo.shutdown import SIGNALS, interrupt_on_signals, temporary_folder
 from aoft_demo.tasks.shared_fleet import bundled_checkpoints
 from aoft_demo.tasks.skills import bundled_examples
 
@@ -120,3 +122,27 @@ def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
     assert process.wait() == 0 and "is at" not in rest
     assert not any(folder.iterdir())
     process.stdout.close()
+
+
+def test_a_signal_while_the_temporary_folder_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    make, made = tempfile.mkdtemp, list[str]()
+
+    def signalled(**options: str) -> str:
+        made.append(make(**options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made[0]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", signalled)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        interrupt_on_signals()
+        with pytest.raises(KeyboardInterrupt), temporary_folder():
+            raise AssertionError("the signal was lost")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert made and not any(tmp_path.iterdir())
