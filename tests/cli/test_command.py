@@ -147,7 +147,7 @@ def test_a_module_of_the_user_that_fails_is_one_line(
 
 @pytest.mark.parametrize(("caught", "code"), [(True, 0), (False, 1)])
 def test_an_interrupt_within_an_import_ends_with_the_commands_own_exit_code(
-    caught: bool, code: int
+    caught: bool, code: int, tmp_path: Path
 ) -> None:
     """CPython 3.11 forgets that an interrupt of ``exec`` was handled, and ends with SIGINT."""
     script = f"""
@@ -160,4 +160,6 @@ def body(options):
 
 sys.exit(run(Parser(prog="aoft-any"), body, []))
 """
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == code
+    file = tmp_path / "command.py"
+    file.write_text(script)
+    assert subprocess.run([sys.executable, file], capture_output=True).returncode == code
