@@ -160,6 +160,6 @@ def body(options):
 
 sys.exit(run(Parser(prog="aoft-any"), body, []))
 """
-    file = tmp_path / "command.py"
-    file.write_text(script)
-    assert subprocess.run([sys.executable, file], capture_output=True).returncode == code
+    (tmp_path / "ended.py").write_text(script)
+    command = [sys.executable, "-m", "ended"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == code
