@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -134,7 +135,7 @@ def run(
         signal.signal(signal.SIGTERM, previous)
         # CPython ends with SIGINT if the last code that it executed from a text was interrupted,
         # such as that of a class of named tuples in an import, though the interrupt was handled.
-        exec("")
+        namedtuple("Executed", "text")
     return 0
 
 

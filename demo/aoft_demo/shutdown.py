@@ -35,15 +35,19 @@ def temporary_folder() -> Iterator[Path]:
     It is removed at the end; signals are ignored from then on.
     """
     tempdir, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until its removal is certain
+    arrived: list[int] = []
+    ours = [number for number in SIGNALS if signal.getsignal(number) is _interrupt]
+    for number in ours:  # an interrupt waits until the folder's name is known
+        signal.signal(number, lambda number, frame: arrived.append(number))
     try:
         folder = Path(tempfile.mkdtemp(prefix="aoft-demo-")).resolve()
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
+    finally:
+        for number in ours:
+            signal.signal(number, _interrupt)
     try:
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if arrived:
+            _interrupt(arrived[0], None)
         yield folder
     finally:
         _ignore_signals()
