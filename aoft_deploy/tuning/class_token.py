@@ -29,9 +29,8 @@ def reads_class_token(model: nn.Module) -> bool:
     dropouts = (each for each in last.modules() if isinstance(each, nn.Dropout))
     dropout = any(each.p and each.training for each in dropouts)
     dropout |= bool(attention.training and attention.attn_drop.p)  # the attention asks only itself
-    hooked = any(
-        each._forward_hooks or each._forward_pre_hooks for each in (model, last, attention)
-    )
+    seen = (model, model.blocks, model.norm, *last.modules())  # they would see one token alone
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in seen)
     gated = getattr(attention, "gate", None) is not None
     return attention.fused_attn and not (dropout or hooked or gated)
 

@@ -128,6 +128,18 @@ def test_the_last_block_is_cut_only_if_the_class_token_alone_is_read() -> None:
     assert not reads_class_token(hooked)
 
 
+@pytest.mark.parametrize("path", ["blocks", "blocks.1", "blocks.1.mlp", "blocks.1.norm2", "norm"])
+def test_a_hook_sees_what_it_sees_in_the_model_itself(path: str) -> None:
+    base = timm.create_model(VIT, img_size=32, depth=2, num_classes=5).eval()
+    tuned, seen = trained(attach(base, "lora")), list[Tensor]()
+    x = images(tuned)
+    tuned.backbone.get_submodule(path).register_forward_hook(lambda m, x, out: seen.append(out))
+    tuned(x)
+    tuned.backbone(x)
+    ours, theirs = seen
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("scores", [1, 1 << 20])
 def test_attentions_gradients_are_those_of_autograd(
     scores: int, monkeypatch: pytest.MonkeyPatch
