@@ -99,17 +99,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def settings(report: Mapping[str, Any]) -> str:
+    """What was measured with which versions, and the machine's peaks."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    peaks = report["gemm_peaks"].items()
+    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks)
+    return (
+        f"{report['model']}, {report['method']}, {report['machine']['threads']} threads; "
+        f"{versions}. Peak of matrix products in 10⁹ operations a second: {speeds}."
+    )
+
+
 def section(report: Mapping[str, Any]) -> list[str]:
     """The lines of a machine."""
-    machine, peaks = report["machine"], report["gemm_peaks"]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
-    lines = [
-        f"## {machine['processor']}",
-        "",
-        f"{report['model']}, {report['method']}, {machine['threads']} threads; {versions}. Peak of "
-        f"matrix products in 10⁹ operations a second: {speeds}.",
-    ]
+    lines = [f"## {report['machine']['processor']}", "", settings(report)]
     for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["batch"] == batch]
         lines += ["", f"**Batch {batch}**", "", *table(rows)]
@@ -118,14 +121,10 @@ def section(report: Mapping[str, Any]) -> list[str]:
 
 def node_section(report: Mapping[str, Any]) -> list[str]:
     """The lines of a machine's profiles."""
-    machine, peaks = report["machine"], report["gemm_peaks"]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    speeds = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
     lines = [
-        f"### Nodes on {machine['processor']}",
+        f"### Nodes on {report['machine']['processor']}",
         "",
-        f"{report['model']}, {report['method']}, {machine['threads']} threads; {versions}. Peak of "
-        f"matrix products in 10⁹ operations a second: {speeds}.",
+        settings(report),
         "",
         f"| engine | batch | {' | '.join(GROUPS)} |",
         "|---|---" + "|---" * len(GROUPS) + "|",

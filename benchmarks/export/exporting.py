@@ -131,7 +131,7 @@ def main() -> None:
         cpu = found["cpu"]
         print(f"{name}: {found['seconds']:.1f} s, {cpu:.1f} s of CPU, {found['peak']:.0f} MB")
     for side in sides:
-        for kind in set(options.ways) - {"together"}:
+        for kind in (way for way in options.ways if way != "together"):
             pair = (result["medians"][f"{kind} {each}, {side}"] for each in ("further", "first"))
             further, first = (each["cpu"] for each in pair)
             print(f"{kind}, {side}: further {further / first:.0%} of the first's CPU time")

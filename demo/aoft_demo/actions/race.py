@@ -29,7 +29,7 @@ from aoft_demo.actions.race_models import merged_models
 from aoft_demo.actions.race_queue import Race
 from aoft_demo.actions.race_stages import Agreement, Lane, Preparing, Standing
 from aoft_demo.actions.race_timing import laps_in_turn
-from aoft_demo.tasks.session import NO_TASK, Session
+from aoft_demo.tasks.session import NO_TASK, Session, own_first
 from aoft_demo.tasks.shared_fleet import Task, task_bytes
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.machine import machine
@@ -68,13 +68,12 @@ def raced_skills(session: Session) -> list[str]:
     Raises:
         SettingError: There is no skill.
     """
-    tasks = dict(session.tasks)
+    tasks = own_first(session.tasks)
     if not tasks:
         raise SettingError(NO_TASK)
-    own = sorted(tasks, key=lambda name: tasks[name].origin == "initial")
-    with_file = [name for name in own if tasks[name].checkpoint is not None]
+    with_file = [name for name, task in tasks.items() if task.checkpoint is not None]
     room = max(1, MAX_MODELS // max(1, session.shared.backbone_bytes))
-    return (with_file or own)[: min(MAX_SKILLS, room)]
+    return (with_file or list(tasks))[: min(MAX_SKILLS, room)]
 
 
 def run_race(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aoft_demo.tasks.session import Session
+from aoft_demo.tasks.session import Session, own_first
 from aoft_demo.tasks.shared_fleet import task_bytes
 
 __all__ = ["Resident", "residents"]
@@ -30,8 +30,7 @@ class Resident:
 def residents(session: Session) -> list[Resident]:
     """The tasks of a session, the visitor's own first."""
     fleet = session.shared.fleet
-    tasks = sorted(session.tasks.items(), key=lambda item: item[1].origin == "initial")
     return [
         Resident(name, len(task.classes), task_bytes(fleet, task.classes), task.origin)
-        for name, task in tasks
+        for name, task in own_first(session.tasks).items()
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from aoft_demo.tasks.shared_fleet import SharedFleet, Task
 from aoft_demo.tasks.training_queue import Training
 from aoft_deploy.errors import CheckpointError, SettingError, UnknownNameError
 
-__all__ = ["MAX_TASKS", "NO_TASK", "ON_AT_FIRST", "Session", "task_name"]
+__all__ = ["MAX_TASKS", "NO_TASK", "ON_AT_FIRST", "Session", "own_first", "task_name"]
 
 MAX_TASKS = 64
 """Tasks that one session may add."""
@@ -50,6 +50,11 @@ def task_name(text: str) -> str:
             "letter or digit: type another name."
         )
     return name
+
+
+def own_first(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """A session's tasks, those that the visitor has added or taught first."""
+    return dict(sorted(tasks.items(), key=lambda item: item[1].origin == "initial"))
 
 
 class Session:

@@ -57,7 +57,11 @@ def answer_cards(
         saved: Memory of separate models divided by that of the fleet.
     """
     found = answers.predictions
-    outside = [name for name, best in found.items() if _is_outside(best, cards[name])]
+    outside = [
+        name
+        for name, best in found.items()
+        if _fits_not(best, cards[name]) and not _is_unsure(best, cards[name])
+    ]
     shown = "".join(_card(name, found[name], cards[name]) for name in found if name not in outside)
     shown += _group(outside, answers, cards)
     few = " few" * (len(found) - len(outside) <= FEW)
@@ -69,12 +73,16 @@ def answer_cards(
     )
 
 
-def _is_outside(best: Sequence[Answer], card: SkillCard) -> bool:
-    """Whether a task is sure that it was not made for the picture."""
+def _is_unsure(best: Sequence[Answer], card: SkillCard) -> bool:
+    """Whether a task's best answer is too improbable to be shown as its answer."""
+    probability = getattr(best[0], "probability", None) if best else None
+    return probability is not None and probability < card.threshold
+
+
+def _fits_not(best: Sequence[Answer], card: SkillCard) -> bool:
+    """Whether a task's best answer is that its question does not fit the picture."""
     top = best[0] if best else None
-    if top is None or isinstance(top, Value) or top.label != card.none_class:
-        return False
-    return getattr(top, "probability", 1.0) >= card.threshold
+    return top is not None and not isinstance(top, Value) and top.label == card.none_class
 
 
 def _group(names: Sequence[str], answers: Answers, cards: dict[str, SkillCard]) -> str:
@@ -110,9 +118,7 @@ def _strip(answers: Answers, difference: float | None, saved: float) -> str:
 
 def _card(name: str, best: Sequence[Answer], card: SkillCard) -> str:
     top = best[0] if best else None
-    probability = getattr(top, "probability", None)
-    unsure = probability is not None and probability < card.threshold
-    none = top is not None and not isinstance(top, Value) and top.label == card.none_class
+    unsure, none = _is_unsure(best, card), _fits_not(best, card)
     headline = "Not sure" if unsure else _headline(top)
     others = "".join(map(_line, best[1:]))
     more = f"<details><summary>Other answers</summary>{others}</details>" if others else ""

@@ -42,9 +42,10 @@ async function send(picture) {
   if (!picture) return;
   const number = ++latest;
   stop();
-  fail(aoft.tooLarge(picture, picture.name || "The picture"));
-  if (!wrong.hidden) return busy(false);
-  busy(true);
+  const problem = aoft.tooLarge(picture, picture.name || "The picture");
+  fail(problem);
+  busy(!problem);
+  if (problem) return;
   try {
     const { path } = await upload(picture);
     if (number !== latest) return;
