@@ -207,17 +207,27 @@ def _skeleton(model: nn.Module, examples: Mapping[str, tuple[Any, str]]) -> Any:
 def _distinct_copy(model: nn.Module, left_out: Sequence[str]) -> nn.Module:
     """A copy of a model whose weights all have different random values.
 
+    The copy has no weight of the model, since torch and onnxscript keep what they traced last.
+
     Args:
         model: The model.
-        left_out: Paths of modules that are not traced. The copy's share the model's tensors.
+        left_out: Paths of modules that are not traced. Their weights have no values, which takes no
+            memory.
     """
+    import torch
+
     prefixes = tuple(f"{path}." for path in left_out)
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
     own = {id(tensor) for name, tensor in named if not name.startswith(prefixes)}
-    memo: dict[int, Any] = {id(t): t for _, t in named if id(t) not in own}
+    memo: dict[int, Any] = {}
+    for _, tensor in named:
+        if id(tensor) not in own:
+            empty = torch.empty_like(tensor, requires_grad=False)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(empty, False) if is_parameter else empty
     copied = copy.deepcopy(model, memo)
     _make_distinct({n: t for n, t in copied.state_dict().items() if not n.startswith(prefixes)})
     return copied

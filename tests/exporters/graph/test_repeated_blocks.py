@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from aoft_deploy.tuning.attaching import attach
 from aoft_deploy.tuning.backbones.identity import identify
@@ -219,3 +220,17 @@ def test_blocks_that_are_called_in_different_ways_are_all_traced(
     with torch.no_grad():
         expected = model(torch.from_numpy(given["pixel_values"])).numpy()
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trace_keeps_none_of_the_models_weights(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch and onnxscript keep what they traced last."""
+    monkeypatch.setenv("AOFT_CACHE_DIR", str(tmp_path))
+    model, examples = merged()
+    weak: Any = StorageWeakRef
+    storages = [weak(each.untyped_storage()) for each in model.parameters()]
+    graph_of(model, examples, {"name": "vit"})
+    assert not any(storage.expired() for storage in storages)
+    del model
+    assert all(storage.expired() for storage in storages)
