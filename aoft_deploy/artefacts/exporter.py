@@ -97,6 +97,9 @@ class Exporter:
         stated_digest: Reads the digest that an artefact states of its own content, if it has one.
             Every runtime's ``load`` must compare the content with it. None means that artefacts
             have no such digest, so that all of an artefact is hashed before it is loaded.
+        graph_digest: Digest of an artefact's nodes, shapes and constants, which the values of its
+            weights do not change. Artefacts with the same digest compute the same operations at
+            every batch size. None if the exporter has none.
         marker: File that identifies an artefact which is a folder; empty for single files.
         calibrated: Precisions that need ``ExportSpec.calibration``.
         opsets: Supported ONNX opsets, the default first.
@@ -124,6 +127,7 @@ class Exporter:
     describe: Callable[[Path], dict[str, Any] | None]
     platform: str
     stated_digest: Callable[[Path], str | None] | None = None
+    graph_digest: Callable[[Path], str] | None = None
     marker: str = ""
     calibrated: tuple[str, ...] = ()
     opsets: tuple[int, ...] = ()

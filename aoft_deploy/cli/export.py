@@ -54,12 +54,15 @@ def _print_exported(exported: Exported, options: argparse.Namespace) -> None:
 
 def _print_report(report: Report) -> None:
     from aoft_deploy.artefacts.sampling import CONFIDENCE, images_needed
+    from aoft_deploy.artefacts.verification import BATCH_SIZES
 
     allowed = "" if report.tolerance is None else f" (allowed {report.tolerance:.1e})"
     minimum = f" (minimum {report.min_agreement:.1%})" if report.min_agreement else ""
+    sizes = f"batch size{'s' * (len(report.batch_sizes) > 1)} {_listed(report.batch_sizes)}"
+    if report.same_graph_as is not None:
+        sizes += f" (same graph as {report.same_graph_as}, verified at {_listed(BATCH_SIZES)})"
     print(
-        f"verified on {report.images} images at batch sizes "
-        f"{', '.join(map(str, report.batch_sizes))}: max |Δlogit| {report.max_abs:.1e}"
+        f"verified on {report.images} images at {sizes}: max |Δlogit| {report.max_abs:.1e}"
         f"{allowed}, agreement {_at_least(report.agreement)}{minimum}"
     )
     if report.agreement_shown is None:
@@ -70,6 +73,10 @@ def _print_report(report: Report) -> None:
         needed = images_needed(report.min_agreement)
         claim += f"; {needed} images that all agree would show {report.min_agreement:.1%}"
     print(claim)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _on_gpu(gpu: GpuVerification) -> str:

@@ -20,7 +20,7 @@ from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, FleetTables
 from aoft_deploy.artefacts.exporter import Exporter, FleetSupport
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
-from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Comparison, Report
+from aoft_deploy.artefacts.verification import Bar, Comparison, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.classes import Classes, check_classes
 from aoft_deploy.data.normalisation import normalised
@@ -154,12 +154,18 @@ class _Fleet:
         return open_draft(self.exporter, draft, self.info.precision)
 
     def verify(
-        self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar
+        self,
+        engine: Engine,
+        pixels: NDArray[np.uint8],
+        spec: ExportSpec,
+        bar: Bar,
+        batch_sizes: Sequence[int],
     ) -> Report:
         inputs = spec.input.prepare(pixels)
         expected = [answers[: len(pixels)] for answers in self.expected]
         classes = [*self.info.tasks.values()]
-        return _verified(engine, inputs, expected, classes, bar, spec.build.batch_range)
+        batches = spec.build.batch_range
+        return _verified(engine, inputs, expected, classes, bar, batches, batch_sizes)
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
         entries = self.info.entries()
@@ -228,12 +234,14 @@ def _verified(
     classes: Sequence[Classes],
     bar: Bar,
     batches: tuple[int, int, int],
+    batch_sizes: Sequence[int],
 ) -> Report:
     """Compare every task on every image, in mixed batches, with the expected logits."""
     comparison = Comparison(max(float(np.abs(answers).max()) for answers in expected), bar)
-    for size in BATCH_SIZES:
-        is_largest = size == max(BATCH_SIZES)  # smaller batches repeat some of the pairs
-        for pairs in _mixed_batches(len(expected), len(inputs), size):
+    for size in batch_sizes:
+        is_largest = size == max(batch_sizes)  # smaller batches repeat some of the pairs
+        count = len(inputs) if is_largest else 1
+        for pairs in _mixed_batches(len(expected), len(inputs), count, size):
             tasks, images = np.array(pairs).T
             pieces = batch_pieces(len(pairs), batches)
             answers = np.concatenate(
@@ -247,15 +255,11 @@ def _verified(
                 comparison.add(
                     found, wanted, size, classes[task], f"the fleet's task {task}", is_largest
                 )
-    return comparison.report(len(inputs), BATCH_SIZES)
+    return comparison.report(len(inputs), batch_sizes)
 
 
-def _mixed_batches(tasks: int, images: int, size: int) -> list[list[tuple[int, int]]]:
-    """Batches of (task, image) pairs in random order.
-
-    The largest batch size gets all pairs; the other sizes get one image of each task.
-    """
-    count = 1 if size < max(BATCH_SIZES) else images
+def _mixed_batches(tasks: int, images: int, count: int, size: int) -> list[list[tuple[int, int]]]:
+    """Batches of (task, image) pairs in random order, ``count`` images of each task."""
     pairs = [(task, (task + i) % images) for task in range(tasks) for i in range(count)]
     order = np.random.default_rng(size).permutation(len(pairs))
     shuffled = [pairs[i] for i in order]

@@ -16,7 +16,7 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_digest
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
-from aoft_deploy.artefacts.verification import Bar, Report, verify
+from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.classes import check_classes
@@ -107,7 +107,9 @@ def export_each(
     """Export several checkpoints, each by itself as ``export_merged`` does.
 
     All options and paths are checked before the first export. Tasks of one backbone share its
-    weights, which are read, checked and hashed once.
+    weights, which are read, checked and hashed once. If two artefacts in fp32 differ in the values
+    of their weights alone, the second is verified with one batch of two images, or with all real
+    images: what the batch size changes belongs to the graph, and the first showed it.
 
     Args:
         checkpoints: Checkpoints as for ``export_merged``. Each artefact gets its default path,
@@ -134,6 +136,7 @@ def export_each(
     for output in outputs:
         if outputs.count(output) > 1:
             raise SettingError(f"{output} would be written twice: give each checkpoint once.")
+    verified = dict[str, str]()
     requests = [
         Request(
             exporter,
@@ -145,6 +148,7 @@ def export_each(
             build=build,
             overwrite=overwrite,
             command=command,
+            verified=verified,
         )
         for output in outputs
     ]
@@ -172,9 +176,7 @@ def _export(
     tuned, task = source.open(request.backbone, shared)
     check_classes(task.classes, str(source.path))
     pixels = request.pixels(task.preprocessing)
-    subject = _Merged(
-        request.exporter, source.path, request.backbone, tuned, task, request.precision
-    )
+    subject = _Merged(request, source.path, tuned, task, pixels, owned=shared is None)
     return export_verified(request, subject, pixels, uint8)
 
 
@@ -186,46 +188,80 @@ def _default_output(source: Source, exporter: Exporter, precision: str) -> Path:
 
 @dataclass
 class _Merged:
-    """A checkpoint's merged model, or its unmerged model for exporters of the updates alone."""
+    """A checkpoint's merged model, or its unmerged model for exporters of the updates alone.
 
-    exporter: Exporter
+    Attributes:
+        request: The options of the export.
+        checkpoint: The checkpoint's path.
+        tuned: The unmerged model. If it is owned, the updates are merged in place, so its answers
+            are computed before.
+        task: The checkpoint.
+        pixels: The verification images, uint8 [n, H, W, 3].
+        owned: Whether no other model has the same weights.
+        model: The model to export, until it is written.
+        expected: The unmerged model's logits for the first images, float32 [up to n, classes].
+        info: Metadata of the artefact.
+    """
+
+    request: Request
     checkpoint: Path
-    backbone: BackboneSource
     tuned: TunedModel
     task: Checkpoint
-    precision: str
-    model: nn.Module = field(init=False)
+    pixels: NDArray[np.uint8]
+    owned: bool
+    model: nn.Module | None = field(init=False)
+    expected: NDArray[np.float32] = field(init=False)
     info: ArtefactInfo = field(init=False)
 
     def __post_init__(self) -> None:
         from aoft_deploy.export.flops import flops_text
         from aoft_deploy.tuning.merging import merge
 
-        is_merged = self.exporter.updates is None
-        self.model = merge(self.tuned) if is_merged else self.tuned
+        flops, self.model = None, self.tuned
+        self.expected = np.empty((0, len(self.task.classes)), np.float32)
+        if self.request.exporter.updates is None:
+            if self.owned:
+                self._expect(len(self.pixels))
+            self.model = merge(self.tuned, in_place=self.owned)
+            flops = flops_text(self.model, self.task.preprocessing)
         self.info = describe_model(self.tuned, self.task).having(
-            precision=self.precision,
-            flops=flops_text(self.model, self.task.preprocessing) if is_merged else None,
+            precision=self.request.precision, flops=flops
         )
 
+    def _expect(self, count: int) -> NDArray[np.float32]:
+        """The unmerged model's logits for the first images, float32 [count, classes]."""
+        if len(self.expected) < count:
+            prepared, size = self.task.preprocessing, max(BATCH_SIZES)
+            batches = (self.pixels[i : min(i + size, count)] for i in range(0, count, size))
+            inputs = (normalised(batch, prepared.mean, prepared.std) for batch in batches)
+            self.expected = np.concatenate([logits(self.tuned, batch) for batch in inputs])
+        return self.expected[:count]
+
     def write(self, draft: Path, spec: ExportSpec) -> None:
-        self.exporter.export(self.model, draft, spec)
+        self.request.exporter.export(self.model, draft, spec)
+        self.model = None  # it would take memory while the artefact is verified
 
     def open(self, draft: Path) -> Engine:
-        if self.exporter.updates is not None:
-            return self.exporter.updates.load(draft, self.backbone.weights)
-        return open_draft(self.exporter, draft, self.precision)
+        exporter = self.request.exporter
+        if exporter.updates is not None:
+            return exporter.updates.load(draft, self.request.backbone.weights)
+        return open_draft(exporter, draft, self.request.precision)
 
     def verify(
-        self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar
+        self,
+        engine: Engine,
+        pixels: NDArray[np.uint8],
+        spec: ExportSpec,
+        bar: Bar,
+        batch_sizes: Sequence[int],
     ) -> Report:
-        mean, std = spec.input.mean, spec.input.std
         return verify(
-            lambda batch: logits(self.tuned, normalised(batch, mean, std)),
+            self._expect(len(pixels)),
             lambda batch: answers(engine, batch, spec),
             pixels,
             bar=bar,
             classes=self.task.classes,
+            batch_sizes=batch_sizes,
         )
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:

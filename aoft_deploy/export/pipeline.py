@@ -7,7 +7,7 @@ and its manifest entries. The other steps are the same for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from aoft_deploy.artefacts.engine import Engine
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_size, manifest_path
 from aoft_deploy.artefacts.spec import BuildOptions, Calibration, ExportSpec, InputSpec
-from aoft_deploy.artefacts.verification import Bar, Report
+from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar, Report
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.data.images import read_image
 from aoft_deploy.data.listing import image_files
@@ -59,9 +59,22 @@ class Subject(Protocol):
         """Load the written artefact for verification."""
 
     def verify(
-        self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar
+        self,
+        engine: Engine,
+        pixels: NDArray[np.uint8],
+        spec: ExportSpec,
+        bar: Bar,
+        batch_sizes: Sequence[int],
     ) -> Report:
-        """Compare an engine's logits on images with those of the unmerged models."""
+        """Compare an engine's logits with those of the unmerged models.
+
+        Args:
+            engine: Runs the artefact.
+            pixels: All verification images or the first of them, uint8 [n, H, W, 3].
+            spec: Input form.
+            bar: Acceptance criteria.
+            batch_sizes: Batch sizes; see ``verification.verify``.
+        """
 
     def manifest(self, spec: ExportSpec) -> dict[str, Any]:
         """Entries for the manifest."""
@@ -81,6 +94,8 @@ class Request:
         build: Options of individual exporters.
         overwrite: Whether an existing artefact at ``output`` is replaced.
         command: The command line, for the manifest.
+        verified: Names of artefacts that were verified at all batch sizes, by the digest of their
+            graphs. The export adds its own.
         bar: Acceptance criteria for the artefact.
         calibration: Files of the calibration images.
         pictures: Real images for verification.
@@ -99,6 +114,7 @@ class Request:
     build: BuildOptions
     overwrite: bool
     command: Sequence[str]
+    verified: dict[str, str] = field(default_factory=dict)
     bar: Bar = field(init=False)
     calibration: Sequence[Path] = field(init=False)
     pictures: Sequence[Image] = field(init=False)
@@ -151,11 +167,18 @@ def export_verified(
         engine = subject.open(draft)
         left_in_float = ArtefactInfo(engine.info).left_in_float
         arithmetic = arithmetic_of(exporter, draft, precision)
+        graph = _graph(request, draft)
+        is_known = graph in request.verified
+        pixels = pixels[:2] if is_known else pixels
+
+        def verify(opened: Engine, images: NDArray[np.uint8]) -> Report:
+            batch_sizes = (2,) if is_known else BATCH_SIZES
+            return subject.verify(opened, images, spec, request.bar, batch_sizes)
+
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
-            report = subject.verify(run_engine, images, spec, request.bar)
-        gpu = verify_on_gpu(
-            exporter, draft, lambda opened: subject.verify(opened, pixels, spec, request.bar)
-        )
+            report = verify(run_engine, images)
+        report = replace(report, same_graph_as=request.verified.get(graph))
+        gpu = verify_on_gpu(exporter, draft, lambda opened: verify(opened, pixels))
         device = exporter.device_name(draft, precision) or (gpu.verified_on if gpu else None)
         manifest = {
             **provenance(draft, exporter, request.command),
@@ -173,8 +196,22 @@ def export_verified(
         size = artefact_size(draft)
         request.check_output()  # something may have appeared there in the meantime
         publish(draft, output, manifest)
+        if graph:
+            request.verified.setdefault(graph, output.name)
     manifest_file = manifest_path(output)
     return Exported(output, manifest_file, report, size, device, arithmetic, left_in_float, gpu)
+
+
+def _graph(request: Request, draft: Path) -> str:
+    """Digest of the draft's graph, if the export may rely on another artefact with the same one.
+
+    It is empty if the exporter has none, below fp32, where a graph depends on the weights, and if
+    real images were given, all of which are compared.
+    """
+    digest = request.exporter.graph_digest
+    if digest is None or request.precision != "fp32" or request.pictures:
+        return ""
+    return digest(draft)
 
 
 def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: bool) -> ExportSpec:

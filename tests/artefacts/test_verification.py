@@ -52,7 +52,7 @@ EXPECTED = np.array([[0, 1, 0.5], [4, 2, -8], [1, 0, 0], [0, 0, 3]], np.float32)
 
 
 def test_equal_answers_give_a_report_of_zeros() -> None:
-    report = verify(lookup(EXPECTED), lookup(EXPECTED), numbered(4), bar=Bar(1e-6))
+    report = verify(EXPECTED, lookup(EXPECTED), numbered(4), bar=Bar(1e-6))
     assert report == Report(4, (1, 2, 7), 0.0, 0.0, 1.0, 8e-6)
     assert report.to_dict()["batch_sizes"] == (1, 2, 7)
 
@@ -61,7 +61,7 @@ def test_the_report_follows_from_the_logits() -> None:
     answers = EXPECTED.copy()
     answers[1, 2] += 0.25
     answers[0] = [1.125, 1, 0.5]  # another top class, and the largest difference
-    report = verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(0.25))
+    report = verify(EXPECTED, lookup(answers), numbered(4), bar=Bar(0.25))
     assert report.max_abs == 1.125
     assert report.relative == 1.125 / 8
     assert report.agreement == 0.75
@@ -72,12 +72,12 @@ def test_the_report_follows_from_the_logits() -> None:
 def test_the_tolerance_does_not_shrink_below_logits_of_one() -> None:
     small: Logits = EXPECTED / np.float32(800)
     report = verify(
-        lookup(small), lookup(np.add(small, 9e-4, dtype=np.float32)), numbered(4), bar=Bar(1e-3)
+        small, lookup(np.add(small, 9e-4, dtype=np.float32)), numbered(4), bar=Bar(1e-3)
     )
     assert report.tolerance == 1e-3
     with pytest.raises(VerificationError, match=r"at most 1\.00e-03 is allowed"):
         verify(
-            lookup(small),
+            small,
             lookup(np.add(small, 2e-3, dtype=np.float32)),
             numbered(4),
             bar=Bar(1e-3),
@@ -111,10 +111,10 @@ def test_differences_just_beyond_the_tolerance_of_an_exporter_are_refused(
         for sign in (-1, 1):
             answers = expected.copy()
             answers[place] = sign * allowed * (1 - 1e-3)
-            assert verify(lookup(expected), lookup(answers), numbered(4), bar=bar).tolerance
+            assert verify(expected, lookup(answers), numbered(4), bar=bar).tolerance
             answers[place] = sign * allowed * (1 + 1e-3)
             with pytest.raises(VerificationError, match=f"at most {allowed:.2e} is allowed"):
-                verify(lookup(expected), lookup(answers), numbered(4), bar=bar)
+                verify(expected, lookup(answers), numbered(4), bar=bar)
 
 
 @pytest.mark.parametrize(("agreeing", "holds"), [(100, True), (99, True), (98, False)])
@@ -124,11 +124,11 @@ def test_below_fp32_the_share_of_equal_top_classes_decides(agreeing: int, holds:
     answers = expected.copy()
     answers[agreeing:] = [0, 1e6]
     if holds:
-        report = verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+        report = verify(expected, lookup(answers), numbered(100), bar=bar)
         assert report.agreement == agreeing / 100
         return
     with pytest.raises(VerificationError, match=r"decisions .* agree .* in 98\.00% \(98 of 100\)"):
-        verify(lookup(expected), lookup(answers), numbered(100), bar=bar)
+        verify(expected, lookup(answers), numbered(100), bar=bar)
 
 
 def test_each_label_of_a_sigmoid_is_a_decision() -> None:
@@ -136,35 +136,35 @@ def test_each_label_of_a_sigmoid_is_a_decision() -> None:
     expected = np.tile(np.array([[1, -1]], np.float32), (10, 1))
     answers = expected.copy()
     answers[:2] = [0.1, 0.1]  # the same top class, and another answer for b
-    report = verify(lookup(expected), lookup(answers), numbered(10), bar=bar, classes=labels)
+    report = verify(expected, lookup(answers), numbered(10), bar=bar, classes=labels)
     assert report.agreement == 18 / 20
-    assert verify(lookup(expected), lookup(answers), numbered(10), bar=bar).agreement == 1
+    assert verify(expected, lookup(answers), numbered(10), bar=bar).agreement == 1
     answers[2] = [1, 0.1]
     with pytest.raises(VerificationError, match=r"in 85\.00% \(17 of 20\), but at least 90\.00%"):
-        verify(lookup(expected), lookup(answers), numbered(10), bar=bar, classes=labels)
+        verify(expected, lookup(answers), numbered(10), bar=bar, classes=labels)
 
 
 def test_of_plain_values_only_the_differences_count() -> None:
     bar, values = Bar(float("inf"), 0.99), Classes("ab", "none")
     answers = EXPECTED[:, :2] + np.float32(0.03)  # largest value 4
     expected = EXPECTED[:, :2]
-    report = verify(lookup(expected), lookup(answers), numbered(4), bar=bar, classes=values)
+    report = verify(expected, lookup(answers), numbered(4), bar=bar, classes=values)
     assert report.agreement == pytest.approx(1 - 0.03 / 4, abs=1e-6)
     answers[1, 0] += 0.04
     with pytest.raises(VerificationError, match=r"by 1\.75% of the largest, but at most 1\.00% is"):
-        verify(lookup(expected), lookup(answers), numbered(4), bar=bar, classes=values)
+        verify(expected, lookup(answers), numbered(4), bar=bar, classes=values)
 
 
 def test_logits_of_zero_have_no_relative_error() -> None:
     zeros = np.zeros((4, 3), np.float32)
-    assert verify(lookup(zeros), lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
+    assert verify(zeros, lookup(zeros), numbered(4), bar=Bar(1e-6)).relative == 0.0
 
 
 def test_the_report_states_the_share_shown_only_where_the_agreement_decides() -> None:
     run = lookup(EXPECTED)
-    report = verify(run, run, numbered(4), bar=Bar(float("inf"), 0.5))
+    report = verify(EXPECTED, run, numbered(4), bar=Bar(float("inf"), 0.5))
     assert report.agreement_shown == share_shown(4, 4)
-    assert verify(run, run, numbered(4), bar=Bar(1e-6)).agreement_shown is None
+    assert verify(EXPECTED, run, numbered(4), bar=Bar(1e-6)).agreement_shown is None
 
 
 def test_the_share_shown_of_a_fleet_is_that_of_the_task_that_agrees_least() -> None:
@@ -186,7 +186,7 @@ def test_all_images_run_once_at_the_largest_batch_size_and_one_batch_at_the_othe
         return EXPECTED[batch[:, 0, 0, 0] % 4]
 
     table = np.tile(EXPECTED, (3, 1))[:9]
-    verify(lookup(table), candidate, numbered(9), bar=Bar(1e-6))
+    verify(table, candidate, numbered(9), bar=Bar(1e-6))
     assert BATCH_SIZES == (1, 2, 7)
     assert seen == [1, 2, 7, 2]
 
@@ -199,9 +199,9 @@ def test_a_difference_at_a_single_batch_size_is_found(size: int) -> None:
         return table[batch[:, 0, 0, 0]] + np.float32(0.1 * (len(batch) == size))
 
     with pytest.raises(VerificationError, match=f"At batch size {size} .* differ .* by 1.00e-01"):
-        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3), batch_sizes=(size,))
+        verify(table, candidate, numbered(7), bar=Bar(1e-3), batch_sizes=(size,))
     with pytest.raises(VerificationError, match="logits differ from the unmerged model's"):
-        verify(lookup(table), candidate, numbered(7), bar=Bar(1e-3))
+        verify(table, candidate, numbered(7), bar=Bar(1e-3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -209,7 +209,7 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
     answers = EXPECTED.copy()
     answers[2, 1] = value
     with pytest.raises(VerificationError, match="finite values are expected"):
-        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
+        verify(EXPECTED, lookup(answers), numbered(4), bar=Bar(1e9))
 
 
 @pytest.mark.parametrize(
@@ -219,13 +219,13 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
 )
 def test_an_answer_of_another_shape_is_refused(answers: Logits) -> None:
     with pytest.raises(VerificationError, match="where \\(1, 3\\) and finite values are expected"):
-        verify(lookup(EXPECTED), lookup(answers), numbered(4), bar=Bar(1e9))
+        verify(EXPECTED, lookup(answers), numbered(4), bar=Bar(1e9))
 
 
 def test_a_reference_that_is_not_finite_is_refused() -> None:
     nans = np.full_like(EXPECTED, np.nan)
     with pytest.raises(VerificationError, match="unmerged model's own logits are not finite"):
-        verify(lookup(nans), lookup(nans), numbered(4), bar=Bar(1))
+        verify(nans, lookup(nans), numbered(4), bar=Bar(1))
 
 
 def test_random_images_are_distinct_repeatable_and_use_the_full_range() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from aoft_deploy.artefacts.prediction import load_classifier
-from aoft_deploy.artefacts.verification import Bar
+from aoft_deploy.artefacts.verification import BATCH_SIZES, Bar
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.checkpoint import save
 from aoft_deploy.checkpoints.opening import open_checkpoint
@@ -300,9 +300,14 @@ def test_a_fleet_that_ignores_the_task_fails_verification() -> None:
     inputs = np.arange(7, dtype=np.float32)[:, None]
     expected = [np.repeat(inputs, 2, 1), np.repeat(inputs, 2, 1) + 1]
     two = [Classes("ab")] * 2
+    sizes = (1, 8, 32), BATCH_SIZES
     with pytest.raises(VerificationError, match=r"task 1's logits differ .* by 1\.00e"):
-        _verified(FirstTaskOnly(), inputs, expected, two, Bar(5e-5), (1, 8, 32))
+        _verified(FirstTaskOnly(), inputs, expected, two, Bar(5e-5), *sizes)
     with pytest.raises(VerificationError, match="not finite"):
-        _verified(FirstTaskOnly(), inputs, [inputs * np.nan], two, Bar(5e-5), (1, 8, 32))
-    report = _verified(FirstTaskOnly(), inputs, expected[:1], two, Bar(5e-5), (1, 8, 32))
+        _verified(
+            FirstTaskOnly(), inputs, [inputs * np.nan], two, Bar(5e-5), (1, 8, 32), BATCH_SIZES
+        )
+    report = _verified(
+        FirstTaskOnly(), inputs, expected[:1], two, Bar(5e-5), (1, 8, 32), BATCH_SIZES
+    )
     assert report.agreement == 1.0

@@ -38,16 +38,16 @@ IMAGES = np.zeros((4, 1, 1, 3), np.uint8) + np.arange(4, dtype=np.uint8)[:, None
 
 
 def test_agreement_is_the_share_of_equal_top_classes_and_a_low_one_is_refused() -> None:
-    expected = [[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]
+    expected = np.array([[1, 0], [0, 1], [2, 0], [0, 3]], np.float32)
     one_wrong = [[5.0, 0.0], [0.0, 9.0], [0.1, 0.0], [3.0, 1.0]]
-    report = verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.75))
+    report = verify(expected, rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.75))
     assert (report.agreement, report.tolerance, report.min_agreement) == (0.75, None, 0.75)
     assert json.loads(json.dumps(report.to_dict()))["max_abs"] == 8.0
     with pytest.raises(VerificationError, match=r"4 images agree .* in 75\.00% .* 76\.00%"):
-        verify(rows(expected), rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.76))
+        verify(expected, rows(one_wrong), IMAGES, bar=Bar(float("inf"), 0.76))
     nan = [[np.nan, 0.0], *one_wrong[1:]]
     with pytest.raises(VerificationError, match="finite values are expected"):
-        verify(rows(expected), rows(nan), IMAGES, bar=Bar(float("inf"), 0.0))
+        verify(expected, rows(nan), IMAGES, bar=Bar(float("inf"), 0.0))
 
 
 def test_int8_has_integer_weights_and_a_float_classifier(

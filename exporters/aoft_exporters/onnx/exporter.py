@@ -30,6 +30,7 @@ from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.fleet import OnnxFleet
 from aoft_exporters.onnx.fp16_ranges import in_range
 from aoft_exporters.onnx.gpu_engine import OnnxGpuEngine
+from aoft_exporters.onnx.graph_digest import graph_digest
 from aoft_exporters.onnx.int8 import quantised
 from aoft_exporters.onnx.model_file import stored_bytes, write_model
 from aoft_exporters.onnx.precisions import GPU_ONLY
@@ -251,6 +252,7 @@ EXPORTER = Exporter(
     describe=describe,
     platform="onnxruntime_onnx",
     stated_digest=stated_digest,
+    graph_digest=graph_digest,
     calibrated=("fp8",),
     opsets=(ATTENTION_OPSET, OPSET),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OnnxFleet),

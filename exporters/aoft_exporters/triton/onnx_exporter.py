@@ -108,6 +108,7 @@ EXPORTER = replace(
     name="triton",
     suffix=".triton",
     stated_digest=None,
+    graph_digest=None,
     marker=MARKER,
     export=export,
     load=load,
