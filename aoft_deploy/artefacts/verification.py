@@ -20,7 +20,7 @@ from aoft_deploy.classes import Classes
 from aoft_deploy.errors import VerificationError
 from aoft_deploy.texts import one_line
 
-__all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "random_pixels", "verify"]
+__all__ = ["BATCH_SIZES", "Bar", "Comparison", "Report", "Run", "random_pixels", "verify"]
 
 BATCH_SIZES = (1, 2, 7)
 """Batch sizes at which every artefact is verified."""

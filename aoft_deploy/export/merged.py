@@ -16,7 +16,7 @@ from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.manifest import artefact_digest
 from aoft_deploy.artefacts.registry import get_exporter
 from aoft_deploy.artefacts.spec import BuildOptions, ExportSpec
-from aoft_deploy.artefacts.verification import Bar, Report, verify
+from aoft_deploy.artefacts.verification import Bar, Report, Run, verify
 from aoft_deploy.checkpoints.backbone_source import BackboneSource
 from aoft_deploy.checkpoints.file_format import checkpoint_file
 from aoft_deploy.classes import check_classes
@@ -27,7 +27,7 @@ from aoft_deploy.export.output_paths import artefact_path, beside
 from aoft_deploy.export.pipeline import Request, export_verified
 from aoft_deploy.export.publishing import Exported
 from aoft_deploy.export.sources import Source, source_of
-from aoft_deploy.export.verifying import answers, logits, open_draft
+from aoft_deploy.export.verifying import answers, logits, open_draft, remembered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,6 +196,7 @@ class _Merged:
     precision: str
     model: nn.Module = field(init=False)
     info: ArtefactInfo = field(init=False)
+    reference: Run = field(init=False)
 
     def __post_init__(self) -> None:
         from aoft_deploy.export.flops import flops_text
@@ -207,6 +208,8 @@ class _Merged:
             precision=self.precision,
             flops=flops_text(self.model, self.task.preprocessing) if is_merged else None,
         )
+        mean, std = self.task.preprocessing.mean, self.task.preprocessing.std
+        self.reference = remembered(lambda batch: logits(self.tuned, normalised(batch, mean, std)))
 
     def write(self, draft: Path, spec: ExportSpec) -> None:
         self.exporter.export(self.model, draft, spec)
@@ -219,9 +222,8 @@ class _Merged:
     def verify(
         self, engine: Engine, pixels: NDArray[np.uint8], spec: ExportSpec, bar: Bar
     ) -> Report:
-        mean, std = spec.input.mean, spec.input.std
         return verify(
-            lambda batch: logits(self.tuned, normalised(batch, mean, std)),
+            self.reference,
             lambda batch: answers(engine, batch, spec),
             pixels,
             bar=bar,

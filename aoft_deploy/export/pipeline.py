@@ -26,6 +26,7 @@ from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
+from aoft_deploy.export.float_layers import lower_float_layers
 from aoft_deploy.export.gpu_verification import verify_on_gpu
 from aoft_deploy.export.options import VerifyOptions, bar_for, check_build
 from aoft_deploy.export.output_paths import check_output
@@ -153,9 +154,15 @@ def export_verified(
         arithmetic = arithmetic_of(exporter, draft, precision)
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
             report = subject.verify(run_engine, images, spec, request.bar)
-        gpu = verify_on_gpu(
-            exporter, draft, lambda opened: subject.verify(opened, pixels, spec, request.bar)
-        )
+
+        def verify(opened: Engine) -> Report:
+            return subject.verify(opened, pixels, spec, request.bar)
+
+        lowered = lower_float_layers(exporter, draft, precision, report, verify)
+        if lowered is not None:
+            report = lowered.report
+            arithmetic += f", float layers in {lowered.precision}"
+        gpu = verify_on_gpu(exporter, draft, verify)
         device = exporter.device_name(draft, precision) or (gpu.verified_on if gpu else None)
         manifest = {
             **provenance(draft, exporter, request.command),
@@ -166,6 +173,7 @@ def export_verified(
                 "real_images": len(request.pictures),
                 "arithmetic": arithmetic,
                 **on_device(exporter, precision, device),
+                **(lowered.to_dict() if lowered else {}),
                 **({"gpu": gpu.to_dict()} if gpu else {}),
             },
             "versions": versions(),
