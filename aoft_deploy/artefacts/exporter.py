@@ -81,13 +81,13 @@ class FloatLayers:
     Attributes:
         precisions: Precisions of artefacts that leave layers in float.
         lower: Name of the lower precision, such as ``bf16``.
-        is_fast: Whether this machine computes in ``lower``.
+        is_faster: Whether ``lower`` is faster on this machine, from the model's FLOPs for one image.
         state: Writes the precision of the layers into an artefact.
     """
 
     precisions: tuple[str, ...]
     lower: str
-    is_fast: Callable[[], bool]
+    is_faster: Callable[[int], bool]
     state: Callable[[Path, str], None]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.verification import Report
@@ -47,16 +48,16 @@ class LoweredLayers:
 def lower_float_layers(
     exporter: Exporter,
     draft: Path,
-    precision: str,
+    info: ArtefactInfo,
     in_fp32: Report,
     verify: Callable[[Engine], Report],
 ) -> LoweredLayers | None:
-    """State the lower precision in a verified draft if this machine has it and the answers hold.
+    """State the lower precision in a verified draft if it is faster here and the answers hold.
 
     Args:
         exporter: The exporter.
         draft: The artefact; its float layers are stated to be in fp32.
-        precision: Precision of the artefact.
+        info: Metadata of the artefact.
         in_fp32: The verification of the draft as it is.
         verify: Compares an engine's answers with those of the unmerged model.
 
@@ -64,7 +65,9 @@ def lower_float_layers(
         The verification in the lower precision. None if the draft stays as it is.
     """
     layers = exporter.float_layers
-    if layers is None or precision not in layers.precisions or not layers.is_fast():
+    if layers is None or info.precision not in layers.precisions:
+        return None
+    if not layers.is_faster(info.flops or 0):
         return None
     layers.state(draft, layers.lower)
     try:

@@ -150,7 +150,7 @@ def export_verified(
         except (OSError, RuntimeError) as error:
             raise OutputError(f"The artefact could not be written ({one_line(error)}).") from error
         engine = subject.open(draft)
-        left_in_float = ArtefactInfo(engine.info).left_in_float
+        info = ArtefactInfo(engine.info)
         arithmetic = arithmetic_of(exporter, draft, precision)
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
             report = subject.verify(run_engine, images, spec, request.bar)
@@ -158,7 +158,7 @@ def export_verified(
         def verify(opened: Engine) -> Report:
             return subject.verify(opened, pixels, spec, request.bar)
 
-        lowered = lower_float_layers(exporter, draft, precision, report, verify)
+        lowered = lower_float_layers(exporter, draft, info, report, verify)
         if lowered is not None:
             report = lowered.report
             arithmetic += f", float layers in {lowered.precision}"
@@ -167,7 +167,7 @@ def export_verified(
         manifest = {
             **provenance(draft, exporter, request.command),
             **subject.manifest(spec),
-            **_calibration_entries(request, left_in_float),
+            **_calibration_entries(request, info.left_in_float),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(request.pictures),
@@ -182,7 +182,9 @@ def export_verified(
         request.check_output()  # something may have appeared there in the meantime
         publish(draft, output, manifest)
     manifest_file = manifest_path(output)
-    return Exported(output, manifest_file, report, size, device, arithmetic, left_in_float, gpu)
+    return Exported(
+        output, manifest_file, report, size, device, arithmetic, info.left_in_float, gpu
+    )
 
 
 def _spec(request: Request, subject: Subject, pixels: NDArray[np.uint8], uint8: bool) -> ExportSpec:

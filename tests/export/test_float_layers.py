@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
 from aoft_deploy.artefacts.exporter import Exporter
 from aoft_deploy.artefacts.registry import get_exporter
@@ -30,9 +31,13 @@ IN_FP32 = Report(9, (1, 2, 7), 0.25, 0.125, 0.75, None)
 IN_BF16 = replace(IN_FP32, max_abs=0.5)
 
 
-def with_bf16(is_fast: bool) -> Exporter:
+INT8 = ArtefactInfo({"precision": "int8", "flops": "7"})
+
+
+def with_bf16(is_faster: bool) -> Exporter:
+    """The exporter on a machine where bf16 is faster, or is not, for a model of 7 FLOPs."""
     assert EXPORTER.float_layers is not None
-    layers = replace(EXPORTER.float_layers, is_fast=lambda: is_fast)
+    layers = replace(EXPORTER.float_layers, is_faster=lambda flops: flops == 7 and is_faster)
     return replace(EXPORTER, float_layers=layers)
 
 
@@ -44,7 +49,7 @@ def exported(
     make_picture: Callable[..., Image.Image],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A task in int8, exported as on a processor with bf16."""
+    """A task in int8, exported as on a processor with bf16 if its model were large."""
     folder = tmp_path_factory.mktemp("float_layers")
     images = folder / "images"
     images.mkdir()
@@ -52,6 +57,7 @@ def exported(
         make_picture(20 + i, 24, seed=100 + i).save(images / f"{i:02}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aoft_exporters.openvino.exporter.computes_bf16", lambda core: True)
+        patch.setattr("aoft_exporters.openvino.exporter.LEAST_FLOPS", 10_000)
         return export_merged(
             checkpoint,
             folder / "task",
@@ -111,7 +117,7 @@ def test_the_lower_precision_is_stated_before_it_is_verified(draft: Path) -> Non
         seen.append(engine.info["float_layers"])
         return IN_BF16
 
-    lowered = lower_float_layers(with_bf16(True), draft, "int8", IN_FP32, verify)
+    lowered = lower_float_layers(with_bf16(True), draft, INT8, IN_FP32, verify)
     assert seen == ["bf16"]
     assert lowered is not None and lowered.report is IN_BF16
     in_fp32 = {"max_abs": 0.25, "relative": 0.125, "agreement": 0.75}
@@ -125,26 +131,39 @@ def test_answers_that_differ_leave_the_float_layers_in_fp32(draft: Path) -> None
         assert engine.info["float_layers"] == "bf16"
         raise VerificationError("The answers differ.")
 
-    assert lower_float_layers(with_bf16(True), draft, "int8", IN_FP32, verify) is None
+    assert lower_float_layers(with_bf16(True), draft, INT8, IN_FP32, verify) is None
     assert {file.name: file.read_bytes() for file in draft.iterdir()} == before
     assert EXPORTER.load(draft, EngineOptions()).info["float_layers"] == "fp32"
 
 
 @pytest.mark.parametrize(
-    ("exporter", "precision"),
+    ("exporter", "info"),
     [
-        (with_bf16(False), "int8"),
-        (with_bf16(True), "fp32"),
-        (get_exporter("onnx"), "int8"),
+        (with_bf16(False), INT8),
+        (with_bf16(True), INT8.having(precision="fp32")),
+        (with_bf16(True), ArtefactInfo({"precision": "int8"})),
+        (get_exporter("onnx"), INT8),
     ],
 )
-def test_nothing_is_verified_again_without_a_fast_lower_precision(
-    exporter: Exporter, precision: str, tmp_path: Path
+def test_nothing_is_verified_again_if_no_lower_precision_is_faster(
+    exporter: Exporter, info: ArtefactInfo, tmp_path: Path
 ) -> None:
     def verify(engine: Engine) -> Report:
         raise AssertionError
 
-    assert lower_float_layers(exporter, tmp_path / "a", precision, IN_FP32, verify) is None
+    assert lower_float_layers(exporter, tmp_path / "a", info, IN_FP32, verify) is None
+
+
+def test_openvino_lowers_the_layers_of_large_models_on_processors_with_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EXPORTER.float_layers is not None
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(
+            "aoft_exporters.openvino.exporter.computes_bf16", lambda core, has=has_bf16: has
+        )
+        assert EXPORTER.float_layers.is_faster(35 * 10**9) == has_bf16
+        assert not EXPORTER.float_layers.is_faster(2 * 10**9)
 
 
 def test_the_reference_computes_each_batch_once() -> None:

@@ -148,8 +148,15 @@ def _write(
     shutil.rmtree(intermediate)
 
 
-def _is_bf16_fast() -> bool:
-    return computes_bf16(openvino_library().Core())
+LEAST_FLOPS = 5 * 10**9
+"""FLOPs of an image from which bf16 makes the layers that int8 leaves in float faster.
+
+These layers are limited by memory, which bf16 halves. A smaller model's activations stay in the
+cache, and their conversion costs as much as it saves: see benchmarks/export/quantisation.py."""
+
+
+def _is_bf16_faster(flops: int) -> bool:
+    return flops >= LEAST_FLOPS and computes_bf16(openvino_library().Core())
 
 
 def _state_float_layers(path: Path, precision: str) -> None:
@@ -202,6 +209,6 @@ EXPORTER = Exporter(
     describe=describe,
     platform="openvino",
     calibrated=("int8",),
-    float_layers=FloatLayers(("int8",), "bf16", _is_bf16_fast, _state_float_layers),
+    float_layers=FloatLayers(("int8",), "bf16", _is_bf16_faster, _state_float_layers),
     fleet=FleetSupport(("mixed", "folded"), export_fleet, OpenvinoFleet),
 )
