@@ -81,7 +81,7 @@ class FloatLayers:
     Attributes:
         precisions: Precisions of artefacts that leave layers in float.
         lower: Name of the lower precision, such as ``bf16``.
-        is_faster: Whether ``lower`` is faster on this machine, from the model's FLOPs for one image.
+        is_faster: Whether ``lower`` is faster on this machine, by the model's FLOPs per image.
         state: Writes the precision of the layers into an artefact.
     """
 
