@@ -81,7 +81,8 @@ of an image's logits. These are of a model with random weights. The last columns
 backbone, fine-tuned on tasks of this package: the accuracy on the test images, and in brackets the
 share of them whose top class is that of fp32. Rows with a star are what `aoft-export` writes;
 OpenVINO's int8 has its float layers in bf16 if the processor computes in it, the model is large
-enough to gain, and the answers hold. The other ways were faster nowhere, and are not kept.
+enough to gain, and the answers hold. None of the other ways beats them by more than two runs
+differ (some per cent), so they are not kept.
 
 *Dynamic* chooses the scale of activations for each batch, *static* has learnt it from calibration
 images. SmoothQuant moves a part of the activations' range to the weights; OpenVINO's int8 always
