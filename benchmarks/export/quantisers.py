@@ -130,8 +130,11 @@ def smoothed(proto: Any, feeds: Sequence[Feed]) -> Any:
         weights = [constants[each.input[1]] for each in consumers[output]]
         rows = np.max([np.abs(_values(weight)).max(1) for weight in weights], 0)
         scale = np.maximum(largest, 1e-5) ** ALPHA / np.maximum(rows, 1e-5) ** (1 - ALPHA)
-        for name in norms[output].input[1:]:
-            _set(constants[name], _values(constants[name]) / scale)
+        for i, name in enumerate(norms[output].input[1:], 1):  # norms may share their parameters
+            own = onnx.TensorProto(name=f"{output}/{i}")
+            _set(own, _values(constants[name]) / scale)
+            graph.initializer.append(own)
+            norms[output].input[i] = own.name
         for weight in weights:
             _set(weight, _values(weight) * scale[:, None])
     return result
