@@ -105,7 +105,7 @@ def remembered(run: Run) -> Run:
     known: dict[bytes, NDArray[np.float32]] = {}
 
     def recall(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        key = hashlib.sha256(pixels).digest()
+        key = hashlib.sha256(pixels.tobytes()).digest()
         if key not in known:
             known[key] = run(pixels)
         return known[key]

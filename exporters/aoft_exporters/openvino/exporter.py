@@ -152,7 +152,7 @@ LEAST_FLOPS = 20 * 10**9
 """FLOPs of an image from which bf16 makes the layers that int8 leaves in float faster.
 
 These layers are limited by memory, whose traffic bf16 halves. A smaller model's activations stay in
-the cache, and their conversion costs as much as it saves. ViT-B/16 has 35 · 10⁹, ViT-S/16 9 · 10⁹."""
+the cache, and their conversion costs what it saves. ViT-B/16 has 35 · 10⁹, ViT-S/16 9 · 10⁹."""
 
 
 def _is_bf16_faster(flops: int) -> bool:
