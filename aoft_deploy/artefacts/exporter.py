@@ -14,7 +14,14 @@ from aoft_deploy.artefacts.spec import ExportSpec
 if TYPE_CHECKING:
     from aoft_deploy.tuning.multitask import FleetModel
 
-__all__ = ["DeviceSupport", "Emulation", "Exporter", "FleetSupport", "UpdateSupport"]
+__all__ = [
+    "DeviceSupport",
+    "Emulation",
+    "Exporter",
+    "FleetSupport",
+    "FloatLayers",
+    "UpdateSupport",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,26 @@ class DeviceSupport:
 
 
 @dataclass(frozen=True)
+class FloatLayers:
+    """Layers that a quantised artefact leaves in float, and the precision they are computed in.
+
+    The artefact states it. It is ``fp32`` when the artefact is written, and may become ``lower``,
+    which is faster, if the answers hold in both. A machine without ``lower`` computes in ``fp32``.
+
+    Attributes:
+        precisions: Precisions of artefacts that leave layers in float.
+        lower: Name of the lower precision, such as ``bf16``.
+        is_faster: Whether ``lower`` is faster on this machine, by the model's FLOPs per image.
+        state: Writes the precision of the layers into an artefact.
+    """
+
+    precisions: tuple[str, ...]
+    lower: str
+    is_faster: Callable[[int], bool]
+    state: Callable[[Path, str], None]
+
+
+@dataclass(frozen=True)
 class UpdateSupport:
     """Artefacts that hold only a task's updates: ``export`` takes the unmerged model.
 
@@ -106,6 +133,7 @@ class Exporter:
         ranged: Whether artefacts are built for a range of batch sizes.
         fleet: Support for fleets; None if there is none.
         emulation: Precisions that are verified by emulation; None if there are none.
+        float_layers: Set if layers that are not quantised can be computed below fp32; else None.
         device: The device that artefacts are built for; None means the CPU.
         gpu: Finds a GPU of this machine that can run artefacts which also run on the CPU, and
             returns its name, or None. Artefacts are verified on it too. None if there is no choice
@@ -134,6 +162,7 @@ class Exporter:
     ranged: bool = False
     fleet: FleetSupport | None = None
     emulation: Emulation | None = None
+    float_layers: FloatLayers | None = None
     device: DeviceSupport | None = None
     gpu: Callable[[], str | None] | None = None
     compiled_for: Callable[[Path], str] | None = None

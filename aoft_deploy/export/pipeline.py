@@ -26,6 +26,7 @@ from aoft_deploy.data.listing import image_files
 from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import CheckpointError, OutputError
 from aoft_deploy.export.calibration import calibration_files, calibration_pixels
+from aoft_deploy.export.float_layers import lower_float_layers
 from aoft_deploy.export.gpu_verification import verify_on_gpu
 from aoft_deploy.export.options import VerifyOptions, bar_for, check_build
 from aoft_deploy.export.output_paths import check_output
@@ -165,7 +166,7 @@ def export_verified(
         except (OSError, RuntimeError) as error:
             raise OutputError(f"The artefact could not be written ({one_line(error)}).") from error
         engine = subject.open(draft)
-        left_in_float = ArtefactInfo(engine.info).left_in_float
+        info = ArtefactInfo(engine.info)
         arithmetic = arithmetic_of(exporter, draft, precision)
         graph = _graph(request, draft)
         is_known = graph in request.verified
@@ -178,17 +179,26 @@ def export_verified(
         for run_engine, images in runs_to_judge(exporter, draft, engine, precision, pixels):
             report = verify(run_engine, images)
         report = replace(report, same_graph_as=request.verified.get(graph))
-        gpu = verify_on_gpu(exporter, draft, lambda opened: verify(opened, pixels))
+
+        def verify_all(opened: Engine) -> Report:
+            return verify(opened, pixels)
+
+        lowered = lower_float_layers(exporter, draft, info, report, verify_all)
+        if lowered is not None:
+            report = lowered.report
+            arithmetic += f", float layers in {lowered.precision}"
+        gpu = verify_on_gpu(exporter, draft, verify_all)
         device = exporter.device_name(draft, precision) or (gpu.verified_on if gpu else None)
         manifest = {
             **provenance(draft, exporter, request.command),
             **subject.manifest(spec),
-            **_calibration_entries(request, left_in_float),
+            **_calibration_entries(request, info.left_in_float),
             "verification": {
                 **report.to_dict(),
                 "real_images": len(request.pictures),
                 "arithmetic": arithmetic,
                 **on_device(exporter, precision, device),
+                **(lowered.to_dict() if lowered else {}),
                 **({"gpu": gpu.to_dict()} if gpu else {}),
             },
             "versions": versions(),
@@ -199,7 +209,9 @@ def export_verified(
         if graph:
             request.verified.setdefault(graph, output.name)
     manifest_file = manifest_path(output)
-    return Exported(output, manifest_file, report, size, device, arithmetic, left_in_float, gpu)
+    return Exported(
+        output, manifest_file, report, size, device, arithmetic, info.left_in_float, gpu
+    )
 
 
 def _graph(request: Request, draft: Path) -> str:

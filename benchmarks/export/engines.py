@@ -105,9 +105,7 @@ class Variants:
         )
         name = f"{len(list(self.folder.iterdir()))}{exporter.suffix}"
         exporter.export(model or self.merged, self.folder / name, spec)
-        return partial(
-            load_artefact, self.folder / name, EngineOptions(threads=self.options.threads)
-        )
+        return self._loading(exporter, precision, self.folder / name)
 
     def fleet(self, exporter: Exporter, precision: str) -> Load:
         """A fleet of random tasks, whose images take turns."""
@@ -124,6 +122,14 @@ class Variants:
         assert exporter.fleet is not None
         path = self.folder / f"{len(list(self.folder.iterdir()))}{exporter.suffix}"
         exporter.fleet.export(model, path, spec, tables)
+        return self._loading(exporter, precision, path)
+
+    def _loading(self, exporter: Exporter, precision: str, path: Path) -> Load:
+        """Loads an artefact, whose float layers are in the precision that an export states."""
+        layers = exporter.float_layers
+        if layers is not None and precision in layers.precisions:
+            if layers.is_faster(flops_per_image(self.merged, self.size) or 0):
+                layers.state(path, layers.lower)
         return partial(load_artefact, path, EngineOptions(threads=self.options.threads))
 
     def nodes(self) -> dict[str, int]:

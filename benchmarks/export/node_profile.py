@@ -35,8 +35,8 @@ from torch import nn
 
 from aoft_deploy.artefacts.machine import gemm_peaks, machine
 from aoft_deploy.processors import processors
-from aoft_exporters.openvino.engine import ARITHMETIC
-from aoft_exporters.openvino.files import MARKER, TASKS
+from aoft_exporters.openvino.files import MARKER, SECTION, TASKS
+from aoft_exporters.openvino.library import inference_precision, openvino_library
 
 GROUPS = {
     "linear maps": r"FullyConnected|MatMul|Gemm|addmm|linear|(^|::)mm$",
@@ -105,15 +105,16 @@ def openvino_nodes(
     path: Path, inputs: Inputs, precision: str, threads: int, runs: int
 ) -> list[Node]:
     """Nodes of a folder in OpenVINO, with the kernels that compute them."""
-    from aoft_exporters.openvino.library import openvino_library
-
+    core = openvino_library().Core()
+    graph = core.read_model(path / MARKER)
+    info = graph.get_rt_info([SECTION]).value
     properties = {
-        "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
+        "INFERENCE_PRECISION_HINT": inference_precision(core, info),
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "PERF_COUNT": True,
     }
-    compiled = openvino_library().Core().compile_model(path / MARKER, "CPU", properties)
+    compiled = core.compile_model(graph, "CPU", properties)
     tables = load_file(path / TASKS) if (path / TASKS).exists() else {}
     request = compiled.create_infer_request()
     found = defaultdict[tuple[str, str, str], list[float]](list)

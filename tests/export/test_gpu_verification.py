@@ -179,7 +179,7 @@ def test_a_file_that_the_gpu_does_not_run_is_for_the_cpu_and_the_manifest_says_w
     gpu = verification(output)["gpu"]
     assert (gpu["verified"], gpu["device"]) == (False, GPU)
     assert gpu["reason"].startswith("a.onnx cannot run on cuda: ONNX Runtime 1.")
-    assert "MatMulInteger (4)" in gpu["reason"]
+    assert "MatMulInteger (6)" in gpu["reason"]
     assert f"not verified on {GPU}: {gpu['reason']}" in capsys.readouterr().out
 
 

@@ -25,7 +25,8 @@ def page() -> Any:
 
 
 def test_the_page_is_up_to_date(page: Any) -> None:
-    assert page.PAGE.read_text("utf-8") == page.markdown(page.reports(), page.reports("nodes"))
+    text = page.markdown(page.reports(), page.reports("nodes"), page.reports("quantisation"))
+    assert page.PAGE.read_text("utf-8") == text
 
 
 def test_the_readme_quotes_five_lines_of_the_table(page: Any) -> None:
@@ -65,6 +66,30 @@ def test_a_profile_shows_shares_and_how_far_the_peak_is(page: Any) -> None:
     report["rows"][1]["share_of_peak"] = 1.1
     lines = page.markdown([], [report]).splitlines()
     assert lines[-2].startswith("| onnxruntime fp32 | 8 | 60% | 30% |")
+
+
+def test_quantisations_are_compared_by_speed_size_error_and_accuracy(page: Any) -> None:
+    exact: dict[str, Any] = {"name": "ONNX Runtime fp32", "bytes": 343_000_000, "error": 0.0}
+    exact |= {"ratios": {"1": 1.0, "16": 1.0}}
+    exact["tasks"] = {"digits": {"accuracy": 0.98, "agreement": 1.0}}
+    static = exact | {"name": "ONNX Runtime int8, static", "error": 0.0512, "tasks": {}}
+    static |= {"ratios": {"1": 2.39, "16": 2.84}, "bytes": 88_400_000}
+    report: dict[str, Any] = {
+        "machine": {"processor": "Some CPU", "threads": 2},
+        "versions": {"torch": "2.14.1"},
+        "model": "vit_base_patch16_224",
+        "method": "lora",
+        "gemm_peaks": {"fp32": 2e11},
+        "rows": [exact, static],
+    }
+    text = page.markdown([], [], [report])
+    assert "## Ways to quantise" in text and "## Where the time goes" not in text
+    assert text.splitlines()[-4:] == [
+        "| quantisation | batch 1 | batch 16 | MB | error | digits |",
+        "|---|---|---|---|---|---|",
+        "| ONNX Runtime fp32 * | 1.00 × | 1.00 × | 343 | 0.0% | 98.0% (100.0%) |",
+        "| ONNX Runtime int8, static | 2.39 × | 2.84 × | 88 | 5.1% | – |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*MODEL, "--batches", "1", "--runs", "1", "--threads", "1", "--out", "{out}"),
         *("--variants", "PyTorch", "onnxruntime fp32", "openvino fp32, 16 tasks mixed"),
     ),
+    "benchmarks/export/quantisation.py": (
+        *(*MODEL, *ONCE, "--batches", "1", "--threads", "1", "--calibration", "4"),
+        *("--tasks", "digits", "--images", "32", "--epochs", "1", "--out", "{out}"),
+        *("--variants", "ONNX Runtime int8, static, SmoothQuant", "ONNX Runtime 4-bit weights"),
+    ),
     "benchmarks/export/exporting.py": (*MODEL, *ONCE, "--out", "{out}"),
     "benchmarks/export/starting.py": (
         *(*MODEL, "--small", "test_vit", *ONCE, "--tasks", "3", "--out", "{out}"),
@@ -117,7 +122,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Arguments of each script; ``{out}`` is the file for its results."""
 
 SLOW = (
-    *("engines", "exporting", "fleet", "forms", "node_profile", "serving", "starting"),
+    *("engines", "exporting", "fleet", "forms", "node_profile", "quantisation"),
+    *("serving", "starting"),
     *("training_step", "training_run", "methods", "coverage"),
 )
 STRESS = ("stress", "soak")
@@ -127,6 +133,7 @@ NOT_IN_TABLE = {
     "benchmarks/export/engines_page.py": "tests/project/test_engines_page.py",
     "benchmarks/export/families.py": "a module of coverage.py",
     "benchmarks/export/measured.py": "a module of exporting.py and starting.py",
+    "benchmarks/export/quantisers.py": "a module of quantisation.py",
     "benchmarks/export/torch_engines.py": "a module of engines.py",
     **{
         f"benchmarks/gpu/{name}.py": "tests/project/test_gpu_benchmark.py"

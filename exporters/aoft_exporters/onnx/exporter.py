@@ -24,7 +24,7 @@ from aoft_exporters.graph.attention_lowering import ATTENTION_OPSET
 from aoft_exporters.graph.cache import Unfilled
 from aoft_exporters.graph.emulation import emulated
 from aoft_exporters.graph.low_precision import OPSETS
-from aoft_exporters.graph.models import unfilled_fleet_graph, unfilled_plain_graph
+from aoft_exporters.graph.models import plain_graph, unfilled_fleet_graph, unfilled_plain_graph
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.engine import OnnxEngine
 from aoft_exporters.onnx.fleet import OnnxFleet
@@ -71,7 +71,12 @@ def export(model: nn.Module, path: Path, spec: ExportSpec) -> None:
         SettingError: The opset is not available in this precision.
     """
     _check_size(_least_bytes(model, spec.precision), spec.precision)
-    _save(unfilled_plain_graph(model, spec, opset=_opset(spec)), path, spec)
+    opset = _opset(spec)
+    if spec.precision == "int8":  # separate maps share the quantised input and need no split of qkv
+        graph = Unfilled(plain_graph(model, spec, opset=opset, separate=True), {})
+    else:
+        graph = unfilled_plain_graph(model, spec, opset=opset)
+    _save(graph, path, spec)
 
 
 def _opset(spec: ExportSpec) -> int:

@@ -5,7 +5,8 @@ quantised at run time. Attention, softmax, LayerNorm, the task parameters of a f
 classifier stay in float32.
 
 Weights in float32 keep their names. A quantised weight ``NAME`` becomes ``NAME_quantized``, int8
-(in, out), with ``NAME_scale`` and ``NAME_zero_point`` for each output channel.
+(in, out), with ``NAME_scale`` and ``NAME_zero_point`` for each output channel. Of a packed qkv,
+``NAME.q``, ``NAME.k`` and ``NAME.v`` are maps of their own, which share the quantised input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The digest of an OpenVINO folder's files, stored in its graph."""
+"""The digest of an OpenVINO folder's files, stored in its graph, and changes of the metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aoft_deploy.errors import ArtefactError
 from aoft_deploy.files import file_digest
 from aoft_exporters.openvino.files import MARKER, TASKS, WEIGHTS
 
-__all__ = ["DIGEST", "ZEROS", "check_digest", "seal"]
+__all__ = ["DIGEST", "ZEROS", "check_digest", "restate", "seal"]
 
 DIGEST = "files_sha256"
 """Metadata key of the digest."""
@@ -26,6 +26,21 @@ def seal(path: Path) -> None:
     before = f'{DIGEST} value="'.encode()
     assert text.count(before + ZEROS.encode()) == 1
     (path / MARKER).write_bytes(text.replace(before + ZEROS.encode(), before + digest))
+
+
+def restate(path: Path, name: str, value: str) -> None:
+    """Change a metadata entry of a sealed folder, and seal it again.
+
+    Args:
+        path: The folder.
+        name: Key of an entry that exists.
+        value: Its new value, without characters that XML escapes.
+    """
+    text = re.sub(_pattern(), rb"\g<1>" + ZEROS.encode(), (path / MARKER).read_bytes())
+    text, count = re.subn(rf'({name} value=")[^"]*'.encode(), rb"\g<1>" + value.encode(), text)
+    assert count == 1
+    (path / MARKER).write_bytes(text)
+    seal(path)
 
 
 def check_digest(path: Path) -> None:

@@ -19,12 +19,14 @@ from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES, fleet_logits
 from aoft_exporters.openvino.digest import check_digest
 from aoft_exporters.openvino.files import MARKER, SECTION, TASKS
-from aoft_exporters.openvino.library import check_arithmetic, openvino_library
+from aoft_exporters.openvino.library import (
+    ARITHMETIC,
+    check_arithmetic,
+    inference_precision,
+    openvino_library,
+)
 
-__all__ = ["ARITHMETIC", "OpenvinoEngine", "OpenvinoFleet", "load"]
-
-ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-"""OpenVINO's inference precision for each artefact precision; quantised parts stay in int8."""
+__all__ = ["OpenvinoEngine", "OpenvinoFleet", "load"]
 
 
 class OpenvinoEngine:
@@ -148,7 +150,7 @@ class _Compiled:
         precision = self.info["precision"]
         check_arithmetic(core, precision)
         properties: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": ARITHMETIC[precision],
+            "INFERENCE_PRECISION_HINT": inference_precision(core, self.info),
             "NUM_STREAMS": options.lanes,
         }
         threads = options.cpu_threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MARKER", "SECTION", "TASKS", "WEIGHTS"]
+__all__ = ["FLOAT_LAYERS", "MARKER", "SECTION", "TASKS", "WEIGHTS"]
 
 MARKER = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
@@ -11,3 +11,6 @@ TASKS = "tasks.safetensors"
 
 SECTION = "aoft"
 """Section of ``rt_info`` that holds the metadata."""
+
+FLOAT_LAYERS = "float_layers"
+"""Metadata key of the precision of the layers that int8 leaves in float: ``fp32`` or ``bf16``."""

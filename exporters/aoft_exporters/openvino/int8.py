@@ -1,7 +1,7 @@
 """Quantise an OpenVINO graph to int8 with NNCF's post-training quantisation.
 
 Weights have a scale for each output channel. Each activation has one range, estimated from
-calibration images. The patch embedding, the classifier, LayerNorm and softmax stay in float32.
+calibration images. The patch embedding, the classifier, LayerNorm and softmax stay in float.
 Weights use 7 bits, since products of 8 bits saturate on processors without VNNI, whose results
 would differ from those of the machine that verified the artefact.
 """

@@ -6,12 +6,25 @@ import contextlib
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aoft_deploy.errors import SettingError, optional_imports
+from aoft_exporters.openvino.files import FLOAT_LAYERS
 
-__all__ = ["check_arithmetic", "openvino_library", "without_telemetry"]
+__all__ = [
+    "ARITHMETIC",
+    "check_arithmetic",
+    "computes_bf16",
+    "inference_precision",
+    "openvino_library",
+    "without_telemetry",
+]
+
+ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""OpenVINO's inference precision for each artefact precision; quantised parts stay in int8.
+
+See ``inference_precision`` for the layers that int8 leaves in float."""
 
 _FIRST_USE = threading.Lock()
 
@@ -47,13 +60,33 @@ def without_telemetry() -> Iterator[None]:
             del modules[name]
 
 
+def computes_bf16(core: Any) -> bool:
+    """Whether the processor has instructions for bf16."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def inference_precision(core: Any, info: Mapping[str, str]) -> str:
+    """OpenVINO's inference precision for an artefact on this machine: ``f32`` or ``bf16``.
+
+    The layers that int8 leaves in float are computed in float32 if the artefact does not state
+    bf16, or if the processor has no instructions for it.
+
+    Args:
+        core: OpenVINO's core.
+        info: The artefact's metadata.
+    """
+    if info.get(FLOAT_LAYERS) == "bf16" and computes_bf16(core):
+        return "bf16"
+    return ARITHMETIC[info["precision"]]
+
+
 def check_arithmetic(core: Any, precision: str) -> None:
     """Refuse bf16 on a processor without it: OpenVINO's emulation is slower than float32.
 
     Raises:
         SettingError: The processor does not compute in bf16.
     """
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and not computes_bf16(core):
         name = " ".join(core.get_property("CPU", "FULL_DEVICE_NAME").split())
         raise SettingError(
             f"The processor ({name}) does not compute in bf16: use one with AVX512-BF16 or AMX, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from specs import export_spec
 from torch import nn
 
+from aoft_exporters.graph.models import plain_graph
 from aoft_exporters.onnx import exporter
 from aoft_exporters.onnx.int8 import quantised
 
@@ -73,21 +75,49 @@ def test_every_parameter_keeps_its_name_or_gets_a_suffix(
     before, after = stored(exact), stored(small)
     products = 0
     for name in parameters.keys() & before.keys():
-        if name in after:
-            assert after[name].dtype == np.float32
-            assert sorted(after[name].ravel()) == sorted(parameters[name].ravel())
-            assert f"{name}_quantized" not in after
+        thirds = [f"{name}.{letter}" for letter in "qkv"]
+        parts = thirds if {thirds[0], f"{thirds[0]}_quantized"} & set(after) else [name]
+
+        def joined(end: str, parts: list[str] = parts) -> NDArray[Any]:
+            return np.concatenate([after[part + end] for part in parts], -1)
+
+        if parts[0] in after:
+            assert joined("").dtype == np.float32
+            assert sorted(joined("").ravel()) == sorted(parameters[name].ravel())
+            assert not any(f"{part}_quantized" in after for part in parts)
             continue
         products += 1
-        weight, scale = after[f"{name}_quantized"], after[f"{name}_scale"]
+        weight, scale, zero_point = map(joined, ("_quantized", "_scale", "_zero_point"))
         assert weight.dtype == np.int8
-        assert not after[f"{name}_zero_point"].any()
+        assert not zero_point.any()
         np.testing.assert_allclose(
             weight * scale.astype(np.float64), parameters[name].T, atol=scale.max() / 2 * 1.001
         )
     assert products >= 2
-    known = {*before, *(f"{n}_{end}" for n in before for end in ("quantized", "scale"))}
-    assert set(after) <= {*known, *(f"{name}_zero_point" for name in before)}
+    names = {*before, *(f"{name}.{letter}" for name in before for letter in "qkv")}
+    ends = ("", "_quantized", "_scale", "_zero_point")
+    assert set(after) <= {name + end for name in names for end in ends}
+
+
+def test_q_k_and_v_share_their_quantised_input_and_give_the_packed_maps_logits(
+    tmp_path: Path,
+) -> None:
+    model, runtime = small("vit"), importlib.import_module("onnxruntime")
+    spec = export_spec(32, False, (0.5,) * 3, (0.5,) * 3, {"classes": "[]"}, "int8")
+    packed = quantised(plain_graph(model, spec, opset=23))
+    separate = exported(model, tmp_path / "a.onnx", "int8")
+    images = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+    found = []
+    for proto in (packed, separate):
+        session: Any = runtime.InferenceSession(
+            proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        found.append(session.run(None, {"pixel_values": images})[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    before, after = (Counter(node.op_type for node in p.graph.node) for p in (packed, separate))
+    assert after["DynamicQuantizeLinear"] == before["DynamicQuantizeLinear"]
+    assert after["MatMulInteger"] == before["MatMulInteger"] + 2 * SMALL_VIT["depth"]
+    assert (before["Split"], after["Split"]) == (SMALL_VIT["depth"], 0)
 
 
 def test_the_classifier_stays_in_float(both: tuple[nn.Module, Any, Any]) -> None:
