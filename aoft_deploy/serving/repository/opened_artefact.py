@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
-from aoft_deploy.artefacts.manifest import unchanged
+from aoft_deploy.artefacts.manifest import unchanged, verified_batches
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.artefacts.registry import exporters_of, load_artefact
 from aoft_deploy.artefacts.spec import InputSpec
@@ -27,6 +27,7 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.fleet.replicas import FleetReplicas
+from aoft_deploy.memory import keeping_large_blocks
 from aoft_deploy.serving.batching.batcher import Batcher
 from aoft_deploy.serving.batching.worker import Replica, Run
 from aoft_deploy.serving.protocol.tensors import DTYPES, Tensor
@@ -40,7 +41,8 @@ GPU_LANES = 2
 
 
 ON_CPU = 2
-"""Size of the batch that a CPU runs before the server is ready."""
+"""Size of the batch that a CPU runs before the server is ready, if the size is not known to be free.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +84,9 @@ def open_artefact(
 
     Each lane of a GPU runs batches of 1 and of the maximum size, for which it takes memory and may
     choose or record kernels. A CPU does neither for a size: its first batch of 16 takes no longer
-    than the next. So there the server is ready after one batch of 2, which shows that the engine
-    computes and that its batch size is free.
+    than the next. So there the server is ready after one image, which shows that the engine
+    computes. That its batch size is free was verified at the export, if the manifest says so;
+    otherwise, a batch of 2 shows it.
 
     Args:
         name: As the attribute.
@@ -97,7 +100,7 @@ def open_artefact(
             device.
         MissingExtraError: Its engine's package is not installed.
     """
-    with unchanged(path):  # all replicas are of one version
+    with unchanged(path), keeping_large_blocks():  # all replicas are of one version
         options = _options(path, settings)
         info = read_metadata(path) if path.suffix == ".onnx" else None
         engines: list[Engine] = []
@@ -109,6 +112,7 @@ def open_artefact(
             fleet = _open_fleet(path, settings, options)
         else:
             engines += [load_artefact(path, each) for each in options[1:]]
+        on_cpu = 1 if len(set(verified_batches(path))) > 1 else min(ON_CPU, settings.max_batch)
     if fleet is not None:
         preprocessing, pixels, classes = fleet.preprocessing, False, Classes(())
         runs: list[Run] = [partial(each.predict, rows=settings.max_batch) for each in fleet.fleets]
@@ -130,7 +134,7 @@ def open_artefact(
     tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
     for device, replica in zip(names, replicas, strict=True):
         where = f"{path} on {device}" if len(names) > 1 else str(path)
-        sizes = {min(ON_CPU, settings.max_batch)} if device == "cpu" else {1, settings.max_batch}
+        sizes = {on_cpu} if device == "cpu" else {1, settings.max_batch}
         _warm_up(where, replica, tensor, tasks, width, sorted(sizes))
     batcher = Batcher(
         replicas,

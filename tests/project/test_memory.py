@@ -11,7 +11,7 @@ import pytest
 MEMORY = """
 import sys
 from pathlib import Path
-from aoft_deploy.serving.memory import return_large_blocks
+from aoft_deploy.memory import return_large_blocks
 
 def resident():
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
