@@ -1,4 +1,4 @@
-"""Large blocks of memory are returned to the system."""
+"""Large blocks of memory are returned to the system, or kept while an engine is opened."""
 
 from __future__ import annotations
 
@@ -40,3 +40,44 @@ def test_large_blocks_between_small_ones_are_returned_to_the_system() -> None:
         )
         kept[how] = int(done.stdout)
     assert kept["set"] < 8 < 40 < kept["not"]  # of 64 MB
+
+
+KEPT = """
+import sys
+from pathlib import Path
+from aoft_deploy.memory import keep_large_blocks, keeping_large_blocks, return_large_blocks
+
+def resident():
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
+
+def freed():
+    blocks = [bytes([number]) * (8 * 2**20 - 100) for number in range(8)]
+    return len(blocks)
+
+before, found = resident(), []
+if sys.argv[1] == "for good":
+    keep_large_blocks()
+    freed()
+    found = [resident() - before]
+else:
+    return_large_blocks()
+    with keeping_large_blocks():
+        freed()
+        found.append(resident() - before)
+    found.append(resident() - before)
+    freed()
+    found.append(resident() - before)
+print(*found)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_blocks_are_kept_as_long_as_they_shall_be() -> None:
+    kept = {}
+    for how in ("for good", "meanwhile"):
+        command = [sys.executable, "-c", KEPT, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        kept[how] = list(map(int, done.stdout.split()))
+    assert kept["for good"][0] > 50  # of 64 MB
+    meanwhile, then, later = kept["meanwhile"]
+    assert meanwhile > 50 and max(then, later) < 8

@@ -41,8 +41,7 @@ GPU_LANES = 2
 
 
 ON_CPU = 2
-"""Size of the batch that a CPU runs before the server is ready, if the size is not known to be free.
-"""
+"""Size of the batch that a CPU runs at the start, unless other sizes are known to work."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +144,7 @@ def open_artefact(
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing
-    platform, devices = exporters_of(path)[0].platform, dict(zip(names, lanes, strict=True))
+    platform, devices = next(exporters_of(path)).platform, dict(zip(names, lanes, strict=True))
     return Artefact(
         name, path, platform, tensor, prepare, devices, batcher, preprocessing, classes, fleet
     )
@@ -153,7 +152,8 @@ def open_artefact(
 
 def _options(path: Path, settings: Settings) -> list[EngineOptions]:
     """The options of the engine on each device."""
-    built_for_gpu = any(each.usual_device(path) == "cuda" for each in exporters_of(path)[:1])
+    exporter = next(exporters_of(path), None)
+    built_for_gpu = exporter is not None and exporter.usual_device(path) == "cuda"
     devices: Sequence[str | None] = settings.device or [None]
     return [
         EngineOptions(
