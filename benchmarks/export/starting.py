@@ -1,10 +1,10 @@
 """Time commands from their start to their first useful act.
 
 Timed are: Python itself; ``aoft-export --help``; ``aoft-predict`` on one image, with a small and
-with a large model; ``aoft-serve`` until it is ready, with a merged model and with a fleet and a store of tasks; ``aoft-train`` on the
-bundled backbone until its first step. Models have random weights. ``--before`` names an earlier
-checkout, whose commands take turns with this one's, on the same artefacts. Each command runs once
-before the first round.
+with a large model; ``aoft-serve`` until it is ready, with a merged model and with a fleet and a
+store of tasks; ``aoft-train`` on the bundled backbone until its first step. Models have random
+weights. ``--before`` names an earlier checkout, whose commands take turns with this one's, on the
+same artefacts. Each command runs once before the first round.
 
     python benchmarks/export/starting.py --out benchmarks/results/starting.json
 """
