@@ -68,6 +68,9 @@ class Part:
 
     def part(self, start: int, stop: int) -> Part | memoryview:
         """The bytes from ``start`` to ``stop``. Small ranges are read at once."""
+        first, last = start - self._buffer_start, min(stop, len(self)) - self._buffer_start
+        if 0 <= first <= last <= len(self._buffer):
+            return memoryview(self._buffer)[first:last]
         start, stop = self._start + start, min(self._start + stop, self._stop)
         if stop - start > _SMALL:
             return Part(self._file, start, stop)

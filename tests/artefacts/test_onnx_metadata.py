@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_a_corrupted_onnx_file_is_read_or_refused(
         read_metadata(path)
     except ArtefactError:
         pass
+
+
+def test_metadata_are_read_in_large_pieces(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, pread = list[int](), os.pread
+
+    def counting(file: int, size: int, start: int) -> bytes:
+        reads.append(size)
+        return pread(file, size, start)
+
+    monkeypatch.setattr("aoft_deploy.artefacts.protobuf.os.pread", counting)
+    read_metadata(artefact)
+    assert 0 < len(reads) < len(onnx.load(artefact).graph.node) / 2
 
 
 def test_a_digest_is_computed_while_the_file_is_opened(
