@@ -23,6 +23,7 @@ __all__ = [
     "read_manifest",
     "signature",
     "unchanged",
+    "verified_batches",
 ]
 
 SEAL = "seal"
@@ -88,9 +89,7 @@ def check_unchanged(
     Raises:
         ArtefactError: The artefact was changed, or a file cannot be read.
     """
-    target = Path(os.path.realpath(artefact))
-    candidates = [manifest_path(target), manifest_path(artefact)]
-    manifest = next((path for path in candidates if _exists(path)), None)
+    target, manifest = Path(os.path.realpath(artefact)), _manifest(artefact)
     if manifest is None or not _exists(target):
         return
     entries = read_manifest(manifest)
@@ -106,6 +105,20 @@ def check_unchanged(
             f"{artefact} was changed after its manifest {manifest.name} was written, so it is not "
             "run: export it again."
         )
+
+
+def verified_batches(artefact: Path) -> tuple[int, ...]:
+    """Batch sizes at which the artefact was verified; none without a manifest that says so.
+
+    For a symbolic link, the manifest is that of ``check_unchanged``.
+
+    Raises:
+        ArtefactError: The manifest cannot be read.
+    """
+    manifest = _manifest(artefact)
+    verification = None if manifest is None else read_manifest(manifest).get("verification")
+    sizes = verification.get("batch_sizes") if isinstance(verification, dict) else None
+    return tuple(n for n in sizes if isinstance(n, int)) if isinstance(sizes, list) else ()
 
 
 def signature(artefact: Path) -> tuple[object, ...]:
@@ -164,6 +177,12 @@ def _below(folder: Path) -> Iterator[Path]:
             yield folder / entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from _below(folder / entry.name)
+
+
+def _manifest(artefact: Path) -> Path | None:
+    """The manifest beside an artefact's target, or else beside the link to it, if there is one."""
+    candidates = [manifest_path(Path(os.path.realpath(artefact))), manifest_path(artefact)]
+    return next((path for path in candidates if _exists(path)), None)
 
 
 def _exists(path: Path) -> bool:

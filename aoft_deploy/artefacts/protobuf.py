@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-__all__ = ["Part", "fields", "header"]
+__all__ = ["Part", "block", "fields", "header", "integer"]
 
 _SMALL = 65536
 """Messages up to this size in bytes are read at once; larger ones in pieces of this size."""
@@ -23,6 +23,16 @@ def header(number: int, length: int) -> bytes:
         length: Length of the content in bytes.
     """
     return _encoded(number << 3 | 2) + _encoded(length)
+
+
+def block(number: int, content: bytes) -> bytes:
+    """A serialised field of variable length, such as a message or a text."""
+    return header(number, len(content)) + content
+
+
+def integer(number: int, value: int) -> bytes:
+    """A serialised field that is a whole number from 0."""
+    return _encoded(number << 3) + _encoded(value)
 
 
 class Part:
@@ -58,6 +68,9 @@ class Part:
 
     def part(self, start: int, stop: int) -> Part | memoryview:
         """The bytes from ``start`` to ``stop``. Small ranges are read at once."""
+        first, last = start - self._buffer_start, min(stop, len(self)) - self._buffer_start
+        if 0 <= first <= last <= len(self._buffer):
+            return memoryview(self._buffer)[first:last]
         start, stop = self._start + start, min(self._start + stop, self._stop)
         if stop - start > _SMALL:
             return Part(self._file, start, stop)

@@ -53,9 +53,12 @@ def get_exporter(name: str) -> Exporter:
     raise UnknownNameError("exporter", name, exporter_names())
 
 
-def exporters_of(path: Path) -> list[Exporter]:
-    """The exporters whose artefacts look like ``path``, by its suffix or the files in it."""
-    return [exporter for exporter in exporters() if exporter.owns(path)]
+def exporters_of(path: Path) -> Iterator[Exporter]:
+    """The exporters whose artefacts look like ``path``, by its suffix or the files in it.
+
+    The first of them loads it. The others are imported only if they are asked for.
+    """
+    return (exporter for exporter in exporters() if exporter.owns(path))
 
 
 def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engine:
@@ -72,10 +75,9 @@ def load_artefact(path: Path, options: EngineOptions = EngineOptions()) -> Engin
         SettingError: The engine cannot run this artefact, or not on this device.
         MissingExtraError: The runtime is not installed.
     """
-    found = exporters_of(path)
-    if not found:
+    exporter = next(exporters_of(path), None)
+    if exporter is None:
         raise ArtefactError(_no_artefact(path))
-    exporter = found[0]
     if options.engine is not None and options.engine not in exporter.engines:
         raise UnknownNameError(f"engine for {path.name}", options.engine, exporter.engines)
     with unchanged(path):

@@ -186,7 +186,8 @@ def _on_gpu(path: Path, device: str | None) -> bool:
     if device is not None:
         return device != "cpu"
     try:
-        return any(each.usual_device(path) == "cuda" for each in exporters_of(path)[:1])
+        exporter = next(exporters_of(path), None)
+        return exporter is not None and exporter.usual_device(path) == "cuda"
     except ArtefactError:
         return False
 

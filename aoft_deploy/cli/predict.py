@@ -83,7 +83,9 @@ def predict(options: argparse.Namespace) -> None:
     from aoft_deploy.artefacts.image_stream import classify_stream
     from aoft_deploy.artefacts.prediction import load_classifier
     from aoft_deploy.errors import AoftError, ImageError
+    from aoft_deploy.memory import keep_large_blocks
 
+    keep_large_blocks()
     sources, total = _sources(options)
     classifier = load_classifier(options.artefact, options.task, engine_options(options))
     write = _csv() if options.csv else _json if options.json else _text

@@ -49,8 +49,8 @@ def serve(options: argparse.Namespace) -> None:
     flags = {f.name: getattr(options, f.name) for f in fields(Settings)}
     given = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items() if v is not None}
     settings = Settings(**config | given)
+    from aoft_deploy.memory import return_large_blocks
     from aoft_deploy.serving import server
-    from aoft_deploy.serving.memory import return_large_blocks
     from aoft_deploy.serving.repository.names import artefact_name
 
     return_large_blocks()

@@ -1,10 +1,10 @@
 """Time commands from their start to their first useful act.
 
-Timed are: Python itself; ``aoft-export --help``; ``aoft-predict`` on one image; ``aoft-serve``
-until it is ready, with a merged model and with a fleet and a store of tasks; ``aoft-train`` on the
-bundled backbone until its first step. Models have random weights. ``--before`` names an earlier
-checkout, whose commands take turns with this one's, on the same artefacts. Each command runs once
-before the first round.
+Timed are: Python itself; ``aoft-export --help``; ``aoft-predict`` on one image, with a small and
+with a large model; ``aoft-serve`` until it is ready, with a merged model and with a fleet and a
+store of tasks; ``aoft-train`` on the bundled backbone until its first step. Models have random
+weights. ``--before`` names an earlier checkout, whose commands take turns with this one's, on the
+same artefacts. Each command runs once before the first round.
 
     python benchmarks/export/starting.py --out benchmarks/results/starting.json
 """
@@ -102,6 +102,7 @@ def commands(options: argparse.Namespace, folder: Path, given: dict[str, str]) -
         "python": (["-c", ""], ""),
         "export --help": (["-m", f"{CLI}export", "--help"], ""),
         "predict": (["-m", f"{CLI}predict", small, picture], ""),
+        "predict, large": (["-m", f"{CLI}predict", merged, picture], ""),
         "serve merged": ([*serve, merged], '"ready"'),
         "serve fleet": ([*serve, fleet, "--store", store], '"ready"'),
         "train to first step": (["-c", FIRST_STEP, *train], ""),

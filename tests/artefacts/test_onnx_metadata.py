@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aoft_deploy.artefacts.onnx_metadata import read_metadata
+from aoft_deploy.artefacts import onnx_metadata
+from aoft_deploy.artefacts.onnx_metadata import checked_metadata, checking, read_metadata
 from aoft_deploy.errors import ArtefactError
 
 
@@ -76,3 +81,50 @@ def test_a_corrupted_onnx_file_is_read_or_refused(
         read_metadata(path)
     except ArtefactError:
         pass
+
+
+def test_metadata_are_read_in_large_pieces(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, pread = list[int](), os.pread
+
+    def counting(file: int, size: int, start: int) -> bytes:
+        reads.append(size)
+        return pread(file, size, start)
+
+    monkeypatch.setattr("aoft_deploy.artefacts.protobuf.os.pread", counting)
+    read_metadata(artefact)
+    assert 0 < len(reads) < len(onnx.load(artefact).graph.node) / 2
+
+
+def test_a_digest_is_computed_while_the_file_is_opened(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest before or after the block would wait for the other one."""
+    begun, ended, digest = threading.Event(), threading.Event(), onnx_metadata._file_digest
+
+    def meeting(*given: Any) -> str:
+        begun.set()
+        assert ended.wait(20)
+        return digest(*given)
+
+    monkeypatch.setattr(onnx_metadata, "_file_digest", meeting)
+    with checking(artefact) as metadata:
+        assert begun.wait(20)
+        ended.set()
+    assert metadata == checked_metadata(artefact)
+
+
+def test_a_wrong_digest_counts_more_than_the_error_that_it_explains(
+    artefact: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "task.onnx"
+    shutil.copy(artefact, path)
+    with pytest.raises(RuntimeError, match="cannot be opened"), checking(path):
+        raise RuntimeError("cannot be opened")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for error in (None, RuntimeError("cannot be opened")):
+        with pytest.raises(ArtefactError, match="is half overwritten") as found, checking(path):
+            if error is not None:
+                raise error
+        assert found.value.__context__ is error

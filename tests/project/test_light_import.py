@@ -71,3 +71,21 @@ def test_inspection_of_an_artefact_or_its_manifest_does_not_import_torch(artefac
     script = "from aoft_deploy.cli.inspect import main\nassert main(sys.argv[1:]) == 0"
     assert heavy_libraries(script, artefact) <= {"numpy", "onnx"}
     assert heavy_libraries(script, f"{artefact}.json") == set()
+
+
+def test_opening_a_fleet_needs_no_library_but_its_engine(fleet_artefact: Path) -> None:
+    script = (
+        "from pathlib import Path\nfrom aoft_deploy.fleet import Fleet\nFleet(Path(sys.argv[1]))"
+    )
+    assert heavy_libraries(script, fleet_artefact) <= {"numpy", "onnxruntime", "PIL", "safetensors"}
+
+
+def test_an_artefact_is_opened_without_the_exporters_after_its_own(artefact: Path) -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from aoft_deploy.artefacts.registry import load_artefact\n"
+        "load_artefact(Path(sys.argv[1]))\n"
+        "assert 'aoft_exporters.onnx.exporter' in sys.modules\n"
+        "assert 'aoft_exporters.triton.onnx_exporter' not in sys.modules"
+    )
+    assert heavy_libraries(script, artefact) <= {"numpy", "onnxruntime"}

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aoft_deploy import memory
+from aoft_deploy.artefacts.manifest import manifest_path
 from aoft_deploy.errors import SettingError
 from aoft_deploy.serving.protocol.refusals import Refusal
+from aoft_deploy.serving.repository import opened_artefact
 from aoft_deploy.serving.repository.opened_artefact import open_artefact
 from aoft_deploy.serving.service import Service
 from aoft_deploy.serving.settings import Settings
@@ -70,8 +73,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("most", [1, 16])
-def test_a_cpu_is_ready_after_one_batch_of_two(
-    most: int, artefact: Path, fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("manifest", ["beside", "without sizes", "one size", "none"])
+def test_a_cpu_is_ready_after_one_image_if_other_batch_sizes_were_verified(
+    manifest: str,
+    most: int,
+    artefact: Path,
+    fleet_artefact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A batch of the maximum size would take seconds, and its first run as long as its second."""
     sizes = list[int]()
@@ -82,9 +91,49 @@ def test_a_cpu_is_ready_after_one_batch_of_two(
             return run(self, images, *given)
 
         monkeypatch.setattr(engine, "run", recording)
-    for path in (artefact, fleet_artefact):
+    for name, source in (("task", artefact), ("fleet", fleet_artefact)):
+        path = tmp_path / f"{name}.onnx"
+        path.symlink_to(source)
+        entries = json.loads(Path(f"{source}.json").read_text("utf-8"))
+        assert entries["verification"]["batch_sizes"] == [1, 2, 7]
+        if manifest != "beside":  # a copy without the manifest beside the target
+            path.unlink()
+            shutil.copy(source, path)
+        if manifest == "without sizes":
+            entries["verification"] = None
+        elif manifest == "one size":
+            entries["verification"]["batch_sizes"] = [1, 1]
+        if manifest in ("without sizes", "one size"):
+            manifest_path(path).write_text(json.dumps(entries), "utf-8")
         open_artefact("a", path, Settings(threads=1, max_batch=most)).batcher.close()
-    assert sizes == 2 * [min(2, most)]
+    assert sizes == 2 * [1 if manifest == "beside" else min(2, most)]
+
+
+def test_freed_blocks_are_kept_while_an_engine_is_opened_and_then_returned(
+    artefact: Path, fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = list[str]()
+    library: Any = __import__("onnxruntime")
+    session = library.InferenceSession
+
+    def opening(*arguments: Any, **options: Any) -> Any:
+        events.append("open")
+        return session(*arguments, **options)
+
+    def run(*arguments: Any) -> None:
+        events.append("run")
+
+    monkeypatch.setattr(library, "InferenceSession", opening)
+    monkeypatch.setattr(opened_artefact, "_check_answers", run)
+    monkeypatch.setattr(memory, "_set", lambda block, heap: events.append(f"{block >> 20} MB"))
+    for path in (artefact, fleet_artefact):
+        open_artefact("a", path, Settings(threads=1)).batcher.close()
+    assert events == 2 * ["open", "run"]  # another program's memory is not touched
+    monkeypatch.setattr(memory, "_returned", True)
+    events.clear()
+    for path in (artefact, fleet_artefact):
+        open_artefact("a", path, Settings(threads=1)).batcher.close()
+    assert events == 2 * ["32 MB", "open", "1 MB", "run"]
 
 
 def test_a_checkpoint_that_arrives_before_its_fleet_is_served_later(

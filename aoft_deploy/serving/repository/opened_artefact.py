@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from aoft_deploy.artefacts.description import ArtefactInfo
 from aoft_deploy.artefacts.engine import Engine, EngineOptions
-from aoft_deploy.artefacts.manifest import unchanged
+from aoft_deploy.artefacts.manifest import unchanged, verified_batches
 from aoft_deploy.artefacts.onnx_metadata import read_metadata
 from aoft_deploy.artefacts.registry import exporters_of, load_artefact
 from aoft_deploy.artefacts.spec import InputSpec
@@ -27,6 +27,7 @@ from aoft_deploy.data.preprocessing import Preprocessing
 from aoft_deploy.errors import ArtefactError, SettingError
 from aoft_deploy.fleet.fleet import Fleet
 from aoft_deploy.fleet.replicas import FleetReplicas
+from aoft_deploy.memory import keeping_large_blocks
 from aoft_deploy.serving.batching.batcher import Batcher
 from aoft_deploy.serving.batching.worker import Replica, Run
 from aoft_deploy.serving.protocol.tensors import DTYPES, Tensor
@@ -40,7 +41,7 @@ GPU_LANES = 2
 
 
 ON_CPU = 2
-"""Size of the batch that a CPU runs before the server is ready."""
+"""Size of the batch that a CPU runs at the start, unless other sizes are known to work."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +83,9 @@ def open_artefact(
 
     Each lane of a GPU runs batches of 1 and of the maximum size, for which it takes memory and may
     choose or record kernels. A CPU does neither for a size: its first batch of 16 takes no longer
-    than the next. So there the server is ready after one batch of 2, which shows that the engine
-    computes and that its batch size is free.
+    than the next. So there the server is ready after one image, which shows that the engine
+    computes. That its batch size is free was verified at the export, if the manifest says so;
+    otherwise, a batch of 2 shows it.
 
     Args:
         name: As the attribute.
@@ -97,7 +99,7 @@ def open_artefact(
             device.
         MissingExtraError: Its engine's package is not installed.
     """
-    with unchanged(path):  # all replicas are of one version
+    with unchanged(path), keeping_large_blocks():  # all replicas are of one version
         options = _options(path, settings)
         info = read_metadata(path) if path.suffix == ".onnx" else None
         engines: list[Engine] = []
@@ -109,6 +111,7 @@ def open_artefact(
             fleet = _open_fleet(path, settings, options)
         else:
             engines += [load_artefact(path, each) for each in options[1:]]
+        on_cpu = 1 if len(set(verified_batches(path))) > 1 else min(ON_CPU, settings.max_batch)
     if fleet is not None:
         preprocessing, pixels, classes = fleet.preprocessing, False, Classes(())
         runs: list[Run] = [partial(each.predict, rows=settings.max_batch) for each in fleet.fleets]
@@ -130,7 +133,7 @@ def open_artefact(
     tensor = Tensor(spec.name, "UINT8" if pixels else "FP32", spec.shape)
     for device, replica in zip(names, replicas, strict=True):
         where = f"{path} on {device}" if len(names) > 1 else str(path)
-        sizes = {min(ON_CPU, settings.max_batch)} if device == "cpu" else {1, settings.max_batch}
+        sizes = {on_cpu} if device == "cpu" else {1, settings.max_batch}
         _warm_up(where, replica, tensor, tasks, width, sorted(sizes))
     batcher = Batcher(
         replicas,
@@ -141,7 +144,7 @@ def open_artefact(
         observe=None if observe is None else lambda rows, seconds: observe(name, rows, seconds),
     )
     prepare = preprocessing.pixels if pixels else preprocessing
-    platform, devices = exporters_of(path)[0].platform, dict(zip(names, lanes, strict=True))
+    platform, devices = next(exporters_of(path)).platform, dict(zip(names, lanes, strict=True))
     return Artefact(
         name, path, platform, tensor, prepare, devices, batcher, preprocessing, classes, fleet
     )
@@ -149,7 +152,8 @@ def open_artefact(
 
 def _options(path: Path, settings: Settings) -> list[EngineOptions]:
     """The options of the engine on each device."""
-    built_for_gpu = any(each.usual_device(path) == "cuda" for each in exporters_of(path)[:1])
+    exporter = next(exporters_of(path), None)
+    built_for_gpu = exporter is not None and exporter.usual_device(path) == "cuda"
     devices: Sequence[str | None] = settings.device or [None]
     return [
         EngineOptions(

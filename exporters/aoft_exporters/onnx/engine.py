@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aoft_deploy.artefacts.onnx_metadata import checked_metadata
+from aoft_deploy.artefacts.onnx_metadata import checking
 from aoft_exporters.onnx.inputs import OnnxFile, OnnxInputs
 from aoft_exporters.onnx.precisions import check_device
 from aoft_exporters.onnx.sessions import library, session
@@ -36,9 +36,10 @@ class OnnxEngine(OnnxFile):
     device = "cpu"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.info: Mapping[str, str] = checked_metadata(path)
-        check_device(self.info, "cpu", path)
-        self._session = session(path, threads, "cpu", path)
+        with checking(path) as info:
+            check_device(info, "cpu", path)
+            self._session = session(path, threads, "cpu", path)
+        self.info: Mapping[str, str] = info
         self._run_options = library().RunOptions()
         self._inputs = OnnxInputs.of(self._session, self.info, path)
 

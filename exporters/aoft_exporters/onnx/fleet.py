@@ -19,13 +19,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from aoft_deploy.artefacts.engine import EngineOptions, FleetTables
 from aoft_deploy.artefacts.gpu_recording import RECORDING
-from aoft_deploy.artefacts.onnx_metadata import checked_metadata
+from aoft_deploy.artefacts.onnx_metadata import checking
 from aoft_deploy.artefacts.table_memory import HostMemory, TableMemory, physical_memory
 from aoft_deploy.errors import AoftError, SettingError
 from aoft_exporters.graph.fleet_tables import fleet_logits
 from aoft_exporters.graph.tracing import OPSET
 from aoft_exporters.onnx.cuda_driver import free_memory
-from aoft_exporters.onnx.fleet_file import read_fleet_file
+from aoft_exporters.onnx.fleet_file import fleet_file
 from aoft_exporters.onnx.gpu_block import GpuBlock, taken
 from aoft_exporters.onnx.placement import placement_texts
 from aoft_exporters.onnx.precisions import check_device
@@ -164,17 +164,13 @@ class OnnxFleet:
     """
 
     def __init__(self, path: Path, options: EngineOptions = EngineOptions()) -> None:
-        import onnx
-
-        self.info: Mapping[str, str] = checked_metadata(path)
-        model, stored = read_fleet_file(path)
-        self.tables: FleetTables | None = FleetTables(
-            **{name: onnx.numpy_helper.to_array(tensor) for name, tensor in stored.items()}
-        )
         self._device = options.device or "cpu"
-        check_device(self.info, self._device, path)
-        tf32 = self.info.get("precision") == "tf32"
-        self._session = session(model, options.cpu_threads(), self._device, path, tf32=tf32)
+        with checking(path) as info, fleet_file(path) as (graph, tables):
+            check_device(info, self._device, path)
+            tf32 = info.get("precision") == "tf32"
+            self._session = session(graph, options.cpu_threads(), self._device, path, tf32=tf32)
+        self.info: Mapping[str, str] = info
+        self.tables: FleetTables | None = tables
         self._path, self._place = path, Place.of(self._device)
         lanes = threading.BoundedSemaphore(options.lanes)
         on_cpu = self._place.kind == "cpu"

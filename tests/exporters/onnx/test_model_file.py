@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from aoft_deploy.artefacts.onnx_metadata import checked_metadata, digest_entry
 from aoft_deploy.errors import ArtefactError
 from aoft_exporters.graph.fleet_tables import FLEET_TABLES
 from aoft_exporters.onnx import exporter
-from aoft_exporters.onnx.fleet_file import read_fleet_file
+from aoft_exporters.onnx.fleet_file import fleet_file
 from aoft_exporters.onnx.model_file import stored_bytes, write_model
 from aoft_exporters.onnx.sessions import session
 
@@ -98,7 +99,10 @@ def test_the_checker_sees_no_large_weight(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(checked) == 1 and checked[0] < 1000
 
 
-def test_a_fleets_file_becomes_a_graph_that_takes_the_tables(fleet_artefact: Path) -> None:
+@pytest.mark.parametrize("system", ["linux", "another"])
+def test_a_fleets_file_becomes_a_graph_that_takes_the_tables(
+    system: str, fleet_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = onnx.load(fleet_artefact)
     stored = {t.name: t for t in expected.graph.initializer if t.name in FLEET_TABLES}
     for name, axis in FLEET_TABLES.items():
@@ -106,10 +110,16 @@ def test_a_fleets_file_becomes_a_graph_that_takes_the_tables(fleet_artefact: Pat
         shape = [axis, *stored[name].dims[1:]]
         value = helper.make_tensor_value_info(name, stored[name].data_type, shape)
         expected.graph.input.append(value)
-    content, tables = read_fleet_file(fleet_artefact)
+    monkeypatch.setattr("sys.platform", system)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with fleet_file(fleet_artefact) as (graph, tables):
+        assert isinstance(graph, bytes) is not (system == "linux")
+        content = graph if isinstance(graph, bytes) else graph.read_bytes()
+        opened = session(graph, 1, "cpu", fleet_artefact)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
     assert onnx.load_from_string(content) == expected
-    assert tables == stored
-    opened = session(content, 1, "cpu", fleet_artefact)
+    for name, table in tables.by_name().items():
+        np.testing.assert_array_equal(table, onnx.numpy_helper.to_array(stored[name]))
     assert {"pixel_values", "task", *FLEET_TABLES} == {each.name for each in opened.get_inputs()}
     assert opened._model_bytes is None  # else the session would keep the whole file in memory
 
@@ -117,15 +127,19 @@ def test_a_fleets_file_becomes_a_graph_that_takes_the_tables(fleet_artefact: Pat
 def test_a_file_that_is_no_fleet_is_refused(
     artefact: Path, fleet_artefact: Path, tmp_path: Path
 ) -> None:
+    def opened(path: Path) -> None:
+        with fleet_file(path):
+            pytest.fail("it was opened")
+
     with pytest.raises(ArtefactError, match="is no fleet: export the checkpoints as a fleet first"):
-        read_fleet_file(artefact)
+        opened(artefact)
     content, path = fleet_artefact.read_bytes(), tmp_path / "fleet.onnx"
     for damaged in (content[:1000], content + content, b""):
         path.write_bytes(damaged)
         with pytest.raises(ArtefactError, match="is no ONNX model"):
-            read_fleet_file(path)
+            opened(path)
     with pytest.raises(ArtefactError, match="cannot be read"):
-        read_fleet_file(tmp_path / "missing.onnx")
+        opened(tmp_path / "missing.onnx")
 
 
 def test_an_export_makes_no_message_of_all_weights(
