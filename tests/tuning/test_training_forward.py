@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from aoft_deploy import attach
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuning import frozen_functions
+from aoft_deploy.tuning import frozen_attention
 from aoft_deploy.tuning.class_token import reads_class_token
 from aoft_deploy.tuning.frozen_functions import FrozenFunctions
 from aoft_deploy.tuning.training_forward import check_checkpointing
@@ -144,7 +144,7 @@ def test_a_hook_sees_what_it_sees_in_the_model_itself(path: str) -> None:
 def test_attentions_gradients_are_those_of_autograd(
     scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_functions, "SCORES", scores)
+    monkeypatch.setattr(frozen_attention, "SCORES", scores)
     made = [torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 7, 7)]
     weight = torch.randn(3, 2, 4, 8, dtype=torch.float64)
     q, k, v = made
