@@ -13,7 +13,7 @@ from aoft_deploy.tuning.updates.applying import compute_dtype
 
 __all__ = ["attention", "unbind"]
 
-SCORES = 1 << 19
+SCORES = 1 << 17
 """Attention scores of the images that the backward pass computes together, to stay in a cache."""
 
 
