@@ -3,8 +3,10 @@
 PyTorch keeps what the gradient of every argument may need. A frozen layer needs the gradient of its
 input only, so less suffices:
 
-linear      The weight. Under autocast it is cast again in the backward pass.
-attention   Queries, keys and values. The probabilities are computed again, image by image.
+linear      The weight. Under autocast it is cast again in the backward pass, into memory that all
+            layers share.
+attention   Queries, keys and values. The probabilities are computed again, image by image, and the
+            three gradients lie in one tensor, as the layer before needs them.
 layer norm  An updated layer that reads the normalised tokens keeps the norm's input instead, which
             the norm keeps anyway, and normalises it again.
 """

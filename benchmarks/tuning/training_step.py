@@ -2,10 +2,10 @@
 
 Each variant runs in its own process, and all import the same packages. The parent requests one step
 from each in turn, in the opposite order every other round, so that changes of the machine's speed
-affect all variants alike. Time is the median over rounds; memory is the peak resident set of the
-process, and how far that is above the resident set before the first step, which the libraries and
-the weights take. A file of results keeps its other batches and precisions, so a long table can be measured
-in several commands.
+affect all variants alike. Time is the median over rounds. Memory is the peak resident set of the
+process, and how far that is above the resident set before the first step, which libraries and
+weights take. A file of results keeps its other batches and precisions, so a long table can be
+measured in several commands.
 
     python benchmarks/tuning/training_step.py --batch 4 8 16 --precision fp32 bf16 --out FILE
 """
