@@ -53,7 +53,7 @@ def folded_briefly(
         deltas: Disjoint, ascending row ranges and the delta of each.
         dtype: Dtype of the results.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():  # a graph has own memory
         folded, bias = fold_rows(weight, bias, deltas)
         return folded.to(dtype), None if bias is None else bias.to(dtype)
     bias = None if bias is None else bias.clone()
