@@ -2,9 +2,10 @@
 
 Each variant runs in its own process, and all import the same packages. The parent requests one step
 from each in turn, in the opposite order every other round, so that changes of the machine's speed
-affect all variants alike. Time is the median over rounds; memory is the peak resident set of the
-process. A file of results keeps its other batches and precisions, so a long table can be measured
-in several commands.
+affect all variants alike. Time is the median over rounds. Memory is the peak resident set of the
+process, and how far that is above the resident set before the first step, which libraries and
+weights take. A file of results keeps its other batches and precisions, so a long table can be
+measured in several commands.
 
     python benchmarks/tuning/training_step.py --batch 4 8 16 --precision fp32 bf16 --out FILE
 """
@@ -82,10 +83,15 @@ def stepper(variant: str, options: argparse.Namespace) -> Callable[[], float]:
 def serve(variant: str, options: argparse.Namespace) -> None:
     """Do one step for each line on stdin."""
     step = stepper(variant, options)
+    start = resident("VmRSS")
     for _ in sys.stdin:
         seconds = step()
-        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        print(json.dumps([seconds, int(peak) / 1024]), flush=True)
+        print(json.dumps([seconds, resident("VmHWM"), start]), flush=True)
+
+
+def resident(name: str) -> float:
+    """MiB of this process's resident set: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 
 
 def measure(options: argparse.Namespace, batch: int, precision: str) -> dict[str, dict[str, Any]]:
@@ -101,19 +107,20 @@ def measure(options: argparse.Namespace, batch: int, precision: str) -> dict[str
         for v in dict.fromkeys(["peft-lora-8", *options.variants])  # the reference of the ratios
     }
     seconds: dict[str, list[float]] = {v: [] for v in workers}
-    peak: dict[str, float] = {}
+    peak, start = dict[str, float](), dict[str, float]()
     for turn in range(options.rounds + 1):
         order = list(workers.items())
         for variant, worker in reversed(order) if turn % 2 else order:
             assert worker.stdin is not None and worker.stdout is not None
             worker.stdin.write("\n")
             worker.stdin.flush()
-            duration, peak[variant] = json.loads(worker.stdout.readline())
+            duration, peak[variant], start[variant] = json.loads(worker.stdout.readline())
             if turn:
                 seconds[variant].append(duration)
     for worker in workers.values():
         worker.communicate()
     base = seconds["peft-lora-8"]
+    above = {v: peak[v] - start[v] for v in workers}
     return {
         v: {
             "seconds": statistics.median(times),
@@ -121,6 +128,8 @@ def measure(options: argparse.Namespace, batch: int, precision: str) -> dict[str
             "all_seconds": times,
             "peak_mib": peak[v],
             "memory_ratio": peak[v] / peak["peft-lora-8"],
+            "above_start_mib": above[v],
+            "above_start_ratio": above[v] / above["peft-lora-8"],
         }
         for v, times in seconds.items()
     }
@@ -146,11 +155,12 @@ def main() -> None:
         for batch in options.batch:
             result = measure(options, batch, precision)
             print(f"{f'{precision}, batch {batch}':26}{'s/step':>9}{'x PEFT':>9}", end="")
-            print(f"{'peak MiB':>10}{'x PEFT':>9}")
+            print(f"{'peak MiB':>10}{'x PEFT':>9}{'above':>8}{'x PEFT':>9}")
             for name, row in result.items():
                 print(
                     f"{name:26}{row['seconds']:9.3f}{row['time_ratio']:9.3f}"
-                    f"{row['peak_mib']:10.0f}{row['memory_ratio']:9.3f}",
+                    f"{row['peak_mib']:10.0f}{row['memory_ratio']:9.3f}"
+                    f"{row['above_start_mib']:8.0f}{row['above_start_ratio']:9.3f}",
                     flush=True,
                 )
             runs[f"{precision}, batch {batch}"] = {"rounds": options.rounds, "variants": result}

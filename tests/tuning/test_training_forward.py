@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from aoft_deploy import attach
 from aoft_deploy.errors import SettingError
-from aoft_deploy.tuning import frozen_functions
+from aoft_deploy.tuning import frozen_attention
 from aoft_deploy.tuning.class_token import reads_class_token
 from aoft_deploy.tuning.frozen_functions import FrozenFunctions
 from aoft_deploy.tuning.training_forward import check_checkpointing
@@ -24,6 +26,8 @@ from aoft_deploy.tuning.tuned_model import TunedModel
 from aoft_deploy.tuning.updates import products
 from aoft_deploy.tuning.updates.applying import apply_linear
 from aoft_deploy.tuning.updates.delta import WeightDelta
+from aoft_deploy.tuning.updates.folding import fold_rows, folded_briefly
+from aoft_deploy.tuning.updates.scratch import rounded, scratch
 
 LIBRARIES: Any = torch.backends
 VIT = "vit_tiny_patch16_224"
@@ -144,7 +148,7 @@ def test_a_hook_sees_what_it_sees_in_the_model_itself(path: str) -> None:
 def test_attentions_gradients_are_those_of_autograd(
     scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_functions, "SCORES", scores)
+    monkeypatch.setattr(frozen_attention, "SCORES", scores)
     made = [torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 7, 7)]
     weight = torch.randn(3, 2, 4, 8, dtype=torch.float64)
     q, k, v = made
@@ -158,6 +162,78 @@ def test_attentions_gradients_are_those_of_autograd(
     with FrozenFunctions():
         causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.equal(causal, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_the_gradients_of_queries_keys_and_values_are_joined_without_a_copy() -> None:
+    packed = torch.randn(2, 5, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    found = []
+    for ours in (True, False):
+        with FrozenFunctions() if ours else nullcontext():
+            q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+            out = F.scaled_dot_product_attention(q, k, v)
+        parts = torch.autograd.grad(out, (q, k, v), weight, retain_graph=True)
+        if ours:
+            assert frozen_attention._joined(parts).data_ptr() == parts[0].data_ptr()
+        found.append(torch.autograd.grad(out, packed, weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert found[0].is_contiguous()
+
+
+def test_gradients_that_do_not_lie_in_one_tensor_are_stacked() -> None:
+    whole = torch.randn(4, 2, 3)
+    for parts in (
+        whole[:3].unbind(),  # joined
+        whole[[0, 1, 2]].flip(0).unbind(),
+        (whole[0], whole[2], whole[3]),
+        (whole[2], whole[1], whole[0]),
+        (whole[0], whole[0], whole[0]),
+        (whole[0], torch.randn(4, 2, 3)[1], whole[2]),
+        (whole[0], whole[1].reshape(3, 2).mT, whole[2]),
+        (whole[1],),
+    ):
+        assert torch.equal(frozen_attention._joined(parts), torch.stack(list(parts)))
+    x = torch.randn(2, 3, requires_grad=True)
+    with FrozenFunctions():
+        first, second = x.unbind(1)[:2]
+    assert torch.equal(first, x[:, 0]) and torch.equal(second, x[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_weight_that_is_folded_for_one_product_is_the_folded_weight(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(9, 6), torch.randn(9)
+    low_rank = WeightDelta(left=torch.randn(2, 3), right=torch.randn(2, 6), shift=torch.randn(3))
+    deltas: list[Any] = [((1, 4), low_rank), ((4, 6), WeightDelta(diagonal=torch.randn(2)))]
+    expected, shifted = fold_rows(weight, bias, deltas)
+    before = weight.clone()
+    folded, found = folded_briefly(weight, bias, deltas, dtype)
+    assert found is not None and shifted is not None
+    assert torch.equal(folded, expected.to(dtype)) and torch.equal(found, shifted.to(dtype))
+    again, none = folded_briefly(weight, None, deltas, dtype)
+    assert none is None and again.data_ptr() == folded.data_ptr()
+    assert torch.equal(weight, before)
+
+
+def test_each_thread_uses_its_own_memory_again() -> None:
+    wide = scratch((6, 5), torch.bfloat16)
+    assert scratch((2, 3), torch.bfloat16).data_ptr() == wide.data_ptr()
+    assert scratch((2, 3), torch.float64).data_ptr() != wide.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(scratch, (2, 3), torch.bfloat16).result()
+    assert other.data_ptr() != wide.data_ptr()
+    weight = torch.randn(40, 50)
+    assert rounded(weight, torch.float32) is weight
+    assert torch.equal(rounded(weight, torch.bfloat16), weight.bfloat16())
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_product_of_bfloat16_is_the_library_s(shift: bool) -> None:
+    x, weight = torch.randn(3, 7, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    bias = torch.randn(48).bfloat16() if shift else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    ours, theirs = products.product(x, weight, bias), F.linear(x, weight, bias)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).abs().max() <= 1.01 * (theirs - exact).abs().max()
 
 
 def test_a_normalised_tensor_that_is_changed_in_place_is_kept_itself() -> None:

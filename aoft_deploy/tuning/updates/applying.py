@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aoft_deploy.tuning.updates.delta import Rows, WeightDelta
-from aoft_deploy.tuning.updates.folding import fold_rows
+from aoft_deploy.tuning.updates.folding import folded_briefly
 from aoft_deploy.tuning.updates.products import product
 
 __all__ = ["Recipe", "apply_linear", "compute_dtype"]
@@ -97,9 +97,8 @@ class _FoldedLinear(torch.autograd.Function):
         ctx.layout, ctx.compute = layout, compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             inputs = x.to(ctx.compute)
-            folded, bias = fold_rows(weight, bias, _rebuild(layout, tensors))
-            shift = None if bias is None else bias.to(ctx.compute)
-            out = product(inputs, folded.to(ctx.compute), shift)
+            deltas = _rebuild(layout, tensors)
+            out = product(inputs, *folded_briefly(weight, bias, deltas, ctx.compute))
         ctx.again = None if recipe is None else recipe.compute
         kept = inputs if recipe is None else recipe.source
         ctx.save_for_backward(kept, weight, *tensors)
@@ -115,8 +114,8 @@ class _FoldedLinear(torch.autograd.Function):
             inputs = kept if ctx.again is None else ctx.again(kept).to(ctx.compute)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                folded, _ = fold_rows(weight, None, deltas)
-                grad_x = product(grad, folded.to(grad.dtype).mT).to(ctx.dtype)
+                folded, _ = folded_briefly(weight, None, deltas, grad.dtype)
+                grad_x = product(grad, folded.mT).to(ctx.dtype)
             parts = _gradients(inputs.flatten(0, -2), grad.flatten(0, -2), weight, deltas)
             flat = [
                 parts[i][name].to(getattr(deltas[i][1], name).dtype)

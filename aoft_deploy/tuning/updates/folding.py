@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from aoft_deploy.tuning.updates.delta import Delta, Rows
+from aoft_deploy.tuning.updates.scratch import scratch
 
-__all__ = ["fold_rows"]
+__all__ = ["fold_rows", "folded_briefly"]
 
 
 def fold_rows(
@@ -33,6 +34,41 @@ def fold_rows(
     for (start, stop), delta in deltas:
         delta.fold_(weight[start:stop], None if bias is None else bias[start:stop])
     return weight, bias
+
+
+def folded_briefly(
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[tuple[Rows, Delta]],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The map of ``fold_rows``, rounded to a dtype, for one product. Autograd does not record it.
+
+    On a CPU the weight lies in ``scratch``. The rows of each delta are folded in the dtype of the
+    weight and then rounded, while they are in the cache.
+
+    Args:
+        weight: (out, in).
+        bias: (out,) or None.
+        deltas: Disjoint, ascending row ranges and the delta of each.
+        dtype: Dtype of the results.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():  # a graph has own memory
+        folded, bias = fold_rows(weight, bias, deltas)
+        return folded.to(dtype), None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.clone()
+    folded, done = scratch(weight.shape, dtype), 0
+    for (start, stop), delta in deltas:
+        folded[done:start] = weight[done:start]
+        rows = folded[start:stop]
+        block = rows if dtype == weight.dtype else scratch(rows.shape, weight.dtype)
+        block.copy_(weight[start:stop])
+        delta.fold_(block, None if bias is None else bias[start:stop])
+        if block is not rows:
+            rows.copy_(block)
+        done = stop
+    folded[done:] = weight[done:]
+    return folded, None if bias is None else bias.to(dtype)
 
 
 def _folded_pieces(
