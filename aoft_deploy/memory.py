@@ -29,7 +29,8 @@ def keep_large_blocks() -> None:
     """Let the C library keep freed blocks of up to 32 MiB, for a process that ends soon.
 
     An engine that is opened reads each weight, and writes it in the order of its kernels. Here the
-    second copy takes the memory that the first copies of other weights left.
+    second copy takes the memory that the first copies of other weights left. A training step takes
+    the memory that the activations of the last one left.
     """
     _set(LARGEST_BLOCK, NEVER)
 

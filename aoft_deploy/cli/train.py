@@ -40,9 +40,9 @@ def _train(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
     from accelerate.state import PartialState
 
-    from aoft_deploy.training.environment import keep_freed_memory
+    from aoft_deploy.memory import keep_large_blocks
 
-    keep_freed_memory()
+    keep_large_blocks()  # each step needs what the last one freed
     runs = _run_suite if options.suite else _run_recipe if options.recipe else _run_plain
     try:
         rows, splits = runs(options, settings)

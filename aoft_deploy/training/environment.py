@@ -1,8 +1,7 @@
-"""What a run sets: deterministic kernels, the TensorBoard writer, and the memory allocator."""
+"""Context managers of a run: deterministic kernels, and the TensorBoard writer."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +12,7 @@ import torch
 
 from aoft_deploy.errors import optional_imports
 
-__all__ = ["deterministic", "keep_freed_memory", "tensorboard_writer"]
-
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's ``mallopt``."""
-
-
-def keep_freed_memory() -> None:
-    """Make this process keep the memory that a step frees for the next step.
-
-    By default, glibc returns the activations of each step to the system, which clears every page
-    again in the next step. Nothing changes with other C libraries.
-    """
-    try:
-        set_parameter = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    set_parameter(MMAP_THRESHOLD, 32 << 20)  # glibc's largest
-    set_parameter(TRIM_THRESHOLD, (1 << 31) - 1)
+__all__ = ["deterministic", "tensorboard_writer"]
 
 
 @contextmanager
