@@ -13,12 +13,12 @@ import timm
 import torch
 from folder_contents import folder_contents
 
+from aoft_deploy import memory
 from aoft_deploy.checkpoints.checkpoint import read_checkpoint
 from aoft_deploy.cli.train import main
 from aoft_deploy.cli.train_options import given_settings, parser
 from aoft_deploy.data.folder import write_folder
 from aoft_deploy.data.synthetic import load_task, task_names
-from aoft_deploy.training import environment
 from aoft_deploy.training.precision import fast_bf16
 from aoft_deploy.training.run_folder import RunFolder
 from aoft_deploy.training.settings import TrainingSettings
@@ -103,7 +103,7 @@ def test_training_on_a_folder_writes_a_checkpoint_and_prints_a_table(
 
 def test_the_command_keeps_freed_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = list[bool]()
-    monkeypatch.setattr(environment, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(memory, "keep_large_blocks", lambda: kept.append(True))
     assert main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]) == 1
     assert kept == [True]
 
