@@ -67,7 +67,8 @@ precision. *Plain* is the backbone without a task, *merged* one task's model, an
 a batch whose images belong to 16 tasks in turn. All engines of a machine took turns in one run,
 each in a process of its own; figures are medians. The weights are random, so this page says
 nothing of accuracy: an artefact below fp32 is only written if it keeps the answers on real
-images.
+images. In these runs OpenVINO's int8 has its float layers in float32; [Ways to
+quantise](#ways-to-quantise) has bf16 too.
 
 `benchmarks/export/engines.py` measures, `benchmarks/export/engines_page.py` writes this page.
 """
@@ -77,7 +78,8 @@ QUANTISATIONS = """\
 
 The throughput relative to ONNX Runtime fp32 at the same batch size, the size of the artefact, and
 the *error*: the root mean square of the differences to the logits in fp32, relative to the spread
-of an image's logits. These are of a model with random weights. The last columns are of the bundled
+of an image's logits. These are of a model with random weights; a dash means that they were not
+measured or not finite. The last columns are of the bundled
 backbone, fine-tuned on tasks of this package: the accuracy on the test images, and in brackets the
 share of them whose top class is that of fp32. Rows with a star are what `aoft-export` writes;
 OpenVINO's int8 has its float layers in bf16 if the processor computes in it, the model is large
@@ -166,6 +168,10 @@ def node_section(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
 def quantisation_section(report: Mapping[str, Any]) -> list[str]:
     """The lines of a machine's comparison of quantisations."""
     first, *_ = report["rows"]
@@ -181,7 +187,7 @@ def quantisation_section(report: Mapping[str, Any]) -> list[str]:
     ]
     for row in report["rows"]:
         cells = [f"{row['ratios'][batch]:.2f} ×" for batch in batches]
-        cells += [f"{row['bytes'] / 1e6:.0f}", f"{row['error']:.1%}"]
+        cells += [f"{row['bytes'] / 1e6:.0f}", _share(row.get("error"))]
         for task in tasks:
             found = row["tasks"].get(task)
             cells.append(f"{found['accuracy']:.1%} ({found['agreement']:.1%})" if found else "–")

@@ -201,17 +201,24 @@ def answers(source: Source, path: Path, threads: int) -> NDArray[np.float32]:
     return np.concatenate([engine.run(inputs[i : i + 16]) for i in range(0, len(inputs), 16)])
 
 
-def error(logits: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
-    """Root mean square of the differences, relative to the spread of an image's logits."""
+def error(logits: NDArray[np.float32], exact: NDArray[np.float32]) -> float | None:
+    """Root mean square of the differences, relative to the spread of an image's logits.
+
+    None if a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        return None
     differences = logits - exact
     differences = differences - differences.mean(1, keepdims=True)
     spread = exact - exact.mean(1, keepdims=True)
     return float(np.sqrt(np.square(differences).mean() / np.square(spread).mean()))
 
 
-def judged(source: Source, paths: dict[str, Path], threads: int) -> dict[str, dict[str, float]]:
+def judged(
+    source: Source, paths: dict[str, Path], threads: int
+) -> dict[str, dict[str, float | None]]:
     """Error, and for a trained model accuracy and agreement, of each variant against the first."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     logits = {name: answers(source, path, threads) for name, path in paths.items()}
     for name, own in logits.items():
         found[name] = {"error": error(own, logits[FIRST])}

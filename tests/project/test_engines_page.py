@@ -72,7 +72,7 @@ def test_quantisations_are_compared_by_speed_size_error_and_accuracy(page: Any) 
     exact: dict[str, Any] = {"name": "ONNX Runtime fp32", "bytes": 343_000_000, "error": 0.0}
     exact |= {"ratios": {"1": 1.0, "16": 1.0}}
     exact["tasks"] = {"digits": {"accuracy": 0.98, "agreement": 1.0}}
-    static = exact | {"name": "ONNX Runtime int8, static", "error": 0.0512, "tasks": {}}
+    static = exact | {"name": "ONNX Runtime int8, static", "error": None, "tasks": {}}
     static |= {"ratios": {"1": 2.39, "16": 2.84}, "bytes": 88_400_000}
     report: dict[str, Any] = {
         "machine": {"processor": "Some CPU", "threads": 2},
@@ -88,7 +88,7 @@ def test_quantisations_are_compared_by_speed_size_error_and_accuracy(page: Any) 
         "| quantisation | batch 1 | batch 16 | MB | error | digits |",
         "|---|---|---|---|---|---|",
         "| ONNX Runtime fp32 * | 1.00 × | 1.00 × | 343 | 0.0% | 98.0% (100.0%) |",
-        "| ONNX Runtime int8, static | 2.39 × | 2.84 × | 88 | 5.1% | – |",
+        "| ONNX Runtime int8, static | 2.39 × | 2.84 × | 88 | – | – |",
     ]
 
 
