@@ -115,14 +115,14 @@ class _Attention(torch.autograd.Function):
         grads = _empty_gradients(q, k, v)
         queries, keys, heads = q.shape[2], k.shape[2], q.shape[1]
         step = min(len(q), max(1, SCORES // (heads * queries * keys)))
-        work = _Work((step * heads, queries, keys), grad.dtype)
+        work = _Work((step * heads, queries, keys), grad.dtype, ctx.scale)
         with torch.autocast(grad.device.type, enabled=False):
             for start in range(0, len(q), step):
                 images = slice(start, start + step)
                 # One image is a view; several are copied.
                 parts = [each[images].flatten(0, 1) for each in (q, k, v, grad)]
-                for into, part in zip(grads, work.gradients(*parts, ctx.scale), strict=True):
-                    into[images] = part.unflatten(0, (-1, heads))
+                for into, part in zip(grads, work.gradients(*parts), strict=True):
+                    into[images] = part.view(-1, heads, *part.shape[1:])
         return *grads, None
 
 
@@ -141,17 +141,18 @@ class _Work:
     Args:
         shape: (images x heads, queries, keys).
         narrow: Dtype of the queries, keys and values.
+        scale: Factor of the scores.
     """
 
-    def __init__(self, shape: tuple[int, int, int], narrow: torch.dtype) -> None:
-        self.wide = torch.promote_types(narrow, torch.float32)
+    def __init__(self, shape: tuple[int, int, int], narrow: torch.dtype, scale: float) -> None:
+        self.scale, self.wide = scale, torch.promote_types(narrow, torch.float32)
         self.tensors = [torch.empty(shape, dtype=self.wide) for _ in range(3)]
         self.rounded = self.tensors[1:]
         if narrow != self.wide:
             self.rounded = [torch.empty(shape, dtype=narrow) for _ in range(2)]
 
     def gradients(
-        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v.
 
@@ -160,14 +161,13 @@ class _Work:
             k: (images x heads, keys, width).
             v: (images x heads, keys, width).
             grad: Gradient of the output, (images x heads, queries, width).
-            scale: Factor of the scores.
         """
         scores, chances, slopes = (each[: len(q)] for each in self.tensors)
-        torch.bmm(q.to(self.wide) * scale, k.to(self.wide).mT, out=scores)
+        torch.bmm(q.to(self.wide) * self.scale, k.to(self.wide).mT, out=scores)
         torch.softmax(scores, -1, out=chances)
         torch.bmm(grad.to(self.wide), v.to(self.wide).mT, out=scores)
         torch._softmax_backward_data(scores, chances, -1, self.wide, grad_input=slopes)
-        slopes.mul_(scale)
+        slopes.mul_(self.scale)
         narrow_chances, narrow_slopes = (each[: len(q)] for each in self.rounded)
         if narrow_slopes.dtype != self.wide:
             narrow_chances.copy_(chances)

@@ -83,7 +83,7 @@ def _layer_norm(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-_REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
+_REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.scaled_dot_product_attention: attention,
     Tensor.unbind: unbind,
