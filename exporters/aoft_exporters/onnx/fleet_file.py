@@ -147,7 +147,7 @@ def _table(tensor: Any) -> NDArray[Any]:
             dims.append(value)  # type: ignore[arg-type]
         elif number == DATA_TYPE:
             kind = value  # type: ignore[assignment]
-        elif number == RAW_DATA:
+        elif number == RAW_DATA and not isinstance(value, int):
             content = value.read() if isinstance(value, Part) else bytes(value)
     return np.frombuffer(content, TYPES[kind]).reshape(dims)
 
