@@ -30,7 +30,7 @@ GRAPH, INITIALIZER, INPUT = 7, 5, 11
 DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9
 """Numbers of a tensor's fields."""
 
-TYPES = {1: np.dtype(np.float32), 7: np.dtype(np.int64)}
+TYPES: dict[int, np.dtype[Any]] = {1: np.dtype(np.float32), 7: np.dtype(np.int64)}
 """Types of the tables, by their numbers in onnx.proto."""
 
 
@@ -147,7 +147,7 @@ def _table(tensor: Any) -> NDArray[Any]:
             dims.append(value)  # type: ignore[arg-type]
         elif number == DATA_TYPE:
             kind = value  # type: ignore[assignment]
-        elif number == RAW_DATA:
+        elif number == RAW_DATA and not isinstance(value, int):
             content = value.read() if isinstance(value, Part) else bytes(value)
     return np.frombuffer(content, TYPES[kind]).reshape(dims)
 
