@@ -67,8 +67,8 @@ precision. *Plain* is the backbone without a task, *merged* one task's model, an
 a batch whose images belong to 16 tasks in turn. All engines of a machine took turns in one run,
 each in a process of its own; figures are medians. The weights are random, so this page says
 nothing of accuracy: an artefact below fp32 is only written if it keeps the answers on real
-images. In these runs OpenVINO's int8 has its float layers in float32; [Ways to
-quantise](#ways-to-quantise) has bf16 too.
+images. Where it is faster, OpenVINO's int8 has its float layers in bf16; [Ways to
+quantise](#ways-to-quantise) compares it with float32.
 
 `benchmarks/export/engines.py` measures, `benchmarks/export/engines_page.py` writes this page.
 """

@@ -74,6 +74,12 @@ def empty(folder: Path) -> None:
         path.unlink()
 
 
+def export_command(weights: Path, paths: Sequence[Path], how: str = "--merge") -> list[object]:
+    """Arguments of Python that export these checkpoints."""
+    start = ["-m", "aoft_deploy.cli.export", "--overwrite", "--backbone-weights", weights]
+    return [*start, how, *paths]
+
+
 WAYS = ("command", "together", "within", "fleet")
 """Ways to export. All but ``together`` start with an empty graph cache."""
 
@@ -82,15 +88,14 @@ def exports(
     weights: Path, paths: list[Path], given: dict[str, str], ways: Sequence[str]
 ) -> dict[str, list[Measured]]:
     """Export the tasks in each of these ways."""
-    command = ["-m", "aoft_deploy.cli.export", "--overwrite", "--backbone-weights", weights]
     found = dict[str, list[Measured]]()
     graphs = Path(given["AOFT_CACHE_DIR"])
     if "command" in ways:
         empty(graphs)
         for path, kind in zip(paths[:2], ("first", "further"), strict=True):
-            found[f"command {kind}"] = [run([*command, "--merge", path], given)]
+            found[f"command {kind}"] = [run(export_command(weights, [path]), given)]
     if "together" in ways:
-        found["together three"] = [run([*command, "--merge", *paths], given)]
+        found["together three"] = [run(export_command(weights, paths), given)]
     if "within" in ways:
         empty(graphs)
         output = paths[0].parent / "seconds.json"
@@ -99,7 +104,8 @@ def exports(
         found |= {"within first": [first], "within further": further}
     if "fleet" in ways:
         empty(graphs)
-        fleet = [*command, "--fleet", *paths, "-o", paths[0].parent / "fleet.onnx"]
+        fleet = export_command(weights, paths, "--fleet")
+        fleet += ["-o", paths[0].parent / "fleet.onnx"]
         for kind in ("first", "further"):
             found[f"fleet {kind}"] = [run(fleet, given)]
     return found
@@ -120,7 +126,7 @@ def main() -> None:
         weights, paths = tasks(options.model, folder)
         sides = {"now": None, **({"before": options.before} if options.before else {})}
         for side, checkout in sides.items():  # compiles all modules that an export imports
-            exports(weights, paths, environment(folder / side, checkout), ["command"])
+            run(export_command(weights, paths[:1]), environment(folder / side, checkout))
         for _ in range(options.rounds):
             for side, checkout in sides.items():
                 given = environment(folder / side, checkout)

@@ -129,24 +129,33 @@ def counted(served: Any, model: str, status: int) -> float:
     return sum(float(line.removeprefix(start)) for line in text.splitlines() if start in line)
 
 
-def test_requests_of_disconnected_clients_leave_the_queue(served: Any, second: float) -> None:
-    before, done = counted(served, "made", 499), executed(served)
+def leave(port: int) -> None:
+    """Forty clients send a request, half of them whole, and reset their connections."""
     content = body(entry(data=faulty_images().ravel().tolist()))
     head = b"POST /v2/models/made/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
-    with busy(served, 1.4 * second) as blocker:
-        for cut in (10, len(content)):
-            for _ in range(20):
-                with socket.create_connection(("127.0.0.1", served.port)) as connection:
-                    now = struct.pack("ii", 1, 0)
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
-                    connection.sendall(head % len(content) + content[:cut])
-                    time.sleep(0.01)
-        while counted(served, "made", 499) - before < 40:
-            assert blocker.is_alive()
-            time.sleep(0.01)
-        text = served.ask("GET", "/metrics")[2].decode()
-        assert 'aoft_queue_depth{artefact="made"} 0' in text and "aoft_in_flight 2" in text
-        assert counted(served, "made", 499) - before == 40 and blocker.is_alive()
+    for cut in (10, len(content)):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                now = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+                connection.sendall(head % len(content) + content[:cut])
+                time.sleep(0.01)
+
+
+def test_requests_of_disconnected_clients_leave_the_queue(served: Any, second: float) -> None:
+    for _ in range(6):  # a slow machine may need longer than the artefact is busy
+        before, done = counted(served, "made", 499), executed(served)
+        with busy(served, 1.4 * second) as blocker:
+            leave(served.port)
+            while (left := counted(served, "made", 499) - before) < 40 and blocker.is_alive():
+                time.sleep(0.01)
+            text = served.ask("GET", "/metrics")[2].decode()
+            left_while_busy = left >= 40 and blocker.is_alive()
+        if left_while_busy:
+            break
+    assert left_while_busy
+    assert 'aoft_queue_depth{artefact="made"} 0' in text and "aoft_in_flight 2" in text
+    assert counted(served, "made", 499) - before == 40
     assert executed(served) - done == 1
 
 
